@@ -1,0 +1,12 @@
+"""The exceptions of hnkit.
+
+Everything a user can cause derives from `InputError`; the command line turns it into one line and exit code 2.
+"""
+
+
+class InputError(ValueError):
+    """Bad input: the message is one line that says what was given, what is accepted and what to do."""
+
+
+class NonFiniteError(InputError):
+    """A map, reward or product returned NaN or infinity; the message names the sample it happened at."""

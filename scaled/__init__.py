@@ -1,0 +1,1 @@
+"""Noise hypernetworks on real distilled text-to-image pipelines: backends, adapters, rewards, baselines."""
