@@ -1,0 +1,99 @@
+"""Every task of the project, each in an environment of its own: `nox -s demo`, `nox -s tests`, `nox -l`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.error_on_missing_interpreters = False
+
+PINS = "constraints.txt"
+TEST_TOOLS = ("pytest", "pytest-benchmark", "pytest-cov", "pytest-timeout", "mpmath", "sympy")
+PROVER = (
+    "coq",
+    "libcoq-mathcomp",
+    "libcoq-mathcomp-analysis",
+    "libcoq-mathcomp-real-closed",
+    "libcoq-coquelicot",
+)
+
+
+def _install(session: nox.Session, extras: str = "", *tools: str) -> None:
+    session.env.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PIP_DISABLE_PIP_VERSION_CHECK="1")
+    target = f".[{extras}]" if extras else "."
+    session.install("-q", "-c", PINS, "-e", target, *tools)
+
+
+def _install_prover(session: nox.Session) -> None:
+    """Install Coq and its libraries where that needs no question: Debian or Ubuntu, as root or with sudo."""
+    if shutil.which("coqc"):
+        return
+    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    if not shutil.which("apt-get"):
+        session.error(f"coqc is not installed: install Coq 8.16 with MathComp ({', '.join(PROVER)} on Debian)")
+    session.run(*sudo, "apt-get", "update", "-q", external=True, silent=True)
+    session.run(*sudo, "apt-get", "install", "-y", "-q", *PROVER, external=True, silent=True)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The main job: check the theory on every toy, train the bundled miniature, compare it, write one report."""
+    _install(session, "scaled,certify")
+    out = Path(session.posargs[0] if session.posargs else "runs/demo")
+    if out.exists():
+        session.error(f"{out} exists already and is never overwritten: nox -s demo -- NEW_FOLDER")
+    session.run("hnkit", "verify-bound", "--out", str(out / "verify"))
+    session.run("hnkit", "train", "--backend", "digits", "--out", str(out / "train"))
+    session.run(
+        "hnkit", "compare", "--backend", "digits", "--quick", "--adapter", str(out / "train" / "adapter"),
+        "--out", str(out / "compare"),
+    )  # fmt: skip
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The whole test suite, with coverage."""
+    _install(session, "scaled,testing,certify,docs", *TEST_TOOLS)
+    session.run("pytest", "-q", "--cov", "--cov-report=term:skip-covered", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and the checks of ruff."""
+    session.install("-q", "-c", PINS, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Strict types of the three packages."""
+    _install(session, "scaled,testing,certify", "mypy")
+    session.run("mypy")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Benchmarks, as ratios against what a user would otherwise run."""
+    _install(session, "scaled,certify", "pytest", "pytest-benchmark", "pytest-timeout")
+    session.run("pytest", "-q", "-m", "", "--timeout=1800", "benchmarks", *session.posargs)
+
+
+@nox.session
+def proofs(session: nox.Session) -> None:
+    """Every statement's executable check, and the machine-checked proofs with the axioms they use."""
+    _install_prover(session)
+    _install(session, "certify", "sympy", "mpmath")
+    session.run("python", "proofs/coq/check.py")
+    session.run("python", "proofs/run.py")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation pages into site/."""
+    _install(session, "docs")
+    session.run("python", "docs/build.py", "site")
