@@ -1,0 +1,156 @@
+"""ImageReward in transformers' BLIP classes. Source: arXiv 2304.05977."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import BertTokenizerFast, BlipTextConfig, BlipVisionConfig, BlipVisionModel
+from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+from hnkit._errors import InputError
+from scaled.hub import hub_file, pretrained
+from scaled.rewards._preprocess import preprocess
+from scaled.rewards._weights import load_strict, read_state_dict
+
+REPOSITORY = "THUDM/ImageReward"
+FILE = "ImageReward.pt"
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+"""Mean and standard deviation of the raw score over the authors' data: the published score is standardised."""
+
+
+class ImageReward(nn.Module):
+    """ImageReward: an MLP on the CLS state of BLIP's text encoder cross-attending to the image, standardised."""
+
+    def __init__(
+        self,
+        weight: float,
+        vision: BlipVisionModel,
+        text: BlipTextModel,
+        mlp: nn.Sequential,
+        tokenizer: BertTokenizerFast,
+    ) -> None:
+        super().__init__()
+        self.name, self.weight = "imagereward", weight
+        self.vision, self.text, self.mlp = (
+            part.eval().requires_grad_(False).float() for part in (vision, text, mlp)
+        )
+        self._tokenizer = tokenizer
+        self._size = int(vision.config.image_size)
+        self._max_length = min(35, int(text.config.max_position_embeddings))
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores of `images` `(n, 3, H, W)` in [0, 1] for `prompts`: `(n,)` float32. Prompts are cut at 35 tokens."""
+        tokens = self._tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self._max_length,
+            return_tensors="pt",
+        ).to(images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            patches = self.vision(pixel_values=preprocess(images, self._size)).last_hidden_state
+            state = self.text(
+                input_ids=tokens["input_ids"],
+                attention_mask=tokens["attention_mask"],
+                encoder_hidden_states=patches,
+                encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device),
+                is_decoder=False,
+            ).last_hidden_state[:, 0]
+            score: Tensor = self.mlp(state).squeeze(-1)
+            return (score - MEAN) / STD
+
+
+def imagereward(
+    *,
+    weight: float = 1.0,
+    model_id: str = REPOSITORY,
+    tokenizer_id: str = "bert-base-uncased",
+    vision_config: BlipVisionConfig | None = None,
+    text_config: BlipTextConfig | None = None,
+    device: str = "cpu",
+) -> ImageReward:
+    """ImageReward from its published file (a hub name, or a local folder that holds `ImageReward.pt`).
+
+    Args:
+        weight: its weight in a sum of rewards.
+        model_id: where `ImageReward.pt` is.
+        tokenizer_id: BERT's tokenizer, by hub name or local folder.
+        vision_config: the image encoder, ViT-L/16 at 224 unless given.
+        text_config: the text encoder, BERT-base with cross-attention unless given.
+        device: where it runs.
+    """
+    what = "reward 'imagereward'"
+    state = convert_imagereward(read_state_dict(hub_file(model_id, FILE, what=what), what=what), what=what)
+    vision = BlipVisionModel(vision_config or _vit_l16())
+    text = BlipTextModel(text_config or _bert_base(), add_pooling_layer=False)
+    mlp = score_head(text.config.hidden_size)
+    for part, prefix in ((vision, "vision."), (text, "text."), (mlp, "mlp.")):
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        load_strict(part, own, what=what)
+    tokenizer = pretrained(BertTokenizerFast.from_pretrained, tokenizer_id, what=what)
+    return ImageReward(weight, vision, text, mlp, tokenizer).to(device)
+
+
+def score_head(width: int) -> nn.Sequential:
+    """The published MLP: linear layers `width`-1024-128-64-16-1 with nothing between them at inference."""
+    widths = (width, 1024, 128, 64, 16, 1)
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+
+
+def _vit_l16() -> BlipVisionConfig:
+    return BlipVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
+        patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu",
+    )  # fmt: skip
+
+
+def _bert_base() -> BlipTextConfig:
+    return BlipTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=30524,
+        encoder_hidden_size=1024, max_position_embeddings=512, is_decoder=True, hidden_act="gelu",
+    )  # fmt: skip
+
+
+_VISION = (
+    (re.compile(r"^blocks\."), "encoder.layers."),
+    (re.compile(r"\.attn\.proj\."), ".self_attn.projection."),
+    (re.compile(r"\.attn\."), ".self_attn."),
+    (re.compile(r"\.norm([12])\."), r".layer_norm\1."),
+    (re.compile(r"^norm\."), "post_layernorm."),
+    (re.compile(r"^patch_embed\.proj\."), "embeddings.patch_embedding."),
+    (re.compile(r"^pos_embed$"), "embeddings.position_embedding"),
+    (re.compile(r"^cls_token$"), "embeddings.class_embedding"),
+)
+_HEAD = {"0": "0", "2": "1", "4": "2", "6": "3", "7": "4"}  # dropout layers have no weights, but numbers
+
+
+def convert_imagereward(
+    state: Mapping[str, Tensor], *, what: str = "ImageReward weights"
+) -> dict[str, Tensor]:
+    """Rename the published keys to `vision.*`, `text.*` (transformers' BLIP names) and `mlp.*`.
+
+    Raises:
+        InputError: a key is not ImageReward's.
+    """
+    converted: dict[str, Tensor] = {}
+    for raw, tensor in state.items():
+        key = raw.removeprefix("module.")
+        if key.endswith("position_ids"):
+            continue  # a buffer that transformers builds itself
+        if key.startswith("blip.visual_encoder."):
+            name = key.removeprefix("blip.visual_encoder.")
+            for pattern, replacement in _VISION:
+                name = pattern.sub(replacement, name)
+            converted[f"vision.{name}"] = tensor
+        elif key.startswith("blip.text_encoder."):
+            converted[f"text.{key.removeprefix('blip.text_encoder.')}"] = tensor
+        elif (match := re.match(r"^mlp\.layers\.(\d)\.(weight|bias)$", key)) and match[1] in _HEAD:
+            converted[f"mlp.{_HEAD[match[1]]}.{match[2]}"] = tensor
+        else:
+            raise InputError(
+                f"{what}: {raw!r} is not a name of ImageReward's: these are not the published weights"
+            )
+    return converted

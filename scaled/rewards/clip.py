@@ -1,0 +1,244 @@
+"""CLIP-family rewards in transformers' own classes: CLIPScore, PickScore, HPSv2.1, and a linear head on CLIP.
+
+Sources: CLIPScore arXiv 2104.08718, PickScore arXiv 2305.01569, HPSv2 arXiv 2306.09341.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
+
+from hnkit._errors import InputError
+from scaled.hub import hub_file, pretrained
+from scaled.rewards._preprocess import preprocess
+from scaled.rewards._weights import load_strict, read_state_dict
+
+LAION_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+HPS = "xswu/HPSv2"
+HPS_FILE = "HPS_v2.1_compressed.pt"
+
+
+class ClipReward(nn.Module):
+    """Cosine of CLIP's image and prompt embeddings, times `exp(logit_scale)` where `scaled` is true.
+
+    Attributes:
+        name: how reports call it.
+        weight: its weight in a sum of rewards.
+    """
+
+    def __init__(
+        self, name: str, weight: float, model: CLIPModel, tokenizer: CLIPTokenizerFast, *, scaled: bool
+    ) -> None:
+        super().__init__()
+        self.name, self.weight, self._scaled = name, weight, scaled
+        self.model = model.eval().requires_grad_(False).float()
+        self._tokenizer = tokenizer
+        self._size = int(model.config.vision_config.image_size)
+        self._max_length = min(77, int(model.config.text_config.max_position_embeddings))
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores of `images` `(n, 3, H, W)` in [0, 1] for `prompts`: `(n,)` float32. Prompts are cut at 77 tokens."""
+        tokens = self._tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self._max_length,
+            return_tensors="pt",
+        ).to(images.device)
+        # never under autocast: in bfloat16 a score near 0.28 moves in steps of 0.002
+        with torch.autocast(images.device.type, enabled=False):
+            output = self.model(
+                pixel_values=preprocess(images, self._size),
+                input_ids=tokens["input_ids"],
+                attention_mask=tokens["attention_mask"],
+            )
+            cosine: Tensor = (output.image_embeds * output.text_embeds).sum(-1)
+            return cosine * self.model.logit_scale.exp() if self._scaled else cosine
+
+
+class LinearHeadReward(nn.Module):
+    """An aesthetic score: a linear head on CLIP's normalised image embedding. It does not read the prompt."""
+
+    def __init__(self, name: str, weight: float, model: CLIPModel, head: nn.Linear) -> None:
+        super().__init__()
+        self.name, self.weight = name, weight
+        self.vision = model.vision_model.eval().requires_grad_(False).float()
+        self.projection = model.visual_projection.eval().requires_grad_(False).float()
+        self.head = head.requires_grad_(False).float()
+        self._size = int(model.config.vision_config.image_size)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:  # noqa: ARG002
+        """Scores of `images` `(n, 3, H, W)` in [0, 1]: `(n,)` float32."""
+        with torch.autocast(images.device.type, enabled=False):
+            pooled = self.vision(pixel_values=preprocess(images, self._size)).pooler_output
+            embedding = nn.functional.normalize(self.projection(pooled), dim=-1)
+            score: Tensor = self.head(embedding).squeeze(-1)
+            return score
+
+
+def _tokenizer(source: str, what: str) -> CLIPTokenizerFast:
+    tokenizer: CLIPTokenizerFast = pretrained(CLIPTokenizerFast.from_pretrained, source, what=what)
+    return tokenizer
+
+
+def clipscore(*, weight: float = 1.0, model_id: str = LAION_H14, device: str = "cpu") -> ClipReward:
+    """CLIPScore: `exp(logit_scale) * cos(image, prompt)` of a CLIP model (a hub name or a local folder)."""
+    what = "reward 'clipscore'"
+    model = pretrained(CLIPModel.from_pretrained, model_id, what=what)
+    return ClipReward("clipscore", weight, model, _tokenizer(model_id, what), scaled=True).to(device)
+
+
+def pickscore(
+    *, weight: float = 1.0, model_id: str = PICKSCORE, tokenizer_id: str | None = None, device: str = "cpu"
+) -> ClipReward:
+    """PickScore: `exp(logit_scale) * cos(image, prompt)` of the CLIP-H fine-tuned on human choices.
+
+    Args:
+        weight: its weight in a sum of rewards.
+        model_id: a hub name or a local folder.
+        tokenizer_id: where the tokenizer is; the published model uses that of LAION's CLIP-H. A local `model_id`
+            that holds one needs none.
+        device: where it runs.
+    """
+    what = "reward 'pickscore'"
+    model = pretrained(CLIPModel.from_pretrained, model_id, what=what)
+    source = tokenizer_id or (model_id if (Path(model_id) / "tokenizer_config.json").is_file() else LAION_H14)
+    return ClipReward("pickscore", weight, model, _tokenizer(source, what), scaled=True).to(device)
+
+
+def hpsv2(
+    *,
+    weight: float = 1.0,
+    model_id: str = HPS,
+    tokenizer_id: str = LAION_H14,
+    config: CLIPConfig | None = None,
+    device: str = "cpu",
+) -> ClipReward:
+    """HPSv2.1: the cosine of OpenCLIP's ViT-H-14 fine-tuned on human preferences.
+
+    The published file has OpenCLIP's names; `convert_open_clip` renames them to transformers'.
+
+    Args:
+        weight: its weight in a sum of rewards.
+        model_id: a hub name or a local folder that holds `HPS_v2.1_compressed.pt`.
+        tokenizer_id: a CLIP tokenizer, by hub name or local folder.
+        config: the architecture, ViT-H-14 unless given.
+        device: where it runs.
+    """
+    what = "reward 'hpsv2'"
+    state = read_state_dict(hub_file(model_id, HPS_FILE, what=what), what=what)
+    model = CLIPModel(config or vit_h14_config())
+    load_strict(model, convert_open_clip(state, what=what), what=what)
+    return ClipReward("hpsv2", weight, model, _tokenizer(tokenizer_id, what), scaled=False).to(device)
+
+
+def aesthetic(
+    *,
+    weight: float = 1.0,
+    model_id: str = "openai/clip-vit-large-patch14",
+    head: str = "",
+    device: str = "cpu",
+) -> LinearHeadReward:
+    """An aesthetic-style score: a linear head (`weight` `(1, e)`, `bias` `(1,)`) on CLIP's image embedding.
+
+    Args:
+        weight: its weight in a sum of rewards.
+        model_id: the CLIP model the head was trained on.
+        head: a safetensors file with the head; it has no default.
+        device: where it runs.
+    """
+    what = "reward 'aesthetic'"
+    if not head:
+        raise InputError(
+            f"{what} needs the option head: a safetensors file with 'weight' (1, e) and 'bias' (1,)"
+        )
+    if not Path(head).is_file():
+        raise InputError(f"{what}: the head {head} is not a file: give a safetensors file")
+    model = pretrained(CLIPModel.from_pretrained, model_id, what=what)
+    linear = nn.Linear(model.config.projection_dim, 1)
+    load_strict(linear, read_state_dict(Path(head), what=what), what=what)
+    return LinearHeadReward("aesthetic", weight, model, linear).to(device)
+
+
+def vit_h14_config() -> CLIPConfig:
+    """OpenCLIP's ViT-H-14 as transformers writes it."""
+    return CLIPConfig(
+        projection_dim=1024,
+        text_config={
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "hidden_act": "gelu", "projection_dim": 1024, "vocab_size": 49408, "max_position_embeddings": 77,
+        },
+        vision_config={
+            "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+            "hidden_act": "gelu", "projection_dim": 1024, "image_size": 224, "patch_size": 14,
+        },
+    )  # fmt: skip
+
+
+_TOWER = {"visual.transformer.resblocks.": "vision_model.encoder.layers.", "transformer.resblocks.": "text_model.encoder.layers."}  # fmt: skip
+_BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
+_OUTSIDE = {
+    "logit_scale": "logit_scale",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # the class spells it so
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+}
+_TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+_PACKED = re.compile(r"^(.*resblocks\.\d+)\.attn\.in_proj_(weight|bias)$")
+_IN_BLOCK = re.compile(
+    r"^(visual\.transformer\.resblocks\.|transformer\.resblocks\.)(\d+)\.(.+)\.(weight|bias)$"
+)
+
+
+def convert_open_clip(state: Mapping[str, Tensor], *, what: str = "CLIP weights") -> dict[str, Tensor]:
+    """Rename OpenCLIP's keys to transformers' `CLIPModel`, splitting the packed query, key and value projection.
+
+    Args:
+        state: OpenCLIP's state dict (a `module.` prefix is dropped).
+        what: named in errors.
+
+    Returns:
+        The state dict of a `CLIPModel` of the same sizes.
+
+    Raises:
+        InputError: a key is not OpenCLIP's.
+    """
+    converted: dict[str, Tensor] = {}
+    for raw, tensor in state.items():
+        key = raw.removeprefix("module.")
+        packed, block = _PACKED.match(key), _IN_BLOCK.match(key)
+        if key in _OUTSIDE:
+            converted[_OUTSIDE[key]] = tensor
+        elif key in _TRANSPOSED:
+            converted[_TRANSPOSED[key]] = tensor.T.contiguous()
+        elif packed:
+            stem, kind = packed.groups()
+            for old, new in _TOWER.items():
+                if stem.startswith(old):
+                    layer = f"{new}{stem.removeprefix(old)}.self_attn"
+            for name, part in zip("qkv", tensor.chunk(3), strict=True):
+                converted[f"{layer}.{name}_proj.{kind}"] = part.contiguous()
+        elif block and block[3] in _BLOCK:
+            tower, number, name, kind = block.groups()
+            converted[f"{_TOWER[tower]}{number}.{_BLOCK[name]}.{kind}"] = tensor
+        elif key == "attn_mask":
+            continue  # a constant of the architecture, which transformers builds itself
+        else:
+            raise InputError(
+                f"{what}: {raw!r} is not a name of OpenCLIP's: these are not the published weights"
+            )
+    return converted
