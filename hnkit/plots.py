@@ -1,0 +1,231 @@
+"""The look of every plot, and the plots of `verify-bound`: one style, colour-blind-safe, drawn without a display.
+
+Colours are Okabe and Ito's (doi:10.1038/nmeth.1618); a series is also told apart by its line or marker.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
+INK, GREY = "#1c1e21", "#8a9099"
+
+_STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": "#5f6670",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e6ea",
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 2.0,
+    "xtick.color": "#5f6670",
+    "ytick.color": "#5f6670",
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot that is drawn when it is written: file name (without `.png`), caption, and how to draw it."""
+
+    name: str
+    caption: str
+    draw: Callable[[], Figure]
+
+    def png(self) -> bytes:
+        """Draw it in hnkit's style and return the PNG file's content."""
+        with style():
+            return to_png(self.draw())
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """hnkit's look for everything drawn inside, without touching the caller's settings or needing a display."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(_STYLE):
+        yield
+
+
+def new_figure(width: float = 7.6, height: float = 4.4, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of its own (no global state, no display) with `columns` axes side by side; sizes in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)
+    return figure, list(axes[0])
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG file; without a time stamp, so that equal figures are equal files."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+Array = NDArray[np.float64]
+
+
+def error_against_lipschitz(
+    lipschitz: Array, curves: Mapping[str, Array], bounds: Mapping[str, Array], title: str
+) -> Figure:
+    """`|E(J)|` of families of maps (solid) under the bounds on it (dashed), against the Lipschitz constant L.
+
+    Args:
+        lipschitz: `(k,)` values of L in (0, 1).
+        curves: name -> `(k,)` values of `|E(J)|`, nats.
+        bounds: name -> `(k,)` values of the bound, nats.
+        title: the finding, in a few words.
+    """
+    figure, (axes,) = new_figure()
+    colours = (INK, BLUE, GREEN, PURPLE)
+    for (name, values), colour, line in zip(bounds.items(), colours, ("--", "-.", ":", (0, (1, 2))), strict=False):
+        axes.plot(lipschitz, values, linestyle=line, color=colour, label=name)
+    for (name, values), colour, marker in zip(curves.items(), (VERMILION, ORANGE, SKY), ("o", "s", "^"), strict=False):
+        axes.plot(
+            lipschitz, values, color=colour, marker=marker, markersize=4.5, markevery=max(1, len(lipschitz) // 10),
+            label=name,
+        )  # fmt: skip
+    axes.set(xlabel="Lipschitz constant  L", ylabel="|E(J)|,  nats", yscale="log", title=title)
+    axes.set_xlim(float(lipschitz[0]), float(lipschitz[-1]))
+    axes.legend(loc="lower right")
+    return figure
+
+
+def exact_against_l2(exact: Array, l2: Array, title: str, second_order: Array | None = None) -> Figure:
+    """Per-sample exact integrand of the KL against its L2 term: on the diagonal, the L2 term is the KL.
+
+    Args:
+        exact: `(n,)` values of `|f|^2/2 + E(J)`, nats.
+        l2: `(n,)` values of `|f|^2/2`, nats.
+        title: the finding, in a few words.
+        second_order: `(n,)` values of `|f|^2/2 + tr(J^2)/2`, nats, drawn lighter.
+    """
+    figure, (axes,) = new_figure(6.2, 5.0)
+    both = np.concatenate([exact, l2])
+    low, high = float(both.min()), float(both.max())
+    pad = 0.04 * max(high - low, 1e-12)
+    ends = np.array([low - pad, high + pad])
+    axes.fill_between(ends, ends, ends[1], color="#f4f5f7", linewidth=0, zorder=0)
+    axes.plot(ends, ends, color=GREY, linewidth=1.2, zorder=1)
+    if second_order is not None:
+        axes.scatter(second_order, exact, s=12, color=ORANGE, alpha=0.45, linewidth=0, label="second order", zorder=2)
+    axes.scatter(l2, exact, s=14, color=BLUE, alpha=0.6, linewidth=0, label="L2 term", zorder=3)
+    axes.set(
+        xlabel="approximation of the integrand,  nats", ylabel="exact:  |f|²/2 + E(J),  nats", title=title,
+        xlim=ends, ylim=ends,
+    )  # fmt: skip
+    axes.set_aspect("equal")
+    axes.annotate(
+        "the approximation\nmisses KL", (0.05, 0.93), xycoords="axes fraction", color=GREY, fontsize=9, va="top"
+    )
+    axes.annotate("overcounts", (0.95, 0.06), xycoords="axes fraction", color=GREY, fontsize=9, ha="right")
+    if second_order is not None:
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.1), markerscale=1.6)
+    return figure
+
+
+def densities(grid: Array, curves: Mapping[str, Array], title: str, xlabel: str = "noise  x") -> Figure:
+    """Densities on one axis: the first is filled as the start, the second drawn heavy as the target.
+
+    Args:
+        grid: `(k,)` points.
+        curves: name -> `(k,)` density values; order: base, tilted target, then what was learned.
+        title: the finding, in a few words.
+        xlabel: what the points are.
+    """
+    figure, (axes,) = new_figure()
+    looks: Sequence[dict[str, Any]] = (
+        {"color": GREY, "linewidth": 1.3},
+        {"color": INK, "linewidth": 4.5, "alpha": 0.28, "solid_capstyle": "round"},
+        {"color": VERMILION, "linestyle": "--"},
+        {"color": BLUE, "linestyle": "-", "linewidth": 1.6},
+        {"color": ORANGE, "linestyle": "-."},
+    )
+    for index, ((name, values), look) in enumerate(zip(curves.items(), looks, strict=False)):
+        axes.plot(grid, values, label=name, **look)
+        if index == 0:
+            axes.fill_between(grid, values, color="#eceef1", linewidth=0)
+    axes.set(xlabel=xlabel, ylabel="density", title=title)
+    axes.set_xlim(float(grid[0]), float(grid[-1]))
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best")
+    return figure
+
+
+def kl_split(names: Sequence[str], parts: Mapping[str, Sequence[float]], totals: Sequence[float], title: str) -> Figure:
+    """The KL of several maps as stacked bars of its parts, which may be negative, with the total marked.
+
+    Args:
+        names: one label per bar.
+        parts: part name -> one value per bar, nats.
+        totals: the KL of each bar, nats.
+        title: the finding, in a few words.
+    """
+    figure, (axes,) = new_figure(height=1.5 + 0.52 * len(names))
+    places = np.arange(len(names))[::-1]
+    positive, negative = np.zeros(len(names)), np.zeros(len(names))
+    looks = ((SKY, ""), (BLUE, ""), (ORANGE, "///"), (VERMILION, "..."))
+    for (name, values), (colour, hatch) in zip(parts.items(), looks, strict=False):
+        array = np.asarray(values, dtype=float)
+        start = np.where(array >= 0, positive, negative)
+        axes.barh(
+            places, array, left=start, height=0.6, color=colour, hatch=hatch, edgecolor="white", linewidth=0.8,
+            label=name,
+        )  # fmt: skip
+        positive += np.maximum(array, 0)
+        negative += np.minimum(array, 0)
+    axes.plot(totals, places, linestyle="none", marker="D", markersize=6, color=INK, label="exact KL")
+    axes.axvline(0, color="#5f6670", linewidth=0.9)
+    axes.set_yticks(places, names)
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="nats", title=title)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2 - 0.25 / len(names)), ncols=4)
+    return figure
+
+
+def bound_looseness(names: Sequence[str], measured: float, bounds: Sequence[float], title: str) -> Figure:
+    """Bounds on `|E(J)|` as dots on a log axis beside the measured value: distance is looseness."""
+    figure, (axes,) = new_figure(height=1.4 + 0.4 * len(names))
+    places = np.arange(len(names))[::-1]
+    axes.hlines(places, measured, bounds, color="#c9cdd3", linewidth=2.5)
+    axes.plot(bounds, places, linestyle="none", marker="o", markersize=8, color=BLUE)
+    axes.axvline(measured, color=VERMILION, label="measured  E|E(J)|")
+    for place, bound in zip(places, bounds, strict=True):
+        factor = bound / measured
+        axes.annotate(
+            f"{factor:.3g}×", (bound, place), xytext=(9, 0), textcoords="offset points", va="center", fontsize=9.5
+        )
+    axes.set_yticks(places, names)
+    axes.set(xlabel="nats", xscale="log", title=title)
+    axes.set_xlim(right=max(bounds) * 2.5)
+    axes.grid(visible=False, axis="y")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.3), ncols=2)
+    return figure
