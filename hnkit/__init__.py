@@ -12,28 +12,35 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hnkit._errors import InputError, NonFiniteError
-    from hnkit.backend import Backend, Condition, ConditionedMap, NoiseMap, Reward
-    from hnkit.bounds import (
-        field_of_values_bounds,
-        frobenius_bound,
-        second_order_remainder_bound,
-        singular_value_bound,
-        theorem7_bound,
-    )
-    from hnkit.jacobian import RowJacobian, dense_jacobian
-    from hnkit.kl import KLEstimate, noise_kl
-    from hnkit.lipschitz import (
-        LipschitzEstimate,
-        certify_injective,
-        lipschitz_lower,
-        lipschitz_upper,
-        local_lipschitz,
-    )
-    from hnkit.logdet import log_det_error
-    from hnkit.loss import LossTerms, NoiseLoss
-    from hnkit.tilt import TiltedProblem, optimality_gap
-    from hnkit.verify import Check, Report, verify_bound
+    from hnkit._errors import InputError as InputError
+    from hnkit._errors import NonFiniteError as NonFiniteError
+    from hnkit.backend import Backend as Backend
+    from hnkit.backend import Condition as Condition
+    from hnkit.backend import ConditionedMap as ConditionedMap
+    from hnkit.backend import NoiseMap as NoiseMap
+    from hnkit.backend import Reward as Reward
+    from hnkit.bounds import field_of_values_bounds as field_of_values_bounds
+    from hnkit.bounds import frobenius_bound as frobenius_bound
+    from hnkit.bounds import second_order_remainder_bound as second_order_remainder_bound
+    from hnkit.bounds import singular_value_bound as singular_value_bound
+    from hnkit.bounds import theorem7_bound as theorem7_bound
+    from hnkit.jacobian import RowJacobian as RowJacobian
+    from hnkit.jacobian import dense_jacobian as dense_jacobian
+    from hnkit.kl import KLEstimate as KLEstimate
+    from hnkit.kl import noise_kl as noise_kl
+    from hnkit.lipschitz import LipschitzEstimate as LipschitzEstimate
+    from hnkit.lipschitz import certify_injective as certify_injective
+    from hnkit.lipschitz import lipschitz_lower as lipschitz_lower
+    from hnkit.lipschitz import lipschitz_upper as lipschitz_upper
+    from hnkit.lipschitz import local_lipschitz as local_lipschitz
+    from hnkit.logdet import log_det_error as log_det_error
+    from hnkit.loss import LossTerms as LossTerms
+    from hnkit.loss import NoiseLoss as NoiseLoss
+    from hnkit.tilt import TiltedProblem as TiltedProblem
+    from hnkit.tilt import optimality_gap as optimality_gap
+    from hnkit.verify import Check as Check
+    from hnkit.verify import Report as Report
+    from hnkit.verify import verify_bound as verify_bound
 
 _HOME = {
     "InputError": "_errors",

@@ -28,6 +28,7 @@ class Condition:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
+        """Number of rows."""
         return len(self.prompts)
 
     def select(self, index: Tensor) -> Condition:

@@ -18,9 +18,7 @@ def missing_model(what: str, source: str, cause: BaseException) -> InputError:
     """The one line for a model that is neither a readable folder nor in the cache nor reachable."""
     reason = str(cause).strip().splitlines()[0][:160] if str(cause).strip() else type(cause).__name__
     if Path(source).expanduser().exists():
-        return InputError(
-            f"{what}: the folder {source} is not a readable model ({reason}): give a complete folder"
-        )
+        return InputError(f"{what}: the folder {source} is not a readable model ({reason}): give a complete folder")
     return InputError(
         f"{what}: {source!r} is not a local folder, not in the local cache, and could not be fetched ({reason}): run "
         f"'hf download {source}' where there is a network, or give the path of a folder that holds it"
@@ -54,9 +52,7 @@ def hub_file(source: str, filename: str, *, what: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / filename).is_file():
-            raise InputError(
-                f"{what}: the folder {source} has no file {filename}: give a folder that holds it"
-            )
+            raise InputError(f"{what}: the folder {source} has no file {filename}: give a folder that holds it")
         return folder / filename
     try:
         return Path(hf_hub_download(source, filename))

@@ -49,9 +49,7 @@ def read_state_dict(path: Path, *, what: str) -> dict[str, Tensor]:
         KeyError,
     ) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{what}: {path} cannot be read as plain tensors ({reason}): fetch it again"
-        ) from error
+        raise InputError(f"{what}: {path} cannot be read as plain tensors ({reason}): fetch it again") from error
     tensors = _tensors_of(content, path, what)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -67,9 +65,7 @@ def _tensors_of(content: object, path: Path, what: str) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(
-            f"{what}: {path} does not hold a state dict of tensors: give the published weights file"
-        )
+        raise InputError(f"{what}: {path} does not hold a state dict of tensors: give the published weights file")
     # clone: published files may hold several names for one storage, which safetensors refuses
     return {str(key): value.detach().clone().contiguous() for key, value in content.items()}
 

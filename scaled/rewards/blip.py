@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -34,9 +35,7 @@ class ImageReward(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.weight = "imagereward", weight
-        self.vision, self.text, self.mlp = (
-            part.eval().requires_grad_(False).float() for part in (vision, text, mlp)
-        )
+        self.vision, self.text, self.mlp = (part.eval().requires_grad_(False).float() for part in (vision, text, mlp))
         self._tokenizer = tokenizer
         self._size = int(vision.config.image_size)
         self._max_length = min(35, int(text.config.max_position_embeddings))
@@ -97,7 +96,7 @@ def imagereward(
 def score_head(width: int) -> nn.Sequential:
     """The published MLP: linear layers `width`-1024-128-64-16-1 with nothing between them at inference."""
     widths = (width, 1024, 128, 64, 16, 1)
-    return nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
 
 
 def _vit_l16() -> BlipVisionConfig:
@@ -127,9 +126,7 @@ _VISION = (
 _HEAD = {"0": "0", "2": "1", "4": "2", "6": "3", "7": "4"}  # dropout layers have no weights, but numbers
 
 
-def convert_imagereward(
-    state: Mapping[str, Tensor], *, what: str = "ImageReward weights"
-) -> dict[str, Tensor]:
+def convert_imagereward(state: Mapping[str, Tensor], *, what: str = "ImageReward weights") -> dict[str, Tensor]:
     """Rename the published keys to `vision.*`, `text.*` (transformers' BLIP names) and `mlp.*`.
 
     Raises:
@@ -150,7 +147,5 @@ def convert_imagereward(
         elif (match := re.match(r"^mlp\.layers\.(\d)\.(weight|bias)$", key)) and match[1] in _HEAD:
             converted[f"mlp.{_HEAD[match[1]]}.{match[2]}"] = tensor
         else:
-            raise InputError(
-                f"{what}: {raw!r} is not a name of ImageReward's: these are not the published weights"
-            )
+            raise InputError(f"{what}: {raw!r} is not a name of ImageReward's: these are not the published weights")
     return converted

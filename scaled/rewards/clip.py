@@ -155,9 +155,7 @@ def aesthetic(
     """
     what = "reward 'aesthetic'"
     if not head:
-        raise InputError(
-            f"{what} needs the option head: a safetensors file with 'weight' (1, e) and 'bias' (1,)"
-        )
+        raise InputError(f"{what} needs the option head: a safetensors file with 'weight' (1, e) and 'bias' (1,)")
     if not Path(head).is_file():
         raise InputError(f"{what}: the head {head} is not a file: give a safetensors file")
     model = pretrained(CLIPModel.from_pretrained, model_id, what=what)
@@ -181,8 +179,17 @@ def vit_h14_config() -> CLIPConfig:
     )  # fmt: skip
 
 
-_TOWER = {"visual.transformer.resblocks.": "vision_model.encoder.layers.", "transformer.resblocks.": "text_model.encoder.layers."}  # fmt: skip
-_BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
+_TOWER = {
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+}
+_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
 _OUTSIDE = {
     "logit_scale": "logit_scale",
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -199,9 +206,7 @@ _OUTSIDE = {
 }
 _TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 _PACKED = re.compile(r"^(.*resblocks\.\d+)\.attn\.in_proj_(weight|bias)$")
-_IN_BLOCK = re.compile(
-    r"^(visual\.transformer\.resblocks\.|transformer\.resblocks\.)(\d+)\.(.+)\.(weight|bias)$"
-)
+_IN_BLOCK = re.compile(r"^(visual\.transformer\.resblocks\.|transformer\.resblocks\.)(\d+)\.(.+)\.(weight|bias)$")
 
 
 def convert_open_clip(state: Mapping[str, Tensor], *, what: str = "CLIP weights") -> dict[str, Tensor]:
@@ -238,7 +243,5 @@ def convert_open_clip(state: Mapping[str, Tensor], *, what: str = "CLIP weights"
         elif key == "attn_mask":
             continue  # a constant of the architecture, which transformers builds itself
         else:
-            raise InputError(
-                f"{what}: {raw!r} is not a name of OpenCLIP's: these are not the published weights"
-            )
+            raise InputError(f"{what}: {raw!r} is not a name of OpenCLIP's: these are not the published weights")
     return converted

@@ -43,13 +43,9 @@ def clip_config() -> CLIPConfig:
 @pytest.fixture
 def clip_tokenizer_folder(tmp_path):
     words = ["<unk>", "<|startoftext|>", "a</w>", "red</w>", "cat</w>", "two</w>", "dogs</w>", "and</w>"]
-    vocabulary = {word: i for i, word in enumerate(words)} | {
-        f"w{i}": i for i in range(len(words), VOCAB - 1)
-    }
+    vocabulary = {word: i for i, word in enumerate(words)} | {f"w{i}": i for i in range(len(words), VOCAB - 1)}
     vocabulary["<|endoftext|>"] = VOCAB - 1
-    backend = Tokenizer(
-        models.WordLevel({w.removesuffix("</w>"): i for w, i in vocabulary.items()}, unk_token="<unk>")
-    )
+    backend = Tokenizer(models.WordLevel({w.removesuffix("</w>"): i for w, i in vocabulary.items()}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
         single="<|startoftext|> $A <|endoftext|>",
@@ -76,9 +72,7 @@ class OpenClip(nn.Module):
                 block = nn.Module()
                 block.ln_1, block.ln_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
                 block.attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-                block.mlp = nn.ModuleDict(
-                    {"c_fc": nn.Linear(WIDTH, 4 * WIDTH), "c_proj": nn.Linear(4 * WIDTH, WIDTH)}
-                )
+                block.mlp = nn.ModuleDict({"c_fc": nn.Linear(WIDTH, 4 * WIDTH), "c_proj": nn.Linear(4 * WIDTH, WIDTH)})
                 self.resblocks.append(block)
 
         def forward(self, x, mask=None):
@@ -322,9 +316,7 @@ def test_aesthetic_head_is_linear_in_the_normalised_embedding(tmp_path):
     images = torch.rand(2, 3, IMAGE, IMAGE)
     mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
     with torch.no_grad():
-        embedding = model(
-            pixel_values=(images - mean) / std, input_ids=torch.tensor([[1, VOCAB - 1]] * 2)
-        ).image_embeds
+        embedding = model(pixel_values=(images - mean) / std, input_ids=torch.tensor([[1, VOCAB - 1]] * 2)).image_embeds
     expected = embedding @ head["weight"][0] + head["bias"]
     torch.testing.assert_close(reward(images, ["", ""]), expected, atol=1e-5, rtol=1e-5)
 
