@@ -53,6 +53,7 @@ class ConditionedMap:
     condition: Condition
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The delta of every row of `x`, under the condition of that row."""
         delta: Tensor = self.hypernetwork(x, self.condition)
         return delta
 
