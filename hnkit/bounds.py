@@ -1,0 +1,309 @@
+"""Bounds on the log-det error term `E(A) = tr A - log|det(I + A)|`, from few numbers about A.
+
+All rest on one scalar function, `h(s) = -log(1 - s) - s = sum_{k>=2} s^k / k`, because
+`|Re z - log|1 + z|| <= h(|z|)` for complex `|z| < 1`. It is evaluated without cancellation: every bound here has full
+relative accuracy down to `L = 0`. Values are rounded to nearest, not outward; `hnkit.ball` gives enclosures.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias, overload
+
+import torch
+from torch import Tensor
+
+from hnkit._errors import InputError
+
+Number: TypeAlias = float | Tensor
+
+_SWITCH = 0.5  # |s| up to which the series is used
+_TERMS = 18  # t^2 <= 1/9 there, so the first term left out is below 1/39 * 9^-18 = 2e-19 of the leading one
+
+
+def _cubic_coefficient(s: Tensor) -> Tensor:
+    """`c(s) = (h(s) - s^2/2) / s^3` for `|s| <= 1/2`.
+
+    With `t = s / (2 - s)`, `-log(1 - s) = 2 artanh t` and `2 t = s - s^2/2 + ...` in closed form, so that
+    `c = 1 / (2 (2 - s)) + 2 q(t^2) / (2 - s)^3`, `q(w) = sum_k w^k / (2k + 3)`: no two close numbers are subtracted.
+    """
+    w = (s / (2 - s)).square()
+    q = torch.zeros_like(w)
+    for k in reversed(range(_TERMS)):
+        q = q * w + 1 / (2 * k + 3)
+    return 0.5 / (2 - s) + 2 * q / (2 - s) ** 3
+
+
+def _quotients(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`h(s)`, `h(s)/s^2` and `(h(s) - s^2/2)/s^2` for any `s < 1` (negative too), each without cancellation."""
+    near = s.abs() <= _SWITCH
+    small = torch.where(near, s, torch.zeros_like(s))
+    large = torch.where(near, torch.full_like(s, _SWITCH), s)  # keeps the branch not taken, and its gradient, finite
+    tail = small * _cubic_coefficient(small)
+    direct = -torch.log1p(-large) - large
+    ratio = direct / large.square()
+    value = torch.where(near, small.square() * (0.5 + tail), direct)
+    return value, torch.where(near, 0.5 + tail, ratio), torch.where(near, tail, ratio - 0.5)
+
+
+def _tensor(name: str, value: Number) -> Tensor:
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise InputError(f"{name} has dtype {tensor.dtype}: give real numbers")
+    tensor = tensor.to(torch.float64)
+    if bool(tensor.isnan().any()):
+        raise InputError(f"{name} is nan{_place(tensor.isnan())}: give a finite number")
+    return tensor
+
+
+def _place(bad: Tensor) -> str:
+    """Where the first bad entry is, for a message; nothing for a scalar."""
+    if bad.ndim == 0:
+        return ""
+    index = tuple(int(i) for i in bad.nonzero()[0])
+    return f" (entry {index[0] if len(index) == 1 else index})"
+
+
+def _require(name: str, value: Tensor, bad: Tensor, accepted: str) -> None:
+    if bool(bad.any()):
+        raise InputError(f"{name} = {float(value[bad].flatten()[0]):.6g}{_place(bad)}: {accepted}")
+
+
+def _contraction(name: str, value: Number) -> Tensor:
+    tensor = _tensor(name, value)
+    accepted = "the bound needs 0 <= L < 1 (field_of_values_bounds does without it)"
+    _require(name, tensor, (tensor < 0) | (tensor >= 1), accepted)
+    return tensor
+
+
+def _non_negative(name: str, value: Number) -> Tensor:
+    tensor = _tensor(name, value)
+    _require(name, tensor, (tensor < 0) | tensor.isinf(), "a norm is finite and at least 0")
+    return tensor
+
+
+def _dimension(dim: int) -> int:
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        raise InputError(f"dim = {dim!r}: the number of noise dimensions is a positive integer")
+    return dim
+
+
+def _like(result: Tensor, *inputs: object) -> Number:
+    return result if any(isinstance(value, Tensor) for value in inputs) else float(result)
+
+
+@overload
+def log_gap(s: float) -> float: ...
+@overload
+def log_gap(s: Tensor) -> Tensor: ...
+def log_gap(s: Number) -> Number:
+    """The scalar function of Theorem 7, to full relative accuracy for every `s < 1`.
+
+    `h(s) = -log(1 - s) - s`; `h(s) = s^2/2 + s^3/3 + ...` near 0. At `s = -z` it is `z - log(1 + z)`.
+
+    Args:
+        s: number or tensor of any shape, `s < 1`; negative values are accepted.
+
+    Returns:
+        `h(s)` in nats, a float for a float, a float64 tensor for a tensor.
+
+    Raises:
+        InputError: `s >= 1` or nan.
+
+    Source:
+        arXiv 2508.09968, Theorem 7.
+    """
+    tensor = _tensor("s", s)
+    _require("s", tensor, tensor >= 1, "h(s) = -log(1 - s) - s needs s < 1")
+    return _like(_quotients(tensor)[0], s)
+
+
+@overload
+def theorem7_bound(dim: int, lipschitz: float) -> float: ...
+@overload
+def theorem7_bound(dim: int, lipschitz: Tensor) -> Tensor: ...
+def theorem7_bound(dim: int, lipschitz: Number) -> Number:
+    """Bound `|E(J)|` by the dimension and a Lipschitz constant below 1.
+
+    `|tr J - log|det(I + J)|| <= d h(L)`, about `d L^2 / 2` for small L.
+
+    Args:
+        dim: number of noise dimensions d.
+        lipschitz: L with `|J|_2 <= L < 1`, number or tensor of any shape. The result is a bound only if L is an
+            *upper* bound of the constant (`lipschitz_upper`), not a sampled maximum.
+
+    Returns:
+        The bound in nats, of the shape of `lipschitz`.
+
+    Raises:
+        InputError: L is negative, nan or at least 1; `dim` is not a positive integer.
+
+    Source:
+        arXiv 2508.09968, Theorem 7 (Theorem 1 in the main text).
+    """
+    constant = _contraction("lipschitz", lipschitz)
+    return _like(_dimension(dim) * _quotients(constant)[0], lipschitz)
+
+
+def local_theorem7_bound(dim: int, norms: Tensor) -> Tensor:
+    """Theorem 7 at each sample, with the norm of the Jacobian there in place of a global constant.
+
+    `|E(J(x))| <= d h(|J(x)|_2)`; the mean over samples bounds `E|E(J)|`. No global constant is needed for the
+    inequality; that the sum with `|f|^2/2` *is* the KL still needs `x + f(x)` to be injective.
+
+    Args:
+        dim: number of noise dimensions d.
+        norms: `|J(x_i)|_2`, shape `(n,)`, each in [0, 1); see `local_lipschitz`.
+
+    Returns:
+        The bounds in nats, shape `(n,)`, float64.
+
+    Raises:
+        InputError: a norm is negative, nan or at least 1; the message names the sample.
+    """
+    return _dimension(dim) * _quotients(_contraction("local norm", norms))[0]
+
+
+@overload
+def frobenius_bound(frobenius_norm: float, lipschitz: float) -> float: ...
+@overload
+def frobenius_bound(frobenius_norm: Tensor, lipschitz: Number) -> Tensor: ...
+@overload
+def frobenius_bound(frobenius_norm: Number, lipschitz: Tensor) -> Tensor: ...
+def frobenius_bound(frobenius_norm: Number, lipschitz: Number) -> Number:
+    """Bound `|E(A)|` by the Frobenius norm and a bound on the spectral norm.
+
+    `|E(A)| <= (|A|_F^2 / L^2) h(L)` for every L with `|A|_2 <= L < 1`; at `L = 0` the limit `|A|_F^2 / 2`. Never
+    looser than Theorem 7, since `|A|_F^2 <= d L^2`; attained by `A = -L I_k (+) 0`.
+
+    Args:
+        frobenius_norm: `|A|_F >= 0`, number or tensor.
+        lipschitz: L, number or tensor; the two broadcast.
+
+    Returns:
+        The bound in nats; a float if both are numbers, else a float64 tensor.
+
+    Raises:
+        InputError: L is negative, nan or at least 1; the Frobenius norm is negative or not finite.
+    """
+    norm, constant = _non_negative("frobenius_norm", frobenius_norm), _contraction("lipschitz", lipschitz)
+    return _like(norm.square() * _quotients(constant)[1], frobenius_norm, lipschitz)
+
+
+@overload
+def second_order_remainder_bound(frobenius_norm: float, lipschitz: float) -> float: ...
+@overload
+def second_order_remainder_bound(frobenius_norm: Tensor, lipschitz: Number) -> Tensor: ...
+@overload
+def second_order_remainder_bound(frobenius_norm: Number, lipschitz: Tensor) -> Tensor: ...
+def second_order_remainder_bound(frobenius_norm: Number, lipschitz: Number) -> Number:
+    """Bound what the second-order term leaves of E(A).
+
+    `|E(A) - tr(A^2)/2| <= (|A|_F^2 / L^2) (h(L) - L^2/2)`, about `|A|_F^2 L / 3`; 0 at `L = 0`.
+
+    Args:
+        frobenius_norm: `|A|_F >= 0`, number or tensor.
+        lipschitz: L with `|A|_2 <= L < 1`, number or tensor; the two broadcast.
+
+    Returns:
+        The bound in nats; a float if both are numbers, else a float64 tensor.
+
+    Raises:
+        InputError: L is negative, nan or at least 1; the Frobenius norm is negative or not finite.
+    """
+    norm, constant = _non_negative("frobenius_norm", frobenius_norm), _contraction("lipschitz", lipschitz)
+    return _like(norm.square() * _quotients(constant)[2], frobenius_norm, lipschitz)
+
+
+def _matrices(A: Tensor) -> Tensor:
+    if A.ndim < 2 or A.shape[-1] != A.shape[-2] or A.shape[-1] == 0:
+        raise InputError(f"A has shape {tuple(A.shape)}: give square matrices (..., d, d)")
+    if A.is_complex():
+        raise InputError(f"A has dtype {A.dtype}: give real matrices")
+    matrices = A.to(torch.float64)
+    bad = ~matrices.isfinite().all(-1).all(-1)
+    if bool(bad.any()):
+        raise InputError(f"A{_place(bad)} has an entry that is not finite: give finite matrices")
+    return matrices
+
+
+def singular_value_bound(A: Tensor) -> Tensor:
+    """Bound `|E(A)|` by the singular values of A.
+
+    `|E(A)| <= sum_i h(sigma_i) = -sum_i log(1 - sigma_i) - |A|_*`, because `t -> h(e^t)` is increasing and convex and
+    the moduli of the eigenvalues are log-majorised by the singular values. Never looser than `frobenius_bound`.
+
+    Args:
+        A: shape `(..., d, d)`, real, `|A|_2 < 1`.
+
+    Returns:
+        The bounds in nats, shape `(...)`, float64.
+
+    Raises:
+        InputError: not square, not finite, or a spectral norm of at least 1 (named).
+
+    Source:
+        H. Weyl, PNAS 35 (1949), DOI 10.1073/pnas.35.7.408.
+    """
+    values = torch.linalg.svdvals(_matrices(A))
+    _contraction("spectral norm", values[..., 0])
+    return _quotients(values)[0].sum(-1)
+
+
+def leading_singular_value_bound(singular_values: Tensor, frobenius_norm: Number) -> Tensor:
+    """Bound `|E(A)|` by the r largest singular values and the Frobenius norm.
+
+    `|E(A)| <= sum_{i<=r} h(s_i) + (h(s_r)/s_r^2) (F^2 - sum_{i<=r} s_i^2)` for any `s_1 >= ... >= s_r` with
+    `s_i >= sigma_i(A)` and `F >= |A|_F`: upper bounds of the singular values and of the norm are enough. Evaluated as
+    `sum_i s_i^2 (h(s_i)/s_i^2 - h(s_r)/s_r^2) + F^2 h(s_r)/s_r^2`, in which no term is negative. With `r = 1` it is
+    `frobenius_bound`, with `r = d` `singular_value_bound`.
+
+    Args:
+        singular_values: `s`, shape `(..., r)`, in descending order, each in [0, 1).
+        frobenius_norm: F, number or tensor of shape `(...)`.
+
+    Returns:
+        The bounds in nats, shape `(...)`, float64.
+
+    Raises:
+        InputError: no value, a value outside [0, 1), not descending, or a negative Frobenius norm.
+    """
+    if singular_values.ndim == 0 or singular_values.shape[-1] == 0:
+        raise InputError("singular_values is empty: give the r >= 1 largest, shape (..., r)")
+    values = _contraction("singular value", singular_values)
+    rising = values[..., 1:] > values[..., :-1]
+    _require("singular value", values[..., 1:], rising, "give them in descending order")
+    norm = _non_negative("frobenius_norm", frobenius_norm)
+    _, ratio, _ = _quotients(values)
+    excess = (values.square() * (ratio - ratio[..., -1:])).sum(-1)
+    return excess + norm.square() * ratio[..., -1]
+
+
+def field_of_values_bounds(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Enclose E(A) by the symmetric and skew parts of A, without any condition on its norm.
+
+    `E(S) - |K|_F^2 / (2 (1 + lambda_min(S))^2) <= E(A) <= E(S)` for `A = S + K`, `lambda_min(S) > -1`. From
+    `E(A) = E(S) - log det(I + M'M)/2` with the skew matrix `M = (I+S)^-1/2 K (I+S)^-1/2`.
+
+    Args:
+        A: shape `(..., d, d)`, real, with `lambda_min((A + A')/2) > -1`; norms above 1 are fine.
+
+    Returns:
+        `(lower, upper)` in nats, each of shape `(...)`, float64.
+
+    Raises:
+        InputError: not square, not finite, or `lambda_min(S) <= -1` (named).
+
+    Source:
+        Upper side: A. Ostrowski and O. Taussky, Indag. Math. 13 (1951); lower side derived in
+        `proofs/field_of_values`.
+    """
+    matrices = _matrices(A)
+    symmetric = (matrices + matrices.mT) / 2
+    skew = (matrices - matrices.mT) / 2
+    eigenvalues = torch.linalg.eigvalsh(symmetric)
+    least = eigenvalues[..., 0]
+    accepted = "the field-of-values bounds need it above -1"
+    _require("lambda_min of the symmetric part", least, least <= -1, accepted)
+    upper = _quotients(-eigenvalues)[0].sum(-1)
+    slack = skew.square().sum((-1, -2)) / (2 * (1 + least).square())
+    return upper - slack, upper

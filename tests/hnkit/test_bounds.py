@@ -1,0 +1,244 @@
+"""Bounds against mpmath, brute force over matrices of every class, and the cases that attain them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import mpmath
+import pytest
+import torch
+
+from hnkit import InputError
+from hnkit.bounds import (
+    field_of_values_bounds,
+    frobenius_bound,
+    leading_singular_value_bound,
+    local_theorem7_bound,
+    log_gap,
+    second_order_remainder_bound,
+    singular_value_bound,
+    theorem7_bound,
+)
+
+mpmath.mp.dps = 60
+SIZES = [1e-300, 1e-150, 1e-20, 1e-9, 1e-4, 0.01, 0.1, 0.3, 0.49, 0.5, 0.51, 0.7, 0.9, 0.99, 1 - 1e-9]
+
+
+def h(s) -> mpmath.mpf:
+    s = mpmath.mpf(s)
+    with mpmath.workdps(400):
+        return -mpmath.log(1 - s) - s
+
+
+def exact_error(A: torch.Tensor) -> float:
+    """E(A) from the determinant in 50 digits, sharing nothing with hnkit."""
+    M = mpmath.matrix(A.double().tolist())
+    d = M.rows
+    return float(mpmath.fsum(M[i, i] for i in range(d)) - mpmath.log(abs(mpmath.det(mpmath.eye(d) + M))))
+
+
+def random_matrix(kind: str, d: int, norm: float, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    G = torch.randn(d, d, generator=g, dtype=torch.float64)
+    Q = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64))[0]
+    A = {
+        "general": lambda: G,
+        "symmetric": lambda: G + G.T,
+        "skew": lambda: G - G.T,
+        "negative": lambda: -(G @ G.T),
+        "nilpotent": lambda: Q @ G.triu(1) @ Q.T,
+        "low rank": lambda: G[:, :2] @ Q[:2],
+        "orthogonal": lambda: Q,
+        "jordan": lambda: -torch.eye(d, dtype=torch.float64) + torch.diag(torch.ones(d - 1, dtype=torch.float64), 1),
+    }[kind]()
+    return A * (norm / torch.linalg.matrix_norm(A, 2))
+
+
+KINDS = ["general", "symmetric", "skew", "negative", "nilpotent", "low rank", "orthogonal", "jordan"]
+ZOO = [(kind, d, norm) for kind in KINDS for d in (2, 3, 7) for norm in (1e-6, 0.1, 0.6, 0.97)]
+
+
+@pytest.mark.parametrize("s", SIZES)
+def test_log_gap_keeps_full_relative_accuracy(s):
+    if s > 1e-150:
+        assert abs(log_gap(s) / h(s) - 1) < 2e-15
+    else:
+        assert log_gap(s) == 0.5 * s * s
+    if 1e-150 < s < 0.9:
+        assert abs(log_gap(-s) - h(-s)) <= 2e-15 * h(-s)
+
+
+@pytest.mark.parametrize("z", [0.5, 0.7, 3.0, 1e3, 1e12])
+def test_log_gap_at_negative_arguments(z):
+    expected = mpmath.mpf(z) - mpmath.log(1 + mpmath.mpf(z))
+    assert abs(log_gap(-z) / expected - 1) < 2e-15
+
+
+@pytest.mark.parametrize("s", [s for s in SIZES if s >= 1e-20])
+def test_every_bound_of_norms_keeps_full_relative_accuracy(s):
+    assert abs(theorem7_bound(32768, s) / (32768 * h(s)) - 1) < 2e-15
+    assert abs(frobenius_bound(3.0, s) / (9 * h(s) / mpmath.mpf(s) ** 2) - 1) < 2e-15
+    with mpmath.workdps(200):
+        remainder = 9 * (h(s) - mpmath.mpf(s) ** 2 / 2) / mpmath.mpf(s) ** 2
+    assert abs(second_order_remainder_bound(3.0, s) / remainder - 1) < 4e-15
+
+
+def test_the_limits_at_zero():
+    assert theorem7_bound(5, 0.0) == 0.0
+    assert frobenius_bound(0.0, 0.0) == 0.0
+    assert frobenius_bound(2.0, 0.0) == 2.0
+    assert second_order_remainder_bound(2.0, 0.0) == 0.0
+    assert singular_value_bound(torch.zeros(3, 3)) == 0.0
+    assert leading_singular_value_bound(torch.zeros(1), 0.0) == 0.0
+    assert field_of_values_bounds(torch.zeros(3, 3)) == (0.0, 0.0)
+    assert frobenius_bound(1.0, 1e-12) == pytest.approx(0.5, rel=1e-11)
+
+
+@pytest.mark.parametrize(("kind", "d", "norm"), ZOO)
+def test_bounds_hold_and_are_ordered(kind, d, norm):
+    A = random_matrix(kind, d, norm, seed=d)
+    error = exact_error(A)
+    frobenius = float(torch.linalg.matrix_norm(A))
+    L = float(torch.linalg.matrix_norm(A, 2)) * (1 + 1e-15)
+    weyl = float(singular_value_bound(A))
+    values = torch.linalg.svdvals(A)
+    leading = [float(leading_singular_value_bound(values[: r + 1], frobenius)) for r in range(d)]
+    theorem7, fro = theorem7_bound(d, L), frobenius_bound(frobenius, L)
+    lower, upper = (float(side) for side in field_of_values_bounds(A))
+    tiny = 1e-14 * weyl
+    assert abs(error) <= weyl + tiny
+    assert weyl <= leading[-1] + tiny
+    assert all(later <= earlier + tiny for earlier, later in itertools.pairwise(leading))
+    assert leading[0] <= fro * (1 + 1e-14)
+    assert fro <= theorem7 * (1 + 1e-14)
+    assert lower - tiny <= error <= upper + tiny
+    second = error - float(torch.trace(A @ A)) / 2
+    assert abs(second) <= second_order_remainder_bound(frobenius, L) + tiny
+
+
+def test_frobenius_weyl_and_theorem7_are_attained():
+    L, k, d = 0.7, 3, 8
+    A = torch.zeros(d, d, dtype=torch.float64)
+    A[:k, :k] = -L * torch.eye(k, dtype=torch.float64)
+    error = k * float(h(L))
+    assert exact_error(A) == pytest.approx(error, rel=1e-15)
+    assert frobenius_bound(L * math.sqrt(k), L) == pytest.approx(error, rel=4e-15)
+    assert float(singular_value_bound(A)) == pytest.approx(error, rel=4e-15)
+    assert theorem7_bound(k, L) == pytest.approx(error, rel=4e-15)
+    assert tuple(map(float, field_of_values_bounds(A))) == pytest.approx((error, error), rel=4e-15)
+
+
+def test_the_second_order_remainder_is_attained():
+    L, k = 0.4, 3
+    A = -L * torch.eye(k, dtype=torch.float64)
+    remainder = exact_error(A) - float(torch.trace(A @ A)) / 2
+    assert second_order_remainder_bound(L * math.sqrt(k), L) == pytest.approx(remainder, rel=1e-13)
+
+
+def test_field_of_values_needs_no_contraction_and_both_sides_are_sharp():
+    K = torch.tensor([[0.0, 3.0], [-3.0, 0.0]])
+    lower, upper = field_of_values_bounds(K)
+    assert float(upper) == 0.0
+    assert float(lower) == pytest.approx(-9.0)
+    assert float(lower) <= exact_error(K) == pytest.approx(-math.log(10))
+    small = 1e-4 * K
+    assert float(field_of_values_bounds(small)[0]) == pytest.approx(exact_error(small), rel=1e-6)
+    S = torch.tensor([[4.0, 1.0], [1.0, -0.5]])
+    lower, upper = field_of_values_bounds(S)
+    assert float(lower) == float(upper) == pytest.approx(exact_error(S), rel=1e-13)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_field_of_values_holds_beyond_norm_one(seed):
+    A = random_matrix("general", 6, 1.0, seed)
+    S, K = (A + A.T) / 2, (A - A.T) / 2
+    A = S * (0.9 / torch.linalg.matrix_norm(S, 2)) + 5 * K
+    lower, upper = field_of_values_bounds(A)
+    assert float(lower) <= exact_error(A) <= float(upper)
+
+
+def test_the_worked_example_of_a_gaussian_matrix():
+    """The order of the bounds for a 60-dimensional Gaussian matrix of norm 0.9: each far below the one before."""
+    A = random_matrix("general", 60, 0.9, seed=0)
+    values, frobenius = torch.linalg.svdvals(A), float(torch.linalg.matrix_norm(A))
+    chain = [
+        theorem7_bound(60, 0.9),
+        frobenius_bound(frobenius, 0.9),
+        float(leading_singular_value_bound(values[:8], frobenius)),
+        float(singular_value_bound(A)),
+        float(field_of_values_bounds(A)[1]),
+        exact_error(A),
+    ]
+    assert all(large > 1.1 * small for large, small in itertools.pairwise(chain))
+    assert chain[0] == pytest.approx(84.155, abs=1e-3)
+
+
+def test_leading_bound_accepts_upper_bounds_of_the_singular_values():
+    A = random_matrix("general", 9, 0.8, seed=3)
+    values, frobenius = torch.linalg.svdvals(A), float(torch.linalg.matrix_norm(A))
+    g = torch.Generator().manual_seed(0)
+    best = float(leading_singular_value_bound(values[:4], frobenius))
+    for _ in range(50):
+        above = values[:4] + (0.95 - values[:4]) * torch.rand(4, generator=g, dtype=torch.float64) * 0.3
+        above = above.sort(descending=True).values
+        assert float(leading_singular_value_bound(above, frobenius * 1.01)) >= best
+
+
+def test_local_bound_is_per_sample():
+    norms = torch.tensor([0.0, 0.1, 0.9])
+    expected = [4 * float(h(float(s))) for s in norms]
+    assert local_theorem7_bound(4, norms).tolist() == pytest.approx(expected, rel=1e-14)
+
+
+def test_batches_broadcast_and_floats_stay_floats():
+    A = torch.stack([random_matrix(kind, 4, 0.5, 1) for kind in KINDS]).reshape(2, 4, 4, 4)
+    assert singular_value_bound(A).shape == (2, 4)
+    lower, upper = field_of_values_bounds(A)
+    assert lower.shape == upper.shape == (2, 4)
+    assert float(upper[1, 2]) == float(field_of_values_bounds(A[1, 2])[1])
+    grid = frobenius_bound(torch.ones(3, 1), torch.tensor([0.0, 0.5]))
+    assert grid.shape == (3, 2)
+    assert grid.dtype == torch.float64
+    assert isinstance(frobenius_bound(1.0, 0.5), float)
+    assert isinstance(theorem7_bound(3, 0.5), float)
+    assert leading_singular_value_bound(torch.rand(5, 1) * 0.5, torch.ones(5)).shape == (5,)
+
+
+@pytest.mark.parametrize("s", [0.0, 1e-8, 0.3, 0.499999, 0.500001, 0.8])
+def test_the_derivative_of_h_is_finite_and_right(s):
+    x = torch.tensor(s, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(log_gap(x), x)
+    assert float(gradient) == pytest.approx(s / (1 - s), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: theorem7_bound(3, 1.0), r"lipschitz = 1: the bound needs 0 <= L < 1"),
+        (lambda: theorem7_bound(3, -0.1), r"lipschitz = -0.1"),
+        (lambda: theorem7_bound(3, math.nan), r"lipschitz is nan"),
+        (lambda: theorem7_bound(3, math.inf), r"lipschitz = inf"),
+        (lambda: theorem7_bound(0, 0.5), r"dim = 0"),
+        (lambda: theorem7_bound(2.5, 0.5), r"dim = 2.5"),
+        (lambda: theorem7_bound(True, 0.5), r"dim = True"),
+        (lambda: frobenius_bound(-1.0, 0.5), r"frobenius_norm = -1"),
+        (lambda: frobenius_bound(math.inf, 0.5), r"frobenius_norm = inf"),
+        (lambda: frobenius_bound(1.0, 2.0), r"lipschitz = 2"),
+        (lambda: second_order_remainder_bound(1.0, 1.0), r"lipschitz = 1"),
+        (lambda: local_theorem7_bound(3, torch.tensor([0.1, 1.5])), r"local norm = 1.5 \(entry 1\)"),
+        (lambda: log_gap(1.0), r"s = 1"),
+        (lambda: singular_value_bound(torch.eye(2)), r"spectral norm = 1"),
+        (lambda: singular_value_bound(torch.ones(2, 3)), r"shape \(2, 3\)"),
+        (lambda: singular_value_bound(torch.full((2, 2), math.nan)), r"not finite"),
+        (lambda: singular_value_bound(torch.zeros(2, 2, dtype=torch.complex64)), r"complex"),
+        (lambda: field_of_values_bounds(-torch.eye(2)), r"lambda_min of the symmetric part = -1"),
+        (lambda: leading_singular_value_bound(torch.tensor([0.1, 0.2]), 1.0), r"descending"),
+        (lambda: leading_singular_value_bound(torch.zeros(0), 1.0), r"empty"),
+        (lambda: theorem7_bound(3, torch.tensor(True)), r"bool"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(InputError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
