@@ -1,0 +1,1 @@
+"""Training of the bundled digits model; run as ``python -m scaled.digits.train``."""

@@ -1,0 +1,245 @@
+"""Stage 4: the contrastive image-text scorer, a tiny CLIP trained on its own handwriting with hard negatives.
+
+Positives are scenes and the sentences they satisfy; negatives are the other sentences of the batch and edits of the
+right one (another digit, colour, count or relation, attributes or places exchanged). Sentences that happen to be true
+of an image are left out of its negatives. Some digits are fused with another and count as absent, so that illegible
+ink does not score. A second loss reads digit and colour of each cell from the patch states; its head is thrown away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from scaled.digits.scenes import (
+    COLOURS,
+    EMPTY,
+    NUMBERS,
+    RELATIONS,
+    Prompt,
+    Scans,
+    all_prompts,
+    load_scans,
+    render,
+    sample_scene,
+    truth_table,
+)
+from scaled.digits.train.common import (
+    Average,
+    PromptSampler,
+    load_autoencoder,
+    optimiser,
+    record,
+    steps_logged,
+)
+from scaled.digits.train.tokenizers import CLIP_LENGTH, clip_tokenizer
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PATCH = 4
+HARD = 4
+
+
+def build(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """An untrained CLIP for 32 x 32 images and sentences of the grammar."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CLIP_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "hidden_act": "quick_gelu",
+    }
+    vision = {
+        "image_size": 32,
+        "patch_size": PATCH,
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "hidden_act": "quick_gelu",
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
+
+
+def processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
+    """The processor that belongs to it."""
+    image = CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=CLIP_MEAN, image_std=CLIP_STD
+    )
+    return CLIPProcessor(image_processor=image, tokenizer=tokenizer)
+
+
+def edit(prompt: Prompt, rng: random.Random) -> Prompt:
+    """A sentence close to `prompt` that says something else."""
+    digits, colours = list(prompt.digits), list(prompt.colours)
+    choices = ["digit"]
+    if prompt.kind == "counting":
+        choices = ["digit", "count", "count"]
+    elif prompt.kind == "colours":
+        choices = ["digit", "colour"]
+    elif prompt.kind == "position":
+        choices = ["digit", "relation", "swap"]
+    elif prompt.kind == "attribution":
+        choices = ["digit", "colour", "swap"]
+    k = rng.randrange(len(digits))
+    match rng.choice(choices):
+        case "digit":
+            digits[k] = rng.choice([d for d in range(10) if d not in digits])
+        case "colour":
+            colours[k] = rng.choice([c for c in range(len(COLOURS)) if c not in colours])
+        case "count":
+            return dataclasses.replace(prompt, count=rng.choice([n for n in NUMBERS.values() if n != prompt.count]))
+        case "relation":
+            return dataclasses.replace(prompt, relation=rng.choice([r for r in RELATIONS if r != prompt.relation]))
+        case _ if prompt.kind == "attribution":
+            colours.reverse()
+        case _:
+            digits.reverse()
+    return dataclasses.replace(prompt, digits=tuple(digits), colours=tuple(colours))
+
+
+class CellHead(nn.Module):
+    """Auxiliary reader of (digit or none, colour) of each cell from CLIP's patch states."""
+
+    def __init__(self, width: int) -> None:
+        """Build the layer."""
+        super().__init__()
+        self.side = 16 // PATCH
+        self.out = nn.Linear(width * self.side**2, 11 + len(COLOURS))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(n, 64, width) patch states to (n, 4, 17) logits."""
+        n, _, width = states.shape
+        grid = states.view(n, 2, self.side, 2, self.side, width).permute(0, 1, 3, 2, 4, 5)
+        out: Tensor = self.out(grid.reshape(n, 4, -1))
+        return out
+
+
+def batch_of_scenes(sampler: PromptSampler, scans: Scans, n: int, seed: int) -> tuple[Tensor, Tensor, list[Prompt]]:
+    """Images, what they legibly show (n, 4, 2), and a sentence that each satisfies."""
+    rng = sampler.rng
+    prompts, scenes = sampler(n), []
+    for prompt in prompts:
+        cells = list(sample_scene(prompt, rng).cells)
+        if rng.random() < 0.3 and prompt.kind != "counting":
+            # A bystander, so that presence and not emptiness of the rest is what counts.
+            free = [i for i, (d, _) in enumerate(cells) if d == EMPTY]
+            if free:
+                cells[rng.choice(free)] = (rng.randrange(10), rng.randrange(len(COLOURS)))
+        scenes.append(type(sample_scene(None, rng))(tuple(cells)))
+    generator = torch.Generator().manual_seed(seed)
+    spoiled = torch.rand(n, 4, generator=generator) < 0.08
+    images = render(scenes, scans, seed=seed, warp=1.0, spoiled=spoiled)
+    cells = torch.tensor([scene.cells for scene in scenes])
+    cells[..., 0] = torch.where(spoiled, EMPTY, cells[..., 0])
+    return images, cells, prompts
+
+
+def pixels(images: Tensor) -> Tensor:
+    """CLIP's normalisation of images in [0, 1]."""
+    return (images - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+
+
+def tokenise(tokenizer: CLIPTokenizer, prompts: list[Prompt]) -> dict[str, Tensor]:
+    """Padded token ids and mask of sentences."""
+    out = tokenizer([p.text for p in prompts], padding="max_length", max_length=CLIP_LENGTH, return_tensors="pt")
+    return {"input_ids": out.input_ids, "attention_mask": out.attention_mask}
+
+
+def train(work: Path, *, seed: int, steps: int, batch: int = 96) -> None:
+    """Train the scorer.
+
+    Args:
+        work: Folder with ``vae/``; receives ``clip/``.
+        seed: Seed of weights and data.
+        steps: Optimiser steps.
+        batch: Images a step.
+    """
+    torch.manual_seed(seed)
+    start, tokenizer = time.monotonic(), clip_tokenizer()
+    model, vae = build(tokenizer).train(), load_autoencoder(work)
+    head = CellHead(model.config.vision_config.hidden_size)
+    sampler, scans, log = PromptSampler(seed), load_scans("scorer"), {}
+    adam, schedule = optimiser([*model.parameters(), *head.parameters()], 1.5e-3, steps, decay=0.05)
+    average = Average(model, 0.998)
+    for step in steps_logged(steps, 100, log, "scorer"):
+        images, cells, prompts = batch_of_scenes(sampler, scans, batch, seed * 1_000_003 + step)
+        with torch.no_grad():
+            # Half the images go through the autoencoder with noisy latents: what a generator's output looks like.
+            part = images[: batch // 2] * 2 - 1
+            z = vae.encode(part, return_dict=False)[0]
+            z = z + 0.35 * torch.rand(len(z), 1, 1, 1) * torch.randn_like(z)
+            images[: batch // 2] = vae.decode(z, return_dict=False)[0] / 2 + 0.5
+            images = (images + 0.06 * torch.rand(batch, 1, 1, 1) * torch.randn_like(images)).clamp(0, 1)
+        texts = prompts + [edit(p, sampler.rng) for p in prompts for _ in range(HARD)]
+        seen = model.vision_model(pixel_values=pixels(images))
+        image = F.normalize(model.visual_projection(seen.pooler_output), dim=-1)
+        spoken = model.text_model(**tokenise(tokenizer, texts)).pooler_output
+        text = F.normalize(model.text_projection(spoken), dim=-1)
+        truth = truth_table(cells, texts)
+        own = torch.arange(batch)
+        valid = truth[own, own]  # false where a named digit was spoiled
+        logits = model.logit_scale.exp() * image @ text.T
+        forbidden = truth.clone()
+        forbidden[own, own] = False
+        by_image = F.cross_entropy(logits.masked_fill(forbidden, -1e4)[valid], own[valid])
+        square = logits[:, :batch].masked_fill(forbidden[:, :batch], -1e4)
+        by_text = F.cross_entropy(square.T[valid], own[valid])
+        read = head(seen.last_hidden_state[:, 1:])
+        digit, shown = cells[..., 0], cells[..., 0] != EMPTY
+        aux = F.cross_entropy(read[..., :11].flatten(0, 1), torch.where(shown, digit, 10).flatten())
+        aux = aux + F.cross_entropy(read[..., 11:][shown], cells[..., 1][shown])
+        loss = by_image + by_text + aux
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(50))
+        average.update(model)
+        now = {
+            "by_image": by_image,
+            "by_text": by_text,
+            "aux": aux,
+            "hit": (logits.masked_fill(forbidden, -1e4).argmax(1) == own)[valid].float().mean(),
+        }
+        log.update({k: v.detach() if k not in log else 0.95 * log[k] + 0.05 * v.detach() for k, v in now.items()})
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            average.module.save_pretrained(work / "clip")
+            processor(tokenizer).save_pretrained(work / "clip")
+    figures = accuracy(average.module, tokenizer, seed=seed + 1)
+    record(work, "scorer", {**figures, "steps": steps, "seconds": round(time.monotonic() - start, 1)})
+    print(figures, flush=True)
+
+
+@torch.no_grad()
+def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, *, seed: int, n: int = 1024) -> dict[str, float]:
+    """How often the right sentence beats one edit of it, per kind, on handwriting of the generator's split."""
+    rng, model = random.Random(seed), model.eval()
+    kinds = {}
+    for kind in ("single", "two", "counting", "colours", "position", "attribution"):
+        members = [p for p in all_prompts().values() if p.kind == kind]
+        prompts = [rng.choice(members) for _ in range(n // 6)]
+        scenes = [sample_scene(p, rng) for p in prompts]
+        images = render(scenes, load_scans("generator"), seed=seed)
+        edits = [edit(p, rng) for p in prompts]
+        seen = model(pixel_values=pixels(images), **tokenise(tokenizer, prompts + edits))
+        right, wrong = seen.text_embeds.chunk(2)
+        margin = (seen.image_embeds * (right - wrong)).sum(-1)
+        false = ~truth_table(torch.tensor([s.cells for s in scenes]), edits).diagonal()
+        kinds[kind] = float((margin > 0)[false].float().mean())
+    return {f"right_beats_edit_{kind}": round(v, 4) for kind, v in kinds.items()}
