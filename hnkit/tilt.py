@@ -39,17 +39,35 @@ class TiltedProblem(Protocol):
     logarithms; tensors are float64; `n` is the number of samples. Equations are those of arXiv 2508.09968.
     """
 
-    name: str
-    statement: str
-    """One line: the generator, the reward and the dimension."""
-    alpha: float
-    """Temperature of the tilt."""
-    injective: bool
-    """Whether `g` is injective; if not, many noise laws have the output law `p*` (Theorem 3, part 2)."""
-    unavailable: frozenset[str]
-    """Names of members that raise `InputError` for this problem."""
-    discontinuous: frozenset[str]
-    """Names of the maps (`"l2_map"`) that jump or are not differentiable on more than a null set."""
+    @property
+    def name(self) -> str:
+        """The name it is listed under."""
+        ...
+
+    @property
+    def statement(self) -> str:
+        """One line: the generator, the reward and the dimension."""
+        ...
+
+    @property
+    def alpha(self) -> float:
+        """Temperature of the tilt."""
+        ...
+
+    @property
+    def injective(self) -> bool:
+        """Whether `g` is injective; if not, many noise laws have the output law `p*` (Theorem 3, part 2)."""
+        ...
+
+    @property
+    def unavailable(self) -> frozenset[str]:
+        """Names of members that raise `InputError` for this problem."""
+        ...
+
+    @property
+    def discontinuous(self) -> frozenset[str]:
+        """Names of the maps that jump somewhere (`"l2_map"`): Stein's identity does not hold for them."""
+        ...
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -219,9 +237,9 @@ def optimality_gap(
 ) -> GapEstimate:
     """Distance of a map from the optimum, in nats: `KL(p0^phi || p0*) = J_noise(f) + log Z* >= 0`.
 
-    `J_noise(f) = KL(p0^phi || p0) - E[r(g(x + f(x)))]/alpha` (Gibbs variational principle). With the change-of-variables
-    form the integrand is `log p0(x) - log|det(I + J)| - log p0*(x + f(x))`: at the optimal map it vanishes at every
-    `x`, so the estimate has no variance there. If `T` is not injective this is a lower bound of the gap.
+    `J_noise(f) = KL(p0^phi || p0) - E[r(g(x + f(x)))]/alpha` (Gibbs variational principle). With the
+    change-of-variables form the integrand is `log p0(x) - log|det(I + J)| - log p0*(x + f(x))`: at the optimal map it
+    vanishes at every `x`, so the estimate has no variance there. If `T` is not injective this is a lower bound.
 
     Args:
         problem: generator, reward and `log Z*`.

@@ -71,7 +71,7 @@ class Toy(ABC):
         """The gap of `second_order_map`, known for the linear-Gaussian toys alone."""
         raise self._missing("second_order_gap", "it is known for the linear-Gaussian problems")
 
-    def gap_of_affine(self, slope: Tensor, offset: Tensor) -> float:
+    def gap_of_affine(self, slope: Tensor, offset: Tensor) -> float:  # noqa: ARG002
         """The gap of `x -> slope x + offset`, known for the linear-Gaussian toys alone."""
         raise self._missing("gap_of_affine", "it is known for the linear-Gaussian problems")
 

@@ -266,9 +266,8 @@ class LinearGaussian(Toy):
         """
         slope, offset = float64(slope), float64(offset)
         if slope.shape != (self.dim,) * 2 or offset.shape != (self.dim,):
-            raise InputError(
-                f"K, c of shapes {tuple(slope.shape)}, {tuple(offset.shape)}: give ({self.dim}, {self.dim}), ({self.dim},)"
-            )
+            d, given = self.dim, (tuple(slope.shape), tuple(offset.shape))
+            raise InputError(f"K, c of shapes {given[0]}, {given[1]}: give ({d}, {d}), ({d},)")
         return kl_gaussians(offset, slope @ slope.mT, self.mean, self.covariance)
 
     def alternatives(self) -> list[NoiseLaw]:
@@ -287,7 +286,8 @@ class LinearGaussian(Toy):
             kl = kl_gaussians(mean, stretch @ self.covariance @ stretch, zero, identity)
 
             def sample(n: int, generator: torch.Generator) -> Tensor:
-                return self.sample_p0_star(n, generator) @ stretch + shift * direction
+                moved: Tensor = self.sample_p0_star(n, generator) @ stretch + shift * direction
+                return moved
 
             return NoiseLaw(name, sample, kl)
 
@@ -300,7 +300,8 @@ class LinearGaussian(Toy):
 
 def _rotation(dim: int, seed: int) -> Tensor:
     matrix = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return torch.linalg.qr(matrix).Q
+    rotation: Tensor = torch.linalg.qr(matrix).Q
+    return rotation
 
 
 def linear_gaussian(dim: int = 6, alpha: float = 1.0) -> LinearGaussian:

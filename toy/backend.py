@@ -1,0 +1,270 @@
+"""The toys as a backend of the trainer: a small float64 network moves the noise of a problem with a known optimum."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from hnkit._errors import InputError
+from hnkit._files import atomic_write
+from hnkit.backend import Condition
+from hnkit.tilt import TiltedProblem
+from toy import PROBLEMS
+
+FORMAT = "hnkit-toy-adapter-1"
+CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class ToyOptions:
+    """What the table `[backend]` of the toy backend may hold.
+
+    Attributes:
+        problem: name of a listed problem.
+        hypernetwork: `"affine"`, `f(x) = A x + c`, or `"mlp"`, tanh layers of `width` with a linear last layer.
+        width: of the hidden layers of the MLP.
+        depth: number of hidden layers of the MLP.
+        seed: of the MLP's initial weights; its last layer starts at zero.
+    """
+
+    problem: str = "linear-gaussian"
+    hypernetwork: Literal["affine", "mlp"] = "affine"
+    width: int = 64
+    depth: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.problem not in PROBLEMS:
+            raise InputError(f"backend.problem = {self.problem!r}: accepted are {', '.join(PROBLEMS)}")
+        if self.hypernetwork not in ("affine", "mlp"):
+            raise InputError(f"backend.hypernetwork = {self.hypernetwork!r}: accepted are affine, mlp")
+        for key, least in (("width", 1), ("depth", 1), ("seed", 0)):
+            if getattr(self, key) < least:
+                raise InputError(f"backend.{key} = {getattr(self, key)}: accepted is an integer >= {least}")
+
+
+class ToyHypernetwork(nn.Module):
+    """`f(x) = body(x)`; the condition is ignored. `body` is what a Lipschitz certificate walks through."""
+
+    def __init__(self, body: nn.Sequential) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, noise: Tensor, condition: Condition | None = None) -> Tensor:  # noqa: ARG002
+        """The delta of `noise`, `(n, d)`, float64."""
+        delta: Tensor = self.body(noise.double())
+        return delta
+
+    def without_condition(self) -> nn.Sequential:
+        """The same map as a module of the noise alone."""
+        return self.body
+
+
+@dataclass(frozen=True)
+class ToyReward:
+    """The problem's own reward as a reward of a backend; prompts are ignored."""
+
+    problem: TiltedProblem
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Name of the problem."""
+        return self.problem.name
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:  # noqa: ARG002
+        """Rewards `(n,)` of the outputs `images`."""
+        return self.problem.reward(images)
+
+
+class ToyBackend:
+    """A problem's generator with a trainable network on its noise; see `hnkit.backend.Backend`.
+
+    Attributes:
+        problem: the problem, at its own temperature; `problem.with_alpha` gives it at the training run's.
+        default_reward: its reward.
+        noise_dtype: the toys work in float64.
+    """
+
+    noise_dtype = torch.float64
+
+    def __init__(self, options: ToyOptions) -> None:
+        self.name = "toy"
+        self.options = options
+        self.problem = PROBLEMS[options.problem]()
+        self.noise_shape = self.problem.noise_shape
+        self.default_reward = ToyReward(self.problem)
+        self.hypernetwork: nn.Module = ToyHypernetwork(_body(options, self.noise_shape[0]))
+
+    def prompts(self) -> tuple[list[str], list[str]]:
+        """One training and one held-out prompt; the toys ignore both."""
+        return ["toy"], ["toy, held out"]
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """The prompts themselves: the toys have no condition."""
+        return Condition(tuple(prompts))
+
+    def generate(self, noise: Tensor, condition: Condition, steps: int = 1) -> Tensor:  # noqa: ARG002
+        """`g(noise)`, `(n, m)`; one-step generators only."""
+        if steps != 1:
+            raise InputError(f"{steps} sampler steps for the toy backend: its generators have one")
+        return self.problem.generate(noise)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write `adapter.safetensors` and, last, `adapter.json` with its checksum to a new or empty folder.
+
+        Raises:
+            InputError: the folder is not empty.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise InputError(f"adapter folder {folder} is not empty and nothing in it is overwritten: name a new one")
+        weights = save_tensors({key: value.contiguous() for key, value in self.hypernetwork.state_dict().items()})
+        atomic_write(folder / WEIGHTS, weights)
+        config = {"format": FORMAT, **dataclasses.asdict(self.options), "sha256": hashlib.sha256(weights).hexdigest()}
+        atomic_write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read what `save_adapter` wrote; the network is unchanged if anything does not match.
+
+        Raises:
+            InputError: the adapter is missing, damaged, or made with other options; the message names the key.
+        """
+        found = adapter_options(folder)
+        relevant = ["problem", "hypernetwork"] + ["width", "depth"] * (self.options.hypernetwork == "mlp")
+        for key in relevant:
+            have, want = getattr(found, key), getattr(self.options, key)
+            if have != want:
+                raise InputError(
+                    f"adapter {folder} has {key} = {have!r}, this backend {key} = {want!r}: "
+                    f"load it with backend.{key} = {have}"
+                )
+        state = _read_weights(folder)
+        own = self.hypernetwork.state_dict()
+        unmatched = sorted(set(own) ^ set(state))
+        if unmatched:
+            where = "lacks" if unmatched[0] in own else "has the foreign key"
+            raise InputError(f"adapter {folder} {where} {unmatched[0]}: it is not an adapter of this network")
+        for key, value in state.items():
+            if value.shape != own[key].shape or value.dtype != own[key].dtype:
+                raise InputError(
+                    f"adapter {folder}: {key} is {value.dtype} {tuple(value.shape)}, this network needs "
+                    f"{own[key].dtype} {tuple(own[key].shape)}"
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise InputError(f"adapter {folder}: {key} is not finite, its training diverged: take an earlier one")
+        self.hypernetwork.load_state_dict(state)
+
+
+def adapter_options(folder: Path) -> ToyOptions:
+    """The options that the adapter in `folder` was trained with; a damaged or foreign one raises `InputError`."""
+    config = _read_config(folder)
+    if config.get("format") != FORMAT:
+        raise InputError(f"{folder / CONFIG}: format = {config.get('format')!r}, accepted is {FORMAT!r}")
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(ToyOptions):
+        value = config.get(item.name)
+        if type(value) is not type(item.default):
+            raise InputError(f"{folder / CONFIG}: {item.name} = {value!r}, accepted is {type(item.default).__name__}")
+        values[item.name] = value
+    try:
+        return ToyOptions(**values)
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG}: {error}") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"adapter file {path} cannot be read ({error.strerror}): name a folder that holds {CONFIG} and {WEIGHTS}"
+        ) from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(_read(folder / CONFIG))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG} is damaged (not a JSON object): take another copy of the adapter")
+    return config
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    data = _read(folder / WEIGHTS)
+    if hashlib.sha256(data).hexdigest() != _read_config(folder).get("sha256"):
+        raise InputError(
+            f"{folder / WEIGHTS} does not match the checksum in {CONFIG}: the adapter is damaged, take another copy"
+        )
+    try:
+        return load_tensors(data)
+    except SafetensorError as error:
+        raise InputError(f"{folder / WEIGHTS} is not a safetensors file ({error}): take another copy") from None
+
+
+def _body(options: ToyOptions, dim: int) -> nn.Sequential:
+    """The network, zero at the start because its last layer is; nothing is drawn from the global generator."""
+    widths = [dim, *[options.width] * options.depth * (options.hypernetwork == "mlp"), dim]
+    generator = torch.Generator().manual_seed(options.seed)
+    layers: list[nn.Module] = []
+    for index, (width, following) in enumerate(itertools.pairwise(widths)):
+        layer = nn.utils.skip_init(nn.Linear, width, following, dtype=torch.float64)  # type: ignore[no-untyped-call]
+        nn.init.zeros_(layer.bias)
+        if index == len(widths) - 2:
+            nn.init.zeros_(layer.weight)
+            layers.append(layer)
+        else:
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+            layers += [layer, nn.Tanh()]
+    return nn.Sequential(*layers)
+
+
+_ITEM_E = {
+    "backend.problem": "linear-gaussian",
+    "backend.hypernetwork": "affine",
+    "train.steps": 3000,
+    "train.batch": 1024,
+    "train.optimizer": "adamw",
+    "train.lr": 0.02,
+    "train.schedule": "cosine",
+    "train.clip": 0.0,
+}
+
+
+class ToyFactory:
+    """What the entry point `toy` of the group `hnkit.backends` names."""
+
+    name = "toy"
+    summary = "closed-form problems with a small network, to see what each loss learns"
+    options: type[Any] = ToyOptions
+    presets: Mapping[str, Mapping[str, Any]] = MappingProxyType({"item-e": MappingProxyType(_ITEM_E)})
+
+    def load(self, options: ToyOptions) -> ToyBackend:
+        """Build the backend."""
+        return ToyBackend(options)
+
+    def status(self) -> str:
+        """One line for `hnkit backends`."""
+        return f"ready; problems: {', '.join(PROBLEMS)}"
+
+    def adapter_options(self, folder: Path) -> ToyOptions:
+        """The options that a saved adapter was trained with, so that it can be loaded without repeating them."""
+        return adapter_options(folder)
+
+
+FACTORY = ToyFactory()
