@@ -1,0 +1,225 @@
+"""The one training loss of noise hypernetworks: KL term minus reward over temperature, per sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hnkit._errors import InputError
+from hnkit.backend import NoiseMap, select_rows
+from hnkit.estimators import (
+    PROBES,
+    ArnoldiProcess,
+    KrylovSpace,
+    Probe,
+    dot,
+    draw_probes,
+    phi_corner,
+    ratio,
+    refuse_expansive,
+)
+from hnkit.jacobian import RowJacobian, check_batch, evaluate, recording
+from hnkit.logdet import log_det_error
+
+KLTerm = Literal["l2", "second-order", "arnoldi", "exact"]
+KL_TERMS: tuple[KLTerm, ...] = ("l2", "second-order", "arnoldi", "exact")
+Reduction = Literal["sum", "mean"]
+REDUCTIONS: tuple[Reduction, ...] = ("sum", "mean")
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The loss of every row, with its parts; `total == kl - reward / alpha` row by row.
+
+    Attributes:
+        total: `(n,)`; its mean is what to minimise.
+        kl: `(n,)`, the KL term as it enters `total`: nats, or nats per dimension under the reduction "mean".
+        reward: `(n,)`, the reward as it was returned.
+        x_hat: `(n, *shape)`, the moved noise `x + f(x)`.
+        solve_error: `(n,)`, estimated relative error of the linear solve behind the gradient of E(J); 0 where there
+            is none.
+    """
+
+    total: Tensor
+    kl: Tensor
+    reward: Tensor
+    x_hat: Tensor
+    solve_error: Tensor
+
+
+@dataclass(frozen=True)
+class NoiseLoss:
+    """`KL term - r(g(x + f(x))) / alpha` per sample, at least in float32.
+
+    The KL term is `|f|^2/2` ("l2", eq. 11 of the paper), plus an unbiased estimate of `tr(J^2)/2` ("second-order"), or
+    of `E(J)` up to the truncation of a Krylov space ("arnoldi"), or `E(J)` itself ("exact": d products per sample, for
+    small d). "arnoldi" and "second-order" compute value and gradient apart: the value is the estimator's, the gradient
+    that of `<w, dJ v>` with `(I + J^T) w = J^T v` (w = J^T v for second order), whose mean over probes is
+    `tr[J (I + J)^-1 dJ] = dE(J)`. Backward passes are reverse over reverse.
+
+    Args:
+        kl: "l2", "second-order", "arnoldi" or "exact".
+        alpha: temperature, positive.
+        reduction: "sum" over dimensions (the theory), or "mean" (the KL term divided by d, as in the published code).
+        probes: probes per sample of "second-order" and "arnoldi".
+        steps: Krylov steps of "arnoldi"; `None`: adaptive, to `tolerance`.
+        tolerance: relative residual that adaptive steps aim at.
+        max_steps: limit of the adaptive steps.
+        probe: law of the probes.
+
+    Raises:
+        InputError: an argument is out of range.
+
+    Source: arXiv 2508.09968, eq. 8, 11 and 65; `proofs/gradient_surrogate`.
+    """
+
+    kl: KLTerm = "l2"
+    alpha: float = 1.0
+    reduction: Reduction = "sum"
+    probes: int = 1
+    steps: int | None = None
+    tolerance: float = 1e-3
+    max_steps: int = 32
+    probe: Probe = "rademacher"
+
+    def __post_init__(self) -> None:
+        if self.kl not in KL_TERMS:
+            raise InputError(f"unknown kl {self.kl!r}: accepted are {', '.join(KL_TERMS)}")
+        if self.reduction not in REDUCTIONS:
+            raise InputError(f"unknown reduction {self.reduction!r}: accepted are {', '.join(REDUCTIONS)}")
+        if self.probe not in PROBES:
+            raise InputError(f"unknown probe {self.probe!r}: accepted are {', '.join(PROBES)}")
+        if not 0 < self.alpha < math.inf:
+            raise InputError(f"alpha {self.alpha!r} is not a positive number: give a temperature above 0")
+        if not 0 < self.tolerance < 1:
+            raise InputError(f"tolerance {self.tolerance!r} is not in (0, 1): give a relative residual such as 1e-3")
+        for name in ("probes", "steps", "max_steps"):
+            count = getattr(self, name)
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise InputError(f"{name} {count!r} is not a positive whole number: give 1 or more")
+
+    def effective_alpha(self, dim: int) -> float:
+        """The temperature of the tilted law that this loss aims at, for noise of `dim` entries.
+
+        Dividing the KL term by d is, up to the factor d of the whole loss, the sum with temperature `alpha / d`.
+        """
+        return self.alpha if self.reduction == "sum" else self.alpha / dim
+
+    def __call__(
+        self,
+        f: NoiseMap,
+        x: Tensor,
+        generate: Callable[[Tensor], Tensor],
+        reward: Callable[[Tensor], Tensor],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> LossTerms:
+        """Evaluate the loss on a batch; `terms.total.mean().backward()` gives its gradient in f's parameters.
+
+        Args:
+            f: the noise hypernetwork, batch-first, rows independent.
+            x: `(n, *shape)` base noise; no gradient flows into it.
+            generate: noise `(n, *shape)` to outputs, differentiable.
+            reward: outputs to `(n,)`, differentiable.
+            generator: of the probes.
+
+        Raises:
+            InputError: a map or reward of the wrong shape; a local norm of at least 1 under "arnoldi".
+            NonFiniteError: f or a product is not finite; the sample is named.
+        """
+        check_batch(x)
+        x = x.detach()
+        dim = x[0].numel()
+        solve_error = torch.zeros(x.shape[0], device=x.device)
+        if self.kl == "l2":
+            delta = evaluate(f, x)
+            extra: Tensor | float = 0.0
+        else:
+            operator = RowJacobian(f, x, twice=True)
+            delta = operator.output
+            if self.kl == "exact":
+                extra = log_det_error(_dense_with_graph(operator, f, x))
+            else:
+                extra, solve_error = self._probed_error(operator, f, x, generator)
+        moved = delta.to(torch.promote_types(delta.dtype, torch.float32))
+        term = moved.flatten(1).square().sum(1) / 2 + extra
+        if self.reduction == "mean":
+            term = term / dim
+        x_hat = x + delta.to(torch.promote_types(x.dtype, delta.dtype))
+        score = reward(generate(x_hat))
+        if not isinstance(score, Tensor) or score.shape != (x.shape[0],):
+            shape = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise InputError(f"the reward returned {shape} for {x.shape[0]} outputs: it must return ({x.shape[0]},)")
+        score = score.to(torch.promote_types(score.dtype, torch.float32))
+        return LossTerms(term - score / self.alpha, term, score, x_hat, solve_error)
+
+    def _probed_error(
+        self, operator: RowJacobian, f: NoiseMap, x: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Estimate of E(J) per row, carrying the surrogate's gradient, and the relative error of its solve."""
+        n = x.shape[0]
+        if self.probes > 1:
+            index = torch.arange(n, device=x.device).repeat_interleave(self.probes)
+            operator = RowJacobian(select_rows(f, index), x[index], samples=index, twice=True)
+        probe = draw_probes(operator.rows, operator.dim, self.probe, generator, x.device)
+        if self.kl == "second-order":
+            weight = operator.vjp(probe)
+            surrogate = dot(operator.vjp(weight, create_graph=True), probe)
+            value = surrogate.detach() / 2
+            error = torch.zeros_like(value)
+        else:
+            value, weight, error = self._value_and_weight(operator, probe)
+            surrogate = dot(operator.vjp(weight, create_graph=True), probe)
+        with recording():
+            joined = value + (surrogate - surrogate.detach())
+        return joined.reshape(n, self.probes).mean(1), error.reshape(n, self.probes).amax(1)
+
+    def _value_and_weight(self, operator: RowJacobian, probe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`v^T phi(J) v`, the solution of `(I + J^T) w = J^T v` by GMRES, and its relative error, from one space."""
+        process = ArnoldiProcess(operator, probe)
+        limit = min(operator.dim, self.max_steps if self.steps is None else self.steps)
+        while process.steps < limit:
+            process.advance()
+            if not bool(process.alive.any()):
+                break
+            if self.steps is None and bool((_gmres(process.space)[1] <= self.tolerance).all()):
+                break
+        space = process.space
+        norm = refuse_expansive(space.hessenberg, "arnoldi")
+        value = space.scale**2 * phi_corner(space.hessenberg[:, :-1])
+        coefficients, residual = _gmres(space)
+        weight = torch.einsum("krd,rk->rd", space.basis[:-1], coefficients)
+        # sigma_min(I + J) >= 1 - |J|_2; the norm known here is a lower bound, so this is an estimate.
+        return value, weight, residual / (1 - norm)
+
+
+def _gmres(space: KrylovSpace) -> tuple[Tensor, Tensor]:
+    """Least-squares solution of `(I + J^T) w = J^T v` in the Krylov space.
+
+    Returns:
+        The coefficients `(rows, m)` of w in the basis, and `|residual| / |J^T v|`, `(rows,)`.
+    """
+    H = space.hessenberg
+    system = H.clone()
+    system.diagonal(dim1=-2, dim2=-1).add_(1)
+    right = H[:, :, 0] * space.scale[:, None]
+    # A row whose space is exhausted has zero basis vectors: its columns are unit vectors, and their coefficients 0.
+    Q, R = torch.linalg.qr(system)
+    projected = torch.einsum("rkm,rk->rm", Q, right)
+    coefficients = torch.linalg.solve_triangular(R, projected[:, :, None], upper=True)[:, :, 0]
+    residual = right - torch.einsum("rkm,rm->rk", system, coefficients)
+    return coefficients, ratio(residual.norm(dim=1), right.norm(dim=1))
+
+
+def _dense_with_graph(operator: RowJacobian, f: NoiseMap, x: Tensor) -> Tensor:
+    """The Jacobian of every row, `(n, d, d)`, differentiable in the parameters of f; d rows per sample at once."""
+    n, dim = operator.rows, operator.dim
+    index = torch.arange(n, device=x.device).repeat_interleave(dim)
+    replicated = RowJacobian(select_rows(f, index), x[index], samples=index, twice=True)
+    basis = torch.eye(dim, dtype=torch.float64, device=x.device).repeat(n, 1)
+    return replicated.vjp(basis, create_graph=True).reshape(n, dim, dim)
