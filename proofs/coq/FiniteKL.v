@@ -137,11 +137,19 @@ Qed.
 Lemma dominated_refl p : dominated p p.
 Proof. exact/dominatedP. Qed.
 
+Lemma kl_ge0 q p : (0%:E <= kl q p)%E.
+Proof. by rewrite /kl; case: ifP => [/kl_sum_ge0 // | _]; rewrite ?lee_fin ?leey. Qed.
+
+Lemma kl_eq0 q p : kl q p = 0%:E -> q =1 p.
+Proof. by rewrite /kl; case: ifP => // qp [] /(kl_sum_eq0 qp). Qed.
+
+Lemma kl_refl p : kl p p = 0%:E.
+Proof. by rewrite /kl dominated_refl kl_sum_refl. Qed.
+
 Theorem gibbs q p : (0%:E <= kl q p)%E /\ (kl q p = 0%:E <-> q =1 p).
 Proof.
-split; first by rewrite /kl; case: ifP => [/kl_sum_ge0 // | _]; rewrite ?lee_fin ?leey.
-split=> [|e]; last by rewrite (eq_kl e (frefl _)) /kl dominated_refl kl_sum_refl.
-by rewrite /kl; case: ifP => // qp [] /(kl_sum_eq0 qp).
+split; first exact: kl_ge0.
+by split=> [/kl_eq0 // | e]; rewrite (eq_kl e (frefl _)) kl_refl.
 Qed.
 
 End Divergence.
