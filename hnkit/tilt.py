@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from hnkit._errors import InputError, NonFiniteError
 from hnkit._stats import mean_and_stderr
 from hnkit.backend import NoiseMap
+
+if TYPE_CHECKING:
+    from hnkit.kl import Form, Method
 
 
 @dataclass(frozen=True)
@@ -231,8 +234,8 @@ def optimality_gap(
     f: NoiseMap,
     x: Tensor,
     *,
-    method: str = "exact",
-    form: str = "change-of-variables",
+    method: Method = "exact",
+    form: Form = "change-of-variables",
     **options: Any,
 ) -> GapEstimate:
     """Distance of a map from the optimum, in nats: `KL(p0^phi || p0*) = J_noise(f) + log Z* >= 0`.

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from hnkit.tilt import TiltedProblem
+from toy.folding import Folding, folding
+from toy.half_space import HalfSpace, half_space
 from toy.linear_gaussian import LinearGaussian, linear_gaussian, linear_gaussian_low_rank, linear_reward
 
 PROBLEMS: Mapping[str, Callable[[], TiltedProblem]] = MappingProxyType(
@@ -16,8 +18,10 @@ PROBLEMS: Mapping[str, Callable[[], TiltedProblem]] = MappingProxyType(
         "linear-gaussian": linear_gaussian,
         "linear-gaussian-low-rank": linear_gaussian_low_rank,
         "linear-reward": linear_reward,
+        "half-space": half_space,
+        "folding": folding,
     }
 )
 """Problem by name, each made by a call without arguments (entry point of the group `hnkit.problems`)."""
 
-__all__ = ["PROBLEMS", "LinearGaussian"]
+__all__ = ["PROBLEMS", "Folding", "HalfSpace", "LinearGaussian"]
