@@ -1,0 +1,124 @@
+"""The rewards of a run: loaded by name or by the user's own import path, checked, and summed with their weights."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hnkit._errors import InputError
+from hnkit.backend import Reward, load_installed
+from hnkit.config import RewardSpec
+
+
+def import_object(path: str, flag: str) -> Any:
+    """The object at `pkg.mod:name`, from a flag that the user typed; the working directory is searched too.
+
+    Args:
+        path: module and attribute, dots allowed in both.
+        flag: the flag, for messages.
+
+    Raises:
+        InputError: the path does not parse, the module does not import, or the attribute is missing.
+    """
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        raise InputError(f"{flag} {path}: write pkg.mod:name")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as error:  # the user's module may raise anything while it is imported
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{flag} {path}: importing {module} failed ({type(error).__name__}: {reason})") from error
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise InputError(f"{flag} {path}: {module} has no {attribute}")
+        found = getattr(found, name)
+    return found
+
+
+@dataclass
+class CallableReward:
+    """A plain function `(images, prompts) -> (n,)` as a `Reward`."""
+
+    name: str
+    weight: float
+    function: Callable[[Tensor, Sequence[str]], Tensor]
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores of the images, `(n,)`."""
+        return self.function(images, prompts)
+
+
+def load_reward(name: str, spec: RewardSpec, device: torch.device) -> Reward:
+    """One reward of the configuration.
+
+    Raises:
+        InputError: unknown name or option, or something that it needs is missing.
+    """
+    if ":" in name:
+        function = import_object(name, "--reward")
+        if not callable(function):
+            raise InputError(f"--reward {name} is a {type(function).__name__}: give a function of (images, prompts)")
+        return CallableReward(name, spec.weight, function)
+    factory = load_installed("hnkit.rewards", name)
+    accepted = inspect.signature(factory).parameters
+    options = dict(spec.options)
+    if "device" in accepted:
+        options.setdefault("device", str(device))
+    for key in options:
+        if key not in accepted:
+            raise InputError(f"reward {name!r} has no option {key!r}: accepted are {', '.join(accepted)}")
+    reward: Reward = factory(weight=spec.weight, **options)
+    return reward
+
+
+class RewardSum:
+    """`r(images, prompts) = sum_k weight_k r_k(images, prompts)`, which also keeps the parts of its last call.
+
+    Attributes:
+        parts: name -> raw scores `(n,)` of the last call, unweighted and detached.
+    """
+
+    def __init__(self, rewards: Sequence[Reward]) -> None:
+        self.rewards = tuple(rewards)
+        self.parts: dict[str, Tensor] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the rewards, in order."""
+        return tuple(reward.name for reward in self.rewards)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The weighted sum, `(n,)`, in float32 at least.
+
+        Raises:
+            InputError: a reward returned no tensor of shape `(n,)`.
+        """
+        total: Tensor | None = None
+        self.parts = {}
+        for reward in self.rewards:
+            scores = reward(images, prompts)
+            given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            if given != (len(images),):
+                raise InputError(f"reward {reward.name!r} returned {given}: it must return ({len(images)},)")
+            scores = scores if scores.dtype == torch.float64 else scores.float()
+            self.parts[reward.name] = scores.detach()
+            total = reward.weight * scores if total is None else total + reward.weight * scores
+        if total is None:
+            return torch.zeros(len(images), device=images.device)
+        return total
+
+
+def load_rewards(specs: Mapping[str, RewardSpec], default: Reward | None, device: torch.device) -> RewardSum:
+    """The rewards of a table, or the backend's default one where the table is empty."""
+    loaded = [load_reward(name, spec, device) for name, spec in specs.items()]
+    return RewardSum(loaded or ([default] if default is not None else []))

@@ -1,0 +1,109 @@
+"""Which sample a run sees when: noise, prompts and probes as pure functions of the seed and the position.
+
+Row `i` of the batch of step `t` is the same for one process and for many, and after a restart needs nothing but
+the step counter: every draw comes from a generator seeded by a digest of (seed, purpose, position), the whole batch
+is drawn on the CPU, and a process takes its rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def derived_seed(seed: int, purpose: str, *position: int) -> int:
+    """A 63-bit seed: the first bits of SHA-256 of seed, purpose and position."""
+    text = "/".join([str(seed), purpose, *map(str, position)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator_for(seed: int, purpose: str, *position: int) -> torch.Generator:
+    """A CPU generator that depends on seed, purpose and position alone."""
+    return torch.Generator().manual_seed(derived_seed(seed, purpose, *position))
+
+
+def seed_global(seed: int, purpose: str, *position: int) -> None:
+    """Seed every global generator, for models and rewards that draw from one behind our back."""
+    value = derived_seed(seed, purpose, *position)
+    torch.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value % 2**32)  # noqa: NPY002 - the global generator is the one meant
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows that one process works on: noise `(n, *shape)` on the CPU, and a prompt for each."""
+
+    noise: Tensor
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SampleStream:
+    """The training samples of a run.
+
+    Prompts come in epochs: epoch `e` is a permutation that depends on `(seed, e)`; row `i` of step `t` is item
+    `t * batch + i` of that endless sequence. Noise is drawn afresh per row, or fixed per prompt.
+
+    Attributes:
+        seed: of the run.
+        batch: rows of one optimiser step over all processes.
+        shape: of one noise.
+        dtype: of the noise.
+        prompts: the training prompts, not empty (`("",)` for an unconditional generator).
+        fixed: one noise per prompt for the whole run; an unconditional generator keeps one noise per row.
+    """
+
+    seed: int
+    batch: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    prompts: Sequence[str]
+    fixed: bool = False
+
+    def rows(self, step: int, start: int, stop: int) -> Batch:
+        """Rows `start` to `stop` of the batch of optimiser step `step` (counted from 0)."""
+        items = [self._item(step * self.batch + row) for row in range(start, stop)]
+        prompts = tuple(self.prompts[item] for item in items)
+        if not self.fixed:
+            noise = self._normal(self.batch, "noise", step)[start:stop]
+        elif len(self.prompts) == 1:
+            noise = self._normal(self.batch, "fixed noise")[start:stop]
+        else:
+            noise = torch.cat([self._normal(1, "fixed noise", item) for item in items])
+        return Batch(noise, prompts)
+
+    def probe_generator(self, step: int, start: int) -> torch.Generator:
+        """A generator whose next Rademacher probes are those of row `start` and the rows after it.
+
+        Integer tensors consume a CPU generator entry by entry, so drawing the rows before is skipping them.
+        """
+        generator = generator_for(self.seed, "probes", step)
+        torch.randint(0, 2, (start, math.prod(self.shape)), generator=generator)
+        return generator
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training prompts made by the start of step `step`."""
+        return step * self.batch / len(self.prompts)
+
+    def _normal(self, rows: int, purpose: str, *position: int) -> Tensor:
+        generator = generator_for(self.seed, purpose, *position)
+        return torch.randn(rows, *self.shape, dtype=self.dtype, generator=generator)
+
+    def _item(self, index: int) -> int:
+        count = len(self.prompts)
+        return int(_permutation(self.seed, index // count, count)[index % count])
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> Tensor:
+    """The order of epoch `epoch`; the last few are kept, since consecutive rows share them."""
+    return torch.randperm(count, generator=generator_for(seed, "epoch", epoch))
