@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from scaled.digits.scenes import CELL, CELLS, EMPTY, KINDS, PALETTE, Kind, split_cells, validate_prompt
+from scaled.digits.scenes import CELL, CELLS, EMPTY, KINDS, PALETTE, Kind, normalise_ink, split_cells, validate_prompt
 
 ILLEGIBLE = 10
 MIN_PEAK = 0.35
@@ -52,22 +52,6 @@ class DigitReader(nn.Module):
         h = F.dropout(h.flatten(1), 0.3, self.training)
         out: Tensor = self.out(F.relu(self.hidden(h)))
         return out
-
-
-def normalise_ink(cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Ink of coloured cells: the brightest channel, background removed, peak scaled to 1.
-
-    Args:
-        cells: (m, 3, 16, 16) in [0, 1].
-
-    Returns:
-        Ink (m, 16, 16) and its peak before scaling (m,).
-    """
-    value = cells.amax(1)
-    floor = value.flatten(1).quantile(0.2, dim=1)
-    ink = (value - floor[:, None, None]).clamp(min=0)
-    peak = ink.flatten(1).amax(1)
-    return ink / peak.clamp(min=1e-6)[:, None, None], peak
 
 
 def read_colour(cells: Tensor, ink: Tensor) -> Tensor:

@@ -417,3 +417,19 @@ def split_cells(images: Tensor) -> Tensor:
     n, c = images.shape[:2]
     cells = images.view(n, c, 2, CELL, 2, CELL).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(n, CELLS, c, CELL, CELL)
+
+
+def normalise_ink(cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Ink of coloured cells: the brightest channel, background removed, peak scaled to 1.
+
+    Args:
+        cells: (m, 3, 16, 16) in [0, 1].
+
+    Returns:
+        Ink (m, 16, 16) and its peak before scaling (m,).
+    """
+    value = cells.amax(1)
+    floor = value.flatten(1).quantile(0.2, dim=1)
+    ink = (value - floor[:, None, None]).clamp(min=0)
+    peak = ink.flatten(1).amax(1)
+    return ink / peak.clamp(min=1e-6)[:, None, None], peak

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scaled.digits.judge import ILLEGIBLE, DigitReader, Judge, normalise_ink
+from scaled.digits.judge import ILLEGIBLE, DigitReader, Judge
+from scaled.digits.rewards import InkClassifier
 from scaled.digits.scenes import (
     CELL,
     EMPTY,
@@ -21,9 +22,9 @@ from scaled.digits.scenes import (
     Split,
     draw_cells,
     load_scans,
+    normalise_ink,
     render,
     sample_scene,
-    split_cells,
 )
 from scaled.digits.train.common import Average, optimiser, record, steps_logged
 
@@ -134,4 +135,17 @@ def train_judge(work: Path, *, seed: int, steps: int) -> None:
     print(figures, flush=True)
 
 
-__all__ = ["scene_accuracy", "split_cells", "train_judge", "train_reader", "training_cells"]
+
+def train_legibility(work: Path, *, seed: int, steps: int) -> None:
+    """Train the classifier behind the legibility reward, on the scorer's handwriting."""
+    start = time.monotonic()
+    path = work / "legibility.safetensors"
+    network = train_reader(InkClassifier, "scorer", path, seed=seed, steps=steps, label="legibility").eval()
+    ink, labels = training_cells(load_scans("generator"), 4000, torch.Generator().manual_seed(seed + 1))
+    with torch.no_grad():
+        share = float((network(ink).argmax(1) == labels).float().mean())
+    record(
+        work,
+        "legibility",
+        {"accuracy_unseen_handwriting": share, "steps": steps, "seconds": round(time.monotonic() - start, 1)},
+    )

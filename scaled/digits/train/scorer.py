@@ -3,7 +3,8 @@
 Positives are scenes and the sentences they satisfy; negatives are the other sentences of the batch and edits of the
 right one (another digit, colour, count or relation, attributes or places exchanged). Sentences that happen to be true
 of an image are left out of its negatives. Some digits are fused with another and count as absent, so that illegible
-ink does not score. A second loss reads digit and colour of each cell from the patch states; its head is thrown away.
+ink does not score. Auxiliary readers of what is drawn and what is said speed
+up the towers and are thrown away.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from scaled.digits.scenes import (
+    CELLS,
     COLOURS,
     EMPTY,
     NUMBERS,
@@ -111,21 +113,51 @@ def edit(prompt: Prompt, rng: random.Random) -> Prompt:
     return dataclasses.replace(prompt, digits=tuple(digits), colours=tuple(colours))
 
 
-class CellHead(nn.Module):
-    """Auxiliary reader of (digit or none, colour) of each cell from CLIP's patch states."""
+class Heads(nn.Module):
+    """Auxiliary readers, thrown away after training: what is in each cell, in the scene, and in the sentence.
 
-    def __init__(self, width: int) -> None:
-        """Build the layer."""
+    Cell by cell the patch states must tell digit and colour; the pooled image state how many of each digit, each digit's
+    colours and cells; the pooled text state the words of the sentence. They make the two towers learn in minutes.
+    """
+
+    def __init__(self, image_width: int, text_width: int) -> None:
+        """Build the layers."""
         super().__init__()
         self.side = 16 // PATCH
-        self.out = nn.Linear(width * self.side**2, 11 + len(COLOURS))
+        self.cell = nn.Linear(image_width * self.side**2, 11 + len(COLOURS))
+        self.count = nn.Linear(image_width, 10 * (CELLS + 1))
+        self.colour = nn.Linear(image_width, 10 * len(COLOURS))
+        self.place = nn.Linear(image_width, 10 * CELLS)
+        self.words = nn.ModuleList(nn.Linear(text_width, classes) for classes in (10, 11, 7, 7, 9))
 
-    def forward(self, states: Tensor) -> Tensor:
-        """(n, 64, width) patch states to (n, 4, 17) logits."""
+    def image_loss(self, states: Tensor, pooled: Tensor, cells: Tensor) -> Tensor:
+        """Loss of the readers of patch states (n, 64, w) and pooled state (n, w) given the cells (n, 4, 2)."""
         n, _, width = states.shape
         grid = states.view(n, 2, self.side, 2, self.side, width).permute(0, 1, 3, 2, 4, 5)
-        out: Tensor = self.out(grid.reshape(n, 4, -1))
-        return out
+        read = self.cell(grid.reshape(n, CELLS, -1))
+        digit, colour = cells.unbind(-1)
+        shown = digit != EMPTY
+        loss = F.cross_entropy(read[..., :11].flatten(0, 1), torch.where(shown, digit, 10).flatten())
+        loss = loss + F.cross_entropy(read[..., 11:][shown], colour[shown])
+        there = F.one_hot(torch.where(shown, digit, 10), 11)[..., :10]
+        count = self.count(pooled).view(n, CELLS + 1, 10)
+        loss = loss + F.cross_entropy(count, there.sum(1))
+        hues = torch.einsum("ncd,nch->ndh", there.float(), F.one_hot(colour, len(COLOURS)).float()).clamp(max=1)
+        binary = F.binary_cross_entropy_with_logits
+        loss = loss + 4 * binary(self.colour(pooled).view_as(hues), hues)
+        return loss + 4 * binary(self.place(pooled).view(n, CELLS, 10), there.float())
+
+    def text_loss(self, pooled: Tensor, prompts: list[Prompt]) -> Tensor:
+        """Loss of the readers of the pooled text state (m, w)."""
+        rows = []
+        for p in prompts:
+            second, hue = (*p.digits, 10)[1], (*p.colours, None)[1]
+            form = 3 + RELATIONS.index(p.relation) if p.relation else {"counting": p.count - 2, "two": 7}.get(p.kind, 8)
+            hues = [6 if c is None else c for c in (p.colours[0], hue)]
+            rows.append((p.digits[0], second, *hues, form))
+        target = torch.tensor(rows)
+        losses = [F.cross_entropy(head(pooled), target[:, i]) for i, head in enumerate(self.words)]
+        return torch.stack(losses).sum()
 
 
 def batch_of_scenes(sampler: PromptSampler, scans: Scans, n: int, seed: int) -> tuple[Tensor, Tensor, list[Prompt]]:
@@ -171,11 +203,11 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 96) -> None:
     torch.manual_seed(seed)
     start, tokenizer = time.monotonic(), clip_tokenizer()
     model, vae = build(tokenizer).train(), load_autoencoder(work)
-    head = CellHead(model.config.vision_config.hidden_size)
+    heads = Heads(model.config.vision_config.hidden_size, model.config.text_config.hidden_size)
     sampler, scans, log = PromptSampler(seed), load_scans("scorer"), {}
-    adam, schedule = optimiser([*model.parameters(), *head.parameters()], 1.5e-3, steps, decay=0.05)
+    adam, schedule = optimiser([*model.parameters(), *heads.parameters()], 1e-3, steps, decay=0.05)
     average = Average(model, 0.998)
-    for step in steps_logged(steps, 100, log, "scorer"):
+    for step in steps_logged(steps, 50, log, "scorer"):
         images, cells, prompts = batch_of_scenes(sampler, scans, batch, seed * 1_000_003 + step)
         with torch.no_grad():
             # Half the images go through the autoencoder with noisy latents: what a generator's output looks like.
@@ -198,11 +230,9 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 96) -> None:
         by_image = F.cross_entropy(logits.masked_fill(forbidden, -1e4)[valid], own[valid])
         square = logits[:, :batch].masked_fill(forbidden[:, :batch], -1e4)
         by_text = F.cross_entropy(square.T[valid], own[valid])
-        read = head(seen.last_hidden_state[:, 1:])
-        digit, shown = cells[..., 0], cells[..., 0] != EMPTY
-        aux = F.cross_entropy(read[..., :11].flatten(0, 1), torch.where(shown, digit, 10).flatten())
-        aux = aux + F.cross_entropy(read[..., 11:][shown], cells[..., 1][shown])
-        loss = by_image + by_text + aux
+        aux = heads.image_loss(seen.last_hidden_state[:, 1:], seen.pooler_output, cells)
+        aux_text = heads.text_loss(spoken, texts)
+        loss = by_image + by_text + aux + 0.5 * aux_text
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -215,13 +245,15 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 96) -> None:
             "by_image": by_image,
             "by_text": by_text,
             "aux": aux,
+            "aux_text": aux_text,
             "hit": (logits.masked_fill(forbidden, -1e4).argmax(1) == own)[valid].float().mean(),
         }
         log.update({k: v.detach() if k not in log else 0.95 * log[k] + 0.05 * v.detach() for k, v in now.items()})
         if (step + 1) % 500 == 0 or step + 1 == steps:
             average.module.save_pretrained(work / "clip")
             processor(tokenizer).save_pretrained(work / "clip")
-    figures = accuracy(average.module, tokenizer, seed=seed + 1)
+    figures: dict[str, float] = {"parameters": sum(p.numel() for p in model.parameters())}
+    figures |= accuracy(average.module, tokenizer, seed=seed + 1)
     record(work, "scorer", {**figures, "steps": steps, "seconds": round(time.monotonic() - start, 1)})
     print(figures, flush=True)
 

@@ -1,0 +1,168 @@
+"""Rewards of the digits world: the bundled contrastive scorer and legibility.
+
+Each is a plain callable from images (n, 3, 32, 32) in [0, 1] and n prompts to (n,) float32, differentiable in the
+images. Neither shares data or architecture with the judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hnkit._errors import InputError
+from scaled.digits.checkpoint import CANVAS, CLIP_FOLDER, LEGIBILITY_FILE, verified_folder
+from scaled.digits.scenes import CELL, CELLS, normalise_ink, split_cells
+
+PRESENCE_THRESHOLD = 0.35
+PRESENCE_WIDTH = 0.05
+NOT_A_DIGIT = 10
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class InkClassifier(nn.Module):
+    """Patch MLP over one cell's ink: ten digits and `NOT_A_DIGIT`."""
+
+    def __init__(self) -> None:
+        """Build the layers, untrained."""
+        super().__init__()
+        self.stem = nn.Conv2d(1, 32, 4, stride=2, padding=1)
+        self.mix = nn.Conv2d(32, 64, 4, stride=2, padding=1)
+        self.hidden = nn.Linear(64 * 16, 128)
+        self.out = nn.Linear(128, NOT_A_DIGIT + 1)
+
+    def forward(self, ink: Tensor) -> Tensor:
+        """Logits (m, 11) of ink (m, 16, 16) with peak 1."""
+        h = F.gelu(self.mix(F.gelu(self.stem(ink[:, None]))))
+        h = F.dropout(h.flatten(1), 0.3, self.training)
+        out: Tensor = self.out(F.gelu(self.hidden(h)))
+        return out
+
+
+def _check(images: Tensor, prompts: Sequence[str]) -> None:
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, CANVAS, CANVAS):
+        raise InputError(f"a digits reward takes images (n, 3, 32, 32) in [0, 1], not {tuple(images.shape)}")
+    if len(prompts) != len(images):
+        raise InputError(f"a digits reward takes one prompt per image: got {len(prompts)} for {len(images)} images")
+
+
+class Legibility:
+    """How surely each thing drawn is some digit.
+
+    With w_c in [0, 1] the presence of ink in cell c and p_c the classifier's probability that the ink is a digit at
+    all, times the probability of the likeliest digit given that:
+
+        r = sum_c w_c p_c / (0.1 + sum_c w_c)    in [0, 1).
+    """
+
+    def __init__(self, classifier: InkClassifier) -> None:
+        """Use a trained classifier.
+
+        Args:
+            classifier: Frozen here.
+        """
+        self.classifier = classifier.float().eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images.
+
+        Args:
+            images: (n, 3, 32, 32) in [0, 1].
+            prompts: n sentences; their number is checked, their content does not matter.
+
+        Returns:
+            (n,) float32.
+
+        Raises:
+            InputError: Wrong shapes.
+        """
+        _check(images, prompts)
+        ink, peak = normalise_ink(split_cells(images.float()).reshape(-1, 3, CELL, CELL))
+        likeliest = self.classifier(ink).softmax(1)[:, :NOT_A_DIGIT].amax(1)
+        weight = torch.sigmoid((peak - PRESENCE_THRESHOLD) / PRESENCE_WIDTH)
+        return (weight * likeliest).view(-1, CELLS).sum(1) / (0.1 + weight.view(-1, CELLS).sum(1))
+
+
+def legibility(folder: Path | None = None) -> Legibility:
+    """The bundled legibility reward.
+
+    Args:
+        folder: A verified model folder; by default the bundled one, verified here.
+
+    Returns:
+        The reward, on the CPU.
+
+    Raises:
+        InputError: A bundled file is missing or damaged.
+    """
+    folder = verified_folder() if folder is None else folder
+    classifier = InkClassifier()
+    classifier.load_state_dict(load_file(folder / LEGIBILITY_FILE))
+    return Legibility(classifier)
+
+
+class Scorer:
+    """The bundled CLIP: s = exp(logit_scale) cos(image, text), the score of CLIPScore and PickScore.
+
+    Source: A. Radford et al., arXiv:2103.00020.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: object) -> None:
+        """Use a trained model.
+
+        Args:
+            model: A transformers ``CLIPModel``, frozen here.
+            tokenizer: Its ``CLIPTokenizer``.
+        """
+        self.model = model.float().eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images.
+
+        Args:
+            images: (n, 3, 32, 32) in [0, 1].
+            prompts: n sentences.
+
+        Returns:
+            (n,) float32.
+
+        Raises:
+            InputError: Wrong shapes.
+        """
+        _check(images, prompts)
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")  # type: ignore[operator]  # noqa: E501
+        mean, std = images.new_tensor(CLIP_MEAN).view(3, 1, 1), images.new_tensor(CLIP_STD).view(3, 1, 1)
+        out = self.model(
+            pixel_values=((images - mean) / std).float(),
+            input_ids=tokens.input_ids.to(images.device),
+            attention_mask=tokens.attention_mask.to(images.device),
+        )
+        cosine = (out.image_embeds * out.text_embeds).sum(-1)
+        score: Tensor = self.model.logit_scale.exp() * cosine
+        return score
+
+
+def scorer(folder: Path | None = None) -> Scorer:
+    """The bundled contrastive scorer.
+
+    Args:
+        folder: A verified model folder; by default the bundled one, verified here.
+
+    Returns:
+        The reward, on the CPU.
+
+    Raises:
+        InputError: A bundled file is missing or damaged.
+    """
+    from transformers import CLIPModel, CLIPTokenizer
+
+    folder = (verified_folder() if folder is None else folder) / CLIP_FOLDER
+    model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    return Scorer(model, CLIPTokenizer.from_pretrained(folder, local_files_only=True))
