@@ -1,0 +1,90 @@
+"""The backend `digits`: the `sana` backend on the bundled miniature, with its own prompts, reward and judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from hnkit.backend import Condition, Reward
+from scaled.base import PipelineBackend
+from scaled.digits.checkpoint import CANVAS, GUIDANCE_SCALE, JUDGE_FILE, MAX_SEQUENCE_LENGTH, verified_folder
+from scaled.digits.scenes import eval_prompts, train_prompts, validate_prompt
+from scaled.sana import SanaOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsOptions(SanaOptions):
+    """Options of the backend `digits`: SANA's, at the miniature's size."""
+
+    model_id: str = ""
+    """A folder in place of the bundled one."""
+    size: int = CANVAS
+    rank: int = 16
+    lora_alpha: float = 32.0
+    guidance: float = GUIDANCE_SCALE
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH
+    instruction: bool = False
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    cache_dir: str = ""
+
+    def folder(self) -> Path:
+        """The model's folder, every file of it checked.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+        return verified_folder(Path(self.model_id) if self.model_id else None)
+
+
+@dataclass(frozen=True)
+class ScorerReward:
+    """The bundled contrastive scorer as a reward."""
+
+    scorer: Any
+    name: str = "digits-clip"
+    weight: float = 1.0
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores `(n,)`, higher is better."""
+        scores: Tensor = self.scorer(images, prompts)
+        return scores
+
+
+class DigitsBackend(PipelineBackend):
+    """`PipelineBackend` on the miniature; its prompts are sentences of a small grammar."""
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Embeddings of the sentences; `InputError` for one outside the grammar."""
+        if not isinstance(prompts, str):
+            prompts = [validate_prompt(prompt).text for prompt in prompts]
+        return super().encode(prompts)
+
+    def prompts(self) -> tuple[list[str], list[str]]:
+        """Training sentences and held-out ones, disjoint."""
+        return list(train_prompts()), list(eval_prompts())
+
+    @cached_property
+    def default_reward(self) -> Reward:
+        """The bundled contrastive scorer."""
+        from scaled.digits.rewards import scorer
+
+        reward = scorer(Path(self.options.model_id))
+        reward.model.to(self.device)
+        return ScorerReward(reward)
+
+    def judge(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """1 where the independent judge finds what the sentence asks for, else 0; `(n,)`."""
+        correct: Tensor = self._judge(images, prompts).correct
+        return correct
+
+    @cached_property
+    def _judge(self) -> Any:
+        from scaled.digits.judge import Judge
+
+        return Judge.load(Path(self.options.model_id) / JUDGE_FILE)

@@ -1,0 +1,124 @@
+"""Memory and speed options of the pipelines: checkpointing, slicing, tiling, checked compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hnkit._errors import InputError
+from hnkit.backend import Condition
+
+if TYPE_CHECKING:
+    from scaled.base import HyperNetwork, PipelineOptions
+
+_SAVERS = ("vae_checkpointing", "generator_checkpointing", "hypernetwork_checkpointing", "vae_slicing", "vae_tiling")
+_PARITY = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def advice(options: PipelineOptions) -> str:
+    """The options that would still reduce memory, as the end of a sentence."""
+    unused = [f"backend.{name} = true" for name in _SAVERS if not getattr(options, name)]
+    if options.dtype == "float32":
+        unused.append('backend.dtype = "bfloat16"')
+    return ", ".join([*unused, "a smaller batch, backend.size or backend.rank"])
+
+
+@contextmanager
+def explained(hint: str) -> Iterator[None]:
+    """Turn an out-of-memory error into one line that says what reduces it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"out of memory on the device: to reduce it, use {hint}") from error
+    except UnboundLocalError as error:
+        # diffusers' SANA pipelines turn a decoder's out-of-memory error into a warning, then miss the image.
+        if "'image'" not in str(error):
+            raise
+        raise InputError(f"out of memory in the decoder: to reduce it, use {hint}") from error
+
+
+def set_checkpointing(network: Any, enable: bool) -> None:
+    """Recompute a diffusers network's blocks in the backward pass (without reentrant autograd)."""
+    if enable:
+        network.enable_gradient_checkpointing(_recomputed)
+
+
+def apply_decoder_options(vae: Any, options: PipelineOptions) -> None:
+    """Switch on the decoder's checkpointing, slicing and tiling as the options say."""
+    if options.vae_checkpointing:
+        if vae._supports_gradient_checkpointing:
+            vae.enable_gradient_checkpointing(_recomputed)
+        else:
+            for block in vae.decoder.up_blocks:
+                block.forward = _checkpointed(block.forward)
+    if options.vae_slicing:
+        vae.enable_slicing()
+    if options.vae_tiling:
+        vae.enable_tiling()
+
+
+def compile_checked(hypernetwork: HyperNetwork, backend: str, noise: Tensor, condition: Condition) -> None:
+    """Compile f in place, after comparing value and gradients with eager mode at a random point.
+
+    Compiled code has been seen to be wrong without any error, so a compiled path is used only once it has agreed.
+
+    Raises:
+        InputError: the backend is unknown or fails, or its results differ.
+    """
+    choices = torch.compiler.list_backends(exclude_tags=())
+    if backend not in choices:
+        raise InputError(f"backend.compile {backend!r}: choose no or one of {', '.join(choices)}")
+    parameters = [p for p in hypernetwork.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in parameters]
+    generator = torch.Generator().manual_seed(0)
+
+    def measure() -> list[Tensor]:
+        x = torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)).to(noise.device).requires_grad_()
+        delta = hypernetwork(x, condition)
+        weights = torch.linspace(-1, 1, delta.numel(), device=delta.device).view_as(delta)
+        return [delta, *torch.autograd.grad((delta * weights).sum(), [x, *parameters])]
+
+    with torch.no_grad():
+        for parameter in parameters:  # away from f = 0, where every wrong answer would agree
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+    try:
+        eager = measure()
+        try:
+            hypernetwork.twin.compile(backend=backend)
+            compiled = measure()
+        except Exception as error:  # noqa: BLE001 - any failure of a compiler is its user's cue to switch it off
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"backend.compile {backend!r} failed: {reason}; set it to no") from error
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.copy_(value)
+    dtype = next(p.dtype for p in hypernetwork.parameters() if not p.requires_grad)
+    worst = max(_distance(a, b) for a, b in zip(eager, compiled, strict=True))
+    if not worst <= _PARITY[dtype]:
+        raise InputError(
+            f"backend.compile {backend!r} disagrees with eager mode by a relative {worst:.1g}: set it to no"
+        )
+
+
+def _distance(reference: Tensor, other: Tensor) -> float:
+    scale = reference.double().norm()
+    return float((reference.double() - other.double()).norm() / scale) if scale > 0 else float(other.norm())
+
+
+def _recomputed(module: Callable[..., Any], *arguments: Any) -> Any:
+    return checkpoint(module, *arguments, use_reentrant=False)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def run(*arguments: Any) -> Any:
+        return _recomputed(forward, *arguments) if torch.is_grad_enabled() else forward(*arguments)
+
+    return run
