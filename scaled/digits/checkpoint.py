@@ -90,7 +90,8 @@ def verified_folder(folder: Path | None = None) -> Path:
         try:
             found = sha256(path)
         except OSError:
-            raise InputError(f"the digits model is incomplete: {path} is missing or unreadable; reinstall hnkit") from None
+            message = f"the digits model is incomplete: {path} is missing or unreadable; reinstall hnkit"
+            raise InputError(message) from None
         if found != expected:
             raise InputError(f"the digits model is damaged: {path} does not match its checksum; reinstall hnkit")
     return folder

@@ -137,7 +137,9 @@ class Scorer:
         """
         _check(images, prompts)
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")  # type: ignore[operator]  # noqa: E501
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )  # type: ignore[operator]
         mean, std = images.new_tensor(CLIP_MEAN).view(3, 1, 1), images.new_tensor(CLIP_STD).view(3, 1, 1)
         out = self.model(
             pixel_values=((images - mean) / std).float(),

@@ -195,9 +195,11 @@ def validate_prompt(text: str) -> Prompt:
     """
     words = text.lower().split()
     if not words:
-        raise InputError("the prompt is empty: the digits model takes sentences such as 'a red three and a blue seven'")
+        raise InputError("the prompt is empty: write a sentence such as 'a red three and a blue seven'")
     if len(words) > MAX_WORDS:
-        raise InputError(f"the prompt has {len(words)} words, the digits model takes at most {MAX_WORDS}: {text[:80]!r}")
+        raise InputError(
+            f"the prompt has {len(words)} words, the digits model takes at most {MAX_WORDS}: {text[:80]!r}"
+        )
     unknown = next((word for word in words if word not in VOCABULARY), None)
     if unknown is not None:
         raise InputError(
@@ -218,6 +220,11 @@ def held_out_combination(digit: int, colour: int) -> bool:
     return colour == (digit + 3) % 6
 
 
+def _names_held_out(prompt: Prompt) -> bool:
+    pairs = zip(prompt.digits, prompt.colours, strict=True)
+    return any(colour is not None and held_out_combination(digit, colour) for digit, colour in pairs)
+
+
 @cache
 def _splits() -> tuple[tuple[str, ...], tuple[str, ...]]:
     groups: dict[Kind, list[Prompt]] = {kind: [] for kind in KINDS}
@@ -229,10 +236,9 @@ def _splits() -> tuple[tuple[str, ...], tuple[str, ...]]:
     sizes: dict[Kind, int] = {"single": 3, "two": 12, "counting": 6, "position": 24}
     for kind, members in groups.items():
         if kind in ("colours", "attribution"):
-            named = {p.text: any(held_out_combination(d, c) for d, c in zip(p.digits, p.colours, strict=True) if c is not None) for p in members}  # noqa: E501
-            held = [p for p in members if named[p.text]]
+            held = [p for p in members if _names_held_out(p)]
             evaluation += [p.text for p in (held if kind == "colours" else rng.sample(held, 24))]
-            training += [p.text for p in members if not named[p.text]]
+            training += [p.text for p in members if not _names_held_out(p)]
             continue
         if kind in ("two", "position"):
             # A pair of digits is held out in both orders and all relations, else its mirror sentence gives it away.

@@ -53,7 +53,8 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, row in rows.items():
         cells = " | ".join(_cell(row[kind]) for kind in KINDS)
         lines.append(
-            f"| {name} | {_cell(row['overall'])} | {cells} | {_cell(row['illegible_cells_per_image'])} | {row['seeds']} |"
+            f"| {name} | {_cell(row['overall'])} | {cells} | {_cell(row['illegible_cells_per_image'])} "
+            f"| {row['seeds']} |"
         )
     return lines
 
@@ -70,6 +71,7 @@ def data_card(figures: Mapping[str, Any]) -> str:
     auto, teacher, student = figures["autoencoder"], figures["teacher"], figures["student"]
     judge, scorer, legible = figures["judge"], figures["scorer"], figures["legibility"]
     low, high = student["guidance_range"]
+    guidance = f"guidance was distilled from {low:g} to {high:g}"
     lines = [
         "# digits: a miniature SANA-Sprint on handwritten digits",
         "",
@@ -77,37 +79,38 @@ def data_card(figures: Mapping[str, Any]) -> str:
         "",
         "## What it is",
         "",
-        "A `SanaSprintPipeline` that draws up to four coloured handwritten digits on a 32 x 32 RGB canvas from one sentence",
-        "in GenEval's six kinds. The noise has 4 x 4 x 16 = 256 dimensions. Layout, handwriting, background and every colour",
-        "that the sentence does not name are left to the noise.",
-        "Call it with `height=32, width=32, use_resolution_binning=False, complex_human_instruction=None,",
-        f"max_sequence_length=8, guidance_scale=4.5`; its guidance input was trained on {low:g} to {high:g}.",
+        "A `SanaSprintPipeline` that draws up to four coloured handwritten digits on a 32 x 32 RGB canvas from one",
+        "sentence in GenEval's six kinds. The noise has 4 x 4 x 16 = 256 dimensions. Layout, handwriting, background",
+        "and every colour that the sentence does not name are left to the noise. Call it with `height=32, width=32,",
+        "use_resolution_binning=False, complex_human_instruction=None, max_sequence_length=8, guidance_scale=4.5`;",
+        f"its {guidance}.",
         "",
         "| part | parameters | training |",
         "| --- | --- | --- |",
         f"| AutoencoderDC | {auto['parameters']:,} | {auto['steps']} steps, {auto['seconds']:.0f} s |",
-        f"| SanaTransformer2DModel | {teacher['parameters_transformer']:,} | teacher {teacher['steps']} steps of "
-        f"{teacher['batch']}, {teacher['seconds']:.0f} s; distillation {student['steps']} steps of {student['batch']} on "
-        f"{student['trajectories']:,} trajectories, {student['seconds']:.0f} s |",
+        f"| SanaTransformer2DModel | {teacher['parameters_transformer']:,} | teacher: {teacher['steps']} steps of "
+        f"{teacher['batch']} scenes, {teacher['seconds']:.0f} s; student: {student['steps']} steps of "
+        f"{student['batch']} points on {student['trajectories']:,} trajectories, {student['seconds']:.0f} s |",
         f"| Gemma2Model (text) | {teacher['parameters_text_encoder']:,} | jointly with the transformer |",
         f"| CLIPModel (reward) | {scorer['parameters']:,} | {scorer['steps']} steps, {scorer['seconds']:.0f} s |",
         "",
-        "Seconds are of one thread of a shared two-core machine.",
+        "Seconds are of one thread on a shared two-core machine.",
         "",
         "## Data",
         "",
-        "Scans: scikit-learn's `load_digits`, 1,797 images of 8 x 8 pixels (E. Alpaydin, C. Kaynak, Optical Recognition of",
-        "Handwritten Digits, UCI Machine Learning Repository, DOI 10.24432/C50P49, CC BY 4.0). One fixed random permutation",
-        "splits them in three: generator 899 (autoencoder, teacher, student), scorer 449 (both rewards), judge 449 (the judge",
-        "alone). Writers are not separated: the data set does not name them.",
+        "Scans: scikit-learn's `load_digits`, 1,797 images of 8 x 8 pixels (E. Alpaydin, C. Kaynak, Optical",
+        "Recognition of Handwritten Digits, UCI Machine Learning Repository, DOI 10.24432/C50P49, CC BY 4.0). One",
+        "fixed random permutation splits them in three: generator 899 (autoencoder, teacher, student), scorer 449",
+        "(both rewards), judge 449 (the judge alone). Writers are not separated: the data set does not name them.",
+        "",
         f"Sentences: {len(train_prompts()):,} for training, {len(eval_prompts())} held out, disjoint. Held out are ten",
-        "digit-colour combinations in every kind that names a colour, nine pairs of digits in every order and relation, and",
-        "some single and counting sentences.",
+        "digit-colour combinations in every kind that names a colour, nine pairs of digits in every order and",
+        "relation, and some single and counting sentences.",
         "",
         "## Judge",
         "",
-        "A convolutional reader of single cells, trained on the judge's scans only; it had no part in training or selecting",
-        "anything else. Share of correct readings on real scenes rendered from scans it has not seen:",
+        "A convolutional reader of single cells, trained on the judge's scans only; it had no part in training or",
+        "selecting anything else. Share of correct readings on scenes rendered from scans it has not seen:",
         "",
         "| scans | digit | colour | empty cells | whole scene |",
         "| --- | --- | --- | --- | --- |",
@@ -115,24 +118,25 @@ def data_card(figures: Mapping[str, Any]) -> str:
     for split in ("generator", "scorer"):
         f = judge[f"on_{split}_handwriting"]
         lines.append(f"| {split} | {f['digit']:.4f} | {f['colour']:.4f} | {f['empty']:.4f} | {f['scene']:.4f} |")
+    margins = ", ".join(f"{kind} {scorer[f'right_beats_edit_{kind}']:.3f}" for kind in KINDS)
     lines += [
         "",
         "## Scores on the held-out sentences",
         "",
-        "Share of correct images by the judge, mean over seeds +- standard error over seeds; overall is the mean of the kinds.",
+        "Share of correct images by the judge, mean over seeds +- standard error over seeds; overall is the mean of",
+        "the six kinds.",
         "",
         *_table(figures["scores"]),
         "",
         f"Autoencoder on unseen handwriting: PSNR {auto['psnr_db_unseen_handwriting']:.1f} dB.",
         f"Legibility classifier on unseen handwriting: accuracy {legible['accuracy_unseen_handwriting']:.4f}.",
-        "Scorer: how often the right sentence beats one edit of it, on unseen handwriting: "
-        + ", ".join(f"{kind} {scorer[f'right_beats_edit_{kind}']:.3f}" for kind in KINDS)
-        + ".",
+        "Scorer, how often the right sentence beats one edit of it on unseen handwriting:",
+        f"{margins}.",
         "",
         "## Limits",
         "",
-        "A toy: ten digits, six colours, one grammar. Errors in following a prompt come from the size of the model and from",
-        "distillation; nothing was added to cause them.",
+        "A toy: ten digits, six colours, one grammar. Errors in following a prompt come from the size of the model",
+        "and from distillation; nothing was added to cause them.",
         "",
     ]
     return "\n".join(lines)

@@ -76,7 +76,9 @@ def cosine(step: int, steps: int, *, warmup: int = 200, floor: float = 0.02) -> 
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimiser(parameters: Sequence[nn.Parameter], lr: float, steps: int, decay: float = 0.01) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:  # noqa: E501
+def optimiser(
+    parameters: Sequence[nn.Parameter], lr: float, steps: int, decay: float = 0.01
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW under the cosine schedule."""
     adam = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=decay, foreach=True)
     return adam, torch.optim.lr_scheduler.LambdaLR(adam, lambda step: cosine(step, steps))

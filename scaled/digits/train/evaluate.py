@@ -57,7 +57,9 @@ def judge_teacher(work: Path, judge: Judge, *, guidance: float, seeds: int, step
     return summary(verdicts)
 
 
-def judge_student(pipeline: SanaSprintPipeline, judge: Judge, *, steps: int, seeds: int, guidance: float = GUIDANCE_SCALE) -> dict[str, Any]:  # noqa: E501
+def judge_student(
+    pipeline: SanaSprintPipeline, judge: Judge, *, steps: int, seeds: int, guidance: float = GUIDANCE_SCALE
+) -> dict[str, Any]:
     """The student's score on the held-out prompts, through the pipeline's own call."""
     texts = eval_prompts()
     images = [
@@ -82,7 +84,16 @@ def best_of(pipeline: SanaSprintPipeline, judge: Judge, reward: Reward, *, n: in
     return summary(verdicts)
 
 
-def ascend(pipeline: SanaSprintPipeline, judge: Judge, reward: Reward, *, iterations: int, rate: float, seeds: int, weight: float = 1.0) -> dict[str, Any]:  # noqa: E501
+def ascend(
+    pipeline: SanaSprintPipeline,
+    judge: Judge,
+    reward: Reward,
+    *,
+    iterations: int,
+    rate: float,
+    seeds: int,
+    weight: float = 1.0,
+) -> dict[str, Any]:
     """The judge's score after gradient ascent of weight * reward - |x|^2 / 2 on each image's own noise."""
     texts, verdicts, moved = eval_prompts(), [], []
     call = type(pipeline).__call__.__wrapped__

@@ -39,7 +39,9 @@ def assemble(work: Path, name: str = "student") -> SanaSprintPipeline:
 
 
 @torch.no_grad()
-def generate(pipeline: SanaSprintPipeline, texts: Sequence[str], noise: Tensor, *, steps: int, guidance: float, seed: int = 0) -> Tensor:  # noqa: E501
+def generate(
+    pipeline: SanaSprintPipeline, texts: Sequence[str], noise: Tensor, *, steps: int, guidance: float, seed: int = 0
+) -> Tensor:
     """Images in [0, 1], (n, 3, 32, 32), by the pipeline's own call."""
     out = pipeline(
         list(texts),

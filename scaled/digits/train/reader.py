@@ -130,10 +130,11 @@ def train_judge(work: Path, *, seed: int, steps: int) -> None:
     reader = train_reader(DigitReader, "judge", work / "judge.safetensors", seed=seed, steps=steps, label="judge")
     assert isinstance(reader, DigitReader)
     judge = Judge(reader)
-    figures = {f"on_{split}_handwriting": scene_accuracy(judge, split, n=2000, seed=seed) for split in ("generator", "scorer")}  # noqa: E501
+    figures = {
+        f"on_{split}_handwriting": scene_accuracy(judge, split, n=2000, seed=seed) for split in ("generator", "scorer")
+    }
     record(work, "judge", {**figures, "steps": steps, "seconds": round(time.monotonic() - start, 1)})
     print(figures, flush=True)
-
 
 
 def train_legibility(work: Path, *, seed: int, steps: int) -> None:

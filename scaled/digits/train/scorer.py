@@ -116,8 +116,8 @@ def edit(prompt: Prompt, rng: random.Random) -> Prompt:
 class Heads(nn.Module):
     """Auxiliary readers, thrown away after training: what is in each cell, in the scene, and in the sentence.
 
-    Cell by cell the patch states must tell digit and colour; the pooled image state how many of each digit, each digit's
-    colours and cells; the pooled text state the words of the sentence. They make the two towers learn in minutes.
+    Cell by cell the patch states must tell digit and colour; the pooled image state how many of each digit, each
+    digit's colours and cells; the pooled text state the words. They make the two towers learn in minutes.
     """
 
     def __init__(self, image_width: int, text_width: int) -> None:

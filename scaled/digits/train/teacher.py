@@ -9,6 +9,7 @@ Source: arXiv:2503.09641 (section 3.1, the training-free transformation to TrigF
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,9 +81,7 @@ def build_transformer() -> SanaTransformer2DModel:
 def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, (n, 8) each, as the pipeline makes them with max_sequence_length=8."""
     tokenizer.padding_side = "right"
-    out = tokenizer(
-        list(texts), padding="max_length", max_length=GEMMA_LENGTH, truncation=True, return_tensors="pt"
-    )
+    out = tokenizer(list(texts), padding="max_length", max_length=GEMMA_LENGTH, truncation=True, return_tensors="pt")
     return out.input_ids, out.attention_mask
 
 
@@ -144,7 +143,9 @@ def encode_scenes(vae: AutoencoderDC, n: int, seed: int, chunk: int = 512) -> La
     return Latents(torch.cat(latents), tuple(texts))
 
 
-def guided_velocity(flow: Flow, y: Tensor, s: Tensor, states: Tensor, mask: Tensor, null: tuple[Tensor, Tensor], w: Tensor) -> Tensor:  # noqa: E501
+def guided_velocity(
+    flow: Flow, y: Tensor, s: Tensor, states: Tensor, mask: Tensor, null: tuple[Tensor, Tensor], w: Tensor
+) -> Tensor:
     """Classifier-free guidance: u_null + w (u_prompt - u_null), in one batch."""
     n = len(y)
     one = torch.ones(2 * n)
@@ -160,7 +161,16 @@ def guided_velocity(flow: Flow, y: Tensor, s: Tensor, states: Tensor, mask: Tens
 
 
 @torch.no_grad()
-def sample(flow: Flow, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], noise: Tensor, *, guidance: float | Tensor, steps: int = 16, keep: bool = False) -> Tensor:  # noqa: E501
+def sample(
+    flow: Flow,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    noise: Tensor,
+    *,
+    guidance: float | Tensor,
+    steps: int = 16,
+    keep: bool = False,
+) -> Tensor:
     """Integrate the teacher's flow from noise to latents with the midpoint rule.
 
     Args:
@@ -182,7 +192,7 @@ def sample(flow: Flow, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
     w = torch.as_tensor(guidance, dtype=torch.float32).expand(len(texts))
     times = torch.linspace(1, 0, steps + 1)
     y, path = noise, [noise]
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in itertools.pairwise(times):
         half = (t + t_next) / 2
         u = guided_velocity(flow, y, t.expand(len(y)), states, mask, null, w)
         u = guided_velocity(flow, y + (half - t) * u, half.expand(len(y)), states, mask, null, w)

@@ -51,7 +51,9 @@ def random_scene(rng: random.Random, prompt: Prompt) -> Scene:
 
 def test_truth_by_three_readings() -> None:
     rng = random.Random(1)
-    prompts = rng.sample(list(PROMPTS.values()), 400) + [p for p in PROMPTS.values() if p.kind in KINDS[:1] + KINDS[2:3]]
+    prompts = rng.sample(list(PROMPTS.values()), 400) + [
+        p for p in PROMPTS.values() if p.kind in KINDS[:1] + KINDS[2:3]
+    ]
     drawn = [random_scene(rng, p) for p in prompts]
     expected = [reference_holds(p.text, list(s.cells)) for p, s in zip(prompts, drawn, strict=True)]
     assert 0.2 < sum(expected) / len(expected) < 0.9
@@ -100,7 +102,8 @@ def test_text_round_trip_and_counts_per_kind() -> None:
 def test_splits_of_sentences() -> None:
     training, evaluation = scenes.train_prompts(), scenes.eval_prompts()
     assert not set(training) & set(evaluation)
-    assert len(set(training)) == len(training) and len(set(evaluation)) == len(evaluation)
+    assert len(set(training)) == len(training)
+    assert len(set(evaluation)) == len(evaluation)
     assert {PROMPTS[t].kind for t in training} == {PROMPTS[t].kind for t in evaluation} == set(KINDS)
     named = {(d, c) for t in training for d, c in zip(PROMPTS[t].digits, PROMPTS[t].colours, strict=True)}
     for text in evaluation:
@@ -147,8 +150,10 @@ def test_rendering_puts_ink_where_the_scene_says() -> None:
     rng = random.Random(5)
     drawn = [scenes.sample_scene(None, rng) for _ in range(200)]
     images = scenes.render(drawn, scenes.load_scans("generator"), seed=6)
-    assert images.shape == (200, 3, 32, 32) and images.dtype == torch.float32
-    assert 0 <= float(images.min()) and float(images.max()) <= 1
+    assert images.shape == (200, 3, 32, 32)
+    assert images.dtype == torch.float32
+    assert float(images.min()) >= 0
+    assert float(images.max()) <= 1
     for k in range(4):
         row, col = divmod(k, 2)
         crop = images[:, :, 16 * row : 16 * row + 16, 16 * col : 16 * col + 16]
@@ -157,7 +162,8 @@ def test_rendering_puts_ink_where_the_scene_says() -> None:
         assert bright.tolist() == [s.cells[k][0] != EMPTY for s in drawn]
     again = scenes.render(drawn, scenes.load_scans("generator"), seed=6)
     other = scenes.render(drawn, scenes.load_scans("generator"), seed=7)
-    assert torch.equal(images, again) and not torch.equal(images, other)
+    assert torch.equal(images, again)
+    assert not torch.equal(images, other)
 
 
 def test_spoiled_cells_change_and_others_do_not() -> None:
