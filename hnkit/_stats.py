@@ -27,3 +27,23 @@ def mean_and_stderr(samples: Tensor) -> tuple[float, float]:
     if count == 1:
         return mean, math.nan
     return mean, float(values.std(unbiased=True)) / math.sqrt(count)
+
+
+def ratio_and_stderr(top: Tensor, bottom: Tensor) -> tuple[float, float]:
+    """Ratio of the means of paired samples, with its standard error to first order (delta method), in float64.
+
+    `stderr = std(top - ratio * bottom) / (|mean(bottom)| sqrt(n))`.
+
+    Args:
+        top: `(n,)`.
+        bottom: `(n,)`, paired with `top`.
+
+    Returns:
+        `(ratio, stderr)`; both `nan` if the mean of `bottom` is 0.
+    """
+    upper, lower = top.detach().double().cpu(), bottom.detach().double().cpu()
+    mean = float(lower.mean())
+    if mean == 0:
+        return math.nan, math.nan
+    ratio = float(upper.mean()) / mean
+    return ratio, mean_and_stderr((upper - ratio * lower) / mean)[1]

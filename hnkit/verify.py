@@ -41,7 +41,7 @@ Relation = Literal["=", "<=", ">="]
 FALSE_ALARM = 1e-3
 """Probability that a run in which every statement is true shows a statistical *fails*, at most."""
 
-FAMILY = 500
+FAMILY = 1000
 """Statistical comparisons that one run may make, at most; each is tested at level `FALSE_ALARM / FAMILY`."""
 
 
@@ -82,7 +82,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check measured, before it is judged; `certified=False` says that it rests on an estimate."""
+    """What a check measured, before it is judged.
+
+    `certified=False` says that it rests on an estimate; `kind` replaces the statement's own where the method of the
+    run makes an exact quantity a sampled one.
+    """
 
     measured: float
     expected: float
@@ -90,6 +94,7 @@ class Finding:
     relation: Relation = "="
     note: str = ""
     certified: bool = True
+    kind: Kind | None = None
 
 
 class NotApplicable(Exception):  # noqa: N818 - it is a verdict, not an error
@@ -129,6 +134,7 @@ class Statement:
             verdict=verdict,
             note=found.note,
             relation=found.relation,
+            kind=found.kind or self.kind,
         )
 
 
