@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +84,10 @@ class Legibility:
         """
         _check(images, prompts)
         ink, peak = normalise_ink(split_cells(images.float()).reshape(-1, 3, CELL, CELL))
-        likeliest = self.classifier(ink).softmax(1)[:, :NOT_A_DIGIT].amax(1)
+        likeliest: Tensor = self.classifier(ink).softmax(1)[:, :NOT_A_DIGIT].amax(1)
         weight = torch.sigmoid((peak - PRESENCE_THRESHOLD) / PRESENCE_WIDTH)
-        return (weight * likeliest).view(-1, CELLS).sum(1) / (0.1 + weight.view(-1, CELLS).sum(1))
+        score: Tensor = (weight * likeliest).view(-1, CELLS).sum(1) / (0.1 + weight.view(-1, CELLS).sum(1))
+        return score
 
 
 def legibility(folder: Path | None = None) -> Legibility:
@@ -112,7 +114,7 @@ class Scorer:
     Source: A. Radford et al., arXiv:2103.00020.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: object) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
         """Use a trained model.
 
         Args:
@@ -139,7 +141,7 @@ class Scorer:
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )  # type: ignore[operator]
+        )
         mean, std = images.new_tensor(CLIP_MEAN).view(3, 1, 1), images.new_tensor(CLIP_STD).view(3, 1, 1)
         out = self.model(
             pixel_values=((images - mean) / std).float(),

@@ -75,7 +75,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "judge": _stage(reader.train_judge, steps=2500),
     "legibility": _stage(reader.train_legibility, steps=2000),
     "scorer": _stage(scorer_stage.train, steps=2000),
-    "teacher": _stage(teacher.train, steps=6500),
+    "teacher": _stage(teacher.train, steps=4000, schedule=6500),
     "trajectories": lambda a: _trajectories(a.work, a.seed),
     "student": _stage(distil.train, steps=3000),
     "evaluate": lambda a: _evaluate(a.work, a.seeds),

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
+from torch import Tensor
 
 from scaled.digits.scenes import load_scans, render, sample_scene
 from scaled.digits.train.common import Average, PromptSampler, optimiser, record, steps_logged
@@ -50,7 +51,8 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 96) -> None:
     torch.manual_seed(seed)
     vae, scans, sampler = build().train(), load_scans("generator"), PromptSampler(seed)
     adam, schedule = optimiser(list(vae.parameters()), 3e-3, steps, decay=0.0)
-    average, log, start = Average(vae, 0.995), {}, time.monotonic()
+    average, start = Average(vae, 0.995), time.monotonic()
+    log: dict[str, Tensor | float] = {}
     for step in steps_logged(steps, 100, log, "autoencoder"):
         prompts = sampler(batch // 2) + [None] * (batch - batch // 2)
         images = render([sample_scene(p, sampler.rng) for p in prompts], scans, seed=seed * 1_000_003 + step)
@@ -61,13 +63,13 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 96) -> None:
         scale = (z.pow(2).mean((0, 2, 3)) - 1).pow(2).mean() + z.mean((0, 2, 3)).pow(2).mean()
         loss = F.mse_loss(decoded, target) + 0.2 * F.l1_loss(decoded, target) + 0.01 * scale
         adam.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         adam.step()
         schedule.step()
         average.update(vae)
         log.update(mse=F.mse_loss(decoded.detach(), target), scale=scale.detach())
-    trained: AutoencoderDC = average.module
+    trained = average.module
     rng = random.Random(seed + 1)
     scenes = [sample_scene(None, rng) for _ in range(2048)]
     with torch.no_grad():

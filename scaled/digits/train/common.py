@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from diffusers import AutoencoderDC
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from hnkit._files import write_json
 from scaled.digits.scenes import KINDS, Kind, Prompt, all_prompts, train_prompts
+
+Network = TypeVar("Network", bound=nn.Module)
 
 KIND_WEIGHTS: Mapping[Kind, float] = {
     "single": 1.0,
@@ -47,17 +49,18 @@ class PromptSampler:
         return [self.rng.choice(group) for group in self.rng.choices(self._groups, self._weights, k=n)]
 
 
-class Average:
+class Average(Generic[Network]):
     """Exponential moving average of a module's parameters, with warm-up."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: Network, decay: float) -> None:
         """Copy the module.
 
         Args:
             module: What is trained.
             decay: Weight of the past at each update, once warm.
         """
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.module: Network = copy.deepcopy(module)
+        self.module.requires_grad_(False).eval()
         self.decay, self.updates = decay, 0
 
     @torch.no_grad()

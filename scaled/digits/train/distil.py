@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from scaled.digits.train.common import Average, PromptSampler, optimiser, record, steps_logged
-from scaled.digits.train.teacher import LATENT, Flow, load, sample, save, tokenise
+from scaled.digits.train.teacher import LATENT, load, sample, save, tokenise
 
 GUIDANCE_RANGE = (2.0, 5.0)
 TEACHER_STEPS = 10
@@ -71,7 +71,8 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 128, lr: float = 8e
         lr: Peak learning rate.
     """
     torch.manual_seed(seed)
-    start, log = time.monotonic(), {}
+    start = time.monotonic()
+    log: dict[str, Tensor] = {}
     flow, tokenizer = load(work / "teacher")
     flow.train()
     data = _read(work / "pairs")
@@ -91,7 +92,7 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 128, lr: float = 8e
         # Pseudo-Huber: close to the median of what is possible, so sharper than the mean.
         loss = ((error.square().sum((1, 2, 3)) + 0.25).sqrt() / s.sqrt()).mean()
         adam.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
         adam.step()
         schedule.step()
@@ -99,7 +100,7 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 128, lr: float = 8e
         first = error.detach()[point == 0].square().mean()
         log["one_step_mse"] = first if step == 0 else 0.97 * log["one_step_mse"] + 0.03 * first
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            _save(work / "student", average.module, tokenizer)
+            save(work / "student", average.module, tokenizer)
     record(
         work,
         "student",
@@ -112,8 +113,3 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 128, lr: float = 8e
             "seconds": round(time.monotonic() - start, 1),
         },
     )
-
-
-def _save(folder: Path, flow: nn.Module, tokenizer: object) -> None:
-    assert isinstance(flow, Flow)
-    save(folder, flow, tokenizer)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
         return {"mean": round(statistics.fmean(values), 4), "stderr": None if error is None else round(error, 4)}
 
-    kinds = {kind: mean_and_error([v.by_kind()[kind] for v in verdicts]) for kind in KINDS}
+    kinds: dict[str, Any] = {kind: mean_and_error([v.by_kind()[kind] for v in verdicts]) for kind in KINDS}
     illegible = mean_and_error([float(v.illegible.float().mean()) for v in verdicts])
     return {
         "overall": mean_and_error([v.score for v in verdicts]),
@@ -96,7 +97,7 @@ def ascend(
 ) -> dict[str, Any]:
     """The judge's score after gradient ascent of weight * reward - |x|^2 / 2 on each image's own noise."""
     texts, verdicts, moved = eval_prompts(), [], []
-    call = type(pipeline).__call__.__wrapped__
+    call = inspect.unwrap(type(pipeline).__call__)
     with torch.no_grad():
         states, mask = pipeline.encode_prompt(list(texts), max_sequence_length=8)
     for seed in range(seeds):
@@ -123,7 +124,7 @@ def ascend(
                 break
             objective = weight * reward(images.clamp(0, 1), texts) - x.square().sum((1, 2, 3)) / 2
             adam.zero_grad()
-            (-objective.sum()).backward()
+            torch.autograd.backward(-objective.sum())
             adam.step()
         verdicts.append(judge(images.detach(), texts))
         moved.append(float((x - start).detach().square().sum((1, 2, 3)).mean()))

@@ -88,7 +88,8 @@ def train_reader(
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    network, scans, log = build().train(), load_scans(split), {}
+    network, scans = build().train(), load_scans(split)
+    log: dict[str, Tensor | float] = {}
     adam, schedule = optimiser(list(network.parameters()), 2e-3, steps, decay=0.02)
     average = Average(network, 0.998)
     for _ in steps_logged(steps, 250, log, label):
@@ -96,7 +97,7 @@ def train_reader(
         logits = network(ink)
         loss = F.cross_entropy(logits, labels, label_smoothing=0.02)
         adam.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         adam.step()
         schedule.step()
         average.update(network)

@@ -28,6 +28,7 @@ from scaled.digits.scenes import (
     RELATIONS,
     Prompt,
     Scans,
+    Scene,
     all_prompts,
     load_scans,
     render,
@@ -171,13 +172,13 @@ def batch_of_scenes(sampler: PromptSampler, scans: Scans, n: int, seed: int) -> 
             free = [i for i, (d, _) in enumerate(cells) if d == EMPTY]
             if free:
                 cells[rng.choice(free)] = (rng.randrange(10), rng.randrange(len(COLOURS)))
-        scenes.append(type(sample_scene(None, rng))(tuple(cells)))
+        scenes.append(Scene(tuple(cells)))
     generator = torch.Generator().manual_seed(seed)
     spoiled = torch.rand(n, 4, generator=generator) < 0.08
     images = render(scenes, scans, seed=seed, warp=1.0, spoiled=spoiled)
-    cells = torch.tensor([scene.cells for scene in scenes])
-    cells[..., 0] = torch.where(spoiled, EMPTY, cells[..., 0])
-    return images, cells, prompts
+    shown = torch.tensor([scene.cells for scene in scenes])
+    shown[..., 0] = torch.where(spoiled, EMPTY, shown[..., 0])
+    return images, shown, prompts
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -204,7 +205,8 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 96) -> None:
     start, tokenizer = time.monotonic(), clip_tokenizer()
     model, vae = build(tokenizer).train(), load_autoencoder(work)
     heads = Heads(model.config.vision_config.hidden_size, model.config.text_config.hidden_size)
-    sampler, scans, log = PromptSampler(seed), load_scans("scorer"), {}
+    sampler, scans = PromptSampler(seed), load_scans("scorer")
+    log: dict[str, Tensor] = {}
     adam, schedule = optimiser([*model.parameters(), *heads.parameters()], 1e-3, steps, decay=0.05)
     average = Average(model, 0.998)
     for step in steps_logged(steps, 50, log, "scorer"):
@@ -234,7 +236,7 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 96) -> None:
         aux_text = heads.text_loss(spoken, texts)
         loss = by_image + by_text + aux + 0.5 * aux_text
         adam.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         schedule.step()

@@ -201,13 +201,14 @@ def sample(
     return torch.stack(path, 1) if keep else y
 
 
-def train(work: Path, *, seed: int, steps: int, batch: int = 128, scenes: int = 98_304) -> None:
+def train(work: Path, *, seed: int, steps: int, schedule: int, batch: int = 128, scenes: int = 98_304) -> None:
     """Train the teacher.
 
     Args:
         work: Folder with ``vae/``; receives ``teacher/`` (transformer, text encoder, tokenizer) and checkpoints.
         seed: Seed of weights and data.
         steps: Optimiser steps.
+        schedule: Steps over which the learning rate would fall to its floor; the average makes up for stopping early.
         batch: Scenes a step.
         scenes: Number of encoded scenes.
     """
@@ -222,8 +223,9 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 128, scenes: int = 
     print(f"{len(data.texts)} scenes encoded, std {float(data.latents.std()):.3f}, {time.monotonic() - start:.0f} s")
     flow = Flow(build_text_encoder(len(tokenizer)), build_transformer()).train()
     flow.text_encoder.config.use_cache = False
-    adam, schedule = optimiser(list(flow.parameters()), 1.5e-3, steps)
-    average, log = Average(flow, 0.999), {}
+    adam, rates = optimiser(list(flow.parameters()), 1.5e-3, schedule)
+    average = Average(flow, 0.999)
+    log: dict[str, Tensor | float] = {}
     for step in steps_logged(steps, 100, log, "teacher"):
         rows = torch.randint(len(which), (batch,))
         y0, z = data.latents[rows], torch.randn(batch, *LATENT)
@@ -233,10 +235,10 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 128, scenes: int = 
         u = flow((1 - mix) * y0 + mix * z, s, ids[prompt], mask[prompt], torch.ones(batch))
         loss = F.mse_loss(u, z - y0)
         adam.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
         adam.step()
-        schedule.step()
+        rates.step()
         average.update(flow)
         log["loss"] = loss.detach() if step == 0 else 0.98 * log["loss"] + 0.02 * loss.detach()
         if (step + 1) % 1000 == 0 or step + 1 == steps:

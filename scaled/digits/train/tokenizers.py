@@ -17,8 +17,9 @@ def _merges(words: list[str], suffix: str | None) -> list[tuple[str, str]]:
     """Byte-pair merges that build each word whole, learned from the word list."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=suffix) if suffix else models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    options = {"end_of_word_suffix": suffix} if suffix else {}
-    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=1, show_progress=False, **options)
+    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=1, show_progress=False)
+    if suffix:
+        trainer.end_of_word_suffix = suffix
     tokenizer.train_from_iterator(words, trainer)
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
