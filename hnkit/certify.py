@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -135,8 +135,8 @@ def _down(value: float) -> float:
     return -_up(-value)
 
 
-class _Refusal(InputError):
-    """Carries the reason of a rule to the place that knows the path of the layer."""
+class _UncertifiedError(InputError):
+    """The complete message, with the path of the layer; rules and declarations raise `InputError` with the reason."""
 
 
 _NORMALISATION = (
@@ -162,10 +162,12 @@ def _visit(module: nn.Module, path: str) -> JacobianBounds:
             return replace(declared, how=f"{label} {declared.norm:.4g} (declared)")
         _require_plain(module)
         if kind not in _RULES:
-            raise _Refusal(_reason(kind.__name__))
+            raise InputError(_reason(kind.__name__))
         bounds = _RULES[kind](module, lambda child, name: _visit(child, f"{path}.{name}" if path else name))
-    except _Refusal as refusal:
-        raise InputError(f"no certified Lipschitz constant: layer {label}: {refusal}") from None
+    except _UncertifiedError:
+        raise
+    except InputError as refusal:
+        raise _UncertifiedError(f"no certified Lipschitz constant: layer {label}: {refusal}") from None
     return bounds if bounds.how else replace(bounds, how=f"{label} {bounds.norm:.4g}")
 
 
@@ -176,7 +178,7 @@ def _declared(module: object) -> JacobianBounds | None:
         return None
     norm = _number(method(), "lipschitz_upper()")
     if norm < 0:
-        raise _Refusal(f"its lipschitz_upper() returned {norm:g}: a Lipschitz constant is at least 0")
+        raise InputError(f"its lipschitz_upper() returned {norm:g}: a Lipschitz constant is at least 0")
     bounds = JacobianBounds.from_norm(norm)
     interval = getattr(module, "field_of_values", None)
     if not callable(interval):
@@ -190,20 +192,22 @@ def _number(value: Any, what: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise _Refusal(f"its {what} returned {value!r}: a finite number is needed") from None
+        raise InputError(f"its {what} returned {value!r}: a finite number is needed") from None
     if not math.isfinite(number):
-        raise _Refusal(f"its {what} returned {number}: a finite number is needed")
+        raise InputError(f"its {what} returned {number}: a finite number is needed")
     return number
 
 
 def _require_plain(module: nn.Module) -> None:
     """Refuse what makes a module compute something else than its type says."""
     if module._forward_hooks or module._forward_pre_hooks:
-        raise _Refusal("it has forward hooks, which may change what it computes: remove them")
+        raise InputError("it has forward hooks, which may change what it computes: remove them")
     if "forward" in vars(module):
-        raise _Refusal("its forward was replaced on the instance")
+        raise InputError("its forward was replaced on the instance")
     if parametrize.is_parametrized(module) and module.training:
-        raise _Refusal("it is parametrised and in training mode, so its weights may change between calls: call eval()")
+        raise InputError(
+            "it is parametrised and in training mode, so its weights may change between calls: call eval()"
+        )
 
 
 def certified_bounds(module: object) -> JacobianBounds:
@@ -223,11 +227,11 @@ def certified_bounds(module: object) -> JacobianBounds:
     kind = type(module).__name__
     try:
         declared = _declared(module)
-    except _Refusal as refusal:
+    except InputError as refusal:
         raise InputError(f"no certified Lipschitz constant: {kind}: {refusal}") from None
     if declared is None:
         raise InputError(
-            f"no certified Lipschitz constant: the map is a {kind}, and only modules of known layers, or objects with a "
+            f"no certified Lipschitz constant: the map is a {kind}; only modules of known layers, or objects with a "
             "method lipschitz_upper(), can be certified (lipschitz_lower gives a lower bound of any map)"
         )
     return replace(declared, how=f"{kind} {declared.norm:.4g} (declared)")
@@ -309,7 +313,7 @@ def _gradient_form(parts: list[tuple[nn.Module, JacobianBounds]]) -> tuple[float
 @register(Sum)
 def _sum(module: Sum, visit: Visit) -> JacobianBounds:
     if any(getattr(layer, "inplace", False) for layer in module.modules()):
-        raise _Refusal("a term works in place and may change the input of the others: use inplace=False")
+        raise InputError("a term works in place and may change the input of the others: use inplace=False")
     parts = [visit(term, f"terms.{k}") for k, term in enumerate(module.terms)]
     norm, lower, upper = parts[0].norm, parts[0].lower, parts[0].upper
     for part in parts[1:]:
@@ -320,7 +324,7 @@ def _sum(module: Sum, visit: Visit) -> JacobianBounds:
 @register(Scaled)
 def _scaled(module: Scaled, visit: Visit) -> JacobianBounds:
     if not math.isfinite(module.factor):
-        raise _Refusal(f"its factor is {module.factor}: a finite number is needed")
+        raise InputError(f"its factor is {module.factor}: a finite number is needed")
     part, c = visit(module.module, "module"), module.factor
     low, high = sorted((c * part.lower, c * part.upper))
     return JacobianBounds(
@@ -334,7 +338,7 @@ def _scaled(module: Scaled, visit: Visit) -> JacobianBounds:
 def _weight(module: nn.Module) -> Tensor:
     weight = module.weight
     if not isinstance(weight, Tensor) or weight.is_complex() or not bool(torch.isfinite(weight).all()):
-        raise _Refusal("its weight is not real and finite")
+        raise InputError("its weight is not real and finite")
     return weight.detach().double()
 
 
@@ -349,36 +353,31 @@ def _linear(module: nn.Linear, visit: Visit) -> JacobianBounds:  # noqa: ARG001
     return JacobianBounds(norm, float(eigenvalues[0]) - margin, float(eigenvalues[-1]) + margin)
 
 
-def _padding_factor(mode: str, padding: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]) -> float:
-    """Norm of the padding, by how often it repeats an entry; 1 where padding and convolution together stay circulant."""
-    if mode == "zeros" or not any(padding):
-        return 1.0
-    squared = 1
-    for p, k, step in zip(padding, kernel, dilation, strict=True):
-        if mode == "circular":
-            squared *= 1 if 2 * p <= step * (k - 1) else 3
-        else:  # an entry is repeated on both sides at most once (reflect) or p times (replicate)
-            squared *= 3 if mode == "reflect" else 2 * p + 1
-    return math.sqrt(squared)
+def _padding_factor(mode: str, padding: tuple[int, ...]) -> float:
+    """Norm of reflecting or replicating padding: the square root of how often it repeats an entry, at worst."""
+    return math.sqrt(math.prod(1 if p == 0 else 3 if mode == "reflect" else 2 * p + 1 for p in padding))
 
 
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _convolution(module: nn.Conv2d, visit: Visit) -> JacobianBounds:  # noqa: ARG001
-    norm = convolution_norm_bound(_weight(module), module.stride, module.dilation, module.groups)
+    weight = _weight(module)
+    reach = [step * (k - 1) for k, step in zip(module.kernel_size, module.dilation, strict=True)]
+    if module.padding == "same":
+        padding = tuple(-(-r // 2) for r in reach)
+    elif module.padding == "valid":
+        padding = (0,) * len(reach)
+    else:
+        padding = tuple(int(p) for p in module.padding)
+    if module.padding_mode == "circular":
+        # Rows of the circulant matrix of stride 1 (on a torus whose size the stride does not divide, the polyphase
+        # symbol would be wrong); more padding than "same" repeats them, at most three times.
+        norm = convolution_norm_bound(weight, (1,) * len(reach), module.dilation, module.groups)
+        more = [p for p, r in zip(padding, reach, strict=True) if 2 * p > r and module.padding != "same"]
+        return JacobianBounds.from_norm(_up(norm * math.sqrt(3 ** len(more))))
+    norm = convolution_norm_bound(weight, module.stride, module.dilation, module.groups)
     if module.padding_mode == "zeros":
         return JacobianBounds.from_norm(norm)
-    if isinstance(module.padding, str):
-        width = [step * (k - 1) for k, step in zip(module.kernel_size, module.dilation, strict=True)]
-        padding = tuple(-(-w // 2) if module.padding == "same" else 0 for w in width)
-        # "same" pads w in all, so a circular convolution stays circulant even where w is odd
-        factor = (
-            1.0
-            if module.padding_mode == "circular"
-            else _padding_factor(module.padding_mode, padding, module.kernel_size, module.dilation)
-        )
-    else:
-        factor = _padding_factor(module.padding_mode, module.padding, module.kernel_size, module.dilation)
-    return JacobianBounds.from_norm(_up(norm * factor))
+    return JacobianBounds.from_norm(_up(norm * _padding_factor(module.padding_mode, padding)))
 
 
 @register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -401,7 +400,7 @@ _SLOPES: Mapping[type[nn.Module], tuple[float, float]] = {
     nn.Tanhshrink: (0.0, 1.0),
     nn.Softshrink: (0.0, 1.0),
     nn.Hardtanh: (0.0, 1.0),
-    nn.Hardsigmoid: (0.0, 0.16666666666666669),
+    nn.Hardsigmoid: (0.0, 0.1666666717),  # torch holds 1/6 in single precision
     nn.Hardswish: (-0.5, 1.5),
     nn.SiLU: (-0.09983932013, 1.09983932013),
     nn.Mish: (-0.1125261224, 1.0884981613),
@@ -445,7 +444,9 @@ def _elu(module: nn.ELU, visit: Visit) -> JacobianBounds:  # noqa: ARG001
 @register(nn.Softplus)
 def _softplus(module: nn.Softplus, visit: Visit) -> JacobianBounds:  # noqa: ARG001
     if module.threshold < 20 or module.beta <= 0:
-        raise _Refusal(f"beta {module.beta}, threshold {module.threshold}: it jumps; use beta > 0 and threshold >= 20")
+        raise InputError(
+            f"beta {module.beta}, threshold {module.threshold}: it jumps; use beta > 0 and threshold >= 20"
+        )
     return JacobianBounds.from_slopes(0.0, 1.0)
 
 
@@ -462,14 +463,14 @@ def _softmax(module: nn.Softmax, visit: Visit) -> JacobianBounds:  # noqa: ARG00
 @register(nn.Identity, nn.Flatten, nn.Unflatten)
 def _reshaping(module: nn.Module, visit: Visit) -> JacobianBounds:  # noqa: ARG001
     if getattr(module, "start_dim", 1) == 0 or getattr(module, "dim", 1) == 0:
-        raise _Refusal("it reshapes the batch dimension, so rows are not independent")
+        raise InputError("it reshapes the batch dimension, so rows are not independent")
     return JacobianBounds(1.0, 1.0, 1.0, reshaping=True)
 
 
 @register(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 def _dropout(module: nn.Dropout, visit: Visit) -> JacobianBounds:  # noqa: ARG001
     if module.training:
-        raise _Refusal("dropout is random in training mode: call eval()")
+        raise InputError("dropout is random in training mode: call eval()")
     return JacobianBounds(1.0, 1.0, 1.0, reshaping=True)
 
 
@@ -517,7 +518,7 @@ def _max_pool(module: nn.MaxPool2d, visit: Visit) -> JacobianBounds:  # noqa: AR
 def _upsample(module: nn.Upsample, visit: Visit) -> JacobianBounds:  # noqa: ARG001
     scale = module.scale_factor
     if module.mode != "nearest" or scale is None:
-        raise _Refusal("only mode='nearest' with a scale_factor has a rule")
+        raise InputError("only mode='nearest' with a scale_factor has a rule")
     # One number scales every axis: two for UpsamplingNearest2d, else at most three. An entry is copied scale times per
     # axis, once more where the rounded coordinate may slip.
     scales = scale if isinstance(scale, tuple) else (scale,) * (2 if type(module) is nn.UpsamplingNearest2d else 3)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 _EPS = torch.finfo(torch.float64).eps
 _WORK = 2e10  # floating-point operations spent on one layer at most, before the grid of frequencies gets coarser
+_POINT = 1e5  # what one frequency costs beside them
 _CHUNK = 2**21  # complex entries of the symbol held at once
 
 
@@ -87,7 +88,7 @@ def _grid(degrees: Sequence[int], work: int) -> list[int]:
     """Points per axis: 32 per degree while the eigenvalue problems stay affordable, never below 4."""
     for density in (32, 16, 8):
         points = [max(1, density * n) for n in degrees]
-        if 30 * work * math.prod(points) <= _WORK:
+        if (30 * work + _POINT) * math.prod(points) <= _WORK:
             return points
     return [max(1, 4 * n) for n in degrees]
 

@@ -170,7 +170,8 @@ def _bidiagonal_cycle(
     """
     eps = torch.finfo(torch.float64).eps
     V, U = [right], [left]
-    diagonal, above = [sigma], []
+    diagonal: list[Tensor] = [sigma]
+    above: list[Tensor] = []
     size = sigma
     for k in range(1, steps + 1):
         beta, v = _unit(_against(rest, V), 8 * eps * size)
@@ -282,7 +283,8 @@ def local_lipschitz(
     check_batch(x)
     goal = _tolerance(tolerance, x)
     if x[0].numel() <= _DENSE_DIM:
-        return torch.linalg.matrix_norm(dense_jacobian(f, x), 2)
+        norms: Tensor = torch.linalg.matrix_norm(dense_jacobian(f, x), 2)
+        return norms
     result = local_norms(f, x, tolerance=goal, generator=generator)
     worst = int(result.residual.argmax())
     if float(result.residual[worst]) > goal:
