@@ -126,7 +126,7 @@ Qed.
 
 Lemma feasible_mean q : push g q =1 tilted_output -> mean q (r \o g) = mean tilted_noise (r \o g).
 Proof.
-move=> gq; rewrite -!mean_push; apply: eq_bigr => y _.
+move=> gq; rewrite -(mean_push g q r) -(mean_push g tilted_noise r); apply: eq_bigr => y _.
 by rewrite gq theorem3_pushforward.
 Qed.
 
