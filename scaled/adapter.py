@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +29,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _FORMAT = 1
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
-_UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "fan_in_fan_out")
+_UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
 _PROBES = 32
 
 Objective = Literal["hypernoise", "direct"]
@@ -163,9 +164,9 @@ def _lora_fields(folder: Path, config: Mapping[str, Any]) -> tuple[int, float]:
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder / CONFIG} has peft_type {config.get('peft_type')!r}: only LORA is accepted")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise InputError(f"{folder / CONFIG} has r = {rank!r}: a LoRA rank is a whole number, 1 or more")
-    if type(alpha) not in (int, float) or not 0 < alpha < float("inf"):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
         raise InputError(f"{folder / CONFIG} has lora_alpha = {alpha!r}: it is a number above 0")
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if config.get("bias", "none") != "none":
@@ -175,9 +176,7 @@ def _lora_fields(folder: Path, config: Mapping[str, Any]) -> tuple[int, float]:
     return rank, float(alpha)
 
 
-def _check_block(
-    folder: Path, config: Mapping[str, Any], block: Any, data: bytes, expected: Adapter
-) -> float:
+def _check_block(folder: Path, config: Mapping[str, Any], block: Any, data: bytes, expected: Adapter) -> float:
     where = folder / CONFIG
     if not isinstance(block, dict) or block.get("format") != _FORMAT:
         raise InputError(f"{where} has an hnkit block of another format: this version reads format {_FORMAT}")
@@ -187,7 +186,8 @@ def _check_block(
         raise InputError(f"{folder / WEIGHTS} is damaged: its checksum does not match")
     if block.get("objective") != expected.objective:
         raise InputError(
-            f"{folder} is an adapter for objective {block.get('objective')!r}, this backend is for {expected.objective!r}"
+            f"{folder} is an adapter for objective {block.get('objective')!r},"
+            f" this backend is for {expected.objective!r}"
         )
     if block.get("base_class") != type(expected.base).__name__:
         raise InputError(
@@ -199,7 +199,8 @@ def _check_block(
             f" set backend.model_id to {config.get('base_model_name_or_path')!r}"
         )
     if block.get("zero_base_layer") != expected.zero_base:
-        raise InputError(f"{where} has zero_base_layer {block.get('zero_base_layer')!r}: {expected.zero_base!r} expected")
+        found = block.get("zero_base_layer")
+        raise InputError(f"{where} has zero_base_layer {found!r}: {expected.zero_base!r} is expected")
     return float(block["guidance"])
 
 
@@ -230,29 +231,30 @@ def _weights(folder: Path, data: bytes, rank: int) -> dict[str, Tensor]:
 def _check_layers(folder: Path, layers: set[str], expected: Adapter) -> None:
     modules = dict(expected.base.named_modules())
     grouped = {name for name in layers if getattr(modules.get(name), "groups", 1) > 1}
-    foreign, missing = sorted(layers - grouped - set(expected.spec.targets)), sorted(set(expected.spec.targets) - layers)
+    wanted = set(expected.spec.targets)
+    foreign, missing = sorted(layers - grouped - wanted), sorted(wanted - layers)
     if foreign:
         raise InputError(f"{folder} has LoRA for {foreign[0]!r}, which {type(expected.base).__name__} has no place for")
     if missing:
         raise InputError(f"{folder} has no LoRA for {missing[0]!r} ({len(missing)} such): it is not complete")
 
 
-def _check_shapes(
-    folder: Path, weights: Mapping[str, Tensor], layers: set[str], rank: int, base: nn.Module
-) -> None:
+def _check_shapes(folder: Path, weights: Mapping[str, Tensor], layers: set[str], rank: int, base: nn.Module) -> None:
     for layer in sorted(layers):
-        module = base.get_submodule(layer)
-        if isinstance(module, nn.Conv2d):
-            shapes = (rank, module.in_channels, *module.kernel_size), (module.out_channels, rank, 1, 1)
-        else:
-            shapes = (rank, module.in_features), (module.out_features, rank)
+        out, *ins = base.get_submodule(layer).get_parameter("weight").shape
+        if len(ins) == 1:
+            shapes: tuple[tuple[int, ...], ...] = (rank, *ins), (out, rank)
+        else:  # the LoRA convolution is dense, also beside a grouped one
+            channels = cast("nn.Conv2d", base.get_submodule(layer)).in_channels
+            shapes = (rank, channels, *ins[1:]), (out, rank, 1, 1)
         for side, shape in zip("AB", shapes, strict=True):
             key = f"{layer}.lora_{side}.weight"
             if key not in weights:
                 raise InputError(f"{folder / WEIGHTS} has no {key!r}: it is not complete")
             if tuple(weights[key].shape) != shape:
                 raise InputError(
-                    f"{folder}: {key!r} has shape {tuple(weights[key].shape)}, this base needs {shape}: another base model"
+                    f"{folder} is of another base model: {key!r} has shape {tuple(weights[key].shape)},"
+                    f" this one needs {shape}"
                 )
 
 

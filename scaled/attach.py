@@ -1,4 +1,6 @@
-"""A trained noise hypernetwork in plain diffusers code, three lines:
+"""A trained noise hypernetwork in plain diffusers code.
+
+Three lines, the first and last of them diffusers' own:
 
     pipe = SanaSprintPipeline.from_pretrained("Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers").to("cuda")
     pipe = attach(pipe, "runs/my-run/adapter")
@@ -59,7 +61,6 @@ def attach(pipe: Any, adapter: str | Path) -> SteeredPipeline:
     found = read_adapter(folder, expected)
     twin = make_twin(base, found.spec, zero_base=family.last_layer)
     load_lora(twin, found.weights)
-    twin.requires_grad_(False)
     hint = "a smaller batch, or pipe.vae.enable_slicing()"
     return SteeredPipeline(pipe, HyperNetwork(family, pipe, twin, found.guidance, hint), family)
 

@@ -7,6 +7,7 @@ else is here once. No sampler is written: `generate` is the pipeline's own `__ca
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,7 +98,9 @@ class Family(ABC):
         """What `encode_prompt` returned, by name, rows first."""
 
     @abstractmethod
-    def delta(self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float) -> Tensor:
+    def delta(
+        self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float
+    ) -> Tensor:
         """One forward of `network` on the noise, at the inputs the pipeline gives it in its first step."""
 
     @abstractmethod
@@ -231,7 +234,7 @@ class PipelineBackend:
         if generator is None:
             generator = torch.Generator(device=noise.device).manual_seed(self.options.seed)
         arguments = self.family.call_arguments(self.options, condition.tensors, steps)
-        sample = type(self.pipeline).__call__.__wrapped__  # the library's sampler without its torch.no_grad
+        sample: Any = inspect.unwrap(type(self.pipeline).__call__)  # the library's sampler without its torch.no_grad
         with memory.explained(memory.advice(self.options)):
             try:
                 images: Tensor = sample(
@@ -360,7 +363,7 @@ def load_pipeline(family: Family, options: PipelineOptions) -> Any:
     try:
         pipe = getattr(diffusers, family.pipeline_class).from_pretrained(
             folder,
-            torch_dtype=_DTYPES[options.dtype],
+            dtype=_DTYPES[options.dtype],
             local_files_only=True,
             use_safetensors=True,
             **family.load_arguments,

@@ -45,7 +45,9 @@ class FluxFamily(Family):
         """Token and pooled embeddings; the text's positions are all zero and are made anew."""
         return {"prompt_embeds": encoded[0], "pooled_prompt_embeds": encoded[1]}
 
-    def delta(self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float) -> Tensor:
+    def delta(
+        self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float
+    ) -> Tensor:
         """The first step has flow time 1."""
         embeds = tensors["prompt_embeds"]
         count, channels, height, width = noise.shape

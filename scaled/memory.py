@@ -8,7 +8,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hnkit._errors import InputError
@@ -92,7 +92,7 @@ def compile_checked(hypernetwork: HyperNetwork, backend: str, noise: Tensor, con
         try:
             hypernetwork.twin.compile(backend=backend)
             compiled = measure()
-        except Exception as error:  # noqa: BLE001 - any failure of a compiler is its user's cue to switch it off
+        except Exception as error:  # whatever goes wrong in a compiler, its user can switch it off
             reason = " ".join(str(error).split())[:160]
             raise InputError(f"backend.compile {backend!r} failed: {reason}; set it to no") from error
     finally:

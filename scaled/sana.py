@@ -54,7 +54,9 @@ class SanaFamily(Family):
         """Token embeddings and their mask."""
         return {"prompt_embeds": encoded[0], "prompt_attention_mask": encoded[1]}
 
-    def delta(self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float) -> Tensor:
+    def delta(
+        self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float
+    ) -> Tensor:
         """The first step has SCM timestep 1, where the pipeline's input scaling is 1."""
         embeds = tensors["prompt_embeds"]
         scale = torch.full((len(noise),), guidance, device=noise.device).to(embeds.dtype)

@@ -42,7 +42,9 @@ class SDTurboFamily(Family):
         """Token embeddings of the prompt itself."""
         return {"prompt_embeds": encoded[0]}
 
-    def delta(self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float) -> Tensor:
+    def delta(
+        self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float
+    ) -> Tensor:
         """The first step is the last training timestep; its input, scaled to unit variance, is the noise itself."""
         embeds = tensors["prompt_embeds"]
         first = pipe.scheduler.config.num_train_timesteps - 1

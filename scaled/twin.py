@@ -51,10 +51,10 @@ class ZeroConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Zeros of the shape the convolution would return."""
         sides = [
-            (length + 2 * int(padding) - dilation * (kernel - 1) - 1) // stride + 1
-            for length, padding, dilation, kernel, stride in zip(
-                input.shape[-2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
-            )
+            (input.shape[i - 2] + 2 * int(self.padding[i]) - self.dilation[i] * (self.kernel_size[i] - 1) - 1)
+            // self.stride[i]
+            + 1
+            for i in range(2)
         ]
         return input.new_zeros((*input.shape[:-3], self.out_channels, *sides), dtype=torch.float32)
 
@@ -125,7 +125,7 @@ def make_twin(base: nn.Module, spec: LoraSpec, *, zero_base: str | None, seed: i
     if zero_base is not None:
         # After the injection: peft builds lora_A and lora_B of the base layer's class, and a LoRA that returned zeros
         # would pass every test of f = 0 and never learn.
-        last = twin.get_submodule(zero_base).base_layer
+        last = twin.get_submodule(f"{zero_base}.base_layer")
         last.__class__ = _ZERO_CLASS[type(last)]
     return twin
 

@@ -42,7 +42,7 @@ class DigitsOptions(SanaOptions):
         return verified_folder(Path(self.model_id) if self.model_id else None)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScorerReward:
     """The bundled contrastive scorer as a reward."""
 

@@ -205,5 +205,5 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
 
 def options(name: str, folder: Path, **changes: object) -> dict[str, object]:
     """Backend options for a tiny checkpoint: float32 on the CPU, rank 4."""
-    size = SIZES[name]
-    return {"model_id": str(folder), "size": size, "dtype": "float32", "device": "cpu", "rank": 4, "lora_alpha": 8} | changes
+    small = {"size": SIZES[name], "dtype": "float32", "device": "cpu", "rank": 4, "lora_alpha": 8.0, "cache_dir": ""}
+    return {"model_id": str(folder)} | small | changes
