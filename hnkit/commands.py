@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group
+from rich.padding import Padding
 from rich.text import Text
 from torch import nn
 
@@ -225,7 +227,7 @@ def _resumed_folder(resume: str, out: Path | None, kind: str) -> Path:
         return out
     runs = sorted(Path("runs").glob(f"{kind}-*"), key=lambda folder: folder.stat().st_mtime)
     if not runs:
-        raise InputError(f"--resume: there is no run under runs/ to go on with: name its folder, --resume DIR")
+        raise InputError("--resume: there is no run under runs/ to go on with: name its folder, --resume DIR")
     return runs[-1]
 
 
@@ -330,7 +332,7 @@ def _named_backend(name: str | None) -> str:
 
 def backends(*, as_json: bool) -> None:
     """Print what is installed, what it needs, and whether its weights are present."""
-    found = []
+    found: list[dict[str, Any]] = []
     for name in installed_names("hnkit.backends"):
         try:
             factory = backend_factory(name)
@@ -344,8 +346,9 @@ def backends(*, as_json: bool) -> None:
         return
     screen = terminal.console()
     for entry in found:
-        screen.print(Text.assemble((entry["name"], "bold"), f"  {entry['summary']}"))
-        screen.print(Text(f"  {entry['status']}"))
+        screen.print(Text.assemble((str(entry["name"]), "bold"), f"  {entry['summary']}"))
+        lines = [Text(str(entry["status"]))]
         if entry["presets"]:
-            screen.print(Text(f"  presets: {', '.join(entry['presets'])}", style="dim"))
+            lines.append(Text(f"presets: {', '.join(entry['presets'])}", style="dim"))
+        screen.print(Padding(Group(*lines), (0, 0, 0, 4)))
     screen.print(Text(f"\nrewards: {', '.join(rewards) or 'none'}"))

@@ -168,8 +168,6 @@ def theorem_7(subject: Subject) -> Finding:
     error = _errors(subject)
     bound = float(theorem7_bound(subject.dim, constant))
     note = f"{word} L = {constant:.4g}; E|E(J)| = {float(error.abs().mean()):.3g}"
-    if isinstance(subject.certificate, str):
-        note += f"; no certificate: {subject.certificate}"
     if subject.method != "exact":  # a single probe's value is no E(J), their mean is
         mean, stderr = mean_and_stderr(error)
         radius = confidence_radius(stderr, len(error))

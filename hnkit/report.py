@@ -137,8 +137,8 @@ def format_estimate(value: float, stderr: float | None = None, bias_bound: float
         text = format_number(value, 5)
     elif math.isnan(stderr):
         text = f"{format_number(value, 5)} ± unknown"
-    elif stderr <= 1e-9 * abs(value) or stderr == 0:
-        text = f"{format_number(value, 6)} ± {format_number(stderr, 2)}"
+    elif stderr <= 1e-12 * abs(value):  # rounding: every sample has the same value
+        text = f"{format_number(value, 6)} ± 0"
     else:
         places = max(0, 1 - math.floor(math.log10(stderr)))
         big = abs(value) >= 1e6 or 0 < max(abs(value), stderr) < 1e-4

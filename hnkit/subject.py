@@ -94,8 +94,8 @@ class Subject:
 
     @property
     def resolution(self) -> float:
-        """Relative rounding error that is allowed for: of the type the map computes in."""
-        return 1e-9 if self.value.dtype == torch.float64 else 2e-3
+        """Relative rounding error that is allowed for, by the type that the map computes in."""
+        return {torch.float64: 1e-9, torch.float32: 1e-4}.get(self.value.dtype, 2e-2)
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator for one purpose, a function of the seed alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from hnkit.report import VERDICT_MARKS, format_number
 if TYPE_CHECKING:
     from hnkit.verify import Check, Report
 
+_LETTERS = string.ascii_uppercase
 _COLOURS = {"holds": "green", "fails": "bold red", "not applicable": "dim", "not certified": "yellow"}
 
 
@@ -75,33 +77,58 @@ def simple_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left:
 
 
 def report_view(report: Report, *, verbose: bool) -> Group:
-    """A verification report: verdicts at a glance, the figures of each group, and every failing check in full.
+    """A verification report: one map or toy in full; several at a glance, with every failing check in full.
 
     Args:
         report: what was measured.
         verbose: print every check in full, whatever its verdict.
     """
     parts: list[RenderableType] = [Text(report.title, style="bold"), Text("")]
-    several = len(report.groups) > 1
+    several = len(report.groups) > 1 and len({check.group for check in report.checks}) > 1
     if several:
-        parts.append(_matrix(report))
+        parts += [_legend(report), Text(""), _matrix(report), _overview(report)]
     for group in report.groups:
         checks = [check for check in report.checks if check.group == group]
         shown = checks if verbose or not several else [check for check in checks if check.verdict == "fails"]
-        figures = [figure for figure in report.figures if figure.group == group]
+        figures = [] if several else [figure for figure in report.figures if figure.group == group]
         if not (shown or figures):
             continue
         parts += [Text(""), Text(group, style="bold")]
-        parts += [Padding(Text(text), (0, 0, 0, 2)) for owner, text in report.notes if owner == group]
+        if not several:
+            parts += [Padding(Text(text), (0, 0, 0, 2)) for owner, text in report.notes if owner == group]
         if figures:
             rows = [(figure.name, figure.text, figure.unit) for figure in figures]
-            table = simple_table(("", "value ± standard error", ""), rows)
-            table.show_header = False
-            parts.append(table)
+            parts.append(simple_table(("figure", "value ± standard error", "unit"), rows))
         parts += [check_lines(check) for check in shown]
     marks = "   ".join(f"{mark} {verdict}" for verdict, mark in VERDICT_MARKS.items())
-    parts += [Text(""), Text(marks, style="dim"), Text(report.summary(), style="green" if report.ok else "bold red")]
-    return Group(*parts)
+    summary = Text(report.summary(), style="bold green" if report.ok else "bold red")
+    return Group(*parts, Text(""), Text(marks, style="dim"), summary)
+
+
+def _legend(report: Report) -> RenderableType:
+    """The letter of each group, its name, and what it is."""
+    said = dict(report.notes)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for letter, group in zip(_LETTERS, report.groups, strict=False):
+        table.add_row(Text(letter, style="bold"), Text(group), Text(said.get(group, ""), style="dim"))
+    return table
+
+
+def _overview(report: Report) -> RenderableType:
+    """The headline figures of every group, one line each, in nats."""
+    columns = {
+        "KL, exact": "KL (Stein form)",
+        "L2 term": "L2 term",
+        "L2 error, %": "relative error of L2",
+        "Theorem 7": "Theorem 7 bound",
+        "L2 gap": "gap of the L2 optimum",
+    }
+    found = {(figure.group, figure.name): figure.text for figure in report.figures}
+    rows = [
+        (letter, *(found.get((group, name), "–") for name in columns.values()))
+        for letter, group in zip(_LETTERS, report.groups, strict=False)
+    ]
+    return simple_table(("", *columns), rows)
 
 
 def check_lines(check: Check) -> Group:
@@ -109,8 +136,10 @@ def check_lines(check: Check) -> Group:
     head = Text(f"{VERDICT_MARKS[check.verdict]} {check.name}", style=_COLOURS[check.verdict])
     lines = [head, Padding(Text(check.statement), (0, 0, 0, 4))]
     if check.measured is not None:
+        from hnkit.verify import RELATIONS
+
         numbers = (
-            f"measured {format_number(check.measured)} {check.relation} {format_number(check.expected)}"
+            f"measured {format_number(check.measured)} {RELATIONS[check.relation]} {format_number(check.expected)}"
             f" ± {format_number(check.tolerance, 2)} ({check.kind}), slack {format_number(check.slack, 3)}"
         )
         lines.append(Padding(Text(f"{numbers}: {check.verdict}"), (0, 0, 0, 4)))
@@ -124,20 +153,14 @@ def _matrix(report: Report) -> RenderableType:
     """Checks down, groups across, one mark each: the whole run on one screen."""
     names = list(dict.fromkeys(check.name for check in report.checks))
     verdicts = {(check.name, check.group): check.verdict for check in report.checks}
-    groups = [group for group in report.groups if any(key[1] == group for key in verdicts)]
-    legend = Text("  ".join(f"{letter} {group}" for letter, group in zip(_letters(), groups, strict=False)))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("check", no_wrap=True)
-    for letter, _ in zip(_letters(), groups, strict=False):
+    for letter, _ in zip(_LETTERS, report.groups, strict=False):
         table.add_column(letter, justify="center")
     for name in names:
         marks = []
-        for group in groups:
+        for group in report.groups:
             verdict = verdicts.get((name, group))
             marks.append(Text(VERDICT_MARKS[verdict], style=_COLOURS[verdict]) if verdict else Text(""))
         table.add_row(name, *marks)
-    return Group(legend, table)
-
-
-def _letters() -> str:
-    return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    return table

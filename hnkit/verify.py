@@ -38,6 +38,9 @@ Kind = Literal["exact", "statistical"]
 Verdict = Literal["holds", "fails", "not applicable", "not certified"]
 Relation = Literal["=", "<=", ">="]
 
+RELATIONS: Mapping[Relation, str] = {"=": "=", "<=": "≤", ">=": "≥"}
+"""How each relation is shown."""
+
 FALSE_ALARM = 1e-3
 """Probability that a run in which every statement is true shows a statistical *fails*, at most."""
 
@@ -331,7 +334,7 @@ class Report:
         if checks:
             headers = ("check", "measured", "", "expected", "tolerance", "kind", "slack", "verdict")
             rows_ = tuple(
-                (c.name, c.measured, c.relation if c.measured is not None else "", c.expected, c.tolerance, c.kind,
+                (c.name, c.measured, RELATIONS[c.relation] if c.measured is not None else "", c.expected, c.tolerance, c.kind,
                  c.slack, c.verdict)
                 for c in checks
             )  # fmt: skip
