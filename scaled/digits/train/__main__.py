@@ -18,13 +18,23 @@ import torch
 from scaled.digits.checkpoint import GUIDANCE_SCALE, model_folder
 from scaled.digits.judge import Judge
 from scaled.digits.rewards import legibility, scorer
+from scaled.digits.scenes import Kind
 from scaled.digits.train import autoencoder, bundle, distil, evaluate, reader, teacher
 from scaled.digits.train import scorer as scorer_stage
 from scaled.digits.train.common import record
 from scaled.digits.train.pipeline import assemble
 
+# The second round of the scorer dwells on what it confused after the first: relations and attribution.
+HARD_KINDS: dict[Kind, float] = {
+    "single": 0.5,
+    "two": 0.75,
+    "counting": 1.0,
+    "colours": 0.75,
+    "position": 4.0,
+    "attribution": 3.0,
+}
 SHARDS = 12
-SHARD_SIZE = 4096
+SHARD_SIZE = 2048
 
 
 def _trajectories(work: Path, seed: int) -> None:
@@ -75,6 +85,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "judge": _stage(reader.train_judge, steps=2500),
     "legibility": _stage(reader.train_legibility, steps=2000),
     "scorer": _stage(scorer_stage.train, steps=2000),
+    "scorer-round-2": _stage(scorer_stage.train, steps=1500, lr=7e-4, weights=HARD_KINDS, resume=True),
     "teacher": _stage(teacher.train, steps=4000, schedule=6500),
     "trajectories": lambda a: _trajectories(a.work, a.seed),
     "student": _stage(distil.train, steps=3000),

@@ -33,16 +33,17 @@ KIND_WEIGHTS: Mapping[Kind, float] = {
 class PromptSampler:
     """Training prompts at random, kinds in fixed proportions."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, weights: Mapping[Kind, float] = KIND_WEIGHTS) -> None:
         """Group the training sentences by kind.
 
         Args:
             seed: Seed of the draws.
+            weights: Proportions of the kinds.
         """
         self.rng = random.Random(seed)
         prompts = [all_prompts()[text] for text in train_prompts()]
         self._groups = [[p for p in prompts if p.kind == kind] for kind in KINDS]
-        self._weights = [KIND_WEIGHTS[kind] for kind in KINDS]
+        self._weights = [weights[kind] for kind in KINDS]
 
     def __call__(self, n: int) -> list[Prompt]:
         """Draw n prompts."""
@@ -103,6 +104,12 @@ def record(work: Path, key: str, figures: Mapping[str, Any]) -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
     known[key] = dict(figures)
     write_json(path, known)
+
+
+def recorded(work: Path, key: str) -> dict[str, Any]:
+    """Figures that `record` wrote under a key."""
+    figures: dict[str, Any] = json.loads((work / "figures.json").read_text())[key]
+    return figures
 
 
 def load_autoencoder(work: Path) -> AutoencoderDC:

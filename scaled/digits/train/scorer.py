@@ -3,8 +3,7 @@
 Positives are scenes and the sentences they satisfy; negatives are the other sentences of the batch and edits of the
 right one (another digit, colour, count or relation, attributes or places exchanged). Sentences that happen to be true
 of an image are left out of its negatives. Some digits are fused with another and count as absent, so that illegible
-ink does not score. Auxiliary readers of what is drawn and what is said speed
-up the towers and are thrown away.
+ink does not score. Auxiliary readers of what is drawn and what is said speed up the towers and are thrown away.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import dataclasses
 import math
 import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from scaled.digits.scenes import (
     EMPTY,
     NUMBERS,
     RELATIONS,
+    Kind,
     Prompt,
     Scans,
     Scene,
@@ -36,11 +37,13 @@ from scaled.digits.scenes import (
     truth_table,
 )
 from scaled.digits.train.common import (
+    KIND_WEIGHTS,
     Average,
     PromptSampler,
     load_autoencoder,
     optimiser,
     record,
+    recorded,
     steps_logged,
 )
 from scaled.digits.train.tokenizers import CLIP_LENGTH, clip_tokenizer
@@ -192,22 +195,37 @@ def tokenise(tokenizer: CLIPTokenizer, prompts: list[Prompt]) -> dict[str, Tenso
     return {"input_ids": out.input_ids, "attention_mask": out.attention_mask}
 
 
-def train(work: Path, *, seed: int, steps: int, batch: int = 96) -> None:
-    """Train the scorer.
+def train(
+    work: Path,
+    *,
+    seed: int,
+    steps: int,
+    batch: int = 96,
+    lr: float = 1e-3,
+    weights: Mapping[Kind, float] = KIND_WEIGHTS,
+    resume: bool = False,
+) -> None:
+    """Train the scorer, or a second round of it.
 
     Args:
         work: Folder with ``vae/``; receives ``clip/``.
         seed: Seed of weights and data.
         steps: Optimiser steps.
         batch: Images a step.
+        lr: Peak learning rate.
+        weights: Proportions of the kinds of sentence.
+        resume: Start from ``clip/`` instead of from nothing.
     """
     torch.manual_seed(seed)
     start, tokenizer = time.monotonic(), clip_tokenizer()
-    model, vae = build(tokenizer).train(), load_autoencoder(work)
+    vae = load_autoencoder(work)
+    fresh = build(tokenizer)
+    model = CLIPModel.from_pretrained(work / "clip", local_files_only=True) if resume else fresh
+    model.train()
     heads = Heads(model.config.vision_config.hidden_size, model.config.text_config.hidden_size)
-    sampler, scans = PromptSampler(seed), load_scans("scorer")
+    sampler, scans = PromptSampler(seed, weights), load_scans("scorer")
     log: dict[str, Tensor] = {}
-    adam, schedule = optimiser([*model.parameters(), *heads.parameters()], 1e-3, steps, decay=0.05)
+    adam, schedule = optimiser([*model.parameters(), *heads.parameters()], lr, steps, decay=0.05)
     average = Average(model, 0.998)
     for step in steps_logged(steps, 50, log, "scorer"):
         images, cells, prompts = batch_of_scenes(sampler, scans, batch, seed * 1_000_003 + step)
@@ -256,7 +274,9 @@ def train(work: Path, *, seed: int, steps: int, batch: int = 96) -> None:
             processor(tokenizer).save_pretrained(work / "clip")
     figures: dict[str, float] = {"parameters": sum(p.numel() for p in model.parameters())}
     figures |= accuracy(average.module, tokenizer, seed=seed + 1)
-    record(work, "scorer", {**figures, "steps": steps, "seconds": round(time.monotonic() - start, 1)})
+    before = recorded(work, "scorer") if resume else {"steps": 0, "seconds": 0.0}
+    spent = {"steps": before["steps"] + steps, "seconds": before["seconds"] + round(time.monotonic() - start, 1)}
+    record(work, "scorer", {**figures, **spent})
     print(figures, flush=True)
 
 
