@@ -4,36 +4,28 @@ A probe `v` with `E[v v^T] = I` turns the trace into quadratic forms, `E[v^T phi
 log-determinant always share the probe, so that their first-order parts cancel exactly, and every estimator returns
 exactly zero at `J = 0`. Each row of the batch is a quadratic form of its own; the transposed Jacobian is used, because
 `v^T phi(J) v = v^T phi(J^T) v` and vector-Jacobian products are what networks are good at.
+
+Bounds are of the truncation error of the quadratic form itself, `|value - v^T phi(J) v|`, given the probe; their mean
+bounds the bias of the mean. They need a proved `L >= |J|_2`, `L < 1`, and are NaN without one.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hnkit._errors import InputError
-from hnkit.logdet import gauss_nodes
+from hnkit.bounds import log_gap
+from hnkit.krylov import ArnoldiProcess, LanczosProcess, Operator, phi_column, phi_corner, spectral_norm
 
 Probe = Literal["rademacher", "gaussian", "spherical"]
 PROBES: tuple[Probe, ...] = ("rademacher", "gaussian", "spherical")
 
-
-class Operator(Protocol):
-    """J at `rows` points, acting on `(rows, dim)` float64 vectors; `hnkit.RowJacobian` is one."""
-
-    rows: int
-    dim: int
-
-    def vjp(self, u: Tensor) -> Tensor:
-        """`J^T u`."""
-        ...
-
-    def jvp(self, v: Tensor) -> Tensor:
-        """`J v`."""
-        ...
+_MAX_STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -43,11 +35,13 @@ class QuadraticForm:
     Attributes:
         value: estimate of `v^T phi(J) v`.
         trace: `v^T J v`, exact.
-        square: `v^T J^2 v`, exact (NaN where the method does not see it).
+        square: `v^T J^2 v`, exact.
         frobenius: `|J^T v|^2`, whose mean over probes is `|J|_F^2`.
         norm: a lower bound of the local norm `|J|_2`, from the products made.
-        truncation: estimate of the error of `value` as a quadratic form (0 once it is exact).
-        products: transposed and plain products spent, per row.
+        truncation: estimate of `|value - v^T phi(J) v|` (0 where it is exact or unbiased).
+        bound: proved bound of the same; NaN where none is known.
+        products: products with J and its transpose that the row needed.
+        steps: length of the series or Krylov space; one number for all rows.
     """
 
     value: Tensor
@@ -56,7 +50,9 @@ class QuadraticForm:
     frobenius: Tensor
     norm: Tensor
     truncation: Tensor
+    bound: Tensor
     products: Tensor
+    steps: int
 
 
 def draw_probes(
@@ -70,193 +66,375 @@ def draw_probes(
     source = generator.device if generator is not None else torch.device(device)
     if kind == "rademacher":
         bits = torch.randint(0, 2, (rows, dim), generator=generator, device=source)
-        return (2 * bits - 1).double().to(device)
+        signs: Tensor = (2 * bits - 1).double().to(device)
+        return signs
     if kind not in PROBES:
         raise InputError(f"unknown probe {kind!r}: accepted are {', '.join(PROBES)}")
     gaussian = torch.randn(rows, dim, generator=generator, device=source, dtype=torch.float64).to(device)
     if kind == "gaussian":
         return gaussian
-    return gaussian * (dim**0.5 / gaussian.norm(dim=1, keepdim=True))
+    radius: Tensor = gaussian.norm(dim=1, keepdim=True)
+    return gaussian * (dim**0.5 / radius)
 
 
-def second_order(operator: Operator, probe: Tensor) -> QuadraticForm:
+def second_order(operator: Operator, probe: Tensor, *, lipschitz: float | None = None) -> QuadraticForm:
     """`v^T J^2 v / 2`, the leading term of `v^T phi(J) v`, by two transposed products.
 
-    `E(J) = tr(J^2)/2 + R`, `|R| <= (|J|_F^2 / L^2)(h(L) - L^2/2)` for `|J|_2 <= L < 1`.
+    The rest is at most `|v| |J^T J^T v| (h(L) - L^2/2) / L^2`; in the mean, `E(J) = tr(J^2)/2 + R` with
+    `|R| <= (|J|_F^2 / L^2)(h(L) - L^2/2)`.
 
-    Source: THEORY item c; `proofs/second_order`.
+    Source: `proofs/second_order`.
     """
+    length = probe.norm(dim=1)
     first = operator.vjp(probe)
     second = operator.vjp(first)
+    sizes = first.norm(dim=1), second.norm(dim=1)
+    norm = torch.maximum(ratio(sizes[0], length), ratio(sizes[1], sizes[0]))
     square = dot(probe, second)
-    norms = torch.stack([dot(probe, probe), dot(first, first), dot(second, second)]).sqrt()
-    norm = torch.maximum(ratio(norms[1], norms[0]), ratio(norms[2], norms[1]))
+    # The first term left out is v' J^3 v / 3; two directions of d dimensions agree to about d^(-1/2).
+    truncation = length * sizes[1] * norm / (3 * operator.dim**0.5)
+    bound = torch.full_like(square, torch.nan)
+    if lipschitz is not None and lipschitz < 1:
+        factor = (log_gap(lipschitz) / lipschitz**2 - 0.5) if lipschitz > 0 else 0.0
+        bound = length * sizes[1] * factor
+    products = torch.full_like(square, 2.0)
     return QuadraticForm(
-        value=square / 2,
-        trace=dot(probe, first),
-        square=square,
-        frobenius=norms[1].square(),
-        norm=norm,
-        # The first term left out is v^T J^3 v / 3.
-        truncation=norms[0] * norms[2] * norm / 3,
-        products=torch.full_like(square, 2.0),
+        square / 2, dot(probe, first), square, sizes[0].square(), norm, truncation, bound, products, steps=2
     )
 
 
-@dataclass(frozen=True)
-class KrylovSpace:
-    """Arnoldi's relation `J^T Q_m = Q_{m+1} H` of every row.
-
-    Attributes:
-        basis: `(m + 1, rows, d)`, orthonormal along the first axis (zero vectors after a breakdown).
-        hessenberg: `(rows, m + 1, m)`.
-        scale: `(rows,)`, the length of the probe.
-    """
-
-    basis: Tensor
-    hessenberg: Tensor
-    scale: Tensor
-
-
-class ArnoldiProcess:
-    """Grows the Krylov space of `J^T` from a probe, one transposed product per step and row.
-
-    Full orthogonalisation, applied twice. A row whose space is exhausted (the residual is rounding) continues with
-    zero vectors, which leaves its Hessenberg matrix, and every function of it, unchanged: a zero operator gives H = 0.
-    """
-
-    def __init__(self, operator: Operator, probe: Tensor) -> None:
-        self._operator = operator
-        self.scale = probe.norm(dim=1)
-        self._basis = probe.new_zeros(9, *probe.shape)
-        self._basis[0] = probe / self.scale[:, None]
-        self._columns = probe.new_zeros(probe.shape[0], 9, 8)
-        self.steps = 0
-        self.alive = torch.ones_like(self.scale, dtype=torch.bool)
-        self.work = torch.zeros_like(self.scale)
-
-    def advance(self) -> None:
-        """One more transposed product."""
-        m = self.steps
-        if m + 1 == self._basis.shape[0]:
-            capacity = 2 * m
-            basis = self._basis.new_zeros(capacity + 1, *self._basis.shape[1:])
-            basis[: m + 1] = self._basis[: m + 1]
-            columns = self._columns.new_zeros(self._columns.shape[0], capacity + 1, capacity)
-            columns[:, : m + 1, :m] = self._columns[:, : m + 1, :m]
-            self._basis, self._columns = basis, columns
-        self.work += self.alive
-        vector = self._operator.vjp(self._basis[m]) * self.alive[:, None]
-        length = vector.norm(dim=1)
-        known = self._basis[: m + 1]
-        for _ in range(2):
-            overlap = torch.einsum("krd,rd->rk", known, vector)
-            vector = vector - torch.einsum("krd,rk->rd", known, overlap)
-            self._columns[:, : m + 1, m] += overlap
-        rest = vector.norm(dim=1)
-        self.alive = self.alive & (rest > 1e-14 * length)
-        rest = torch.where(self.alive, rest, torch.zeros_like(rest))
-        self._columns[:, m + 1, m] = rest
-        self._basis[m + 1] = torch.where(self.alive[:, None], vector / rest[:, None], torch.zeros_like(vector))
-        self.steps = m + 1
-
-    @property
-    def space(self) -> KrylovSpace:
-        """The space so far."""
-        m = self.steps
-        return KrylovSpace(self._basis[: m + 1], self._columns[:, : m + 1, :m], self.scale)
-
-
-def arnoldi(
-    operator: Operator, probe: Tensor, *, steps: int | None = None, tolerance: float = 1e-3, max_steps: int = 64
+def power_series(
+    operator: Operator,
+    probe: Tensor,
+    *,
+    steps: int | None = None,
+    tolerance: float = 1e-3,
+    lipschitz: float | None = None,
 ) -> QuadraticForm:
-    """`|v|^2 e_1^T phi(H_m) e_1` with the Hessenberg matrix of Arnoldi's process on `J^T`, by m transposed products.
+    """`sum_(k=2..n) (-1)^k / k v^T (J^T)^k v` by n transposed products.
 
-    Exact for polynomials of degree m, and whenever the Krylov space is exhausted. For `|J|_2 <= L < 1` the quadratic
-    form is off by at most `2 |v|^2 L^(m+1) / ((m+1)(1-L))`.
+    Off by at most `|v| |(J^T)^n v| L / ((n + 1)(1 - L))`; in the mean, by `|J|_F^2 L^(n-1) / ((n + 1)(1 - L))`.
 
     Args:
         operator: J.
         probe: `(rows, d)`.
-        steps: m; `None`: as many as bring the estimated error, summed over the rows, below `tolerance`.
+        steps: n >= 2; `None`: until the estimated rest, summed over the rows, is below `tolerance` of the forms' size.
+        tolerance: of the adaptive choice, relative to `|J^T v|^2 / 2` summed over the rows.
+        lipschitz: proved bound of `|J|_2`, for `bound`.
+
+    Raises:
+        InputError: a local norm of at least 1 shows up: the series need not converge.
+
+    Source: `proofs/power_series_bias`.
+    """
+    length = probe.norm(dim=1)
+    vector, previous = probe, length
+    value, norm = torch.zeros_like(length), torch.zeros_like(length)
+    trace = square = frobenius = rest = growth = torch.zeros_like(length)
+    limit = _MAX_STEPS if steps is None else max(2, steps)
+    count = 0
+    for k in range(1, limit + 1):
+        vector = operator.vjp(vector)
+        count = k
+        size = vector.norm(dim=1)
+        growth = ratio(size, previous)
+        norm = torch.maximum(norm, growth)
+        previous = size
+        moment = dot(probe, vector)
+        if k == 1:
+            trace, frobenius = moment, size.square()
+            continue
+        value = value + (-1) ** k / k * moment
+        if k == 2:
+            square = moment
+        # Later moments are smaller than |v| |w_k| by the chance of two directions to agree; the last one shows by how
+        # much. The growth of the vectors continues.
+        decay = growth.clamp(max=0.99)
+        rest = torch.maximum(moment.abs(), length * size / probe.shape[1] ** 0.5) * decay / ((k + 1) * (1 - decay))
+        if steps is None and float(rest.sum()) <= tolerance * float(frobenius.sum()) / 2:
+            break
+    refuse_norm(norm, "power")
+    bound = torch.full_like(value, torch.nan)
+    if lipschitz is not None and lipschitz < 1:
+        bound = length * previous * lipschitz / ((count + 1) * (1 - lipschitz))
+    products = torch.full_like(value, float(count))
+    return QuadraticForm(value, trace, square, frobenius, norm, rest, bound, products, steps=count)
+
+
+def roulette(
+    operator: Operator,
+    probe: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    lipschitz: float | None = None,
+    sure: int = 4,
+) -> QuadraticForm:
+    """The power series, cut at a random length and reweighted: unbiased.
+
+    `sum_k (-1)^k / k v^T (J^T)^k v / P(N >= k)` over `k <= N`: the first `sure` terms always, each later one with
+    probability q given the one before. The variance is finite if `|J|_2^2 < q`; q is `lipschitz`, or else the growth of
+    the sure vectors, which leaves the estimate unbiased because N is drawn after them.
+
+    Raises:
+        InputError: a local norm of at least 1 shows up.
+
+    Source: arXiv 1906.02735, section 3.1; `proofs/roulette_variance`.
+    """
+    length = probe.norm(dim=1)
+    vector, previous = probe, length
+    value, norm = torch.zeros_like(length), torch.zeros_like(length)
+    trace = square = frobenius = torch.zeros_like(length)
+    keep = torch.zeros_like(length)
+    weight, active = torch.ones_like(length), torch.ones_like(length, dtype=torch.bool)
+    products = torch.zeros_like(length)
+    k = 0
+    while bool(active.any()):
+        k += 1
+        if k > max(sure, 2):
+            draw = torch.rand(length.shape, generator=generator, dtype=torch.float64, device=_device(generator, probe))
+            active = active & (draw.to(probe.device) < keep)
+            weight = weight / keep.clamp(min=1e-300)
+            if not bool(active.any()):
+                break
+        vector = operator.vjp(vector) * active[:, None]
+        products = products + active
+        size = vector.norm(dim=1)
+        norm = torch.maximum(norm, ratio(size, previous))
+        previous = size
+        moment = dot(probe, vector)
+        if k == 1:
+            trace, frobenius = moment, size.square()
+            continue
+        if k == 2:
+            square = moment
+        value = value + (-1) ** k / k * weight * moment
+        if k == max(sure, 2):
+            refuse_norm(norm, "roulette")
+            keep = norm if lipschitz is None else torch.full_like(norm, lipschitz)
+            keep = torch.where(size > 0, keep.clamp(0.1, 0.95), torch.zeros_like(keep))
+    refuse_norm(norm, "roulette")
+    zero = torch.zeros_like(value)
+    return QuadraticForm(value, trace, square, frobenius, norm, zero, zero, products, steps=k)
+
+
+def arnoldi(
+    operator: Operator,
+    probe: Tensor,
+    *,
+    steps: int | None = None,
+    tolerance: float = 1e-3,
+    lipschitz: float | None = None,
+) -> QuadraticForm:
+    """`|v|^2 e_1^T phi(H_m) e_1` with the Hessenberg matrix of Arnoldi's process on `J^T`, by m transposed products.
+
+    Exact for polynomials of degree m, and whenever the Krylov space is exhausted. For `|J|_2 <= L < 1` it is off by at
+    most `|v| (|(J^T)^m v| + |v| |H_m^m e_1|) L / ((m + 1)(1 - L))`, at most `2 |v|^2 L^(m+1) / ((m + 1)(1 - L))`.
+
+    Args:
+        operator: J.
+        probe: `(rows, d)`.
+        steps: m; `None`: as many as bring the estimated error, summed over the rows, below `tolerance`, at most 64.
         tolerance: of the adaptive choice, relative to the size of the forms, `|J^T v|^2 / 2` summed over the rows.
-        max_steps: limit of the adaptive choice.
+        lipschitz: proved bound of `|J|_2`, for `bound`.
 
     Raises:
         InputError: a local norm of at least 1 shows up: the series behind phi need not converge.
 
     Source: `proofs/arnoldi_bias`.
     """
+    process = arnoldi_process(operator, probe, steps=steps, tolerance=tolerance)
+    return _arnoldi_form(process, phi_corner(process.space.hessenberg[:, :-1]), lipschitz, "arnoldi")
+
+
+def arnoldi_process(operator: Operator, probe: Tensor, *, steps: int | None, tolerance: float) -> ArnoldiProcess:
+    """Arnoldi's process run for `steps`, or adaptively as `arnoldi` describes."""
     process = ArnoldiProcess(operator, probe)
-    limit = min(operator.dim, max_steps) if steps is None else min(operator.dim, steps)
-    values: list[Tensor] = []
-    truncation = torch.full_like(process.scale, torch.inf)
-    norm = torch.zeros_like(process.scale)
-    while process.steps < limit:
+    limit = min(operator.dim, _MAX_STEPS if steps is None else steps)
+    while process.steps < limit and bool(process.alive.any()):
         process.advance()
-        space = process.space
-        if steps is not None and process.steps < limit - 2 and bool(process.alive.any()):
-            continue
-        norm = refuse_expansive(space.hessenberg, "arnoldi")
-        values.append(space.scale**2 * phi_corner(space.hessenberg[:, :-1]))
-        truncation = _extrapolated_error(values, process.alive)
-        if not bool(process.alive.any()):
-            break
-        size = (space.scale * space.hessenberg[:, :2, 0].norm(dim=1)) ** 2 / 2
-        if steps is None and process.steps >= 3 and float(truncation.sum()) <= tolerance * float(size.sum()):
-            break
-    space = process.space
-    H = space.hessenberg
-    scale = space.scale**2
+        if steps is None and process.steps >= 3:
+            H = process.space.hessenberg
+            size = (process.scale.square() * H[:, :2, 0].square().sum(1)).sum() / 2
+            if float(process.truncation().sum()) <= tolerance * float(size):
+                break
+    return process
+
+
+def _arnoldi_form(process: ArnoldiProcess, corner: Tensor, lipschitz: float | None, method: str) -> QuadraticForm:
+    space, m = process.space, process.steps
+    H, scale = space.hessenberg, space.scale.square()
+    norm = spectral_norm(H)
+    refuse_norm(norm, method)
+    first = H[:, :2, 0]
+    bound = torch.full_like(corner, torch.nan)
+    if lipschitz is not None and lipschitz < 1:
+        # (J^T)^m v = |v| Q_(m+1) H H_m^(m-1) e_1: its length, and that of its part in the space, H_m^m e_1.
+        power = H[:, :-1, :1].new_zeros(H.shape[0], m, 1)
+        power[:, 0] = 1
+        for _ in range(m - 1):
+            power = torch.bmm(H[:, :-1], power)
+        power = torch.bmm(H, power)[:, :, 0]
+        reach = scale * (power.norm(dim=1) + power[:, :-1].norm(dim=1)) * process.alive
+        bound = reach * lipschitz / ((m + 1) * (1 - lipschitz))
+    # J^T v lies in the first two basis vectors, so v' J^T J^T v needs two entries of the first row.
+    square = scale * (H[:, 0, :2] * first[:, : min(2, m)]).sum(1)
+    if m == 1:
+        square = torch.where(process.alive, torch.nan, square)
     return QuadraticForm(
-        value=values[-1],
+        value=scale * corner,
         trace=scale * H[:, 0, 0],
-        square=scale * (H[:, 0, :2] * H[:, :2, 0][:, : H.shape[2]]).sum(1) if H.shape[2] > 1 else scale * torch.nan,
-        frobenius=scale * H[:, :2, 0].square().sum(1),
+        square=square,
+        frobenius=scale * first.square().sum(1),
         norm=norm,
-        truncation=truncation,
+        truncation=process.truncation(),
+        bound=bound,
         products=process.work,
+        steps=process.steps,
     )
 
 
-def _extrapolated_error(values: list[Tensor], alive: Tensor) -> Tensor:
-    """Error of the last value, from the last two changes continued as a geometric series; 0 for exhausted rows.
+def lanczos(
+    operator: Operator,
+    probe: Tensor,
+    *,
+    steps: int | None = None,
+    tolerance: float = 1e-3,
+    lipschitz: float | None = None,
+) -> QuadraticForm:
+    """`v^T J v - v^T log(B^T B) v / 2`, `B = I + J`, by Golub and Kahan's process: two products per step.
 
-    The larger of the two last changes is taken, so that one accidental coincidence of two values stops nothing.
+    With `M = J + J^T + J^T J = B^T B - I` and its tridiagonal `T_m`, the form is
+    `|v|^2 e_1^T phi(T_m) e_1 / 2 - |J v|^2 / 2`, which has no first-order part. Gauss quadrature bounds it from below;
+    with `|J|_2 <= L < 1` proved, Gauss-Radau quadrature with the node `(1 - L)^2 - 1` bounds it from above, and the
+    value is the middle of the bracket, `bound` its half width. No norm is needed: it goes on where L >= 1.
+
+    Args:
+        operator: J.
+        probe: `(rows, d)`.
+        steps: m; `None`: adaptive.
+        tolerance: of the adaptive choice, relative to `|J^T v|^2 / 2` summed over the rows.
+        lipschitz: proved bound of `|J|_2`.
+
+    Source: G. Golub and G. Meurant, Matrices, Moments and Quadrature, chapters 6 and 7; `proofs/golub_kahan_bracket`.
     """
-    if len(values) < 2:
-        return torch.where(alive, values[-1].abs(), torch.zeros_like(values[-1]))
-    last = (values[-1] - values[-2]).abs()
-    previous = (values[-2] - values[-3]).abs() if len(values) > 2 else values[-2].abs()
-    decay = ratio(last, previous).clamp(max=0.95)
-    estimate = torch.maximum(last, decay * previous) * decay / (1 - decay)
-    # A decay of exactly zero is an accident or exhaustion; the latter shows in `alive`.
-    return torch.where(alive, torch.maximum(estimate, 0.1 * last), torch.zeros_like(estimate))
+    process = LanczosProcess(operator, probe)
+    limit = min(operator.dim, _MAX_STEPS if steps is None else steps)
+    node = None
+    if lipschitz is not None and lipschitz < 1:
+        # (1 - L)^2 - 1, moved outwards by more than rounding, so that no eigenvalue of T_m meets it.
+        node = lipschitz * (lipschitz - 2) - 1e-8 * min(lipschitz, (1 - lipschitz) ** 2) - 1e-300
+    gauss = radau = truncation = torch.zeros_like(process.scale)
+    while process.steps < limit and bool(process.alive.any()):
+        process.advance()
+        if steps is not None and process.steps < limit - 1 and bool(process.alive.any()):
+            continue
+        previous, gauss = gauss, _symmetric_corner(process.matrix())
+        change = (gauss - previous).abs() * process.scale.square() / 2
+        truncation = torch.where(process.alive, change, torch.zeros_like(change))
+        if node is not None:
+            radau = torch.maximum(gauss, _symmetric_corner(process.radau_matrix(node)))
+            truncation = (radau - gauss) * process.scale.square() / 4
+        size = (process.scale.square() * process.first_transposed.square().sum(1)).sum() / 2
+        if steps is None and process.steps >= 3 and float(truncation.sum()) <= tolerance * float(size):
+            break
+    scale = process.scale.square()
+    pushed, pulled = process.first, process.first_transposed
+    corner = gauss if node is None else (gauss + radau) / 2
+    return QuadraticForm(
+        value=scale * (corner - pushed.square().sum(1)) / 2,
+        trace=scale * dot(process.start, pushed),
+        square=scale * dot(pulled, pushed),
+        frobenius=scale * pulled.square().sum(1),
+        norm=torch.maximum(process.norm, pulled.norm(dim=1)),
+        truncation=truncation,
+        bound=torch.full_like(scale, torch.nan) if node is None else truncation,
+        products=process.work,
+        steps=process.steps,
+    )
 
 
-def phi_corner(H: Tensor) -> Tensor:
-    """`e_1^T phi(H) e_1` of `(rows, m, m)` matrices of norm below 1, accurate for tiny H.
+def _symmetric_corner(T: Tensor) -> Tensor:
+    """`e_1^T phi(T) e_1` of symmetric matrices with eigenvalues of at least -1; `+inf` where one is -1."""
+    values, vectors = torch.linalg.eigh(T)
+    weights = vectors[:, 0, :].square()
+    singular = values <= -1 + 1e-15
+    inner = log_gap(-torch.where(singular, torch.zeros_like(values), values))
+    terms: Tensor = weights * torch.where(singular, torch.full_like(inner, math.inf), inner)
+    return terms.sum(1)
 
-    `phi(H) = int_0^1 t H^2 (I + tH)^-1 dt` by Gauss-Legendre quadrature; nothing of first order is formed, and no
-    eigenvectors are needed, which a nilpotent or nearly defective H does not have.
+
+def xtrace(
+    operator: Operator,
+    probe: Tensor,
+    *,
+    group: int,
+    steps: int | None = None,
+    tolerance: float = 1e-3,
+    lipschitz: float | None = None,
+) -> QuadraticForm:
+    """Leave-one-out estimates of `tr phi(J)`, from `group` probes of one point, two Krylov spaces per probe.
+
+    With `Y = phi(J^T) V` and an orthonormal basis Q of the range of Y without its i-th column, the i-th estimate is
+    `tr(Q^T phi(J^T) Q) + u^T phi(J^T) u`, `u = (I - Q Q^T) v_i`. Unbiased but for the truncation of the Krylov spaces,
+    and exact once phi(J) has rank below `group`. The estimates of one point share their information: their spread
+    measures the error, as in the source, without being that of independent draws.
+
+    Args:
+        operator: J; consecutive `group` rows are one point.
+        probe: `(rows, d)`.
+        group: probes per point, 2 or more, at most d.
+        steps: Krylov steps of each product with phi; `None`: adaptive.
+        tolerance: of the adaptive choice.
+        lipschitz: not used: no bound is proved for this estimator.
+
+    Returns:
+        One estimate per row; the mean over the rows of a point is XTrace.
+
+    Source: arXiv 2301.07825, section 2.1.
     """
-    norm = float(torch.linalg.matrix_norm(H, ord=2).max()) if H.numel() else 0.0
-    if norm == 0.0:
-        return H.new_zeros(H.shape[0])
-    nodes, weights = gauss_nodes(norm)
-    t = torch.as_tensor(nodes, dtype=H.dtype, device=H.device)
-    w = torch.as_tensor(weights, dtype=H.dtype, device=H.device)
-    shifted = t[:, None, None, None] * H
-    shifted.diagonal(dim1=-2, dim2=-1).add_(1)
-    solved = torch.linalg.solve(shifted, H[:, :, 0].expand(t.numel(), -1, -1))
-    return torch.einsum("t,rk,trk->r", w * t, H[:, 0, :], solved)
+    rows, dim = probe.shape
+    points = rows // group
+    if group < 2 or group > dim or rows % group:
+        raise InputError(f"xtrace with {group} probes at dimension {dim}: give 2 or more probes, at most the dimension")
+    first = arnoldi_process(operator, probe, steps=steps, tolerance=tolerance)
+    form = _arnoldi_form(first, phi_corner(first.space.hessenberg[:, :-1]), lipschitz, "arnoldi")
+    Y = _apply_phi(first).reshape(points, group, dim).mT
+    V = probe.reshape(points, group, dim).mT
+    Q, R = torch.linalg.qr(Y)
+    second = arnoldi_process(operator, Q.mT.reshape(rows, dim), steps=steps, tolerance=tolerance)
+    refuse_norm(spectral_norm(second.space.hessenberg), "arnoldi")
+    Z = _apply_phi(second).reshape(points, group, dim).mT
+    T = Q.mT @ Z
+    estimates = []
+    for i in range(group):
+        # s: the direction of range(Q) that the other columns of Y do not need; U[:, :, -1] spans it.
+        others = torch.cat([R[:, :, :i], R[:, :, i + 1 :]], 2)
+        s = torch.linalg.svd(others, full_matrices=True).U[:, :, -1:]
+        kept = Q.mT @ V[:, :, i : i + 1]
+        kept = kept - s @ (s.mT @ kept)
+        u = V[:, :, i : i + 1] - Q @ kept
+        applied = Y[:, :, i : i + 1] - Z @ kept
+        inside = T.diagonal(dim1=1, dim2=2).sum(1) - (s.mT @ T @ s)[:, 0, 0]
+        estimates.append(inside + (u * applied).sum((1, 2)))
+    value = torch.stack(estimates, 1).reshape(rows)
+    return QuadraticForm(
+        value=value,
+        trace=form.trace,
+        square=form.square,
+        frobenius=form.frobenius,
+        norm=form.norm,
+        truncation=form.truncation,
+        bound=torch.full_like(value, torch.nan),
+        products=form.products + second.work,
+        steps=max(first.steps, second.steps),
+    )
 
 
-def refuse_expansive(H: Tensor, method: str) -> Tensor:
-    """The norms of `(rows, m + 1, m)` Hessenberg matrices, lower bounds of `|J|_2`; raises where one reaches 1."""
-    norm: Tensor = torch.linalg.matrix_norm(H, ord=2)
-    refuse_norm(norm, method)
-    return norm
+def _apply_phi(process: ArnoldiProcess) -> Tensor:
+    """`phi(J^T) v` in the Krylov space of v, `(rows, d)`."""
+    space = process.space
+    column = phi_column(space.hessenberg[:, :-1]) * space.scale[:, None]
+    return torch.bmm(column[:, None, :], space.basis[:, :-1])[:, 0]
 
 
 def refuse_norm(norm: Tensor, method: str) -> None:
@@ -264,7 +442,8 @@ def refuse_norm(norm: Tensor, method: str) -> None:
     largest = float(norm.max())
     if largest >= 1:
         raise InputError(
-            f"method {method} needs a local norm |J(x)|_2 below 1 and found at least {largest:.4g}: use exact or lanczos"
+            f"method {method} needs a local norm |J(x)|_2 below 1 and found at least {largest:.4g}: "
+            "use exact or lanczos"
         )
 
 
@@ -276,3 +455,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def ratio(a: Tensor, b: Tensor) -> Tensor:
     """`a / b`, and 0 where b is 0."""
     return torch.where(b == 0, torch.zeros_like(a), a / torch.where(b == 0, torch.ones_like(b), b))
+
+
+def _device(generator: torch.Generator | None, like: Tensor) -> torch.device:
+    return like.device if generator is None else generator.device

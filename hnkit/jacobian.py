@@ -10,7 +10,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hnkit._errors import InputError, NonFiniteError
-from hnkit.backend import NoiseMap, select_rows
+from hnkit.backend import ConditionedMap, NoiseMap, select_rows
 
 Mode = Literal["auto", "reverse", "forward"]
 
@@ -239,8 +240,9 @@ class RowJacobian:
 def forward_product(f: NoiseMap, x: Tensor, tangent: Tensor) -> Tensor:
     """`J_f(x) tangent` by forward-mode differentiation; all three of shape `(rows, *shape)`."""
     with torch.inference_mode(False), torch.no_grad(), math_attention(), forward_ad.dual_level():
-        dual = forward_ad.make_dual(x.detach(), tangent.to(x))
-        product = forward_ad.unpack_dual(evaluate(f, dual)).tangent
+        dual = forward_ad.make_dual(x.detach(), tangent.to(x))  # type: ignore[no-untyped-call]
+        unpacked = forward_ad.unpack_dual(evaluate(f, dual))  # type: ignore[no-untyped-call]
+    product: Tensor | None = unpacked.tangent
     if product is None:
         if not is_constant_at(f, x):
             raise InputError(_NO_GRADIENT)
@@ -372,6 +374,48 @@ def _fill_forward(
             progress((stop - start) * count)
 
 
+def compile_map(f: NoiseMap, x: Tensor, backend: str = "inductor") -> NoiseMap:
+    """`f` through `torch.compile`, after its value and a product with its Jacobian agreed with those of `f` itself.
+
+    Compiled graphs have no forward mode and no double backward: vector-Jacobian products only.
+
+    Args:
+        f: the map; of a `ConditionedMap` its network is compiled.
+        x: `(n, *shape)` points to compare at.
+        backend: of `torch.compile`.
+
+    Raises:
+        InputError: the map does not compile, or the compiled one differs by more than the rounding of its precision.
+    """
+    inner = f.hypernetwork if isinstance(f, ConditionedMap) else f
+    try:
+        quick = torch.compile(inner, backend=backend)
+        compiled: NoiseMap = replace(f, hypernetwork=cast(Any, quick)) if isinstance(f, ConditionedMap) else quick
+        probe = torch.ones(x.shape[0], x[0].numel(), device=x.device)
+        expected, found = RowJacobian(f, x), RowJacobian(compiled, x)
+        pairs = [(expected.value, found.value), (expected.vjp(probe), found.vjp(probe))]
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"the map does not compile ({str(error).splitlines()[0]}): drop compile") from error
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in getattr(inner, "parameters", tuple)())
+    tolerance = 5e-2 if half else 1e-8 if x.dtype == torch.float64 else 1e-3
+    for reference, value in pairs:
+        error_norm, scale = float((value - reference).norm()), float(reference.norm())
+        if error_norm > tolerance * scale:
+            raise InputError(
+                f"the compiled map differs from the map by {error_norm / scale:.2g} of its size: drop compile"
+            )
+    return compiled
+
+
+@contextmanager
+def reusable_graphs() -> Iterator[None]:
+    """Let compiled graphs be pulled through more than once; they free their buffers otherwise."""
+    from torch._functorch import config  # torch.compile has no public switch for this
+
+    with config.patch(donated_buffer=False):
+        yield
+
+
 def check_map(f: NoiseMap, x: Tensor, *, rows: int = 8) -> None:
     """Refuse a map that is no batch-first, row-wise, deterministic, differentiable `f(x) -> delta`.
 
@@ -417,8 +461,8 @@ def check_map(f: NoiseMap, x: Tensor, *, rows: int = 8) -> None:
             )
         if not _same(first, reversed_rows):
             raise InputError(
-                "the map depends on the position of a row: give it a method select(index) that returns the map of those "
-                "rows if it closes over per-row conditions"
+                "the map depends on the position of a row: if it closes over per-row conditions, give it a method "
+                "select(index) that returns the map of those rows"
             )
         operator = RowJacobian(whole, points, samples=index)
         operator.vjp(torch.ones(points.shape[0], operator.dim, device=x.device))

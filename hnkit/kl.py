@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,10 +12,19 @@ from torch import Tensor, nn
 
 from hnkit._errors import InputError
 from hnkit._stats import mean_and_stderr
-from hnkit.backend import NoiseMap
+from hnkit.backend import NoiseMap, select_rows
 from hnkit.estimators import PROBES, Probe
-from hnkit.jacobian import check_batch, check_map
-from hnkit.moments import dense_moments, plain_moments, probe_moments
+from hnkit.jacobian import check_batch, check_map, compile_map, reusable_graphs
+from hnkit.moments import (
+    Moments,
+    ProbeSettings,
+    Progress,
+    VarianceReduction,
+    dense_moments,
+    plain_moments,
+    probe_moments,
+)
+from hnkit.sampling import Plan, plan_for_budget, plan_for_error
 
 Method = Literal["exact", "arnoldi", "lanczos", "power", "roulette", "second-order", "l2"]
 METHODS: tuple[Method, ...] = ("exact", "arnoldi", "lanczos", "power", "roulette", "second-order", "l2")
@@ -32,10 +41,10 @@ class KLEstimate:
         stderr: its standard error over samples and probes; NaN for a single sample.
         l2: mean of `|f|^2 / 2`.
         error: mean of `E(J)` (NaN for the method l2, which does not look at J).
-        per_sample: `(n,)`, the integrand at each sample, float64.
-        bias_bound: proved bound of the bias of `value` against the exact integrand's mean, `None` where none is known;
-            0 for exact and unbiased methods.
-        bias_estimate: estimated truncation error, not a bound; 0 for exact and unbiased methods.
+        per_sample: `(n,)`, the integrand at each sample that was used, float64.
+        bias_bound: proved bound of the truncation error of `value`, hence of its bias; `None` where none is known (it
+            needs a proved Lipschitz constant below 1); 0 for exact and unbiased methods.
+        bias_estimate: estimate of the same, not a bound; 0 for exact and unbiased methods, NaN for l2.
         probe_stderr: the part of `stderr` due to the probes; 0 without probes, NaN for one probe per sample.
         symmetry_index: `sum tr(J^2) / sum |J|_F^2` in [-1, 1]; NaN at J = 0 and for the method l2.
         local_norm: largest `|J(x)|_2` seen, a lower bound of the Lipschitz constant (NaN where not looked at).
@@ -47,6 +56,7 @@ class KLEstimate:
         form: which of the two forms of the integrand.
         samples: n.
         probes: probes per sample (0: none).
+        steps: longest Krylov space or series (0: none).
     """
 
     value: float
@@ -66,6 +76,7 @@ class KLEstimate:
     form: Form
     samples: int
     probes: int
+    steps: int
 
     def __str__(self) -> str:
         text = f"{self.value:.6g} +- {self.stderr:.2g} nats"
@@ -86,11 +97,15 @@ def noise_kl(
     probes: int = 1,
     steps: int | None = None,
     tolerance: float = 1e-3,
+    rel_error: float | None = None,
+    budget: int | None = None,
     probe: Probe = "rademacher",
+    variance_reduction: VarianceReduction = "none",
     lipschitz: float | None = None,
     chunk: int | None = None,
+    compile: bool | str = False,
     check: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> KLEstimate:
     """Estimate the KL divergence between the law of `x + f(x)`, `x ~ N(0, I_d)`, and `N(0, I_d)`.
 
@@ -106,34 +121,56 @@ def noise_kl(
         form: "stein" or "change-of-variables"; the L2 term is the same in both.
         generator: of the probes.
         probes: probes per sample of the stochastic methods.
-        steps: Krylov steps; `None`: adaptive, to `tolerance`.
+        steps: Krylov or series length; `None`: adaptive, to `tolerance`.
         tolerance: relative truncation error that adaptive steps aim at.
-        probe: law of the probes.
+        rel_error: choose the number of probes, by a pilot run, for this Monte Carlo error relative to the KL (see
+            `hnkit.sampling.plan_for_error`).
+        budget: spend at most about this many products: as many samples as it pays for, then more probes each.
+        probe: "rademacher", "gaussian" or "spherical".
+        variance_reduction: "none", or "xtrace" with the method "arnoldi" and 2 probes or more: leave-one-out
+            estimates, at twice the products, for spectra that decay.
         lipschitz: a *proved* Lipschitz constant of f, from which `bias_bound` follows; `None`: taken from
             `lipschitz_upper` where f can be certified.
         chunk: rows per pass through the network, which bounds the memory; `None`: chosen from d and the device.
+        compile: run the map through `torch.compile` (a string names its backend) after a parity check.
         check: try the map first (`check_map`).
-        progress: called with (products done, products in all).
+        progress: called with (done, in all): products for "exact", (sample, probe) rows otherwise.
 
     Raises:
         InputError: a bad option or map; a local norm >= 1 where the method needs less (it is named).
         NonFiniteError: a non-finite value or product; the sample is named.
 
-    Source: arXiv 2508.09968, eq. 53 and 55; items c, d and g of `proofs/`.
+    Source: arXiv 2508.09968, eq. 53 and 55; `proofs/kl_two_forms`, `proofs/second_order`, `proofs/non_injective`.
     """
-    _check_options(method, form, probes, steps, tolerance, probe, lipschitz, chunk)
+    _check_names(method, form, probe, variance_reduction)
+    _check_numbers(probes=probes, steps=steps, budget=budget, chunk=chunk)
+    _check_fractions(tolerance=tolerance, rel_error=rel_error)
+    if lipschitz is not None and not 0 <= lipschitz < math.inf:
+        raise InputError(f"lipschitz {lipschitz!r} is no Lipschitz constant: give a finite number, 0 or more")
+    if method in ("exact", "l2") and (rel_error is not None or budget is not None):
+        raise InputError(f"method {method} uses no probes: rel_error and budget go with the stochastic methods")
+    if rel_error is not None and budget is not None:
+        raise InputError("rel_error and budget are given both: give the one that decides")
+    if variance_reduction == "xtrace" and (method != "arnoldi" or (probes < 2 and rel_error is budget is None)):
+        raise InputError(f"xtrace with method {method} and {probes} probes: it needs arnoldi and 2 probes or more")
     check_batch(x)
     if check:
         check_map(f, x)
-    if method == "l2":
-        moments = plain_moments(f, x, chunk)
-    elif method == "exact":
-        moments = dense_moments(f, x, chunk, progress)
-    else:
-        moments = probe_moments(
-            f, x, method, generator=generator, probes=probes, steps=steps, tolerance=tolerance, probe=probe, chunk=chunk,
-            progress=progress,
-        )  # fmt: skip
+    if lipschitz is None and method != "exact":
+        lipschitz = _proved_lipschitz(f)
+    inner = f
+    with reusable_graphs() if compile else nullcontext():
+        if compile:
+            inner = compile_map(f, x[:8], compile if isinstance(compile, str) else "inductor")
+        if method == "l2":
+            moments = plain_moments(inner, x, chunk)
+        elif method == "exact":
+            moments = dense_moments(inner, x, chunk, progress)
+        else:
+            settings = ProbeSettings(
+                method, probes, steps, tolerance, probe, lipschitz, variance_reduction, chunk
+            )  # fmt: skip
+            x, moments = _probed(inner, x, settings, rel_error, budget, generator, progress)
     per_sample = moments.l2 + moments.error
     if form == "change-of-variables" and method != "l2":
         per_sample = per_sample + moments.alignment - moments.trace
@@ -145,7 +182,7 @@ def noise_kl(
         l2=float(moments.l2.mean()),
         error=float(moments.error.mean()) if method != "l2" else math.nan,
         per_sample=per_sample,
-        bias_bound=_bias_bound(f, x[0].numel(), method, lipschitz),
+        bias_bound=_bias_bound(moments, x[0].numel(), method, lipschitz),
         bias_estimate=float(moments.truncation.mean()),
         probe_stderr=math.sqrt(float(moments.spread.mean()) / max(moments.probes, 1) / x.shape[0]),
         symmetry_index=float(moments.square.sum()) / frobenius if frobenius > 0 else math.nan,
@@ -157,20 +194,45 @@ def noise_kl(
         form=form,
         samples=x.shape[0],
         probes=moments.probes,
+        steps=moments.steps,
     )
 
 
-def _bias_bound(f: NoiseMap, dim: int, method: Method, lipschitz: float | None) -> float | None:
+def _probed(
+    f: NoiseMap,
+    x: Tensor,
+    settings: ProbeSettings,
+    rel_error: float | None,
+    budget: int | None,
+    generator: torch.Generator | None,
+    progress: Progress | None,
+) -> tuple[Tensor, Moments]:
+    """The samples used and their moments, with the products of a pilot added."""
+    plan = Plan(settings, x.shape[0])
+    if rel_error is not None:
+        plan = plan_for_error(f, x, settings, rel_error, generator)
+    elif budget is not None:
+        plan = plan_for_budget(f, x, settings, budget, generator)
+    index = torch.arange(plan.samples, device=x.device)
+    used = x[index]
+    moments = probe_moments(
+        select_rows(f, index), used, plan.settings, generator=generator, progress=progress
+    )  # fmt: skip
+    total = replace(moments, num_jvp=moments.num_jvp + plan.num_jvp, num_vjp=moments.num_vjp + plan.num_vjp)
+    return used, total
+
+
+def _bias_bound(moments: Moments, dim: int, method: Method, lipschitz: float | None) -> float | None:
     if method in ("exact", "roulette"):
         return 0.0
-    constant = lipschitz if lipschitz is not None else _proved_lipschitz(f)
-    if constant is None or constant >= 1:
-        return None
-    from hnkit.bounds import second_order_remainder_bound, theorem7_bound
-
     if method == "l2":
-        return float(theorem7_bound(dim, constant))
-    return float(second_order_remainder_bound(math.sqrt(dim) * constant, constant))
+        if lipschitz is None or lipschitz >= 1:
+            return None
+        from hnkit.bounds import theorem7_bound
+
+        return float(theorem7_bound(dim, lipschitz))
+    bound = float(moments.bound.mean())
+    return None if math.isnan(bound) else bound
 
 
 def _proved_lipschitz(f: NoiseMap) -> float | None:
@@ -194,26 +256,24 @@ def _injective(f: NoiseMap, sign: Tensor | None) -> Literal["certified", "unknow
     return "certified" if certify_injective(f).status == "certified" else "unknown"
 
 
-def _check_options(
-    method: str,
-    form: str,
-    probes: int,
-    steps: int | None,
-    tolerance: float,
-    probe: str,
-    lipschitz: float | None,
-    chunk: int | None,
-) -> None:
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}: accepted are {', '.join(METHODS)}")
-    if form not in FORMS:
-        raise InputError(f"unknown form {form!r}: accepted are {', '.join(FORMS)}")
-    if probe not in PROBES:
-        raise InputError(f"unknown probe {probe!r}: accepted are {', '.join(PROBES)}")
-    for name, count in (("probes", probes), ("steps", steps), ("chunk", chunk)):
+def _check_names(method: str, form: str, probe: str, variance_reduction: str) -> None:
+    for name, value, accepted in (
+        ("method", method, METHODS),
+        ("form", form, FORMS),
+        ("probe", probe, PROBES),
+        ("variance_reduction", variance_reduction, ("none", "xtrace")),
+    ):
+        if value not in accepted:
+            raise InputError(f"unknown {name} {value!r}: accepted are {', '.join(accepted)}")
+
+
+def _check_numbers(**counts: int | None) -> None:
+    for name, count in counts.items():
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise InputError(f"{name} {count!r} is not a positive whole number: give 1 or more")
-    if not 0 < tolerance < 1:
-        raise InputError(f"tolerance {tolerance!r} is not in (0, 1): give a relative error such as 1e-3")
-    if lipschitz is not None and not 0 <= lipschitz < math.inf:
-        raise InputError(f"lipschitz {lipschitz!r} is no Lipschitz constant: give a finite number, 0 or more")
+
+
+def _check_fractions(**fractions: float | None) -> None:
+    for name, value in fractions.items():
+        if value is not None and not 0 < value < 1:
+            raise InputError(f"{name} {value!r} is not between 0 and 1: give a relative error such as 0.01")

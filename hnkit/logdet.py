@@ -6,41 +6,16 @@ at `|A| = 1e-9` it is below the rounding error of either. Here the first order i
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hnkit._errors import InputError, NonFiniteError
+from hnkit.bounds import log_gap
 
 # Below this Frobenius norm every leading block of I + A is well conditioned, so that elimination needs no pivoting.
 _SMALL = 0.5
-_SERIES_TERMS = 18  # (1/9)^18 < 2^-53: enough for |z| <= 1/2 in `phi`
-
-
-def phi(z: Tensor) -> Tensor:
-    """`phi(z) = z - log|1 + z|` elementwise, with full relative accuracy at tiny `z`.
-
-    For `|z| <= 1/2`, with `t = z / (2 + z)`, `log(1 + z) = 2 artanh t` gives
-    `phi(z) = z^2 / (2 + z) - 2 t^3 (1/3 + t^2/5 + t^4/7 + ...)`.
-
-    Args:
-        z: real, any shape.
-
-    Returns:
-        The shape of `z`; `+inf` at `z = -1`.
-    """
-    small = z.abs() <= 0.5
-    near = torch.where(small, z, torch.zeros_like(z))
-    t = near / (2 + near)
-    square = t * t
-    series = torch.zeros_like(z)
-    for k in range(_SERIES_TERMS, 0, -1):
-        series = series * square + 1 / (2 * k + 1)
-    far = torch.where(small, torch.ones_like(z), z)
-    return torch.where(small, near * t - 2 * t * square * series, far - (1 + far).abs().log())
 
 
 def log_det_error(A: Tensor) -> Tensor:
@@ -97,7 +72,8 @@ class _LogDetError(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (A,) = ctx.saved_tensors
-        return grads[0][..., None, None] * torch.linalg.solve(_plus_identity(A).mT, A.mT)
+        gradient: Tensor = grads[0][..., None, None] * torch.linalg.solve(_plus_identity(A).mT, A.mT)
+        return gradient
 
 
 def _plus_identity(A: Tensor) -> Tensor:
@@ -108,15 +84,23 @@ def _plus_identity(A: Tensor) -> Tensor:
 
 def _by_elimination(A: Tensor) -> Tensor:
     """E(A) of `(b, d, d)` matrices of Frobenius norm below 1/2, by the recursion of `log_det_error`."""
-    dim = A.shape[-1]
-    if dim == 1:
-        return phi(A[:, 0, 0])
-    half = dim // 2
-    P, Q = A[:, :half, :half], A[:, :half, half:]
-    R, S = A[:, half:, :half], A[:, half:, half:]
-    solved = torch.linalg.solve(_plus_identity(P), Q)
-    cross = (solved.mT * R).sum((-2, -1))
-    return _by_elimination(P) + cross + _by_elimination(S - R @ solved)
+    pivots: list[Tensor] = []
+    cross = A.new_zeros(A.shape[0])
+    pending = [A]
+    while pending:
+        block = pending.pop()
+        dim = block.shape[-1]
+        if dim == 1:
+            pivots.append(block[:, 0, 0])
+            continue
+        half = dim // 2
+        P, Q = block[:, :half, :half], block[:, :half, half:]
+        R, S = block[:, half:, :half], block[:, half:, half:]
+        solved = torch.linalg.solve(_plus_identity(P), Q)
+        cross += (solved.mT * R).sum((-2, -1))
+        pending += [S - R @ solved, P]
+    # E of a number is phi(z) = z - log(1 + z) = h(-z).
+    return cross + log_gap(-torch.stack(pivots)).sum(0)
 
 
 def log_det_error_(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,18 +128,3 @@ def log_det_error_(A: Tensor) -> tuple[Tensor, Tensor]:
     swaps = (pivots != torch.arange(1, dim + 1, dtype=torch.int32, device=A.device)).sum()
     sign = diagonal.sign().prod() * (1 - 2 * (swaps % 2))
     return trace - diagonal.abs().log().sum(), sign
-
-
-def gauss_nodes(norm: float, tolerance: float = 1e-15) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Gauss-Legendre nodes and weights on [0, 1], enough for `int_0^1 t A^2 (I + tA)^-1 dt` at `|A| <= norm < 1`.
-
-    The integrand is analytic in `|t| < 1/norm`, which contains the Bernstein ellipse of [0, 1] through `1/norm`, of
-    parameter `rho = s + sqrt(s^2 - 1)`, `s = 2/norm - 1`; n nodes leave a relative error of the order `rho^(-2n)`.
-
-    Source: Trefethen, Approximation Theory and Approximation Practice, Theorem 19.3; `proofs/resolvent`.
-    """
-    s = 2 / min(max(norm, 1e-3), 1 - 1e-5) - 1
-    rho = s + math.sqrt(s * s - 1)
-    count = max(4, math.ceil(-math.log(tolerance) / (2 * math.log(rho))) + 2)
-    nodes, weights = np.polynomial.legendre.leggauss(count)
-    return (nodes + 1) / 2, weights / 2

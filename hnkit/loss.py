@@ -12,18 +12,9 @@ from torch import Tensor
 
 from hnkit._errors import InputError
 from hnkit.backend import NoiseMap, select_rows
-from hnkit.estimators import (
-    PROBES,
-    ArnoldiProcess,
-    KrylovSpace,
-    Probe,
-    dot,
-    draw_probes,
-    phi_corner,
-    ratio,
-    refuse_expansive,
-)
+from hnkit.estimators import PROBES, Probe, dot, draw_probes, ratio, refuse_norm
 from hnkit.jacobian import RowJacobian, check_batch, evaluate, recording
+from hnkit.krylov import ArnoldiProcess, KrylovSpace, phi_corner, spectral_norm
 from hnkit.logdet import log_det_error
 
 KLTerm = Literal["l2", "second-order", "arnoldi", "exact"]
@@ -190,10 +181,11 @@ class NoiseLoss:
             if self.steps is None and bool((_gmres(process.space)[1] <= self.tolerance).all()):
                 break
         space = process.space
-        norm = refuse_expansive(space.hessenberg, "arnoldi")
+        norm = spectral_norm(space.hessenberg)
+        refuse_norm(norm, "arnoldi")
         value = space.scale**2 * phi_corner(space.hessenberg[:, :-1])
         coefficients, residual = _gmres(space)
-        weight = torch.einsum("krd,rk->rd", space.basis[:-1], coefficients)
+        weight = torch.bmm(coefficients[:, None, :], space.basis[:, :-1])[:, 0]
         # sigma_min(I + J) >= 1 - |J|_2; the norm known here is a lower bound, so this is an estimate.
         return value, weight, residual / (1 - norm)
 

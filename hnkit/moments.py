@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hnkit._errors import InputError, NonFiniteError
+from hnkit._errors import NonFiniteError
 from hnkit.backend import NoiseMap, select_rows
-from hnkit.estimators import Probe, QuadraticForm, arnoldi, draw_probes, second_order
+from hnkit.estimators import (
+    Probe,
+    QuadraticForm,
+    arnoldi,
+    draw_probes,
+    lanczos,
+    power_series,
+    roulette,
+    second_order,
+    xtrace,
+)
 from hnkit.jacobian import RowJacobian, check_finite, evaluate, fill_dense_jacobian, rows_per_pass
 from hnkit.logdet import log_det_error, log_det_error_
 
 Progress = Callable[[int, int], None]
+VarianceReduction = Literal["none", "xtrace"]
 
 # Jacobians with more entries than this are made and factored one sample at a time, in place.
 _IN_PLACE_ENTRIES = 2**23
@@ -33,11 +45,13 @@ class Moments:
         frobenius: `|J|_F^2`.
         norm: lower bound of `|J|_2` (NaN where not looked at).
         truncation: estimated truncation error of `error`.
+        bound: proved bound of the same (NaN where none is known).
         spread: variance of `error` over single probes; 0 without probes, NaN for one probe per sample.
         sign: sign of `det(I + J)` where a dense Jacobian gave it.
         num_jvp: Jacobian-vector products in all.
         num_vjp: vector-Jacobian products in all.
         probes: probes per sample.
+        steps: largest Krylov or series length (0 without).
     """
 
     l2: Tensor
@@ -48,18 +62,20 @@ class Moments:
     frobenius: Tensor
     norm: Tensor
     truncation: Tensor
+    bound: Tensor
     spread: Tensor
     sign: Tensor | None
     num_jvp: int
     num_vjp: int
     probes: int
+    steps: int
 
 
 def plain_moments(f: NoiseMap, x: Tensor, chunk: int | None) -> Moments:
     """The moments that need no Jacobian; the others are NaN, and `error` is 0."""
     l2, alignment = _values(f, x, chunk)
     zero, unknown = torch.zeros_like(l2), torch.full_like(l2, torch.nan)
-    return Moments(l2, alignment, zero, zero, unknown, unknown, unknown, unknown, zero, None, 0, 0, 0)
+    return Moments(l2, alignment, zero, zero, unknown, unknown, unknown, unknown, unknown, zero, None, 0, 0, 0, 0)
 
 
 def _values(f: NoiseMap, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
@@ -110,7 +126,7 @@ def dense_moments(f: NoiseMap, x: Tensor, chunk: int | None, progress: Progress 
     trace, square, frobenius, error, sign = (torch.cat(column) for column in zip(*columns, strict=True))
     zero = torch.zeros_like(l2)
     unknown = torch.full_like(l2, torch.nan)
-    return Moments(l2, alignment, error, trace, square, frobenius, unknown, zero, zero, sign, 0, n * dim, 0)
+    return Moments(l2, alignment, error, trace, square, frobenius, unknown, zero, zero, zero, sign, 0, n * dim, 0, 0)
 
 
 def _square_and_frobenius(J: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,22 +156,45 @@ def _error_and_sign(J: Tensor) -> tuple[Tensor, Tensor]:
     return error, sign
 
 
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How E(J) is estimated from probes.
+
+    Attributes:
+        method: "arnoldi", "lanczos", "power", "roulette" or "second-order".
+        probes: probes per sample.
+        steps: Krylov or series length; `None`: adaptive, to `tolerance`.
+        tolerance: relative truncation error that adaptive steps aim at.
+        probe: law of the probes.
+        lipschitz: proved Lipschitz constant of the map, or `None`.
+        variance_reduction: "none", or "xtrace" (Arnoldi only): leave-one-out estimates from all probes of a sample.
+        chunk: rows per pass through the network; `None`: chosen from d and the device.
+    """
+
+    method: str
+    probes: int = 1
+    steps: int | None = None
+    tolerance: float = 1e-3
+    probe: Probe = "rademacher"
+    lipschitz: float | None = None
+    variance_reduction: VarianceReduction = "none"
+    chunk: int | None = None
+
+
 def probe_moments(
     f: NoiseMap,
     x: Tensor,
-    method: str,
+    settings: ProbeSettings,
     *,
-    generator: torch.Generator | None,
-    probes: int,
-    steps: int | None,
-    tolerance: float,
-    probe: Probe,
-    chunk: int | None,
+    generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> Moments:
-    """Moments from `probes` quadratic forms per sample; (sample, probe) rows go through the network in chunks."""
+    """Moments from quadratic forms of random probes; (sample, probe) rows go through the network in chunks."""
     n, dim = x.shape[0], x[0].numel()
-    width = chunk or rows_per_pass(dim, x.device)
+    probes = settings.probes
+    width = settings.chunk or rows_per_pass(dim, x.device)
+    if settings.variance_reduction == "xtrace":
+        width = probes * max(1, width // probes)
     rows = torch.arange(n, device=x.device).repeat_interleave(probes)
     forms: list[QuadraticForm] = []
     values: list[tuple[Tensor, Tensor]] = []
@@ -164,8 +203,8 @@ def probe_moments(
         index = rows[start : start + width]
         points = x[index]
         operator = RowJacobian(select_rows(f, index), points, samples=index)
-        vectors = draw_probes(index.numel(), dim, probe, generator, x.device)
-        forms.append(quadratic_form(operator, vectors, method, steps, tolerance))
+        vectors = draw_probes(index.numel(), dim, settings.probe, generator, x.device)
+        forms.append(quadratic_form(operator, vectors, settings, generator))
         values.append((operator.value.square().sum(1) / 2, (operator.value * points.flatten(1).double()).sum(1)))
         num_jvp += operator.num_jvp
         num_vjp += operator.num_vjp
@@ -177,6 +216,7 @@ def probe_moments(
 
     l2, alignment = (torch.cat(column).reshape(n, probes)[:, 0] for column in zip(*values, strict=True))
     error = gather("value")
+    check_finite(error, "the estimate of E(J)")
     return Moments(
         l2=l2,
         alignment=alignment,
@@ -186,20 +226,26 @@ def probe_moments(
         frobenius=gather("frobenius").mean(1),
         norm=gather("norm").amax(1),
         truncation=gather("truncation").mean(1),
+        bound=gather("bound").mean(1),
         spread=error.var(1) if probes > 1 else torch.full_like(l2, torch.nan),
         sign=None,
         num_jvp=num_jvp,
         num_vjp=num_vjp,
         probes=probes,
+        steps=max(form.steps for form in forms),
     )
 
 
 def quadratic_form(
-    operator: RowJacobian, vectors: Tensor, method: str, steps: int | None, tolerance: float
+    operator: RowJacobian, vectors: Tensor, settings: ProbeSettings, generator: torch.Generator | None
 ) -> QuadraticForm:
-    """One estimator, by name."""
-    if method == "second-order":
-        return second_order(operator, vectors)
-    if method == "arnoldi":
-        return arnoldi(operator, vectors, steps=steps, tolerance=tolerance)
-    raise InputError(f"unknown method {method!r}")
+    """The estimator that the settings name, on one chunk of rows."""
+    steps, tolerance, lipschitz = settings.steps, settings.tolerance, settings.lipschitz
+    if settings.variance_reduction == "xtrace":
+        return xtrace(operator, vectors, group=settings.probes, steps=steps, tolerance=tolerance)
+    if settings.method == "second-order":
+        return second_order(operator, vectors, lipschitz=lipschitz)
+    if settings.method == "roulette":
+        return roulette(operator, vectors, generator=generator, lipschitz=lipschitz)
+    estimator = {"arnoldi": arnoldi, "lanczos": lanczos, "power": power_series}[settings.method]
+    return estimator(operator, vectors, steps=steps, tolerance=tolerance, lipschitz=lipschitz)

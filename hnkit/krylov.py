@@ -1,0 +1,282 @@
+"""Krylov spaces of J and functions of the small matrices that they leave."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Relative length of a residual that counts as rounding: the Krylov space is exhausted.
+_EXHAUSTED = 1e-14
+# Entries of the shifted matrices that the quadrature of phi solves together.
+_QUADRATURE_ENTRIES = 2**21
+
+
+class Operator(Protocol):
+    """J at `rows` points, acting on `(rows, dim)` float64 vectors; `hnkit.RowJacobian` is one."""
+
+    rows: int
+    dim: int
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """`J^T u`."""
+        ...
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """`J v`."""
+        ...
+
+
+@dataclass(frozen=True)
+class KrylovSpace:
+    """Arnoldi's relation `J^T Q_m = Q_{m+1} H` of every row.
+
+    Attributes:
+        basis: `(rows, m + 1, d)`, orthonormal rows (zero vectors after a breakdown).
+        hessenberg: `(rows, m + 1, m)`.
+        scale: `(rows,)`, the length of the probe.
+    """
+
+    basis: Tensor
+    hessenberg: Tensor
+    scale: Tensor
+
+
+class ArnoldiProcess:
+    """Grows the Krylov space of `J^T` from a probe, one transposed product per step and row.
+
+    Every vector is orthogonalised against all before it, a second time where the first left little of it. A row whose
+    space is exhausted (the residual is rounding) continues with zero vectors, which leaves its Hessenberg matrix, and
+    every function of it, unchanged: a zero operator gives H = 0.
+
+    Attributes:
+        steps: m.
+        scale: `(rows,)`, the length of the probe.
+        alive: `(rows,)`, whether the space can still grow.
+        work: `(rows,)`, products spent until the space was exhausted.
+        descent: `(rows,)`, the product of the subdiagonal of H, `|prod_j h_(j+1,j)|`.
+    """
+
+    def __init__(self, operator: Operator, probe: Tensor) -> None:
+        self._operator = operator
+        self.scale = probe.norm(dim=1)
+        rows, dim = probe.shape
+        self._basis = probe.new_zeros(rows, 9, dim)
+        self._basis[:, 0] = probe / self.scale[:, None]
+        self._columns = probe.new_zeros(rows, 9, 8)
+        self.steps = 0
+        self.alive = torch.ones_like(self.scale, dtype=torch.bool)
+        self.work = torch.zeros_like(self.scale)
+        self.descent = torch.ones_like(self.scale)
+
+    def advance(self) -> None:
+        """One more transposed product."""
+        m = self.steps
+        if m + 1 == self._basis.shape[1]:
+            self._basis = torch.nn.functional.pad(self._basis, (0, 0, 0, m))
+            self._columns = torch.nn.functional.pad(self._columns, (0, m, 0, m))
+        self.work += self.alive
+        vector = self._operator.vjp(self._basis[:, m]) * self.alive[:, None]
+        length = vector.norm(dim=1)
+        known = self._basis[:, : m + 1]
+        rest = length
+        for _ in range(2):
+            overlap = torch.bmm(known, vector[:, :, None])
+            vector = torch.baddbmm(vector[:, :, None], known.mT, overlap, alpha=-1)[:, :, 0]
+            self._columns[:, : m + 1, m] += overlap[:, :, 0]
+            before, rest = rest, vector.norm(dim=1)
+            if bool((rest >= 0.5 * before).all()):
+                break
+        self.alive = self.alive & (rest > _EXHAUSTED * length) & (m + 1 < self._operator.dim)
+        rest = torch.where(self.alive, rest, torch.zeros_like(rest))
+        self.descent = self.descent * rest
+        self._columns[:, m + 1, m] = rest
+        self._basis[:, m + 1] = torch.where(self.alive[:, None], vector / rest[:, None], torch.zeros_like(vector))
+        self.steps = m + 1
+
+    @property
+    def space(self) -> KrylovSpace:
+        """The space so far."""
+        m = self.steps
+        return KrylovSpace(self._basis[:, : m + 1], self._columns[:, : m + 1, :m], self.scale)
+
+    def truncation(self) -> Tensor:
+        """Estimated error of `|v|^2 e_1^T phi(H_m) e_1` as a value of `v^T phi(J) v`, `(rows,)`; no bound.
+
+        The larger of two estimates. One is of what the space does not see: the walks from `e_1` down the subdiagonal to
+        `e_(m+1)` (their weight is `descent`) and back to `e_1`, the way back taken to be that from `e_m`. The other
+        continues the last two changes of the value as a geometric series, of one ratio for all rows. The first is not
+        fooled by two values that agree by accident; the second knows how slowly things converge at a norm near 1.
+        """
+        m = self.steps
+        H = self._columns[:, :m, :m]
+        row = H[:, 0, :]
+        walks = row[:, -1].abs() / (m + 1)
+        for k in range(2, m + 1):
+            row = torch.bmm(row[:, None, :], H)[:, 0]
+            walks = walks + row[:, -1].abs() / (m + k)
+        corners = [phi_corner(H[:, :k, :k], 1e-6) for k in range(max(1, m - 2), m + 1)]
+        corners = [torch.zeros_like(self.scale)] * (3 - len(corners)) + corners
+        last, previous = (corners[2] - corners[1]).abs(), (corners[1] - corners[0]).abs()
+        decay = min(float(last.sum()) / max(float(previous.sum()), 1e-300), 0.95)
+        series = last * decay / (1 - decay)
+        return self.scale.square() * torch.maximum(self.descent * walks, series * self.alive)
+
+
+class LanczosProcess:
+    """Grows the Krylov space of `M = J + J^T + J^T J` from a probe, one product with J and one with `J^T` per step.
+
+    `I + M = (I + J)^T (I + J)`, so this is Golub and Kahan's bidiagonalisation of `B = I + J` in other coordinates:
+    the same spaces, and `T = R^T R - I` of its bidiagonal R. Working with M keeps the digits of a small J, which the
+    identity would swallow. Full orthogonalisation, applied twice.
+
+    Attributes:
+        steps: m.
+        diagonal: `(rows, m)` of the tridiagonal `T_m = Q_m^T M Q_m`.
+        beside: `(rows, m)`, its off-diagonal and, last, the length of the residual.
+        scale: `(rows,)`, the length of the probe.
+        start: `v / |v|`, `(rows, d)`.
+        first: `J v / |v|`, `first_transposed`: `J^T v / |v|`, `(rows, d)`.
+        norm: `(rows,)`, largest `|J q|` of the unit vectors met, a lower bound of `|J|_2`.
+    """
+
+    def __init__(self, operator: Operator, probe: Tensor) -> None:
+        self._operator = operator
+        self.scale = probe.norm(dim=1)
+        self.start = probe / self.scale[:, None]
+        self._basis = [self.start]
+        self._diagonal: list[Tensor] = []
+        self._beside: list[Tensor] = []
+        self.first = self.first_transposed = torch.zeros_like(probe)
+        self.norm = torch.zeros_like(self.scale)
+        self.alive = torch.ones_like(self.scale, dtype=torch.bool)
+        self.work = torch.zeros_like(self.scale)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return len(self._diagonal)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """See the class."""
+        return torch.stack(self._diagonal, 1)
+
+    @property
+    def beside(self) -> Tensor:
+        """See the class."""
+        return torch.stack(self._beside, 1)
+
+    def advance(self) -> None:
+        """One more product with J and one with its transpose; the first step takes one more, for `first_transposed`."""
+        unit = self._basis[-1]
+        pushed = self._operator.jvp(unit)
+        if self.steps == 0:
+            self.first, self.first_transposed = pushed, self._operator.vjp(unit)
+            pulled = self.first_transposed + self._operator.vjp(pushed)
+            self.work += 1
+        else:
+            pulled = self._operator.vjp(unit + pushed)
+        self.work += 2 * self.alive
+        self.norm = torch.maximum(self.norm, pushed.norm(dim=1))
+        vector = pushed + pulled
+        length = vector.norm(dim=1)
+        # q' M q = 2 q' J q + |J q|^2
+        self._diagonal.append(2 * (unit * pushed).sum(1) + pushed.square().sum(1))
+        basis = torch.stack(self._basis)
+        for _ in range(2):
+            vector = vector - torch.einsum("krd,rk->rd", basis, torch.einsum("krd,rd->rk", basis, vector))
+        rest = vector.norm(dim=1)
+        self.alive = self.alive & (rest > _EXHAUSTED * length) & (self.steps < self._operator.dim)
+        rest = torch.where(self.alive, rest, torch.zeros_like(rest))
+        self._beside.append(rest)
+        self._basis.append(torch.where(self.alive[:, None], vector / rest[:, None], torch.zeros_like(vector)))
+
+    def matrix(self) -> Tensor:
+        """`T_m`, `(rows, m, m)`."""
+        matrix = torch.diag_embed(self.diagonal)
+        above = torch.diag_embed(self.beside[:, :-1], offset=1)
+        return matrix + above + above.mT
+
+    def radau_matrix(self, node: float) -> Tensor:
+        """`T_m` with one more row and column, chosen so that `node` is an eigenvalue, `(rows, m + 1, m + 1)`.
+
+        Source: G. Golub and G. Meurant, Matrices, Moments and Quadrature, section 6.2; a row whose space is exhausted
+        keeps its matrix, with the node decoupled.
+        """
+        T = self.matrix()
+        last = self.beside[:, -1]
+        shifted = T - node * torch.eye(self.steps, dtype=T.dtype, device=T.device)
+        right = torch.zeros_like(self.diagonal)
+        right[:, -1] = last.square()
+        delta = torch.linalg.solve(shifted, right)[:, -1]
+        extended = torch.nn.functional.pad(T, (0, 1, 0, 1))
+        extended[:, -1, -1] = node + delta
+        extended[:, -1, -2] = extended[:, -2, -1] = last
+        return extended
+
+
+def phi_column(H: Tensor, tolerance: float = 1e-15) -> Tensor:
+    """`phi(H) e_1`, `phi(z) = z - log(1 + z)`, of matrices of norm below 1, accurate for tiny H.
+
+    `phi(H) = int_0^1 t (I + tH)^-1 H^2 dt` by Gauss-Legendre quadrature; nothing of first order is formed, and no
+    eigenvectors are needed, which a nilpotent or nearly defective H does not have.
+
+    Args:
+        H: `(rows, m, m)`.
+        tolerance: relative error of the quadrature.
+
+    Returns:
+        `(rows, m)`.
+
+    Source: `proofs/resolvent`.
+    """
+    norm = float(spectral_norm(H).max())
+    if norm == 0.0:
+        return H.new_zeros(H.shape[:2])
+    nodes, weights = gauss_nodes(norm, tolerance)
+    square = torch.bmm(H, H[:, :, :1])
+    result = torch.zeros_like(square[:, :, 0])
+    block = max(1, _QUADRATURE_ENTRIES // H.numel())
+    for start in range(0, len(nodes), block):
+        t = torch.as_tensor(nodes[start : start + block], dtype=H.dtype, device=H.device)
+        w = torch.as_tensor(weights[start : start + block], dtype=H.dtype, device=H.device)
+        shifted = t[:, None, None, None] * H
+        shifted.diagonal(dim1=-2, dim2=-1).add_(1)
+        solved = torch.linalg.solve(shifted, square.expand(t.numel(), -1, -1, -1))[..., 0]
+        result += torch.einsum("t,tri->ri", w * t, solved)
+    return result
+
+
+def phi_corner(H: Tensor, tolerance: float = 1e-15) -> Tensor:
+    """`e_1^T phi(H) e_1` as `phi_column`, `(rows,)`."""
+    return phi_column(H, tolerance)[:, 0]
+
+
+def spectral_norm(H: Tensor) -> Tensor:
+    """Largest singular value of small matrices `(rows, p, m)`, by the symmetric eigenvalues of `H^T H`."""
+    if H.numel() == 0:
+        return H.new_zeros(H.shape[0])
+    size = H.flatten(1).abs().amax(1)
+    scaled = H / torch.where(size > 0, size, torch.ones_like(size))[:, None, None]
+    largest: Tensor = torch.linalg.eigvalsh(scaled.mT @ scaled)[:, -1]
+    return size * largest.clamp(min=0).sqrt()
+
+
+def gauss_nodes(norm: float, tolerance: float = 1e-15) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Gauss-Legendre nodes and weights on [0, 1], enough for `int_0^1 t A^2 (I + tA)^-1 dt` at `|A|_2 <= norm < 1`.
+
+    The integrand is analytic in `|t| < 1/norm`, which contains the Bernstein ellipse of [0, 1] through `1/norm`, of
+    parameter `rho = s + sqrt(s^2 - 1)`, `s = 2/norm - 1`; n nodes leave a relative error of the order `rho^(-2n)`.
+
+    Source: Trefethen, Approximation Theory and Approximation Practice, Theorem 19.3; `proofs/resolvent`.
+    """
+    s = 2 / min(max(norm, 1e-3), 1 - 1e-5) - 1
+    rho = s + math.sqrt(s * s - 1)
+    count = max(3, math.ceil(-math.log(tolerance) / (2 * math.log(rho))) + 2)
+    nodes, weights = np.polynomial.legendre.leggauss(count)
+    return (nodes + 1) / 2, weights / 2
