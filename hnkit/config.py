@@ -11,11 +11,12 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import sys
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +59,6 @@ class TrainConfig:
         schedule: what the rate does afterwards, until the last step.
         ema: decay of an exponential average of the weights, which is then what is measured and saved; 0 is none.
         precision: `"bfloat16"` runs network and generator under autocast; KL and rewards stay in float32 or better.
-        compile: run `torch.compile` on the hypernetwork.
         seed: of noise, prompt order and probes. Sample i of step t depends on the seed, t and i alone, not on the
             number of processes.
         max_skipped: so many batches with a non-finite loss or gradient in a row end the run.
@@ -96,7 +96,6 @@ class TrainConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     ema: float = _in_range(0.0, least=0, below=1)
     precision: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
     seed: int = _in_range(0, least=0, below=2**63)
     max_skipped: int = _in_range(20, least=1)
     measure_every: int = _in_range(0, least=0)
@@ -117,10 +116,6 @@ class TrainConfig:
             _check_range(f"train.{item.name}", getattr(self, item.name), item.metadata)
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise InputError("train.nesterov = true needs train.optimizer = 'sgd' and train.momentum above 0")
-        if self.compile and self.kl != "l2":
-            raise InputError(
-                f"train.compile = true with train.kl = {self.kl!r}: compiled graphs have no double backward"
-            )
         if self.batch % self.accumulate:
             raise InputError(
                 f"train.batch = {self.batch} is not a multiple of train.accumulate = {self.accumulate}: "
@@ -235,8 +230,29 @@ def parse_reward_flag(flag: str, name: str = "--reward") -> tuple[str, RewardSpe
     except ValueError:
         weight = math.nan
     if not key.strip() or not math.isfinite(weight):
-        raise InputError(f"{name} {flag}: write NAME=WEIGHT or pkg.mod:fn=WEIGHT, the weight a finite number")
+        raise InputError(f"{name} {flag!r}: write NAME=WEIGHT or pkg.mod:fn=WEIGHT, the weight a finite number")
     return key.strip(), RewardSpec(weight)
+
+
+def parse_options(overrides: Sequence[str], record: type[Any], table: str) -> dict[str, Any]:
+    """Typed values of `"table.key=value"` flags for a dataclass other than the tables of a run.
+
+    Args:
+        overrides: the flags, all with the prefix `table.`.
+        record: the dataclass whose fields are accepted.
+        table: the prefix.
+
+    Raises:
+        InputError: an unknown key or a value of another type.
+    """
+    entries: dict[str, Any] = {}
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        key = dotted.strip().removeprefix(f"{table}.")
+        if not equals:
+            raise InputError(f"--set {override!r}: write {table}.KEY=VALUE")
+        entries[key] = _parse_text(text.strip(), _annotations(record).get(key))
+    return _coerce_table(entries, record, f"--set {table}")
 
 
 def differing_keys(one: Mapping[str, Mapping[str, Any]], two: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -293,7 +309,7 @@ def _override_tables(overrides: Sequence[str], factory: BackendFactory) -> dict[
         dotted, equals, text = override.partition("=")
         table, dot, key = dotted.strip().partition(".")
         if not equals or not dot or table not in tables:
-            raise InputError(f"--set {override}: write TABLE.KEY=VALUE, TABLE one of {', '.join(tables)}")
+            raise InputError(f"--set {override!r}: write TABLE.KEY=VALUE, TABLE one of {', '.join(tables)}")
         records: dict[str, type[Any]] = {"train": TrainConfig, "backend": factory.options}
         annotation = _annotations(records[table]).get(key) if table in records else None
         tables[table][key] = _parse_text(text.strip(), annotation)
@@ -304,6 +320,8 @@ def _set_rewards(entries: Mapping[str, Any], specs: Mapping[str, RewardSpec], ta
     """`NAME=weight` and `NAME.option=value` of `--set`, on top of the rewards given so far."""
     tables: dict[str, Any] = {}
     for dotted, value in entries.items():
+        if ":" in dotted:
+            raise InputError(f"--set {table}.{dotted}: an import path is given with --{table.removesuffix('s')}")
         name, dot, option = dotted.partition(".")
         saved = _plain_reward(specs[name]) if name in specs else {}
         tables[name] = tables.get(name, saved) | {option if dot else "weight": value}
@@ -428,12 +446,12 @@ def _show(value: Any) -> str:
 
 
 def _check_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    least, above, below = (metadata.get(name) for name in ("least", "above", "below"))
-    bounds = [f">= {least:g}"] * (least is not None) + [f"> {above:g}"] * (above is not None)
-    bounds += [f"< {below:g}"] * (below is not None)
-    inside = (least is None or value >= least) and (above is None or value > above) and (below is None or value < below)
-    if not inside:
-        raise InputError(f"{key} = {value}: accepted is a value {' and '.join(bounds)}")
+    tests: dict[str, Callable[[Any, Any], bool]] = {"least": operator.ge, "above": operator.gt, "below": operator.lt}
+    signs = {"least": ">=", "above": ">", "below": "<"}
+    bounds = {name: metadata[name] for name in tests if metadata.get(name) is not None}
+    if not all(tests[name](value, bound) for name, bound in bounds.items()):
+        accepted = " and ".join(f"{signs[name]} {bound:g}" for name, bound in bounds.items())
+        raise InputError(f"{key} = {value}: accepted is a value {accepted}")
 
 
 def _reward_specs(entries: Mapping[str, Any], where: str, flags: Sequence[str]) -> dict[str, RewardSpec]:
@@ -448,10 +466,14 @@ def _reward_specs(entries: Mapping[str, Any], where: str, flags: Sequence[str]) 
         options = dict(value) if isinstance(value, dict) else {"weight": value}
         weight = options.pop("weight", 1.0)
         if not _is_finite_number(weight):
-            raise InputError(f"{where} {name} = {_show(value)}: accepted is a finite weight, or a table with `weight`")
+            raise InputError(
+                f"{where} {name!r} = {_show(value)}: accepted is a finite weight, or a table with `weight`"
+            )
         for key, option in options.items():
             if not isinstance(option, Scalar):
-                raise InputError(f"{where} {name}.{key} = {_show(option)}: accepted is a string, a number or a boolean")
+                raise InputError(
+                    f"{where} {f'{name}.{key}'!r} = {_show(option)}: accepted is a string, a number or a boolean"
+                )
         specs[name] = RewardSpec(float(weight), options)
     return specs
 

@@ -136,7 +136,7 @@ def _from_hub(source: str) -> list[str]:
         ) from error
     try:
         table = datasets.load_dataset(name, split=split)
-    except Exception as error:  # noqa: BLE001 (the hub, the file formats and the network raise anything)
+    except Exception as error:  # (the hub, the file formats and the network raise anything)
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise InputError(
             f"prompts {source!r}: could not be loaded ({reason}): check its name, or give a file"

@@ -91,6 +91,8 @@ _DIGITS: Preset = {
     "train.batch": 32,
     "train.steps": 300,
     "train.alpha": 0.1,
+    "heldout.legibility": 1.0,
+    "heldout.redness": 1.0,
 }
 
 

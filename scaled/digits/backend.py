@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from hnkit.backend import Condition, Reward
 from scaled.base import PipelineBackend
 from scaled.digits.checkpoint import CANVAS, GUIDANCE_SCALE, JUDGE_FILE, MAX_SEQUENCE_LENGTH, verified_folder
+from scaled.digits.propose import propose
 from scaled.digits.scenes import eval_prompts, train_prompts, validate_prompt
 from scaled.sana import SanaOptions
 
@@ -82,6 +84,21 @@ class DigitsBackend(PipelineBackend):
         """1 where the independent judge finds what the sentence asks for, else 0; `(n,)`."""
         correct: Tensor = self._judge(images, prompts).correct
         return correct
+
+    def category(self, prompt: str) -> str:
+        """Which of GenEval's six kinds a sentence is of."""
+        return validate_prompt(prompt).kind
+
+    def scenes(self, images: Tensor) -> list[tuple[int, ...]]:
+        """What the judge reads in each image, as a hashable tuple: images of one scene differ in style only."""
+        cells, _ = self._judge.read(images)
+        return [tuple(row) for row in cells.flatten(1).tolist()]
+
+    def propose(
+        self, prompt: str, history: Sequence[tuple[str, float]], count: int, generator: torch.Generator
+    ) -> list[str]:
+        """Rewordings within the grammar, for the prompt-optimisation baseline."""
+        return propose(prompt, history, count, generator)
 
     @cached_property
     def _judge(self) -> Any:

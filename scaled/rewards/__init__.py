@@ -1,23 +1,23 @@
 """Rewards on images: each a plain callable `(images, prompts) -> (n,)` with a name and a weight.
 
-Every name below is an entry point of the group `hnkit.rewards`: a function of keyword options, among them `weight`
-and `device`, that returns the reward. Model libraries are imported when a reward is built, not before.
+Every function that builds one is an entry point of the group `hnkit.rewards`: keyword options, among them `weight` and
+`device`, give a reward. Those that need model libraries are in modules of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from hnkit.backend import Reward
+from hnkit.rewards import CallableReward
 
-__all__ = ["Redness", "aesthetic", "clipscore", "hpsv2", "imagereward", "legibility", "pickscore", "redness"]
+__all__ = ["Redness", "digits_clip", "legibility", "redness"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Redness:
     """`(R - (G + B) / 2) / 100` averaged over the pixels, the paper's illustrative reward (appendix B.1)."""
 
@@ -30,48 +30,23 @@ class Redness:
         return (red - (green + blue) / 2) / 100
 
 
-def redness(*, weight: float = 1.0, device: str = "cpu") -> Reward:  # noqa: ARG001
+def redness(*, weight: float = 1.0) -> Reward:
     """The redness reward; it has no weights to load."""
     return Redness(weight)
 
 
-def clipscore(**options: Any) -> Reward:
-    """CLIPScore; see `scaled.rewards.clip.clipscore`."""
-    from scaled.rewards import clip
+def digits_clip(*, weight: float = 1.0, device: str = "cpu") -> Reward:
+    """CLIPScore by the contrastive scorer that is bundled with the digits miniature."""
+    from scaled.digits.checkpoint import CLIP_FOLDER, verified_folder
+    from scaled.rewards.clip import clipscore
 
-    return clip.clipscore(**options)
-
-
-def pickscore(**options: Any) -> Reward:
-    """PickScore; see `scaled.rewards.clip.pickscore`."""
-    from scaled.rewards import clip
-
-    return clip.pickscore(**options)
+    reward = clipscore(weight=weight, model_id=str(verified_folder() / CLIP_FOLDER), device=device)
+    reward.name = "digits-clip"
+    return reward
 
 
-def hpsv2(**options: Any) -> Reward:
-    """HPSv2.1; see `scaled.rewards.clip.hpsv2`."""
-    from scaled.rewards import clip
-
-    return clip.hpsv2(**options)
-
-
-def imagereward(**options: Any) -> Reward:
-    """ImageReward; see `scaled.rewards.blip.imagereward`."""
-    from scaled.rewards import blip
-
-    return blip.imagereward(**options)
-
-
-def aesthetic(**options: Any) -> Reward:
-    """An aesthetic-style linear head on CLIP; see `scaled.rewards.clip.aesthetic`."""
-    from scaled.rewards import clip
-
-    return clip.aesthetic(**options)
-
-
-def legibility(**options: Any) -> Reward:
-    """How clearly the miniature's digits can be read; see `scaled.digits.rewards`."""
+def legibility(*, weight: float = 1.0) -> Reward:
+    """How clearly the miniature's digits can be read; see `scaled.digits.rewards.Legibility`."""
     from scaled.digits import rewards
 
-    return rewards.legibility(**options)
+    return CallableReward("legibility", weight, rewards.legibility())

@@ -1,0 +1,157 @@
+"""Running a method over prompts and seeds, paired and resumable: every finished chunk is on the disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hnkit._files import write_json
+from hnkit.backend import Backend
+from hnkit.rewards import RewardSum
+from hnkit.stream import generator_for
+from scaled.baselines import Cost, Method, Outcome
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image: what it was asked for, from which noise, and every score of it."""
+
+    prompt: str
+    seed: int
+    category: str
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A method on a set of prompts and seeds: the images' scores and the cost of making them."""
+
+    method: str
+    steps: int
+    rows: tuple[Row, ...]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Every score of an image: the trained reward and its parts, held-out rewards, the independent judge."""
+
+    rewards: RewardSum
+    heldout: RewardSum
+    judge: Callable[[Tensor, Sequence[str]], Tensor] | None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Name -> `(n,)`; `reward` is the weighted sum that training maximises, `judge` what nothing maximises."""
+        scores = {"reward": self.rewards(images, prompts)}
+        if len(self.rewards.names) > 1:
+            scores |= self.rewards.parts
+        if self.heldout.rewards:
+            self.heldout(images, prompts)
+            scores |= self.heldout.parts
+        if self.judge is not None:
+            scores["judge"] = self.judge(images, prompts)
+        return {name: values.double().cpu() for name, values in scores.items()}
+
+
+def base_noise(backend: Backend, seed: int, index: int, count: int) -> Tensor:
+    """The noises of seed number `index` for prompts `0..count-1`: the same for every method and step count.
+
+    A prompt's noise does not depend on how many prompts there are.
+    """
+    dtype = getattr(backend, "noise_dtype", torch.float32)
+    return torch.stack(
+        [
+            torch.randn(backend.noise_shape, generator=generator_for(seed, "compare noise", index, row), dtype=dtype)
+            for row in range(count)
+        ]
+    )
+
+
+def category_of(backend: Backend, prompt: str) -> str:
+    """The backend's category of a prompt (GenEval's six kinds, say), or nothing."""
+    category: Callable[[str], str] | None = getattr(backend, "category", None)
+    return "" if category is None else category(prompt)
+
+
+def evaluate(
+    name: str,
+    method: Method,
+    backend: Backend,
+    prompts: Sequence[str],
+    scorer: Scorer,
+    *,
+    seeds: int,
+    steps: int,
+    batch: int,
+    seed: int,
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
+) -> Evaluation:
+    """Images of every prompt from every seed, scored; chunks that are already on the disk are read.
+
+    Args:
+        name: key of the evaluation, a file name.
+        method: what makes the images.
+        backend: what it makes them with.
+        prompts: distinct prompts.
+        scorer: of the images.
+        seeds: noises per prompt.
+        steps: sampler steps.
+        batch: images at once.
+        seed: of the comparison.
+        folder: where chunks are kept.
+        device: of the backend.
+        progress: told `(name, done, all)` after every chunk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    total = seeds * len(prompts)
+    rows: list[Row] = []
+    cost = Cost()
+    for index in range(seeds):
+        noise = base_noise(backend, seed, index, len(prompts))
+        for start in range(0, len(prompts), batch):
+            part = prompts[start : start + batch]
+            path = folder / f"{name}-steps{steps}-seed{index}-from{start}.json"
+            chunk = _read(path, part)
+            if chunk is None:
+                generator = generator_for(seed, f"compare {name}", index, start)
+                x = noise[start : start + batch].to(device)
+                outcome = method(backend, part, x, steps=steps, generator=generator)
+                chunk = _document(outcome, part, index, backend, scorer)
+                write_json(path, chunk)
+            rows += [Row(**row) for row in chunk["rows"]]
+            cost = cost + Cost(**chunk["cost"])
+            progress(name, len(rows), total)
+    return Evaluation(name, steps, tuple(rows), cost)
+
+
+def _document(outcome: Outcome, prompts: Sequence[str], seed: int, backend: Backend, scorer: Scorer) -> dict[str, Any]:
+    scores = scorer(outcome.images, prompts)  # always against what was asked for, also when the wording was changed
+    rows = [
+        {
+            "prompt": prompt,
+            "seed": seed,
+            "category": category_of(backend, prompt),
+            "scores": {name: float(values[i]) for name, values in scores.items()},
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+    return {"prompts": list(prompts), "rows": rows, "cost": asdict(outcome.cost)}
+
+
+def _read(path: Path, prompts: Sequence[str]) -> dict[str, Any] | None:
+    """A chunk of an earlier run, if it is there and about these prompts; writes are atomic, so it is whole."""
+    if not path.is_file():
+        return None
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document if document["prompts"] == list(prompts) else None

@@ -1,0 +1,70 @@
+"""The trained networks of a comparison: given, or trained here by the one trainer, and reused when they are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hnkit._errors import InputError
+from hnkit.backend import Backend, backend_factory
+from hnkit.commands import load_trained
+from hnkit.config import CONFIG_FILE, resolve_config
+from hnkit.training import METRICS, train
+
+
+@dataclass(frozen=True)
+class Network:
+    """A backend with a trained adapter, and the records of its training where they are known."""
+
+    name: str
+    backend: Backend
+    parameters: int
+    metrics: tuple[dict[str, Any], ...]
+
+
+def trained(name: str, backend: str, folder: Path, overrides: Sequence[str], rewards: Sequence[str] = ()) -> Network:
+    """Train a network in `folder`, go on with it, or load it if it is finished.
+
+    Args:
+        name: of the network in tables.
+        backend: name of the installed backend.
+        folder: its run folder.
+        overrides: `table.key=value` of its configuration.
+        rewards: `name=weight`; empty: the backend's preset.
+
+    Raises:
+        InputError: the run was interrupted (by a signal, after a checkpoint): it can be resumed.
+    """
+    config = resolve_config(backend=backend, overrides=overrides, rewards=rewards)
+    begun = (folder / CONFIG_FILE).is_file()
+    result = train(config, resume=folder) if begun else train(config, out=folder)
+    if not result.finished:
+        if result.exit_code == 130:
+            raise KeyboardInterrupt
+        raise InputError(f"training of {name} was stopped at step {result.step}: go on with --resume")
+    if config.train.objective == "direct":
+        base: Any = backend_factory(backend).load(config.options)
+        loaded = base.direct()
+        loaded.load_adapter(folder / "adapter")
+    else:
+        loaded, _ = load_trained(backend, folder)
+    return Network(name, loaded, trainable(loaded), _records(folder / METRICS))
+
+
+def given(name: str, backend: str, adapter: Path, overrides: Sequence[str]) -> Network:
+    """A network the user has trained: the adapter's folder or its run folder."""
+    loaded, _ = load_trained(backend, adapter, [o for o in overrides if o.startswith("backend.")])
+    runs = [folder for folder in (adapter, adapter.parent) if (folder / METRICS).is_file()]
+    return Network(name, loaded, trainable(loaded), _records(runs[0] / METRICS) if runs else ())
+
+
+def trainable(backend: Backend) -> int:
+    """How many weights were trained."""
+    return sum(p.numel() for p in backend.hypernetwork.parameters() if p.requires_grad)
+
+
+def _records(path: Path) -> tuple[dict[str, Any], ...]:
+    return tuple(json.loads(line) for line in path.read_text().splitlines())

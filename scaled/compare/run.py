@@ -1,0 +1,453 @@
+"""One comparison from plan to page. Every part is written when it is done; `--resume` goes on after the last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hnkit._errors import InputError
+from hnkit._files import new_run_folder, write_json
+from hnkit._stats import mean_and_stderr
+from hnkit.backend import Backend, ConditionedMap, Reward, backend_factory
+from hnkit.checkpoint import run_lock
+from hnkit.config import resolve_config
+from hnkit.measure import measure
+from hnkit.prompts import require_disjoint
+from hnkit.rewards import CallableReward, load_rewards
+from hnkit.stream import generator_for
+from hnkit.terminal import Steps, steps
+from scaled.backends import PipelineFactory
+from scaled.baselines import Base, BestOfN, HyperNoise, Method, PromptOptimisation, ReNO, TextGenerationProposer
+from scaled.compare.evaluation import Evaluation, Scorer, base_noise, category_of, evaluate
+from scaled.compare.networks import Network, given, trained
+from scaled.compare.page import write_page
+from scaled.compare.plan import Plan, make_plan, plan_from_json
+from scaled.compare.tables import method_row
+from scaled.diversity import DinoSimilarity, Lpips, Metric, pixel_distance
+
+PLAN = "plan.json"
+
+
+class Comparison:
+    """The entry point of `hnkit compare` for every diffusers backend."""
+
+    def accepts(self, factory: Any) -> bool:
+        """Whether the backend makes images with a diffusers pipeline."""
+        return isinstance(factory, PipelineFactory)
+
+    def __call__(
+        self,
+        backend: str,
+        *,
+        methods: Sequence[str] | None = None,
+        adapter: Path | None = None,
+        prompts: Sequence[str] | None = None,
+        seeds: int | None = None,
+        quick: bool = False,
+        resume: Path | None = None,
+        overrides: Sequence[str] = (),
+        out: Path | None = None,
+    ) -> dict[str, Any]:
+        """Run or resume a comparison and write its folder.
+
+        Args:
+            backend: name of the installed backend.
+            methods: of table 1; `None`: all.
+            adapter: a trained hypernetwork; `None`: one is trained here with the backend's preset.
+            prompts: to evaluate on; `None`: the backend's own held-out prompts.
+            seeds: noises per prompt.
+            quick: the short version.
+            resume: a folder to go on with; everything but `backend` is then taken from it.
+            overrides: `table.key=value`, table one of compare, train, backend, rewards, heldout.
+            out: a new folder; `None`: under `runs/`.
+
+        Returns:
+            What report.json holds, and `run_folder`.
+        """
+        if resume is not None:
+            folder, settings = resume, _read_plan(resume, backend)
+        else:
+            plan, others = make_plan(quick=quick, methods=methods, seeds=seeds, overrides=overrides)
+            resolve_config(backend=backend, overrides=others)  # a mistake is refused before a folder is made
+            if adapter is not None and not adapter.is_dir():
+                raise InputError(
+                    f"--adapter {adapter} is not a folder: name the folder of a trained adapter, or its run"
+                )
+            chosen = _chosen_prompts(backend, prompts, plan, others)
+            where = None if adapter is None else str(adapter.resolve())
+            settings = Settings(backend, plan, where, tuple(chosen), tuple(others), quick)
+            folder = new_run_folder(out, "compare")
+            write_json(folder / PLAN, settings.to_json())
+        with run_lock(folder):
+            document = _Session(settings, folder).run()
+        return document | {"run_folder": str(folder)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a comparison depends on; plan.json holds it."""
+
+    backend: str
+    plan: Plan
+    adapter: str | None
+    prompts: tuple[str, ...]
+    overrides: tuple[str, ...]
+    quick: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {
+            **vars(self),
+            "plan": self.plan.to_json(),
+            "prompts": list(self.prompts),
+            "overrides": list(self.overrides),
+        }
+
+
+def _read_plan(folder: Path, backend: str) -> Settings:
+    try:
+        document = json.loads((folder / PLAN).read_text())
+        settings = Settings(
+            document["backend"],
+            plan_from_json(document["plan"]),
+            document["adapter"],
+            tuple(document["prompts"]),
+            tuple(document["overrides"]),
+            document["quick"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"--resume {folder}: no comparison is there ({PLAN} cannot be read): name its folder"
+        ) from error
+    if settings.backend != backend:
+        raise InputError(f"--resume {folder} compares backend {settings.backend!r}, not {backend!r}")
+    return settings
+
+
+def _chosen_prompts(backend: str, prompts: Sequence[str] | None, plan: Plan, overrides: Sequence[str]) -> list[str]:
+    if prompts is None:
+        loaded = backend_factory(backend).load(resolve_config(backend=backend, overrides=overrides).options)
+        offered: Callable[[], tuple[list[str], list[str]]] | None = getattr(loaded, "prompts", None)
+        if offered is None:
+            raise InputError(f"backend {backend!r} has no prompts of its own: give --prompts FILE")
+        training, held_out = offered()
+        require_disjoint(training, held_out)
+        category = {prompt: category_of(loaded, prompt) for prompt in held_out}
+        prompts = _interleaved(held_out, category)
+    return list(prompts[: plan.prompts] if plan.prompts else prompts)
+
+
+def _interleaved(prompts: Sequence[str], category: dict[str, str]) -> list[str]:
+    """Prompts in turn from each category, so that a first part of them has all of them."""
+    queues = {name: [p for p in prompts if category[p] == name] for name in dict.fromkeys(category.values())}
+    ordered: list[str] = []
+    while any(queues.values()):
+        ordered += [queue.pop(0) for queue in queues.values() if queue]
+    return ordered
+
+
+class _Session:
+    """The parts of a comparison; each reads what is on the disk and does what is not."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings, self.plan, self.folder = settings, settings.plan, folder
+        config = resolve_config(backend=settings.backend, overrides=settings.overrides)
+        self.config = config
+        self.base: Any = backend_factory(settings.backend).load(config.options)
+        self.device = next(self.base.hypernetwork.parameters()).device
+        rewards = load_rewards(config.rewards, getattr(self.base, "default_reward", None), self.device)
+        if not rewards.rewards:
+            raise InputError(f"backend {settings.backend!r} has no default reward: --set rewards.NAME=WEIGHT")
+        heldout = load_rewards(config.heldout, None, self.device)
+        self.scorer = Scorer(rewards, heldout, getattr(self.base, "judge", None))
+        # the baselines climb what training maximises: the weighted sum, at weight one
+        self.reward: Reward = CallableReward("reward", 1.0, rewards)
+        self.networks: dict[str, Network] = {}
+
+    def run(self) -> dict[str, Any]:
+        """All parts, then the report."""
+        plan = self.plan
+        wanted = [name for name in plan.methods if name in ("hypernoise", "direct")]
+        jobs: list[tuple[str, Callable[[], None]]] = [(f"network {n}", lambda n=n: self._network(n)) for n in wanted]  # type: ignore[misc]
+        for rank in plan.ranks:
+            jobs += [
+                (f"network {n}", lambda n=n, r=rank: self._network(n, rank=r))  # type: ignore[misc]
+                for n in (f"hypernoise-rank{rank}", f"direct-rank{rank}")
+            ]
+        jobs += [(f"network kl-{k}", lambda k=k: self._network(f"kl-{k}", kl=k)) for k in plan.losses]  # type: ignore[misc]
+        results: dict[str, Any] = {}
+        parts: list[tuple[str, str, Callable[[], Any]]] = [
+            ("table_1", "table 1: methods", self._table_1),
+            ("steps", "tables 2 and 8: sampler steps", self._table_steps),
+            ("diversity", "table 7: diversity", self._diversity),
+            ("ranks", "tables 9 and 10: ranks", self._ranks),
+            ("losses", "losses and their exact KL", self._losses),
+            ("l2", "how close L2 stayed", self._closeness),
+            ("training", "figure 4", self._training),
+            ("grid", "grid of images", self._grid),
+        ]
+        with steps(len(jobs) + len(parts)) as progress:
+            self.progress: Steps = progress
+            for title, job in jobs:
+                progress.start(title)
+                job()
+            for key, title, part in parts:
+                progress.start(title)
+                results[key] = part()
+        document = {
+            "title": f"Comparison on {self.settings.backend}",
+            "settings": self.settings.to_json(),
+            "config": self.config.to_dict(),
+            "trained_reward": {
+                name: w.weight for name, w in zip(self.scorer.rewards.names, self.scorer.rewards.rewards, strict=True)
+            },
+            **results,
+        }
+        write_json(self.folder / "report.json", document)
+        write_page(self.folder, document)
+        return document
+
+    # --- networks ------------------------------------------------------------------------------------------
+
+    def _network(self, name: str, *, rank: int | None = None, kl: str | None = None) -> None:
+        settings, plan = self.settings, self.plan
+        if name == "hypernoise" and settings.adapter is not None:
+            self.networks[name] = given(name, settings.backend, Path(settings.adapter), settings.overrides)
+            return
+        total = plan.train_steps or self.config.train.steps
+        every = max(1, total // 8)
+        overrides = [
+            *settings.overrides,
+            f"train.steps={total}",
+            f"train.validate_every={every}",
+            "train.validate_samples=64",
+            f"train.measure_every={every if kl else 0}",
+            f"train.measure_samples={plan.measure_samples}",
+        ]
+        if name.startswith("direct"):
+            overrides.append("train.objective=direct")
+        if rank is not None:
+            overrides += [f"backend.rank={rank}", f"backend.lora_alpha={2 * rank}"]
+        if kl is not None:
+            overrides.append(f"train.kl={kl}")
+        self.networks[name] = trained(name, settings.backend, self.folder / "runs" / name, overrides)
+
+    # --- evaluations ---------------------------------------------------------------------------------------
+
+    def _method(self, name: str) -> Method:
+        plan = self.plan
+        if name == "best-of-n":
+            return BestOfN(self.reward, n=plan.best_of)
+        if name == "reno":
+            return ReNO(self.reward, iterations=plan.reno_iterations)
+        if name == "prompt-optimisation":
+            propose = TextGenerationProposer(plan.proposer) if plan.proposer else getattr(self.base, "propose", None)
+            if propose is None:
+                raise InputError(
+                    "method prompt-optimisation needs a proposer: --set compare.proposer=MODEL names a local "
+                    "text-generation model, or leave the method out with --methods"
+                )
+            return PromptOptimisation(self.reward, propose, rounds=plan.rounds, proposals=plan.proposals)
+        return HyperNoise() if name in self.networks and not name.startswith("direct") else Base(name)
+
+    def _evaluate(self, name: str, *, at: int = 1, seeds: int | None = None) -> Evaluation:
+        network = self.networks.get(name)
+        result = evaluate(
+            name,
+            self._method(name),
+            self.base if network is None else network.backend,
+            self.settings.prompts,
+            self.scorer,
+            seeds=self.plan.seeds if seeds is None else seeds,
+            steps=at,
+            batch=self.plan.batch,
+            seed=self.plan.seed,
+            folder=self.folder / "parts",
+            device=self.device,
+            progress=lambda *_: None,
+        )
+        return replace(result, method=name)
+
+    def _parameters(self, name: str) -> int:
+        return self.networks[name].parameters if name in self.networks else 0
+
+    def _table_1(self) -> list[dict[str, Any]]:
+        base = self._evaluate("base")
+        return [
+            method_row(base if name == "base" else self._evaluate(name), base, self._parameters(name))
+            for name in self.plan.methods
+        ]
+
+    def _table_steps(self) -> list[dict[str, Any]]:
+        names = [name for name in ("base", "hypernoise", "direct") if name == "base" or name in self.networks]
+        rows = []
+        for count in self.plan.steps:
+            base = self._evaluate("base", at=count)
+            rows += [
+                method_row(base if name == "base" else self._evaluate(name, at=count), base, self._parameters(name))
+                for name in names
+            ]
+        return rows
+
+    def _ranks(self) -> list[dict[str, Any]]:
+        base = self._evaluate("base")
+        names = [f"{kind}-rank{rank}" for rank in self.plan.ranks for kind in ("hypernoise", "direct")]
+        return [method_row(self._evaluate(name), base, self._parameters(name)) for name in names]
+
+    def _losses(self) -> list[dict[str, Any]]:
+        base = self._evaluate("base")
+        rows = []
+        for kl in self.plan.losses:
+            network = self.networks[f"kl-{kl}"]
+            row = method_row(self._evaluate(f"kl-{kl}"), base, network.parameters)
+            row["along_training"] = [
+                {"step": record["step"], **record["measurement"]}
+                for record in network.metrics
+                if record.get("measurement")
+            ]
+            rows.append(row)
+        return rows
+
+    # --- what is not a table of scores ---------------------------------------------------------------------
+
+    def _diversity(self) -> list[dict[str, Any]]:
+        plan = self.plan
+        prompts = self.settings.prompts[: plan.diversity_prompts]
+        metrics: dict[str, Metric] = {"pixel_distance": pixel_distance}
+        if plan.dino:
+            metrics["dino_similarity"] = DinoSimilarity(plan.dino, device=str(self.device))
+        if plan.lpips:
+            metrics["lpips"] = Lpips(Path(plan.lpips)).to(self.device)
+        names = ["base", *[n for n in self.networks if n in ("hypernoise", "direct") or n.startswith("kl-")]]
+        rows: list[dict[str, Any]] = []
+        base_values: dict[str, list[float]] = {}
+        for name in names:
+            values: dict[str, list[float]] = {}
+            for index in range(len(prompts)):
+                for metric, value in self._prompt_diversity(name, index, metrics).items():
+                    values.setdefault(metric, []).append(value)
+            base_values = base_values or values
+            row: dict[str, Any] = {
+                "method": name,
+                "prompts": len(prompts),
+                "seeds": plan.diversity_seeds,
+                "metrics": {},
+            }
+            for metric, entries in values.items():
+                mean, stderr = _finite_estimate(entries)
+                change, change_stderr = _finite_estimate(
+                    [a - b for a, b in zip(entries, base_values[metric], strict=True)]
+                )
+                row["metrics"][metric] = {
+                    "value": mean,
+                    "stderr": stderr,
+                    "change": change,
+                    "change_stderr": change_stderr,
+                }
+            rows.append(row)
+        return rows if prompts else []
+
+    def _prompt_diversity(self, name: str, index: int, metrics: dict[str, Metric]) -> dict[str, float]:
+        path = self.folder / "parts" / f"diversity-{name}-{index}.json"
+        prompt = self.settings.prompts[index]
+        if path.is_file():
+            saved: dict[str, Any] = json.loads(path.read_text())
+            if saved["prompt"] == prompt and set(metrics) <= set(saved["values"]):
+                return dict(saved["values"])
+        network = self.networks.get(name)
+        backend = self.base if network is None else network.backend
+        noise = torch.stack(
+            [
+                torch.randn(
+                    self.base.noise_shape, generator=generator_for(self.plan.seed, "compare diversity", index, k)
+                )
+                for k in range(self.plan.diversity_seeds)
+            ]
+        )
+        images = self._images(self._method(name), backend, [prompt] * len(noise), noise)
+        values = {metric: function(images.to(self.device)) for metric, function in metrics.items()}
+        scenes: Callable[[Tensor], Sequence[Any]] | None = getattr(self.base, "scenes", None)
+        if scenes is not None:
+            values["distinct_scenes"] = len(set(scenes(images))) / len(images)
+        write_json(path, {"prompt": prompt, "values": values})
+        return values
+
+    def _images(self, method: Method, backend: Backend, prompts: Sequence[str], noise: Tensor) -> Tensor:
+        shown = []
+        for start in range(0, len(prompts), self.plan.batch):
+            rows = slice(start, start + self.plan.batch)
+            generator = generator_for(self.plan.seed, f"compare images {method.name}", start)
+            outcome = method(backend, prompts[rows], noise[rows].to(self.device), steps=1, generator=generator)
+            shown.append(outcome.images.float().cpu())
+        return torch.cat(shown)
+
+    def _closeness(self) -> list[dict[str, Any]]:
+        """The KL of the trained hypernetwork by each method that fits, on the same noises and prompts."""
+        network = self.networks.get("hypernoise")
+        if network is None:
+            return []
+        path = self.folder / "parts" / "closeness.json"
+        if path.is_file():
+            saved: list[dict[str, Any]] = json.loads(path.read_text())
+            return saved
+        count = self.plan.measure_samples
+        distinct = self.settings.prompts[: max(1, count // 4)]
+        prompts = [distinct[row % len(distinct)] for row in range(count)]
+        noise = torch.randn(count, *self.base.noise_shape, generator=generator_for(self.plan.seed, "compare kl"))
+        f = ConditionedMap(network.backend.hypernetwork, network.backend.encode(prompts))
+        found = []
+        for method in ("auto", "arnoldi"):
+            probes = generator_for(self.plan.seed, "compare probes")
+            found.append(measure(f, noise.to(self.device), method=method, prompts=prompts, generator=probes).to_json())
+        found = found[:1] if found[0]["method"] == found[1]["method"] else found
+        write_json(path, found)
+        return found
+
+    def _training(self) -> dict[str, list[dict[str, Any]]]:
+        """Figure 4: trained reward and independent scores on held-out prompts along training."""
+        return {
+            name: [
+                {"step": record["step"], "scores": record["validation"]["scores"]}
+                for record in network.metrics
+                if record.get("validation")
+            ]
+            for name, network in self.networks.items()
+            if name in ("hypernoise", "direct")
+        }
+
+    def _grid(self) -> dict[str, Any]:
+        prompts = list(self.settings.prompts[: self.plan.grid])
+        noise = base_noise(self.base, self.plan.seed, 0, len(prompts))
+        path = self.folder / "parts" / "grid.safetensors"
+        images = load_file(path) if path.is_file() else {}
+        missing = [name for name in self.plan.methods if name not in images]
+        for name in missing:
+            network = self.networks.get(name)
+            backend = self.base if network is None else network.backend
+            images[name] = self._images(self._method(name), backend, prompts, noise)
+        if missing:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            save_file({name: tensor.contiguous() for name, tensor in images.items()}, temporary)
+            temporary.replace(path)
+        judge = self.scorer.judge
+        verdicts = {} if judge is None else {name: judge(images[name], prompts).tolist() for name in self.plan.methods}
+        return {"prompts": prompts, "methods": list(self.plan.methods), "correct": verdicts}
+
+
+def _finite_estimate(values: Sequence[float]) -> tuple[float, float | None]:
+    mean, stderr = mean_and_stderr(torch.tensor(values, dtype=torch.float64))
+    return mean, stderr if stderr == stderr else None
+
+
+COMPARISON = Comparison()
+"""The entry point `diffusers` of the group `hnkit.comparisons`."""
