@@ -100,6 +100,8 @@ class SampleStream:
 
     def _item(self, index: int) -> int:
         count = len(self.prompts)
+        if count == 1:
+            return 0
         return int(_permutation(self.seed, index // count, count)[index % count])
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -88,7 +88,8 @@ def train(
     view = TrainView(console or Console(stderr=True, highlight=False), quiet=False)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
-        processes = Processes()
+        # a backend without the option `device` computes on the CPU
+        processes = Processes(cpu=getattr(config.options, "device", "cpu") == "cpu")
         view.quiet = not processes.main
         stack.enter_context(torch.random.fork_rng(devices=[]))
         if resume is not None:
@@ -205,7 +206,6 @@ class _Session:
         self.optimizer = build_optimizer(settings, list(self.parameters.values()))
         self.average = WeightAverage(self.parameters, settings.ema) if settings.ema else None
         self.step = self.skipped = self.skipped_in_row = 0
-        self.trained = cast(nn.Module, torch.compile(self.network)) if settings.compile else self.network
         self.last_problem = ""
         for group in _by_dtype(list(self.parameters.values())):
             processes.broadcast([parameter.data for parameter in group])
@@ -286,7 +286,7 @@ class _Session:
                 scores = reward(generate(noise))
                 total, kl = -scores / settings.alpha, torch.zeros_like(scores)
             else:
-                f = ConditionedMap(self.trained, condition)
+                f = ConditionedMap(self.network, condition)
                 probes = self.stream.probe_generator(step, start)
                 terms = self.loss(f, noise, generate, reward, generator=probes)
                 total, kl, scores = terms.total, terms.kl, terms.reward
@@ -330,9 +330,9 @@ class _Session:
 
     def memory_advice(self) -> str:
         """What reduces memory, of the options that this run has."""
-        options = [f"backend.{name} = true" for name in vars(self.config.options) if "checkpointing" in name]
-        options += [f"backend.{name} = true" for name in vars(self.config.options) if "tiling" in name]
-        return ", ".join(["raise train.accumulate (smaller micro-batches)", *options, "or lower train.batch"])
+        advice = getattr(self.backend, "memory_advice", None)
+        more = f" ({advice()})" if advice is not None else ""
+        return f"raise train.accumulate for smaller micro-batches, or lower train.batch{more}"
 
 
 def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:

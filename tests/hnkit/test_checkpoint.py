@@ -1,0 +1,237 @@
+"""Checkpoints: whole or absent, every damaged byte found, older ones used, one process to a folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hnkit import InputError
+from hnkit import checkpoint as module
+from hnkit.checkpoint import (
+    DamagedCheckpointError,
+    JsonLog,
+    load_checkpoint,
+    newest_checkpoint,
+    replace_folder,
+    run_lock,
+    save_checkpoint,
+)
+
+TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(4.0), "empty": torch.zeros(0, 2)}
+
+
+def save(run: Path, step: int, keep: int = 3) -> Path:
+    return save_checkpoint(run, step, TENSORS, {"step": step, "note": "é"}, keep)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_round_trip_and_the_newest_are_kept(tmp_path):
+    for step in (10, 9, 100_000_000, 20):
+        save(tmp_path, step)
+    assert names(tmp_path) == ["step-00000010", "step-00000020", "step-100000000"]
+    loaded = newest_checkpoint(tmp_path, pytest.fail)
+    assert loaded is not None
+    assert loaded.step == 100_000_000
+    assert loaded.state["note"] == "é"
+    assert loaded.tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded.tensors[name], value) for name, value in TENSORS.items())
+
+
+def test_equal_content_gives_equal_bytes(tmp_path):
+    for run in (tmp_path / "a", tmp_path / "b"):
+        run.mkdir()
+        save(run, 3)
+    for name in ("tensors.safetensors", "state.json", "manifest.json"):
+        one, two = ((tmp_path / run / "checkpoints/step-00000003" / name).read_bytes() for run in "ab")
+        assert one == two
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+def test_every_truncation_is_found(tmp_path, name):
+    folder = save(tmp_path, 1)
+    whole = (folder / name).read_bytes()
+    for size in range(len(whole)):
+        (folder / name).write_bytes(whole[:size])
+        with pytest.raises(DamagedCheckpointError):
+            load_checkpoint(folder)
+    (folder / name).write_bytes(whole + b" ")
+    with pytest.raises(DamagedCheckpointError):
+        load_checkpoint(folder)
+    (folder / name).unlink()
+    with pytest.raises(DamagedCheckpointError):
+        load_checkpoint(folder)
+    (folder / name).write_bytes(whole)
+    assert load_checkpoint(folder).step == 1
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+def test_every_flipped_bit_is_found(tmp_path, name):
+    folder = save(tmp_path, 1)
+    whole = (folder / name).read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(DamagedCheckpointError):
+            load_checkpoint(folder)
+
+
+def test_an_older_checkpoint_replaces_a_damaged_one_and_the_damage_is_named(tmp_path):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    with (newest / "tensors.safetensors").open("r+b") as file:
+        file.truncate(20)
+    warnings: list[str] = []
+    loaded = newest_checkpoint(tmp_path, warnings.append)
+    assert loaded is not None
+    assert loaded.step == 1
+    assert len(warnings) == 1
+    assert str(newest) in warnings[0]
+    assert "tensors.safetensors" in warnings[0]
+
+
+def test_no_checkpoint_yet_and_none_whole(tmp_path):
+    assert newest_checkpoint(tmp_path, pytest.fail) is None
+    (save(tmp_path, 1) / "state.json").write_text("{}")
+    with pytest.raises(InputError, match="all 1 checkpoints"):
+        newest_checkpoint(tmp_path, lambda _: None)
+
+
+FAULTS = ["save_file", "_digest", "_sync", "os.rename"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_leaves_the_older_ones(tmp_path, monkeypatch, fault, code):
+    save(tmp_path, 1)
+
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code), str(tmp_path))
+
+    target = module.os if fault.startswith("os.") else module
+    monkeypatch.setattr(target, fault.removeprefix("os."), fail)
+    with pytest.raises(OSError) as raised:
+        save(tmp_path, 2)
+    assert raised.value.errno == code
+    monkeypatch.undo()
+    assert names(tmp_path) == ["step-00000001"]
+    assert newest_checkpoint(tmp_path, pytest.fail).step == 1
+    save(tmp_path, 2)
+    assert newest_checkpoint(tmp_path, pytest.fail).step == 2
+
+
+def test_a_write_that_really_runs_out_of_room(tmp_path):
+    """A limit on file sizes makes the kernel itself refuse the write, inside the tensor library."""
+    save(tmp_path, 1)
+    script = f"""
+import resource, signal, torch
+from pathlib import Path
+from hnkit.checkpoint import save_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+try:
+    save_checkpoint(Path({str(tmp_path)!r}), 2, {{"w": torch.zeros(10**6)}}, {{"step": 2}}, 3)
+except OSError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "refused:" in done.stdout
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_leftovers_of_a_killed_write_are_swept(tmp_path):
+    save(tmp_path, 1)
+    for leftover in (".step-00000002.tmp", ".step-00000000.old"):
+        (tmp_path / "checkpoints" / leftover).mkdir()
+    assert newest_checkpoint(tmp_path, pytest.fail).step == 1
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_rewriting_a_step_replaces_it(tmp_path):
+    save(tmp_path, 1)
+    save_checkpoint(tmp_path, 1, {}, {"step": 1, "note": "new"}, 3)
+    assert newest_checkpoint(tmp_path, pytest.fail).state["note"] == "new"
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_one_process_to_a_folder(tmp_path):
+    script = f"""
+from pathlib import Path
+from hnkit.checkpoint import run_lock
+try:
+    with run_lock(Path({str(tmp_path)!r})):
+        print("locked")
+except ValueError as error:
+    print(error)
+"""
+
+    def other() -> str:
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+
+    with run_lock(tmp_path):
+        assert "in use by another process" in other()
+        with pytest.raises(InputError, match="in use"), run_lock(tmp_path):
+            pass
+    assert other() == "locked\n"
+
+
+def test_log_returns_to_a_position(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = JsonLog(path)
+    log.write({"a": 1, "nan": float("nan"), "deep": [{"inf": float("inf")}]})
+    position = log.position()
+    log.write({"b": 2})
+    log.close()
+    resumed = JsonLog.resume(path, position, pytest.fail)
+    resumed.write({"c": "é"})
+    assert resumed.position()["size"] == path.stat().st_size
+    resumed.close()
+    assert path.read_text() == '{"a": 1, "nan": null, "deep": [{"inf": null}]}\n{"c": "é"}\n'
+    with pytest.raises(ValueError, match="not empty"):
+        JsonLog(path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_a_damaged_log_is_named_and_set_aside(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    log = JsonLog(path)
+    log.write({"a": 1})
+    position = log.position()
+    log.close()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b'{"a": 1' if damage == "truncated" else b'{"a": 2}\n')
+    warnings: list[str] = []
+    resumed = JsonLog.resume(path, position, warnings.append)
+    resumed.write({"b": 2})
+    resumed.close()
+    assert len(warnings) == 1
+    assert path.read_text() == '{"b": 2}\n'
+    assert (tmp_path / "metrics-damaged-0.jsonl").exists() == (damage != "missing")
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "adapter"
+
+    def broken(target: Path) -> None:
+        (target / "half").touch()
+        raise OSError(errno.ENOSPC, "full")
+
+    replace_folder(folder, lambda target: (target / "one").touch())
+    with pytest.raises(OSError, match="full"):
+        replace_folder(folder, broken)
+    assert [path.name for path in folder.iterdir()] == ["one"]
+    replace_folder(folder, lambda target: (target / "two").touch())
+    assert [path.name for path in folder.iterdir()] == ["two"]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

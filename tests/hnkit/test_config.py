@@ -1,0 +1,265 @@
+"""The configuration: strict types, one line per mistake, and a file that reads back to the same record."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hnkit import InputError
+from hnkit import config as module
+from hnkit.config import RewardSpec, RunConfig, TrainConfig, differing_keys, parse_reward_flag, resolve_config
+
+
+@dataclass(frozen=True)
+class Options:
+    size: int = 4
+    scale: float = 1.0
+    label: str = "plain"
+    folder: Path | None = None
+    mode: Literal["a", "b"] = "a"
+    shape: tuple[int, ...] = (1, 2)
+    pair: tuple[int, float] = (1, 2.0)
+    fast: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"backend.size = {self.size}: accepted is at least 1")
+
+
+@dataclass(frozen=True)
+class Factory:
+    name: str = "fake"
+    summary: str = ""
+    options: type = Options
+    presets: dict = dataclasses.field(
+        default_factory=lambda: {
+            "default": {"train.lr": 0.5, "backend.size": 7},
+            "big": {"backend.size": 9, "rewards.redness": 2.0},
+        }
+    )
+
+
+@pytest.fixture(autouse=True)
+def _fake_backend(monkeypatch):
+    monkeypatch.setattr(module, "backend_factory", lambda name: Factory())
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_later_sources_win(tmp_path):
+    file = write(tmp_path / "c.toml", '[train]\nlr = 0.25\nsteps = 3\n[backend]\nname = "fake"\nscale = 2\n')
+    config = resolve_config(config_file=file, overrides=["train.steps=5", "backend.label=other"])
+    assert config.backend == "fake"
+    assert (config.train.lr, config.train.steps) == (0.25, 5)  # file over preset, flag over file
+    assert (config.options.size, config.options.scale, config.options.label) == (7, 2.0, "other")
+    assert isinstance(config.options.scale, float)
+
+
+def test_presets_stack_on_the_default_one():
+    config = resolve_config(backend="fake", preset="big")
+    assert (config.options.size, config.train.lr) == (9, 0.5)
+    assert config.rewards == {"redness": RewardSpec(2.0)}
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("backend.size=12", "size", 12),
+        ("backend.scale=3", "scale", 3.0),
+        ("backend.label=12", "label", "12"),
+        ('backend.label="a b"', "label", "a b"),
+        ("backend.folder=/tmp/x", "folder", Path("/tmp/x")),
+        ("backend.folder=none", "folder", None),
+        ("backend.mode=b", "mode", "b"),
+        ("backend.shape=[3, 4]", "shape", (3, 4)),
+        ("backend.pair=[3, 4]", "pair", (3, 4.0)),
+        ("backend.fast=true", "fast", True),
+    ],
+)
+def test_flags_are_read_by_the_type_of_their_key(override, field, value):
+    assert getattr(resolve_config(backend="fake", overrides=[override]).options, field) == value
+
+
+BAD = [
+    ("train.stepz=1", "unknown key 'stepz' (did you mean 'steps'?)"),
+    ("train.steps=1.0", "an integer"),
+    ("train.steps=true", "an integer"),
+    ("train.steps=0", "train.steps = 0: accepted is a value >= 1"),
+    ("train.steps=ten", "an integer"),
+    ("train.lr=0", "train.lr = 0.0: accepted is a value > 0"),
+    ("train.lr=nan", "a finite number"),
+    ("train.lr=inf", "a finite number"),
+    ("train.lr=1" + "0" * 400, "a finite number"),
+    ("train.alpha=-1", "train.alpha"),
+    ("train.alpha=0", "train.alpha"),
+    ("train.ema=1", "< 1"),
+    ("train.kl=l3", "one of 'l2', 'second-order', 'arnoldi', 'exact'"),
+    ("train.kl=", "one of 'l2'"),
+    ("train.nesterov=1", "true or false"),
+    ("train.trackers=mlflow", "'tensorboard'"),
+    ("train.seed=-1", "train.seed"),
+    ("train.seed=9223372036854775808", "train.seed"),
+    ("train.nesterov=true", "train.nesterov"),
+    ("train.accumulate=3", "not a multiple"),
+    ("backend.mode=c", "one of 'a', 'b'"),
+    ("backend.shape=[1.5]", "a list, each entry an integer"),
+    ("backend.pair=[1]", "a list of 2 entries"),
+    ("backend.size=0", "accepted is at least 1"),
+    ("backend.colour=red", "accepted are fast, folder, label"),
+    ("other.x=1", "TABLE"),
+    ("train", "TABLE.KEY=VALUE"),
+    ("train=3", "TABLE.KEY=VALUE"),
+    ("=", "TABLE.KEY=VALUE"),
+    ("", "TABLE.KEY=VALUE"),
+    ("rewards.redness=heavy", "a finite weight"),
+    ("rewards.pkg.mod:fn=1", "import path"),
+    ("train.prompts=\udc80", "a string"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), BAD)
+def test_bad_values_are_one_line_that_says_what_is_accepted(override, expected):
+    with pytest.raises(InputError) as raised:
+        resolve_config(backend="fake", overrides=[override])
+    message = str(raised.value)
+    assert expected in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[train", "is not TOML"),
+        ("steps = 3", "unknown table or key 'steps'"),
+        ("train = 3", "is not a table"),
+        ("[training]\nsteps = 3", "unknown table or key 'training'"),
+        ("[train]\nstep = 3", "unknown key 'step'"),
+        ("[train]\nsteps = '3'", "steps = '3': accepted is an integer"),
+        ("[train]\nlr = inf", "a finite number"),
+        ("[rewards]\nredness = true", "a finite weight"),
+        ("[rewards]\nredness = { weight = 1, colours = [1] }", "redness.colours"),
+        ("[rewards]\n'pkg.mod:fn' = 1.0", "code is never taken from a file"),
+        ("[heldout]\n'pkg.mod:fn' = 1.0", "code is never taken from a file"),
+        ("[train]\nsteps = " + "9" * 5000, "is not TOML"),
+        ("a = " + "[" * 5000, "is not TOML"),
+    ],
+)
+def test_bad_files(tmp_path, text, expected):
+    with pytest.raises(InputError) as raised:
+        resolve_config(backend="fake", config_file=write(tmp_path / "c.toml", text))
+    assert expected in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "binary.toml").write_bytes(b"[train]\nprompts = '\xff'")
+    for path, expected in (
+        (tmp_path / "missing.toml", "cannot be read"),
+        (tmp_path, "cannot be read"),
+        (tmp_path / "binary.toml", "not UTF-8"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            resolve_config(backend="fake", config_file=path)
+
+
+def test_no_backend_and_unknown_preset():
+    with pytest.raises(InputError, match="no backend given"):
+        resolve_config()
+    with pytest.raises(InputError, match=r"unknown preset 'huge'.*default, big"):
+        resolve_config(backend="fake", preset="huge")
+
+
+@pytest.mark.parametrize("flag", ["", "=1", "redness=", "redness=heavy", "redness=nan", "redness=inf"])
+def test_bad_reward_flags(flag):
+    with pytest.raises(InputError, match="NAME=WEIGHT"):
+        parse_reward_flag(flag)
+
+
+def test_reward_flags_replace_the_table_and_may_name_code(tmp_path):
+    file = write(tmp_path / "c.toml", "[rewards]\nredness = 3\n[heldout]\nhpsv2 = { weight = 2, folder = '/w' }\n")
+    config = resolve_config(backend="fake", config_file=file, rewards=["pkg.mod:fn=0.5", "clipscore"])
+    assert config.rewards == {"pkg.mod:fn": RewardSpec(0.5), "clipscore": RewardSpec(1.0)}
+    assert config.heldout == {"hpsv2": RewardSpec(2.0, {"folder": "/w"})}
+
+
+def test_set_reaches_into_rewards():
+    config = resolve_config(
+        backend="fake", rewards=["redness=2"], overrides=["rewards.redness.folder=/w", "heldout.hpsv2=0.5"]
+    )
+    assert config.rewards == {"redness": RewardSpec(2.0, {"folder": "/w"})}
+    assert config.heldout == {"hpsv2": RewardSpec(0.5)}
+
+
+def test_resuming_starts_from_the_saved_configuration(tmp_path):
+    saved = resolve_config(backend="fake", preset="big", overrides=["train.steps=7"])
+    write(tmp_path / "config.toml", saved.to_toml())
+    assert resolve_config(resume=tmp_path) == saved
+    longer = resolve_config(resume=tmp_path, overrides=["train.steps=9"])
+    assert differing_keys(saved.to_dict(), longer.to_dict()) == ["train.steps"]
+    with pytest.raises(InputError, match="keeps its own configuration"):
+        resolve_config(resume=tmp_path, preset="big")
+
+
+def test_resuming_a_run_with_code_needs_the_flag_again(tmp_path):
+    saved = resolve_config(backend="fake", rewards=["pkg.mod:fn=0.5"])
+    write(tmp_path / "config.toml", saved.to_toml())
+    with pytest.raises(InputError, match=r"give --reward pkg\.mod:fn=WEIGHT"):
+        resolve_config(resume=tmp_path)
+    assert resolve_config(resume=tmp_path, rewards=["pkg.mod:fn=0.5"]) == saved
+
+
+text = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
+scalars = st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False) | text
+specs = st.builds(
+    RewardSpec,
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.dictionaries(text.filter(lambda key: key != "weight"), scalars, max_size=3),
+)
+rewards = st.dictionaries(text.filter(lambda name: ":" not in name), specs, max_size=3)
+options = st.builds(
+    Options,
+    size=st.integers(1, 2**40),
+    label=text,
+    scale=st.floats(allow_nan=False, allow_infinity=False),
+    folder=st.none() | text.map(Path),
+    mode=st.sampled_from(["a", "b"]),
+    shape=st.lists(st.integers(), max_size=4).map(tuple),
+    fast=st.booleans(),
+)
+trains = st.builds(
+    TrainConfig,
+    lr=st.floats(1e-300, 1e300),
+    seed=st.integers(0, 2**63 - 1),
+    prompts=text,
+    trackers=st.sampled_from([(), ("tensorboard",), ("wandb", "tensorboard")]),
+    kl=st.sampled_from(["l2", "exact"]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(trains, options, rewards, rewards)
+def test_a_saved_configuration_reads_back_equal(tmp_path_factory, train, chosen, trained, heldout):
+    config = RunConfig("fake", chosen, train, trained, heldout)
+    path = write(tmp_path_factory.mktemp("toml") / "config.toml", config.to_toml())
+    assert resolve_config(config_file=path) == config
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_no_override_ever_raises_anything_but_an_input_error(key, value):
+    for override in (f"train.{key}={value}", f"backend.{key}={value}", f"{key}={value}", f"train.steps={value}"):
+        line = ""
+        try:
+            assert isinstance(resolve_config(backend="fake", overrides=[override]), RunConfig)
+        except InputError as error:
+            line = str(error)
+        assert "\n" not in line
