@@ -12,16 +12,20 @@ from hnkit.tilt import TiltedProblem
 from toy.folding import Folding, folding
 from toy.half_space import HalfSpace, half_space
 from toy.linear_gaussian import LinearGaussian, linear_gaussian, linear_gaussian_low_rank, linear_reward
+from toy.mixture import Mixture, mixture
+from toy.one_dimensional import OneDimensional, one_dimensional
 
 PROBLEMS: Mapping[str, Callable[[], TiltedProblem]] = MappingProxyType(
     {
         "linear-gaussian": linear_gaussian,
         "linear-gaussian-low-rank": linear_gaussian_low_rank,
         "linear-reward": linear_reward,
+        "mixture": mixture,
+        "one-dimensional": one_dimensional,
         "half-space": half_space,
         "folding": folding,
     }
 )
 """Problem by name, each made by a call without arguments (entry point of the group `hnkit.problems`)."""
 
-__all__ = ["PROBLEMS", "Folding", "HalfSpace", "LinearGaussian"]
+__all__ = ["PROBLEMS", "Folding", "HalfSpace", "LinearGaussian", "Mixture", "OneDimensional"]

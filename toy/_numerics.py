@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from hnkit._errors import InputError
 
 _NODES, _WEIGHTS = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(20))
+
+_LEGENDRE = torch.from_numpy(np.polynomial.legendre.legvander(_NODES.numpy(), 19))
 
 SCALAR_FUNCTION = Callable[[Tensor], Tensor]
 
@@ -76,6 +79,30 @@ class Panels:
         """The integral over all panels."""
         return float(self.masses.sum())
 
+    def coefficients(self, integrand: SCALAR_FUNCTION) -> Tensor:
+        """Legendre coefficients `(k, 20)` of the integrand on each panel, from the nodes of the Gauss rule."""
+        half = 0.5 * (self.edges[1:] - self.edges[:-1])
+        points = (self.edges[:-1] + half)[:, None] + half[:, None] * _NODES
+        return (integrand(points) * _WEIGHTS) @ _LEGENDRE * (torch.arange(20) + 0.5)
+
+
+def antiderivative(coefficients: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Integral from -1 to `z` of the Legendre series of each row, and the series at `z`; `(n, 20)`, `(n,)` -> `(n,)`."""
+    before, here = torch.ones_like(z), z
+    value = coefficients[:, 0]
+    integral = coefficients[:, 0] * (z + 1)
+    for k in range(1, coefficients.shape[1]):
+        after = ((2 * k + 1) * z * here - k * before) / (k + 1)
+        value = value + coefficients[:, k] * here
+        integral = integral + coefficients[:, k] * (after - before) / (2 * k + 1)
+        before, here = here, after
+    return integral, value
+
+
+def normal_cdf(x: Tensor) -> Tensor:
+    """`Phi(x)` with full relative accuracy in the lower tail, where `torch.special.ndtr` (2.13) has none."""
+    return 0.5 * torch.special.erfc(x * -math.sqrt(0.5))
+
 
 def gauss(integrand: SCALAR_FUNCTION, low: Tensor, high: Tensor) -> Tensor:
     """20-point Gauss-Legendre integrals over the intervals `[low, high]`, all of shape `(n,)`."""
@@ -84,13 +111,14 @@ def gauss(integrand: SCALAR_FUNCTION, low: Tensor, high: Tensor) -> Tensor:
     return half * (integrand(points) @ _WEIGHTS)
 
 
-def integrate(integrand: SCALAR_FUNCTION, edges: Tensor, tolerance: float = 1e-13) -> Panels:
-    """Adaptive quadrature: panels are halved until halving changes them by less than `tolerance` of the whole.
+def integrate(integrand: SCALAR_FUNCTION, edges: Tensor, tolerance: float = 1e-12, floor: float = 1.0) -> Panels:
+    """Adaptive quadrature: a panel is halved until that changes it by less than `tolerance max(|panel|, floor |whole|)`.
 
     Args:
         integrand: acts entry by entry.
         edges: `(k + 1,)`, increasing, the first panels; break points of the integrand must be among them.
-        tolerance: relative.
+        tolerance: relative to the whole, or to each panel above the `floor`.
+        floor: 1 for an accurate sum; tiny to make every panel of a positive integrand accurate, tails included.
 
     Raises:
         InputError: 30 halvings are not enough: the integrand has a break inside a panel or is not finite.
@@ -106,7 +134,7 @@ def integrate(integrand: SCALAR_FUNCTION, edges: Tensor, tolerance: float = 1e-1
         change = (left + right - coarse).abs()
         if not bool(torch.isfinite(change).all()):
             raise InputError("the integrand is not finite: the reward or the generator returns NaN or infinity")
-        fine = change <= tolerance * scale
+        fine = change <= tolerance * (left + right).abs().clamp(min=floor * scale)
         done.append((low[fine], high[fine], (left + right)[fine]))
         error += float(change[fine].sum())
         if bool(fine.all()):
@@ -121,3 +149,33 @@ def integrate(integrand: SCALAR_FUNCTION, edges: Tensor, tolerance: float = 1e-1
     starts, stops, masses = (torch.cat(parts) for parts in zip(*done, strict=True))
     order = torch.argsort(starts)
     return Panels(torch.cat([starts[order], stops[order][-1:]]), masses[order], error + 1e-15 * scale)
+
+
+def solve_increasing(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], low: Tensor, high: Tensor, tolerance: float = 1e-13
+) -> Tensor:
+    """Zeros of increasing functions inside brackets: Newton steps, bisection where they do not shrink fast enough.
+
+    Args:
+        function: `(t, rows) -> (value, derivative)`: the functions of the given rows, all tensors `(k,)`.
+        low: `(n,)`; a zero left of it is reported as `low`.
+        high: `(n,)`; a zero right of it is reported as `high`.
+        tolerance: last step, relative to `1 + |t|`; Newton's method being quadratic, the error is far smaller.
+    """
+    low, high = low.clone(), high.clone()
+    t, last = 0.5 * (low + high), high - low
+    rows = torch.arange(t.numel())
+    for _ in range(100):
+        here = t[rows]
+        value, slope = function(here, rows)
+        low[rows], high[rows] = torch.where(value <= 0, here, low[rows]), torch.where(value >= 0, here, high[rows])
+        step = -value / slope
+        tiny = tolerance * (1 + here.abs())
+        inside = (here + step >= low[rows]) & (here + step <= high[rows])
+        good = (inside & (step.abs() <= 0.5 * last[rows])) | (step.abs() <= tiny)
+        t[rows] = torch.where(good, here + step, 0.5 * (low[rows] + high[rows]))
+        last[rows] = (t[rows] - here).abs()
+        rows = rows[last[rows] > tiny]
+        if rows.numel() == 0:
+            break
+    return t

@@ -15,12 +15,12 @@ from functools import cached_property
 import torch
 from scipy.integrate import quad
 from torch import Tensor
-from torch.special import log_ndtr, ndtr, ndtri
+from torch.special import log_ndtr, ndtri
 
 from hnkit._errors import InputError
 from hnkit.backend import NoiseMap
 from hnkit.tilt import NoiseLaw
-from toy._numerics import monotone_transport
+from toy._numerics import monotone_transport, normal_cdf
 from toy._problem import Toy, float64, require_alpha
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -126,7 +126,7 @@ class Folding(Toy):
         if n < 1:
             raise InputError(f"{n} samples: give at least 1")
         u = torch.rand(n, self.dim, dtype=torch.float64, generator=generator).clamp(min=1e-16)
-        return (s * b - s.sqrt() * ndtri(u * ndtr(b * s.sqrt()))).clamp(min=0)
+        return (s * b - s.sqrt() * ndtri(u * normal_cdf(b * s.sqrt()))).clamp(min=0)
 
     def _signs(self, n: int, generator: torch.Generator, positive: float = 0.5) -> Tensor:
         u = torch.rand(n, self.dim, dtype=torch.float64, generator=generator)
@@ -149,13 +149,13 @@ class Folding(Toy):
         return torch.where((y >= 0).all(1), density, -math.inf)
 
     def optimal_map(self) -> NoiseMap:
-        """The odd increasing map of each entry; for `x > 0` it takes `2 Phi(-x)` to the tail of the truncated normal."""
+        """The odd increasing map of each entry: `2 Phi(-|x|)` becomes the tail mass of the truncated normal."""
 
         def f(x: Tensor) -> Tensor:
             b, _, s = (part.to(x) for part in self._tilt)
             with torch.no_grad():
-                kept, cut = ndtr(b * s.sqrt()), ndtr(-b * s.sqrt())
-                upper = 2 * ndtr(-x.abs()) * kept
+                kept, cut = normal_cdf(b * s.sqrt()), normal_cdf(-b * s.sqrt())
+                upper = 2 * normal_cdf(-x.abs()) * kept
                 lower = cut + kept * torch.erf(x.abs() / math.sqrt(2))
                 z = torch.where(lower < 0.5, ndtri(lower), -ndtri(upper))
                 T = torch.where(x >= 0, 1.0, -1.0).to(x) * (s * b + s.sqrt() * z).clamp(min=0)

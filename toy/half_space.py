@@ -15,12 +15,12 @@ from functools import cached_property
 import torch
 from scipy.integrate import quad
 from torch import Tensor
-from torch.special import ndtr, ndtri
+from torch.special import ndtri
 
 from hnkit._errors import InputError
 from hnkit.backend import NoiseMap
 from hnkit.tilt import log_standard_normal
-from toy._numerics import monotone_transport
+from toy._numerics import monotone_transport, normal_cdf
 from toy._problem import Toy, float64, require_alpha, standard_normal
 
 _INSIDE = 1e-12
@@ -83,7 +83,7 @@ class HalfSpace(Toy):
     def _masses(self) -> tuple[float, float, float]:
         """`Phi(t)`, `Phi(-t)` and `Z*`."""
         t = torch.tensor(self._direction[1], dtype=torch.float64)
-        below, above = float(ndtr(t)), float(ndtr(-t))
+        below, above = float(normal_cdf(t)), float(normal_cdf(-t))
         return below, above, below + math.exp(self.height / self.alpha) * above
 
     def generate(self, x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class HalfSpace(Toy):
             normal = direction.to(x)
             s = x @ normal
             with torch.no_grad():
-                lower, upper = ndtr(s), ndtr(-s)
+                lower, upper = normal_cdf(s), normal_cdf(-s)
                 T = torch.where(
                     upper > kept, ndtri((z * lower).clamp(max=1.0)), -ndtri((z / weight * upper).clamp(max=1.0))
                 )
