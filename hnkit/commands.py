@@ -20,7 +20,7 @@ from hnkit.backend import Backend, NoiseMap, backend_factory, installed_names, l
 from hnkit.config import CONFIG_FILE, RunConfig, resolve_config
 from hnkit.prompts import read_prompts
 from hnkit.rewards import import_object
-from hnkit.verification import VerifySettings, chosen_problems, verify_backend, verify_map, verify_toys
+from hnkit.verification import VerifySettings, chosen_problems, reference_maps, verify_backend, verify_map, verify_toys
 from hnkit.verify import Report
 
 __all__ = ["VerifySettings", "backends", "compare", "generate", "load_trained", "train", "verify"]
@@ -73,8 +73,9 @@ def verify(
         report = verify_backend(loaded, texts, settings, alpha=alpha if alpha is not None else trained_alpha)
     else:
         problems = chosen_problems(toys, alpha)
-        with terminal.steps(len(problems) + 4 * (not toys)) as steps:
-            report = verify_toys(problems, settings, references=not toys, say=steps.start)
+        references = [name for name in reference_maps() if not toys or name in toys]
+        with terminal.steps(len(problems) + len(references)) as steps:
+            report = verify_toys(problems, settings, references=references, say=steps.start)
     folder = new_run_folder(out, "verify")
     report.write(folder)
     return report, folder

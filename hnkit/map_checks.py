@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hnkit._stats import mean_and_stderr
-from hnkit.backend import NoiseMap, select_rows
 from hnkit.bounds import frobenius_bound, local_theorem7_bound, second_order_remainder_bound, theorem7_bound
 from hnkit.jacobian import RowJacobian
 from hnkit.kl import noise_kl
@@ -41,7 +40,8 @@ def stein_identity(subject: Subject) -> Finding:
 )
 def two_forms(subject: Subject) -> Finding:
     """The two forms of the exact KL agree in the mean (paired samples)."""
-    return mean_finding(subject.change.per_sample - subject.stein.per_sample, 0.0, floor=_ROUNDING)
+    _need_exact(subject)
+    return mean_finding(subject.change - subject.stein.per_sample, 0.0, floor=_ROUNDING)
 
 
 @MAP_CHECKS.add(
@@ -52,7 +52,7 @@ def two_forms_pointwise(subject: Subject) -> Finding:
     _need_exact(subject)
     if len(subject.traces) != len(subject.rows.trace):
         raise NotApplicable("needs dense Jacobians of all samples: use fewer --samples")
-    residual = subject.change.per_sample - subject.stein.per_sample - (subject.alignment - subject.rows.trace)
+    residual = subject.change - subject.stein.per_sample - (subject.alignment - subject.rows.trace)
     return _zero(residual, subject, subject.alignment)
 
 
@@ -77,12 +77,12 @@ def jacobian_differences(subject: Subject) -> Finding:
     """Products with the Jacobian against central differences of the map itself, in float64."""
     if subject.value.dtype != torch.float64:
         raise NotApplicable(f"central differences need float64; the map computes in {subject.value.dtype}")
-    x = subject.x.double()
+    f, x = subject.first(256)
     v = torch.randn(x.shape, dtype=x.dtype, generator=subject.generator("differences")).to(x.device)
     h = 1e-5
     with torch.no_grad():
-        difference = (subject.f(x + h * v) - subject.f(x - h * v)).flatten(1) / (2 * h)
-    product = RowJacobian(subject.f, x).jvp(v.flatten(1))
+        difference = (f(x + h * v) - f(x - h * v)).flatten(1) / (2 * h)
+    product = RowJacobian(f, x).jvp(v.flatten(1))
     relative = (product - difference).norm(dim=1) / (1e-3 + difference.norm(dim=1))
     # A kink inside the difference (ReLU, clipping) spoils single rows, never most of them.
     measured = relative.max() if subject.smooth else relative.median()
@@ -165,7 +165,7 @@ def theorem_7(subject: Subject) -> Finding:
     word = "estimated" if certified is None else "certified"
     if constant >= 1:
         raise NotApplicable(f"{word} L = {constant:.4g} is not below 1")
-    error = _errors(subject)
+    error = subject.error
     bound = float(theorem7_bound(subject.dim, constant))
     note = f"{word} L = {constant:.4g}; E|E(J)| = {float(error.abs().mean()):.3g}"
     if subject.method != "exact":  # a single probe's value is no E(J), their mean is
@@ -287,8 +287,7 @@ def lipschitz_order(subject: Subject) -> Finding:
 def lemma_5_inverse(subject: Subject) -> Finding:
     """The largest distance of the recovered from the true noise after as many steps as the rate L asks for."""
     constant = _contraction(subject)
-    x = subject.x[:64]
-    f = _first(subject, len(x))
+    f, x = subject.first(64)
     target = 1e-10 if subject.value.dtype == torch.float64 else 1e-5
     steps = max(2, min(2000, math.ceil(math.log(target) / math.log(max(constant, 1e-6)))))
     with torch.no_grad():
@@ -311,9 +310,7 @@ def lemma_5_inverse(subject: Subject) -> Finding:
 def lemma_5_bilipschitz(subject: Subject) -> Finding:
     """The largest relative change of a distance under T, over pairs far apart and close together."""
     constant = _contraction(subject)
-    count = min(len(subject.x), 256)
-    x = subject.x[:count]
-    f = _first(subject, count)
+    f, x = subject.first(256)
     worst = 0.0
     for size in (0.0, 1.0, 1e-3):
         other = x.flip(0) if size == 0 else x + size * torch.randn(
@@ -360,13 +357,13 @@ def arnoldi(subject: Subject) -> Finding:
     _need_exact(subject)
     if subject.dim < 2:
         raise NotApplicable("d = 1: one product is the Jacobian")
-    count = min(len(subject.x), 256)
+    f, x = subject.first(256)
+    count = len(x)
     if float(subject.rows.norm[:count].max()) >= 1:
         raise NotApplicable(f"local norm {float(subject.rows.norm[:count].max()):.3g} is not below 1")
     estimate = noise_kl(
-        _first(subject, count), subject.x[:count], method="arnoldi", probes=2, generator=subject.generator("arnoldi"),
-        check=False,
-    )  # fmt: skip
+        f, x, method="arnoldi", probes=2, generator=subject.generator("arnoldi"), check=False
+    )
     difference = estimate.per_sample - subject.stein.per_sample[:count]
     stderr = float(difference.std()) / math.sqrt(count)
     bias = max(estimate.bias_estimate, estimate.bias_bound or 0.0)
@@ -386,15 +383,6 @@ def _normal_masses(edges: Tensor) -> Tensor:
 def _need_exact(subject: Subject) -> None:
     if subject.method != "exact":
         raise NotApplicable(f"method {subject.method}: the integrand is an estimate at every sample")
-
-
-def _first(subject: Subject, count: int) -> NoiseMap:
-    return select_rows(subject.f, torch.arange(count, device=subject.x.device))
-
-
-def _errors(subject: Subject) -> Tensor:
-    """E(J) per sample as `noise_kl` sees it."""
-    return subject.stein.per_sample - subject.half_square
 
 
 def _zero(residual: Tensor, subject: Subject, scale: Tensor) -> Finding:

@@ -65,22 +65,24 @@ class Plot:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """hnkit's look for everything drawn inside, without touching the caller's settings or needing a display."""
+    """Hnkit's look for everything drawn inside, without touching the caller's settings or needing a display."""
     import matplotlib as mpl
 
     with mpl.rc_context(_STYLE):
         yield
 
 
-def new_figure(width: float = 7.6, height: float = 4.4, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of its own (no global state, no display) with `columns` axes side by side; sizes in inches."""
+def new_figure(
+    width: float = 7.6, height: float = 4.4, columns: int = 1, rows: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """A figure of its own (no global state, no display) with a grid of axes, row by row; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)
-    return figure, list(axes[0])
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flatten())
 
 
 def to_png(figure: Figure) -> bytes:

@@ -103,7 +103,7 @@ tr.note td { padding-top: 0; color: var(--dim); font-size: .8rem; max-width: 0; 
 .not-applicable { color: var(--dim); background: var(--head); } .not-certified { color: var(--mid);
   background: var(--mid-bg); }
 figure { margin: 1.2rem 0; padding: .9rem; background: #ffffff; border: 1px solid var(--line); border-radius: 8px; }
-figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figure img { display: block; max-width: 100%; max-height: 34rem; height: auto; margin: 0 auto; }
 figcaption, .caption { color: var(--dim); font-size: .875rem; margin: .7rem 0 0; max-width: 46rem; }
 figcaption { color: #4d545c; }
 pre { overflow-x: auto; padding: .9rem 1rem; background: var(--card); border: 1px solid var(--line);
@@ -173,7 +173,7 @@ def _table(table: Table) -> str:
             f'<td{f" class={kind}" if kind else ""}>{content}</td>' for kind, content in map(_cell, row)
         )
         body.append(f'<tr class="row">{cells}</tr>')
-        if index in table.notes:
+        if table.notes.get(index):
             note = html.escape(table.notes[index])
             body.append(f'<tr class="note"><td colspan="{len(table.headers)}">{note}</td></tr>')
     caption = f'<p class="caption">{html.escape(table.caption)}</p>' if table.caption else ""

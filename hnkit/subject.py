@@ -101,27 +101,42 @@ class Subject:
         """A generator for one purpose, a function of the seed alone."""
         return generator_for(self.seed, f"verify/{purpose}")
 
-    def kl(self, form: str) -> KLEstimate:
-        """`noise_kl` of all samples in one of the forms, with the same probes for both."""
+    @cached_property
+    def stein(self) -> KLEstimate:
+        """`noise_kl` in the Stein form; under a budget it may stop after the first samples."""
         return noise_kl(
-            self.f, self.x, method=self.method, form=form, generator=self.generator("kl"), check=False, **self.options
+            self.f, self.x, method=self.method, generator=self.generator("kl"), check=False, **self.options
         )  # type: ignore[arg-type]
 
     @cached_property
-    def stein(self) -> KLEstimate:
-        """`noise_kl` in the Stein form."""
-        return self.kl("stein")
+    def change(self) -> Tensor:
+        """The integrand in the change-of-variables form, for as many samples as `stein` has."""
+        if self.method == "exact":
+            return noise_kl(self.f, self.x, method="exact", form="change-of-variables", check=False).per_sample
+        count = len(self.stein.per_sample)
+        return self.stein.per_sample + self.alignment[:count] - self.traces[:count]
 
     @cached_property
-    def change(self) -> KLEstimate:
-        """`noise_kl` in the change-of-variables form."""
-        return self.kl("change-of-variables")
+    def error(self) -> Tensor:
+        """E(J) per sample as `noise_kl` sees it, for as many samples as `stein` has."""
+        return self.stein.per_sample - self.half_square[: len(self.stein.per_sample)]
 
     @cached_property
     def value(self) -> Tensor:
-        """`f(x)`, `(n, *shape)`."""
+        """`f(x)`, `(n, *shape)`, in passes of bounded memory."""
         with torch.no_grad():
-            return self.f(self.x)
+            return torch.cat([select_rows(self.f, index)(self.x[index]) for index in self.passes])
+
+    @property
+    def passes(self) -> tuple[Tensor, ...]:
+        """The samples' numbers, in as many parts as go through a network together."""
+        rows = rows_per_pass(self.dim, self.x.device)
+        return torch.arange(len(self.x), device=self.x.device).split(rows)
+
+    def first(self, count: int) -> tuple[NoiseMap, Tensor]:
+        """The map and the noise of the first samples: `count`, or fewer if one pass holds no more."""
+        index = self.passes[0][:count]
+        return select_rows(self.f, index), self.x[index]
 
     @cached_property
     def half_square(self) -> Tensor:
@@ -152,7 +167,7 @@ class Subject:
         probes = torch.randint(0, 2, (len(self.x), self.dim), generator=self.generator("trace")).double() * 2 - 1
         probes = probes.to(self.x.device)
         traces, squares = [], []
-        for index in torch.arange(len(self.x), device=self.x.device).split(rows_per_pass(self.dim, self.x.device)):
+        for index in self.passes:
             operator = RowJacobian(select_rows(self.f, index), self.x[index], samples=index)
             pulled = operator.vjp(probes[index])
             traces.append((pulled * probes[index]).sum(1))

@@ -116,19 +116,14 @@ def _legend(report: Report) -> RenderableType:
 
 def _overview(report: Report) -> RenderableType:
     """The headline figures of every group, one line each, in nats."""
-    columns = {
-        "KL, exact": "KL (Stein form)",
-        "L2 term": "L2 term",
-        "L2 error, %": "relative error of L2",
-        "Theorem 7": "Theorem 7 bound",
-        "L2 gap": "gap of the L2 optimum",
-    }
+    from hnkit.verify import HEADLINES
+
     found = {(figure.group, figure.name): figure.text for figure in report.figures}
     rows = [
-        (letter, *(found.get((group, name), "–") for name in columns.values()))
+        (letter, *(found.get((group, name), "–") for name in HEADLINES.values()))
         for letter, group in zip(_LETTERS, report.groups, strict=False)
     ]
-    return simple_table(("", *columns), rows)
+    return simple_table(("", *HEADLINES), rows)
 
 
 def check_lines(check: Check) -> Group:

@@ -81,14 +81,18 @@ def installed_problems() -> dict[str, Callable[[], TiltedProblem]]:
 def chosen_problems(names: Sequence[str], alpha: float | None = None) -> list[TiltedProblem]:
     """The problems of these names, all if none is named, at their own or at another temperature.
 
+    Names of reference maps are accepted and passed over.
+
     Raises:
         InputError: an unknown name, or a temperature that is not positive.
     """
     installed = installed_problems()
     for name in names:
-        if name not in installed:
-            raise InputError(f"unknown toy {name!r}: installed are {', '.join(installed) or 'none'}")
-    problems = [installed[name]() for name in dict.fromkeys(names or installed)]
+        if name not in installed and name not in reference_maps():
+            accepted = ", ".join([*installed, *reference_maps()])
+            raise InputError(f"unknown toy {name!r}: accepted are {accepted}")
+    chosen = dict.fromkeys(names or installed)
+    problems = [installed[name]() for name in chosen if name in installed]
     return problems if alpha is None else [problem.with_alpha(alpha) for problem in problems]
 
 
@@ -100,7 +104,7 @@ def reference_maps() -> dict[str, tuple[NoiseMap, int, str]]:
     shrink = nn.Linear(5, 5, bias=False, dtype=torch.float64).requires_grad_(False)
     shrink.weight.copy_(-0.6 * torch.eye(5, dtype=torch.float64))
     return {
-        "gradient field": (_Sine(), 1, "f(x) = 0.2 sin 3x: L < 1, and the L2 term is a tenth of the KL"),
+        "gradient-field": (_Sine(), 1, "f(x) = 0.2 sin 3x: L < 1, and the L2 term is a tenth of the KL"),
         "contraction": (contraction(6, 0.6), 6, "two layers around tanh, certified L = 0.6: L2 is accurate"),
         "rotation": (affine, 4, "f(x) = Kx, K skew: E(J) < 0, the L2 term overcounts"),
         "extremal": (shrink, 5, "f(x) = -0.6 x: attains Theorem 7 and the Frobenius bound"),
@@ -119,14 +123,18 @@ class _Sine(nn.Module):
 
 
 def verify_toys(
-    problems: Sequence[TiltedProblem], settings: VerifySettings, *, references: bool = True, say: Say = lambda _: None
+    problems: Sequence[TiltedProblem],
+    settings: VerifySettings,
+    *,
+    references: Sequence[str] | None = None,
+    say: Say = lambda _: None,
 ) -> Report:
     """Check every statement on closed-form problems, and on reference maps.
 
     Args:
         problems: what is checked.
         settings: of the run.
-        references: check the reference maps too.
+        references: names of the reference maps that are checked too; `None`: all.
         say: called with the name of each part when it begins.
     """
     samples = settings.samples or TOY_SAMPLES
@@ -134,15 +142,16 @@ def verify_toys(
     figures: list[Quantity] = []
     notes: list[tuple[str, str]] = []
     subjects: list[Subject] = []
-    if references:
-        for name, (f, dim, shows) in reference_maps().items():
-            say(name)
-            x = torch.randn(samples, dim, dtype=torch.float64, generator=generator_for(settings.seed, f"maps/{name}"))
-            subject = _subject(name, f, x, settings)
-            subjects.append(subject)
-            notes.append((name, shows))
-            checks += MAP_CHECKS.run(subject, name)
-            figures += _headline(subject)
+    for name, (f, dim, shows) in reference_maps().items():
+        if references is not None and name not in references:
+            continue
+        say(name)
+        x = torch.randn(samples, dim, dtype=torch.float64, generator=generator_for(settings.seed, f"maps/{name}"))
+        subject = _subject(name, f, x, settings)
+        subjects.append(subject)
+        notes.append((name, shows))
+        checks += MAP_CHECKS.run(subject, name)
+        figures += _headline(subject)
     tilts = []
     for problem in problems:
         say(problem.name)
@@ -156,8 +165,9 @@ def verify_toys(
         figures += [*_headline(subject), *_toy_figures(tilted)]
         if settings.certify:
             checks += certified_checks(subject)
-    title = "hnkit verify-bound: " + (problems[0].name if len(problems) == 1 else f"{len(problems)} closed-form problems")
-    config = {"toys": [problem.name for problem in problems], "alpha": {p.name: p.alpha for p in problems}}
+    names = [subject.name for subject in subjects]
+    title = "hnkit verify-bound: " + (names[0] if len(names) == 1 else f"{len(problems)} closed-form problems")
+    config = {"toys": names, "alpha": {p.name: p.alpha for p in problems}}
     return Report(
         title,
         {**config, **settings.to_config(), "samples": samples},
@@ -250,9 +260,7 @@ def _has_kinks(f: NoiseMap) -> bool:
 
 def map_figures(subject: Subject) -> list[Quantity]:
     """Every figure of a map, with error bars where they are known."""
-    kl, change, name = subject.stein, subject.change, subject.name
-    half = subject.half_square
-    error = kl.per_sample - half
+    kl, name, error = subject.stein, subject.name, subject.error
     relative, relative_stderr = ratio_and_stderr(-error, kl.per_sample)
     residual, residual_stderr = mean_and_stderr(subject.alignment - subject.traces)
     what = {
@@ -260,11 +268,10 @@ def map_figures(subject: Subject) -> list[Quantity]:
         "unknown": "a lower bound of the KL unless T is injective",
         "violated": "a lower bound of the KL: T folds",
     }[kl.injective]
-    l2, l2_stderr = mean_and_stderr(half)
     figures = [
         Quantity("KL (Stein form)", kl.value, name, kl.stderr, kl.bias_bound, note=what),
-        Quantity("KL (change of variables)", change.value, name, change.stderr, change.bias_bound, note="eq. 53"),
-        Quantity("L2 term", l2, name, l2_stderr, note="E|f|²/2"),
+        _mean("KL (change of variables)", subject.change, name, "eq. 53"),
+        _mean("L2 term", subject.half_square, name, "E|f|²/2"),
         _mean("E(J)", error, name, "E[tr J - log|det(I+J)|], what the L2 term leaves out"),
         Quantity("relative error of L2", 100 * relative, name, 100 * relative_stderr, unit="%", note="(L2 - KL) / KL"),
         Quantity("symmetry index", kl.symmetry_index, name, unit="", note="E tr(J²) / E|J|_F², in [-1, 1]"),
@@ -369,8 +376,7 @@ def verify_backend(
         settings: of the run.
         alpha: temperature it was trained at, for the optimality gap of a backend whose tilted law is known.
     """
-    samples = max(settings.samples or MAP_SAMPLES, 2 * len(prompts)) if len(prompts) > 1 else settings.samples or MAP_SAMPLES
-    per_prompt = samples // len(prompts)
+    per_prompt = max(1, (settings.samples or MAP_SAMPLES) // len(prompts))
     rows = [prompt for prompt in prompts for _ in range(per_prompt)]
     network = backend.hypernetwork.eval()
     parameter = next(iter(network.parameters()), torch.zeros(()))
@@ -403,6 +409,8 @@ def _prompt_figures(subject: Subject, prompts: Sequence[str], per_prompt: int) -
         if not name:
             break
         integrand, half = subject.stein.per_sample[rows], subject.half_square[rows]
+        if len(integrand) < per_prompt:  # a budget has stopped the estimate before this prompt
+            break
         relative, spread = ratio_and_stderr(half - integrand, integrand)
         share = mean_shift_share(subject.value[rows].double().flatten(1).cpu())
         figures += [
@@ -429,6 +437,7 @@ __all__ = [
     "chosen_problems",
     "installed_problems",
     "map_figures",
+    "reference_maps",
     "verify_backend",
     "verify_map",
     "verify_toys",

@@ -41,6 +41,15 @@ Relation = Literal["=", "<=", ">="]
 RELATIONS: Mapping[Relation, str] = {"=": "=", "<=": "≤", ">=": "≥"}
 """How each relation is shown."""
 
+HEADLINES = {
+    "KL, exact": "KL (Stein form)",
+    "L2 term": "L2 term",
+    "L2 error, %": "relative error of L2",
+    "Theorem 7": "Theorem 7 bound",
+    "L2 gap": "gap of the L2 optimum",
+}
+"""The figures by which several maps are compared at a glance: heading and name."""
+
 FALSE_ALARM = 1e-3
 """Probability that a run in which every statement is true shows a statistical *fails*, at most."""
 
@@ -165,13 +174,16 @@ class Registry:
         return tuple(statement.check(subject, group) for statement in self.statements.values())
 
 
-def proof_of_checks() -> dict[str, str]:
-    """Name of every check of `verify-bound` and the folder in `proofs/` that its statement is derived in."""
+def checks_by_proof() -> dict[str, list[str]]:
+    """Folder in `proofs/` and the checks of `verify-bound` whose statements are derived there."""
     from hnkit.map_checks import MAP_CHECKS
     from hnkit.toy_checks import TOY_CHECKS
 
-    registries = (MAP_CHECKS, TOY_CHECKS)
-    return {name: found.proof for registry in registries for name, found in registry.statements.items()}
+    found: dict[str, list[str]] = {}
+    for registry in (MAP_CHECKS, TOY_CHECKS):
+        for name, statement in registry.statements.items():
+            found.setdefault(statement.proof, []).append(name)
+    return found
 
 
 def mean_finding(
@@ -307,6 +319,8 @@ class Report:
     def sections(self, pictures: Mapping[str, bytes]) -> list[Section]:
         """The parts of the HTML page, given the drawn plots by name."""
         sections = []
+        if len({check.group for check in self.checks}) > 1:
+            sections.append(Section("At a glance", (self._overview(),)))
         if pictures:
             drawn = tuple(Picture(pictures[plot.name], plot.caption) for plot in self.plots)
             sections.append(Section("Plots", drawn))
@@ -322,6 +336,18 @@ class Report:
         sections.append(Section("How to read this", (Text(how), Code(config, "Resolved configuration"))))
         return sections
 
+    def _overview(self) -> Table:
+        """The headline figures of every group, and its worst verdict."""
+        found = {(figure.group, figure.name): figure.text for figure in self.figures}
+        said = dict(self.notes)
+        rows, notes = [], {}
+        for index, group in enumerate(self.groups):
+            verdicts = [check.verdict for check in self.checks if check.group == group]
+            worst = next((v for v in ("fails", "not certified", "holds") if v in verdicts), "not applicable")
+            rows.append((group, *(found.get((group, name), "–") for name in HEADLINES.values()), len(verdicts), worst))
+            notes[index] = said.get(group, "")
+        return Table(("", *HEADLINES, "checks", "verdict"), tuple(rows), "Nats, unless said otherwise.", notes)
+
     def _group_blocks(self, group: str) -> Iterable[Text | Table]:
         for owner, text in self.notes:
             if owner == group:
@@ -334,7 +360,7 @@ class Report:
         if checks:
             headers = ("check", "measured", "", "expected", "tolerance", "kind", "slack", "verdict")
             rows_ = tuple(
-                (c.name, c.measured, RELATIONS[c.relation] if c.measured is not None else "", c.expected, c.tolerance, c.kind,
+                (c.name, c.measured, "" if c.measured is None else RELATIONS[c.relation], c.expected, c.tolerance, c.kind,
                  c.slack, c.verdict)
                 for c in checks
             )  # fmt: skip
@@ -395,11 +421,9 @@ def verify_bound(
     Source:
         arXiv 2508.09968, Theorem 7, Lemmas 5 and 6, eqs. 53 and 55.
     """
-    from hnkit.map_checks import verify_map
+    from hnkit.verification import VerifySettings, verify_map
 
-    return verify_map(
-        f, shape, samples=samples, seed=seed, method=method, name=name, certify=certify, options=options
-    )
+    return verify_map(f, tuple(shape), VerifySettings(samples, seed, method, certify, options), name=name)
 
 
 __all__ = [
@@ -412,8 +436,8 @@ __all__ = [
     "Registry",
     "Report",
     "Statement",
+    "checks_by_proof",
     "confidence_radius",
     "mean_finding",
-    "proof_of_checks",
     "verify_bound",
 ]

@@ -27,10 +27,7 @@ def map_plots(subject: Subject) -> list[Plot]:
     plots = []
     rows = subject.rows_or_none
     if rows is not None and bool((rows.norm > 0).any()):
-        x = subject.x[: min(_MATRICES, len(subject.x))]
-        from hnkit.backend import select_rows
-
-        J = dense_jacobian(select_rows(subject.f, torch.arange(len(x), device=x.device)), x).cpu()
+        J = dense_jacobian(*subject.first(_MATRICES)).cpu()
         plots.append(_bounds_plot(J, f"the Jacobians of {subject.name}, scaled to norm L"))
     plots.append(_scatter(subject))
     plots.append(_split([subject]))
@@ -41,7 +38,8 @@ def toy_plots(subjects: Sequence[Subject], tilts: Sequence[Tilted]) -> list[Plot
     """The plots of a run on closed-form problems."""
     dim = 32
     x = torch.randn(_MATRICES, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    plots = [_bounds_plot(dense_jacobian(contraction(dim, 0.9, width=64), x), f"a two-layer network, d = {dim}, scaled to norm L")]
+    J = dense_jacobian(contraction(dim, 0.9, width=64), x)
+    plots = [_bounds_plot(J, f"a two-layer network, d = {dim}, scaled to norm L")]
     for tilted in tilts:
         if tilted.dim == 1 and not {"log_p0_star", "optimal_map", "l2_map"} & tilted.problem.unavailable:
             plots.append(_density_plot(tilted))
@@ -54,8 +52,7 @@ def toy_plots(subjects: Sequence[Subject], tilts: Sequence[Tilted]) -> list[Plot
 
 def _spread(subject: Subject) -> float:
     """How much there is to see in the scatter: the spread of the integrand and of the L2 term's error."""
-    error = subject.stein.per_sample - subject.half_square
-    return float(error.std()) if subject.dim > 1 else -1.0
+    return float(subject.error.std()) if subject.dim > 1 else -1.0
 
 
 def _bounds_plot(J: Tensor, what: str) -> Plot:
@@ -89,10 +86,10 @@ def _bounds_plot(J: Tensor, what: str) -> Plot:
 
 def _scatter(subject: Subject) -> Plot:
     exact = subject.stein.per_sample.cpu().numpy()
-    l2 = subject.half_square.cpu().numpy()
+    l2 = subject.half_square[: len(exact)].cpu().numpy()
     rows = subject.rows_or_none
     second = None
-    if rows is not None and len(rows.trace) == len(subject.x):
+    if rows is not None and len(rows.trace) == len(exact):
         second = (subject.half_square + rows.trace_square / 2).cpu().numpy()
     gap = (l2.mean() - exact.mean()) / exact.mean() if exact.mean() else 0.0
     verb = "misses" if gap < 0 else "adds"

@@ -1,0 +1,161 @@
+"""`hnkit verify-bound` turns red under errors planted in the code it runs on, and is green without them."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from hnkit import _stats as stats
+from hnkit import bounds, cli, estimators, kl, lipschitz, logdet, loss, moments, tilt
+from hnkit.verify import Report
+from toy.linear_gaussian import LinearGaussian
+
+
+def plant(monkeypatch, home, name, wrong):
+    """Replace a function everywhere it has been imported to, as an edit of its source would."""
+    right = getattr(home, name)
+    replacement = wrong(right)
+    for module in list(sys.modules.values()):
+        found = getattr(module, "__dict__", {}).get(name)
+        if found is right and getattr(module, "__name__", "").startswith(("hnkit", "toy")):
+            monkeypatch.setattr(module, name, replacement)
+
+
+def plant_method(monkeypatch, owner, name, wrong):
+    monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
+
+
+def trace(A):
+    return A.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def with_fields(**changes):
+    """The record a function returns, with some fields changed by functions of the record."""
+    import dataclasses
+
+    def wrong(right):
+        def call(*args, **kwargs):
+            record = right(*args, **kwargs)
+            return dataclasses.replace(record, **{key: change(record) for key, change in changes.items()})
+
+        return call
+
+    return wrong
+
+
+def scaled(factor):
+    return lambda right: lambda *args, **kwargs: factor * right(*args, **kwargs)
+
+
+PLANTED = {
+    "sign of the trace in E(A)": lambda m: plant(m, logdet, "log_det_error", lambda f: lambda A: f(A) - 2 * trace(A)),
+    "log-det of I - A": lambda m: plant(
+        m, logdet, "log_det_error", lambda f: lambda A: trace(A) - torch.linalg.slogdet(torch.eye(len(A[0])) - A)[1]
+    ),
+    "sign of the log-det": lambda m: plant(m, logdet, "log_det_error", lambda f: lambda A: 2 * trace(A) - f(A)),
+    "half of |f|^2 dropped": lambda m: plant(
+        m, moments, "dense_moments", with_fields(l2=lambda record: 2 * record.l2)
+    ),
+    "sign of x.f": lambda m: plant(m, moments, "dense_moments", with_fields(alignment=lambda record: -record.alignment)),
+    "the trace doubled": lambda m: plant(m, moments, "dense_moments", with_fields(trace=lambda record: 2 * record.trace)),
+    "|J|_F^2 in place of tr J^2": lambda m: plant(
+        m, moments, "dense_moments", with_fields(square=lambda record: record.frobenius)
+    ),
+    "log(1 + L) in place of -log(1 - L)": lambda m: plant(
+        m, bounds, "_quotients",
+        lambda f: lambda s: tuple((s - torch.log1p(s)) / d for d in (1, s**2, s**2)),
+    ),  # fmt: skip
+    "the dimension left out of Theorem 7": lambda m: plant(
+        m, bounds, "theorem7_bound", lambda f: lambda dim, L: f(1, L)
+    ),
+    "the dimension left out of local Theorem 7": lambda m: plant(
+        m, bounds, "local_theorem7_bound", lambda f: lambda dim, norms: f(1, norms)
+    ),
+    "L in place of L^2 in the Frobenius bound": lambda m: plant(
+        m, bounds, "frobenius_bound", lambda f: lambda norm, L: f(norm, L) * L
+    ),
+    "field of values without its slack": lambda m: plant(
+        m, bounds, "field_of_values_bounds", lambda f: lambda A: (f(A)[1], f(A)[1])
+    ),
+    "1/n left out of the standard error": lambda m: plant(
+        m, stats, "mean_and_stderr", lambda f: lambda v: (f(v)[0], f(v)[1] * len(v) ** 0.5)
+    ),
+    "1/n left out of the mean": lambda m: plant(
+        m, stats, "mean_and_stderr", lambda f: lambda v: (f(v)[0] * len(v), f(v)[1])
+    ),
+    "half the local norm": lambda m: plant(m, lipschitz, "local_lipschitz", scaled(0.5)),
+    "a certificate that is too small": lambda m: plant(
+        m, lipschitz, "lipschitz_upper", with_fields(value=lambda record: 0.5 * record.value)
+    ),
+    "half of Arnoldi's value": lambda m: plant(
+        m, estimators, "arnoldi", with_fields(value=lambda record: 0.5 * record.value)
+    ),
+    "S and S^2 swapped": lambda m: plant_method(
+        m, LinearGaussian, "_slopes",
+        lambda f: lambda self, kind: f(self, {"l2": "exact", "exact": "l2"}.get(kind, kind)),
+    ),  # fmt: skip
+    "log Z* without its half": lambda m: plant_method(m, LinearGaussian, "log_z", lambda f: lambda self: 2 * f(self)),
+    "sign of the reward": lambda m: plant_method(m, LinearGaussian, "reward", lambda f: lambda self, y: -f(self, y)),
+    "half of the L2 gap": lambda m: plant_method(m, LinearGaussian, "l2_gap", lambda f: lambda self: f(self) / 2),
+    "tilted density without its normaliser": lambda m: plant_method(
+        m, LinearGaussian, "log_p0_star", lambda f: lambda self, x: f(self, x) + 0.1
+    ),
+    "tilted sampler with the wrong covariance": lambda m: plant_method(
+        m, LinearGaussian, "sample_p0_star",
+        lambda f: lambda self, n, g: self.mean + (f(self, n, g) - self.mean) @ torch.linalg.cholesky(self.covariance).mT,
+    ),  # fmt: skip
+    "alpha ignored by the loss": lambda m: plant(m, loss, "NoiseLoss", lambda f: lambda kl, alpha: f(kl, alpha=1.0)),
+    "alpha ignored by the gap": lambda m: plant(
+        m, tilt, "optimality_gap",
+        lambda f: lambda problem, g, x, **k: with_fields(
+            per_sample=lambda gap: gap.per_sample + (1 / problem.alpha - 1) * problem.reward(problem.generate(x + g(x)))
+        )(f)(problem, g, x, **k),
+    ),  # fmt: skip
+    "mean over dimensions in the loss": lambda m: plant(
+        m, loss, "NoiseLoss", lambda f: lambda kl, alpha: f(kl, alpha=alpha, reduction="mean")
+    ),
+    "log Z* left out of the gap": lambda m: plant(
+        m, tilt, "optimality_gap",
+        lambda f: lambda problem, g, x, **k: with_fields(per_sample=lambda gap: gap.per_sample - problem.log_z())(f)(
+            problem, g, x, **k
+        ),
+    ),  # fmt: skip
+}
+
+
+@pytest.fixture
+def exit_code(monkeypatch, tmp_path, capsys):
+    """Run verify-bound in this process on the reference maps' toy, plots left out, and return its exit code."""
+    monkeypatch.setattr(Report, "write", lambda self, folder: None)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.app(["verify-bound", "--samples", "384", "--out", str(tmp_path / "run"), *arguments])
+        capsys.readouterr()
+        return ended.value.code
+
+    return run
+
+
+# alpha = 2 there, and every closed form of the linear-Gaussian family is used.
+TOYS = ("--toy", "linear-gaussian-low-rank", "--toy", "rotation", "--toy", "contraction")
+
+
+def test_green_without_an_error(exit_code):
+    assert exit_code(*TOYS) == 0
+
+
+@pytest.mark.parametrize("error", PLANTED)
+def test_red_under_a_planted_error(error, exit_code, monkeypatch):
+    PLANTED[error](monkeypatch)
+    assert exit_code(*TOYS) == 1, error
+
+
+def test_every_planted_error_patches_something(monkeypatch):
+    before = (logdet.log_det_error, kl.dense_moments)
+    PLANTED["sign of the trace in E(A)"](monkeypatch)
+    PLANTED["half of |f|^2 dropped"](monkeypatch)
+    assert logdet.log_det_error is not before[0]
+    assert kl.dense_moments is not before[1]
