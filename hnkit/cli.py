@@ -107,6 +107,7 @@ def main() -> None:
 
 Out = Annotated[Path | None, typer.Option(help="New folder for the results; default: one under runs/.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+# Read from the arguments by the group of commands, before any command is known.
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override one key of the configuration.")
@@ -132,7 +133,7 @@ class Method(StrEnum):
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Debug = False,
+    debug: Debug = False,  # noqa: ARG001
 ) -> None:
     if version:
         print(f"hnkit {__version__}")
@@ -167,7 +168,7 @@ def verify_bound_command(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every check in full.")] = False,
     out: Out = None,
     as_json: AsJson = False,
-    debug: Debug = False,
+    debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Check the theory: on every closed-form toy, on a map of yours, or on a trained network.
 
@@ -240,7 +241,7 @@ def train_command(
     ] = None,
     set_: Set = None,
     as_json: AsJson = False,
-    debug: Debug = False,
+    debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Train a noise hypernetwork, or resume its training; Ctrl-C writes a checkpoint first."""
     from hnkit import commands
@@ -283,7 +284,7 @@ def generate_command(
     set_: Set = None,
     out: Out = None,
     as_json: AsJson = False,
-    debug: Debug = False,
+    debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Write base and steered images, pair by pair from the same noise, and a contact sheet."""
     from hnkit import commands
@@ -320,7 +321,7 @@ def compare_command(
     set_: Set = None,
     out: Out = None,
     as_json: AsJson = False,
-    debug: Debug = False,
+    debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """The paper's tables and figures for a backend: base, noise hypernetwork and the baselines, paired."""
     from hnkit import commands
@@ -340,7 +341,10 @@ def compare_command(
 
 
 @app.command("backends")
-def backends_command(as_json: AsJson = False, debug: Debug = False) -> None:
+def backends_command(
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
     """What is installed, what it needs, and whether its weights are present."""
     from hnkit import commands
 

@@ -67,7 +67,7 @@ def verify(
         report = verify_map(load_map(map_path), sizes, settings, name=map_path)
     elif backend is not None:
         if adapter is None:
-            raise InputError(f"--backend {backend} without --adapter: name the folder of the trained adapter or its run")
+            raise InputError(f"--backend {backend} without --adapter: name the folder of the adapter or its run")
         loaded, trained_alpha = load_trained(backend, adapter, overrides)
         texts = read_prompts(prompts) if prompts is not None else default_prompts(loaded)
         report = verify_backend(loaded, texts, settings, alpha=alpha if alpha is not None else trained_alpha)

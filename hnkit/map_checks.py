@@ -44,9 +44,7 @@ def two_forms(subject: Subject) -> Finding:
     return mean_finding(subject.change - subject.stein.per_sample, 0.0, floor=_ROUNDING)
 
 
-@MAP_CHECKS.add(
-    "two-forms-pointwise", "the two integrands differ by x·f - tr J at every sample", proof="kl_two_forms"
-)
+@MAP_CHECKS.add("two-forms-pointwise", "the two integrands differ by x·f - tr J at every sample", proof="kl_two_forms")
 def two_forms_pointwise(subject: Subject) -> Finding:
     """Exact integrands only: a stochastic method sees the trace through a probe."""
     _need_exact(subject)
@@ -70,9 +68,7 @@ def kl_integrand(subject: Subject) -> Finding:
     return _zero(residual, subject, 1 + rows.frobenius)
 
 
-@MAP_CHECKS.add(
-    "jacobian-differences", "J(x)v = (f(x + hv) - f(x - hv)) / 2h + O(h²)", proof="lemma_6_stein"
-)
+@MAP_CHECKS.add("jacobian-differences", "J(x)v = (f(x + hv) - f(x - hv)) / 2h + O(h²)", proof="lemma_6_stein")
 def jacobian_differences(subject: Subject) -> Finding:
     """Products with the Jacobian against central differences of the map itself, in float64."""
     if subject.value.dtype != torch.float64:
@@ -90,7 +86,9 @@ def jacobian_differences(subject: Subject) -> Finding:
 
 
 @MAP_CHECKS.add(
-    "estimate-record", "value = mean of the integrand, stderr = its standard deviation / √n", proof="estimates_certificates"
+    "estimate-record",
+    "value = mean of the integrand, stderr = its standard deviation / √n",
+    proof="estimates_certificates",
 )
 def estimate_record(subject: Subject) -> Finding:
     """Mean and standard error recomputed from the integrand; the worse of the two relative deviations."""
@@ -107,7 +105,9 @@ def estimate_record(subject: Subject) -> Finding:
 
 
 @MAP_CHECKS.add(
-    "kl-affine", "for f(x) = Ax + c the KL is KL(N(c, KK') || N(0, I)), K = I + A, in closed form", proof="kl_two_forms"
+    "kl-affine",
+    "for f(x) = Ax + c the KL is KL(N(c, KK') || N(0, I)), K = I + A, in closed form",
+    proof="kl_two_forms",
 )
 def kl_affine(subject: Subject) -> Finding:
     """`noise_kl` on the points ±√d e_i, whose mean is 0 and covariance I exactly, against the Gaussian formula."""
@@ -198,7 +198,9 @@ def singular_values(subject: Subject) -> Finding:
 
 
 @MAP_CHECKS.add(
-    "bound-order", "singular values ≤ Frobenius ≤ local Theorem 7, bound by bound", proof="singular_value_bound"
+    "bound-order",
+    "singular values ≤ Frobenius ≤ local Theorem 7, bound by bound",
+    proof="singular_value_bound",
 )
 def bound_order(subject: Subject) -> Finding:
     """The largest ratio of a bound to the next looser one."""
@@ -211,7 +213,9 @@ def bound_order(subject: Subject) -> Finding:
 
 
 @MAP_CHECKS.add(
-    "second-order", "|E(J) - tr(J²)/2| ≤ (|J|_F²/L²)(h(L) - L²/2), L = |J(x)|₂, at every sample", proof="second_order"
+    "second-order",
+    "|E(J) - tr(J²)/2| ≤ (|J|_F²/L²)(h(L) - L²/2), L = |J(x)|₂, at every sample",
+    proof="second_order",
 )
 def second_order(subject: Subject) -> Finding:
     """The largest share of the remainder bound that a sample uses."""
@@ -264,9 +268,7 @@ def local_norms(subject: Subject) -> Finding:
     return Finding(float(deviation.max()), 0.0, 2e-3)
 
 
-@MAP_CHECKS.add(
-    "lipschitz-order", "sampled ≤ ascended ≤ certified Lipschitz constant", proof="estimates_certificates"
-)
+@MAP_CHECKS.add("lipschitz-order", "sampled ≤ ascended ≤ certified Lipschitz constant", proof="estimates_certificates")
 def lipschitz_order(subject: Subject) -> Finding:
     """The ascended estimate between the sampled maximum and the certificate."""
     sampled, ascended = float(subject.norms.max()), subject.lower.value
@@ -282,7 +284,9 @@ def lipschitz_order(subject: Subject) -> Finding:
 
 
 @MAP_CHECKS.add(
-    "lemma-5-inverse", "for L < 1 the iteration x ← y - f(x) inverts T(x) = x + f(x)", proof="lemma_5_diffeomorphism"
+    "lemma-5-inverse",
+    "for L < 1 the iteration x ← y - f(x) inverts T(x) = x + f(x)",
+    proof="lemma_5_diffeomorphism",
 )
 def lemma_5_inverse(subject: Subject) -> Finding:
     """The largest distance of the recovered from the true noise after as many steps as the rate L asks for."""
@@ -304,9 +308,7 @@ def lemma_5_inverse(subject: Subject) -> Finding:
     return Finding(float(error.max()), 0.0, tolerance, note=note, certified=subject.certified_constant is not None)
 
 
-@MAP_CHECKS.add(
-    "lemma-5-bilipschitz", "(1-L)|x-x'| ≤ |T(x)-T(x')| ≤ (1+L)|x-x'|", proof="lemma_5_diffeomorphism"
-)
+@MAP_CHECKS.add("lemma-5-bilipschitz", "(1-L)|x-x'| ≤ |T(x)-T(x')| ≤ (1+L)|x-x'|", proof="lemma_5_diffeomorphism")
 def lemma_5_bilipschitz(subject: Subject) -> Finding:
     """The largest relative change of a distance under T, over pairs far apart and close together."""
     constant = _contraction(subject)
@@ -328,7 +330,9 @@ def lemma_5_bilipschitz(subject: Subject) -> Finding:
 
 
 @MAP_CHECKS.add(
-    "injectivity", "T is injective, so that eq. 53 is the KL and not a lower bound of it", proof="non_injective"
+    "injectivity",
+    "T is injective, so that eq. 53 is the KL and not a lower bound of it",
+    proof="non_injective",
 )
 def injectivity(subject: Subject) -> Finding:
     """The share of samples of the rarer orientation sign det(I + J): zero for an injective T."""
@@ -350,7 +354,10 @@ def injectivity(subject: Subject) -> Finding:
 
 
 @MAP_CHECKS.add(
-    "arnoldi", "Arnoldi's estimate of E(J) has the exact mean, up to its stated bias", proof="arnoldi_bias", kind="statistical"
+    "arnoldi",
+    "Arnoldi's estimate of E(J) has the exact mean, up to its stated bias",
+    proof="arnoldi_bias",
+    kind="statistical",
 )
 def arnoldi(subject: Subject) -> Finding:
     """The mean difference of the two integrands on the same samples."""
@@ -361,9 +368,7 @@ def arnoldi(subject: Subject) -> Finding:
     count = len(x)
     if float(subject.rows.norm[:count].max()) >= 1:
         raise NotApplicable(f"local norm {float(subject.rows.norm[:count].max()):.3g} is not below 1")
-    estimate = noise_kl(
-        f, x, method="arnoldi", probes=2, generator=subject.generator("arnoldi"), check=False
-    )
+    estimate = noise_kl(f, x, method="arnoldi", probes=2, generator=subject.generator("arnoldi"), check=False)
     difference = estimate.per_sample - subject.stein.per_sample[:count]
     stderr = float(difference.std()) / math.sqrt(count)
     bias = max(estimate.bias_estimate, estimate.bias_bound or 0.0)
@@ -377,7 +382,8 @@ def _normal_masses(edges: Tensor) -> Tensor:
     right = low > 0
     upper = torch.where(right, -low, high)
     lower = torch.where(right, -high, low)
-    return torch.special.ndtr(upper) - torch.special.ndtr(lower)
+    mass: Tensor = torch.special.ndtr(upper) - torch.special.ndtr(lower)
+    return mass
 
 
 def _need_exact(subject: Subject) -> None:

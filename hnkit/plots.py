@@ -72,9 +72,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def new_figure(
-    width: float = 7.6, height: float = 4.4, columns: int = 1, rows: int = 1
-) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float = 7.6, height: float = 4.4, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of its own (no global state, no display) with a grid of axes, row by row; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -108,7 +106,8 @@ def error_against_lipschitz(
     """
     figure, (axes,) = new_figure()
     colours = (INK, BLUE, GREEN, PURPLE)
-    for (name, values), colour, line in zip(bounds.items(), colours, ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), strict=False):
+    lines: Sequence[Any] = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+    for (name, values), colour, line in zip(bounds.items(), colours, lines, strict=False):
         axes.plot(lipschitz, values, linestyle=line, color=colour, label=name)
     for (name, values), colour, marker in zip(curves.items(), (VERMILION, ORANGE, SKY), ("o", "s", "^"), strict=False):
         axes.plot(

@@ -164,14 +164,12 @@ def _table(table: Table) -> str:
         for column in (list(zip(*table.rows, strict=True)) or [()] * len(table.headers))
     ]
     head = "".join(
-        f'<th{" class=number" if right else ""}>{html.escape(header)}</th>'
+        f"<th{' class=number' if right else ''}>{html.escape(header)}</th>"
         for header, right in zip(table.headers, numeric, strict=True)
     )
     body = []
     for index, row in enumerate(table.rows):
-        cells = "".join(
-            f'<td{f" class={kind}" if kind else ""}>{content}</td>' for kind, content in map(_cell, row)
-        )
+        cells = "".join(f"<td{f' class={kind}' if kind else ''}>{content}</td>" for kind, content in map(_cell, row))
         body.append(f'<tr class="row">{cells}</tr>')
         if table.notes.get(index):
             note = html.escape(table.notes[index])
@@ -201,9 +199,7 @@ def _block(block: Block) -> str:
 
 def render_html(title: str, sections: Sequence[Section], *, lead: str = "") -> str:
     """The page as one string: light and dark, no script, nothing fetched."""
-    links = "".join(
-        f'<a href="#s{number}">{html.escape(section.title)}</a>' for number, section in enumerate(sections)
-    )
+    links = "".join(f'<a href="#s{number}">{html.escape(section.title)}</a>' for number, section in enumerate(sections))
     parts = "".join(
         f'<section id="s{number}"><h2>{html.escape(section.title)}</h2>{"".join(map(_block, section.blocks))}</section>'
         for number, section in enumerate(sections)

@@ -104,9 +104,7 @@ class Subject:
     @cached_property
     def stein(self) -> KLEstimate:
         """`noise_kl` in the Stein form; under a budget it may stop after the first samples."""
-        return noise_kl(
-            self.f, self.x, method=self.method, generator=self.generator("kl"), check=False, **self.options
-        )  # type: ignore[arg-type]
+        return noise_kl(self.f, self.x, method=self.method, generator=self.generator("kl"), check=False, **self.options)  # type: ignore[arg-type]
 
     @cached_property
     def change(self) -> Tensor:
@@ -131,7 +129,7 @@ class Subject:
     def passes(self) -> tuple[Tensor, ...]:
         """The samples' numbers, in as many parts as go through a network together."""
         rows = rows_per_pass(self.dim, self.x.device)
-        return torch.arange(len(self.x), device=self.x.device).split(rows)
+        return torch.split(torch.arange(len(self.x), device=self.x.device), rows)
 
     def first(self, count: int) -> tuple[NoiseMap, Tensor]:
         """The map and the noise of the first samples: `count`, or fewer if one pass holds no more."""
@@ -182,7 +180,7 @@ class Subject:
         count = min(len(self.x), max(1, DENSE_ENTRIES // self.dim**2))
         width = max(1, 2**23 // self.dim**2)
         parts = []
-        for index in torch.arange(count, device=self.x.device).split(width):
+        for index in torch.split(torch.arange(count, device=self.x.device), width):
             parts.append(_statistics(dense_jacobian(select_rows(self.f, index), self.x[index])))
         names = RowStatistics.__dataclass_fields__
         return RowStatistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
@@ -201,9 +199,13 @@ class Subject:
 
     @cached_property
     def lower(self) -> LipschitzEstimate:
-        """The ascended Lipschitz estimate, a lower bound of the constant."""
+        """The ascended Lipschitz estimate, a lower bound of the constant; the sampled one of a map without ascent."""
         start = self.norms.topk(min(len(self.x), 4)).indices
-        return lipschitz_lower(select_rows(self.f, start), self.x[start], ascent_steps=self.ascent_steps)
+        f, x = select_rows(self.f, start), self.x[start]
+        try:
+            return lipschitz_lower(f, x, ascent_steps=self.ascent_steps)
+        except InputError:  # it has no second derivative, or leaves the finite numbers on the way
+            return LipschitzEstimate(float(self.norms.max()), "sampled", "largest |J(x)|_2 of the samples")
 
     @cached_property
     def certificate(self) -> LipschitzEstimate | str:

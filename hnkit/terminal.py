@@ -129,7 +129,7 @@ def _overview(report: Report) -> RenderableType:
 def check_lines(check: Check) -> Group:
     """One check in full: verdict, name and statement, then the numbers, then the note."""
     head = Text(f"{VERDICT_MARKS[check.verdict]} {check.name}", style=_COLOURS[check.verdict])
-    lines = [head, Padding(Text(check.statement), (0, 0, 0, 4))]
+    lines: list[RenderableType] = [head, Padding(Text(check.statement), (0, 0, 0, 4))]
     if check.measured is not None:
         from hnkit.verify import RELATIONS
 

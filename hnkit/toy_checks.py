@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from hnkit._stats import mean_and_stderr
 from hnkit.backend import NoiseMap
 from hnkit.jacobian import dense_jacobian
 from hnkit.kl import noise_kl
-from hnkit.loss import NoiseLoss
+from hnkit.loss import KLTerm, NoiseLoss
 from hnkit.stream import generator_for
-from hnkit.tilt import GapEstimate, TiltedProblem, log_standard_normal, optimality_gap
+from hnkit.tilt import GapEstimate, NoiseLaw, TiltedProblem, log_standard_normal, optimality_gap
 from hnkit.verify import Finding, NotApplicable, Registry, confidence_radius, mean_finding
 
 TOY_CHECKS = Registry()
@@ -28,7 +29,7 @@ _EXACT = 1e-8
 def contraction(dim: int, lipschitz: float = 0.5, *, width: int = 16, seed: int = 0) -> nn.Sequential:
     """A smooth map with a certified constant: two linear layers of spectral norm `sqrt(L)` around tanh, in float64."""
     generator = generator_for(seed, "verify/contraction", dim)
-    layers = [nn.utils.skip_init(nn.Linear, *sizes, dtype=torch.float64) for sizes in ((dim, width), (width, dim))]
+    layers = [nn.Linear(*sizes, dtype=torch.float64) for sizes in ((dim, width), (width, dim))]
     with torch.no_grad():
         for layer in layers:
             weight = torch.randn(layer.weight.shape, dtype=torch.float64, generator=generator)
@@ -136,7 +137,12 @@ def log_z_two_routes(tilted: Tilted) -> Finding:
     return Finding(tilted.problem.log_z(), expected, error + 1e-9 * (1 + abs(expected)))
 
 
-@TOY_CHECKS.add("log-z-sampling", "E[exp(r(g(x))/α - log Z*)] = 1 under base noise", proof="prop_2_objective", kind="statistical")
+@TOY_CHECKS.add(
+    "log-z-sampling",
+    "E[exp(r(g(x))/α - log Z*)] = 1 under base noise",
+    proof="prop_2_objective",
+    kind="statistical",
+)
 def log_z_sampling(tilted: Tilted) -> Finding:
     """The importance weights of the tilt have mean one."""
     weights = tilted.log_tilt(tilted.problem.generate(tilted.noise("weights"))).exp()
@@ -147,7 +153,9 @@ def log_z_sampling(tilted: Tilted) -> Finding:
 
 
 @TOY_CHECKS.add(
-    "tilted-noise-density", "log p0*(x) = log p0(x) + r(g(x))/α - log Z* (eq. 5)", proof="prop_4_noise_objective"
+    "tilted-noise-density",
+    "log p0*(x) = log p0(x) + r(g(x))/α - log Z* (eq. 5)",
+    proof="prop_4_noise_objective",
 )
 def tilted_noise_density(tilted: Tilted) -> Finding:
     """The largest deviation over samples of base and of tilted noise."""
@@ -158,7 +166,9 @@ def tilted_noise_density(tilted: Tilted) -> Finding:
 
 
 @TOY_CHECKS.add(
-    "tilted-output-density", "log p*(y) = log p_base(y) + r(y)/α - log Z* (eq. 3)", proof="prop_2_objective"
+    "tilted-output-density",
+    "log p*(y) = log p_base(y) + r(y)/α - log Z* (eq. 3)",
+    proof="prop_2_objective",
 )
 def tilted_output_density(tilted: Tilted) -> Finding:
     """The largest deviation over outputs of base and of tilted noise."""
@@ -169,7 +179,10 @@ def tilted_output_density(tilted: Tilted) -> Finding:
 
 
 @TOY_CHECKS.add(
-    "theorem-3-pushforward", "g_# p0* = p* (Theorem 3, part 1)", proof="theorem_3_pushforward", kind="statistical"
+    "theorem-3-pushforward",
+    "g_# p0* = p* (Theorem 3, part 1)",
+    proof="theorem_3_pushforward",
+    kind="statistical",
 )
 def theorem_3_pushforward(tilted: Tilted) -> Finding:
     """Test functions of g(x), x ~ p0*, against their means under eq. 3, by reweighting base outputs."""
@@ -183,7 +196,10 @@ def theorem_3_pushforward(tilted: Tilted) -> Finding:
 
 
 @TOY_CHECKS.add(
-    "output-sampler", "samples of p* follow p_base exp(r/α)/Z*", proof="theorem_3_pushforward", kind="statistical"
+    "output-sampler",
+    "samples of p* follow p_base exp(r/α)/Z*",
+    proof="theorem_3_pushforward",
+    kind="statistical",
 )
 def output_sampler(tilted: Tilted) -> Finding:
     """Test functions of the output sampler against g of tilted noise."""
@@ -209,7 +225,10 @@ def theorem_3_minimiser(tilted: Tilted) -> Finding:
 
 
 @TOY_CHECKS.add(
-    "theorem-3-rivals", "every rival law of the noise has the output law p*", proof="theorem_3_minimiser", kind="statistical"
+    "theorem-3-rivals",
+    "every rival law of the noise has the output law p*",
+    proof="theorem_3_minimiser",
+    kind="statistical",
 )
 def theorem_3_rivals(tilted: Tilted) -> Finding:
     """Test functions of g of each rival against g of p0*; the worst of them."""
@@ -281,7 +300,10 @@ def proposition_4(tilted: Tilted) -> Finding:
 
 
 @TOY_CHECKS.add(
-    "gap-is-positive", "J_noise(f) + log Z* ≥ 0 (Gibbs), for a map that is not optimal", proof="optimality_gap", kind="statistical"
+    "gap-is-positive",
+    "J_noise(f) + log Z* ≥ 0 (Gibbs), for a map that is not optimal",
+    proof="optimality_gap",
+    kind="statistical",
 )
 def gap_is_positive(tilted: Tilted) -> Finding:
     """The gap of the reference map, in nats."""
@@ -296,7 +318,10 @@ def gap_of_optimum(tilted: Tilted) -> Finding:
 
 
 @TOY_CHECKS.add(
-    "kl-of-optimum", "noise_kl of the optimal map is KL(p0* || p0)", proof="kl_two_forms", kind="statistical"
+    "kl-of-optimum",
+    "noise_kl of the optimal map is KL(p0* || p0)",
+    proof="kl_two_forms",
+    kind="statistical",
 )
 def kl_of_optimum(tilted: Tilted) -> Finding:
     """The exact estimate against the closed form or quadrature of the problem."""
@@ -383,16 +408,15 @@ def gap_of_l2(tilted: Tilted) -> Finding:
     return mean_finding(tilted.gap_of_proximal.per_sample, expected, floor=1e-6)
 
 
-@TOY_CHECKS.add(
-    "gap-order", "0 ≤ gap of the second-order optimum ≤ gap of the L2 optimum", proof="l2_optimum"
-)
+@TOY_CHECKS.add("gap-order", "0 ≤ gap of the second-order optimum ≤ gap of the L2 optimum", proof="l2_optimum")
 def gap_order(tilted: Tilted) -> Finding:
     """The second-order loss lands in between."""
     tilted.need("l2_gap", "second_order_gap")
     second, l2 = tilted.problem.second_order_gap(), tilted.problem.l2_gap()  # type: ignore[attr-defined]
     if l2 == 0:
         raise NotApplicable("a linear reward: every loss reaches the optimum")
-    return Finding(second if second >= 0 else math.nan, l2, 0.0, "<=", f"exact 0, second order {second:.4g}, L2 {l2:.4g}")
+    note = f"exact 0, second order {second:.4g}, L2 {l2:.4g}"
+    return Finding(second if second >= 0 else math.nan, l2, 0.0, "<=", note)
 
 
 @TOY_CHECKS.add(
@@ -408,7 +432,7 @@ def gap_of_second_order(tilted: Tilted) -> Finding:
     return mean_finding(found.per_sample, tilted.problem.second_order_gap(), floor=1e-8)  # type: ignore[attr-defined]
 
 
-def _stationary(tilted: Tilted, kl: str, f: NoiseMap) -> Finding:
+def _stationary(tilted: Tilted, kl: KLTerm, f: NoiseMap) -> Finding:
     """Gradient of a loss in the coefficients of an affine map, on points whose mean is 0 and covariance exactly I."""
     if not isinstance(f, nn.Linear):
         raise NotApplicable("tried on affine optima, where the expectation is a finite sum")
@@ -419,7 +443,7 @@ def _stationary(tilted: Tilted, kl: str, f: NoiseMap) -> Finding:
         trained, torch.cat([points, -points]), tilted.problem.generate, tilted.problem.reward,
         generator=tilted.generator("stationary"),
     )  # fmt: skip
-    terms.total.mean().backward()
+    torch.autograd.backward(terms.total.mean())
     gradient = torch.cat([parameter.grad.flatten() for parameter in trained.parameters() if parameter.grad is not None])
     return Finding(float(gradient.abs().max()), 0.0, 1e-5)
 
@@ -430,7 +454,11 @@ def l2_loss_stationary(tilted: Tilted) -> Finding:
     return _stationary(tilted, "l2", tilted.proximal)
 
 
-@TOY_CHECKS.add("exact-loss-stationary", "the gradient of the trained exact loss vanishes at N(Sb, S)", proof="l2_optimum")
+@TOY_CHECKS.add(
+    "exact-loss-stationary",
+    "the gradient of the trained exact loss vanishes at N(Sb, S)",
+    proof="l2_optimum",
+)
 def exact_loss_stationary(tilted: Tilted) -> Finding:
     """For affine maps; see `_stationary`."""
     return _stationary(tilted, "exact", tilted.optimum)
@@ -499,14 +527,14 @@ def _largest(residual: Tensor, tolerance: float, scale: Tensor) -> Finding:
     return Finding(float(residual.detach().abs().max()), 0.0, tolerance * (1 + float(scale.detach().abs().max())))
 
 
-def _loss(tilted: Tilted, kl: str, f: NoiseMap) -> Tensor:
+def _loss(tilted: Tilted, kl: KLTerm, f: NoiseMap) -> Tensor:
     """Totals of `NoiseLoss` per sample, detached."""
     loss = NoiseLoss(kl, alpha=tilted.problem.alpha)
     terms = loss(f, tilted.x, tilted.problem.generate, tilted.problem.reward, generator=tilted.generator("loss"))
     return terms.total.detach()
 
 
-def _rivals(tilted: Tilted) -> list[object]:
+def _rivals(tilted: Tilted) -> list[NoiseLaw]:
     if tilted.problem.injective:
         raise NotApplicable("g is injective: p0* is the only law of the noise with output law p*")
     try:
@@ -523,21 +551,25 @@ def _gauss_hermite(count: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
 
 
-def _bounded_functions(tilted: Tilted, y: Tensor) -> list[object]:
+def _bounded_functions(tilted: Tilted, y: Tensor) -> list[Callable[[Tensor], Tensor]]:
     """Bounded test functions of outputs: of the reward, and of random projections, each at its natural scale."""
     flat = y.flatten(1)
     reward = tilted.problem.reward(y)
     centre, width = reward.median(), reward.std() + 1e-12
-    functions = [lambda u: torch.tanh((tilted.problem.reward(u) - centre) / width)]
+    functions: list[Callable[[Tensor], Tensor]] = [lambda u: torch.tanh((tilted.problem.reward(u) - centre) / width)]
     generator = tilted.generator("projections")
     middle, spread = flat.mean(0), flat.std(0) + 1e-12
     for _ in range(3):
         direction = torch.randn(flat.shape[1], dtype=torch.float64, generator=generator) / math.sqrt(flat.shape[1])
         for wave in (torch.sin, torch.cos):
-            functions.append(
-                lambda u, direction=direction, wave=wave: wave(((u.flatten(1) - middle) / spread) @ direction * 1.5)
-            )
+            functions.append(partial(_projected, middle=middle, spread=spread, direction=direction, wave=wave))
     return functions
+
+
+def _projected(
+    u: Tensor, *, middle: Tensor, spread: Tensor, direction: Tensor, wave: Callable[[Tensor], Tensor]
+) -> Tensor:
+    return wave(1.5 * ((u.flatten(1) - middle) / spread) @ direction)
 
 
 def _same_law(tilted: Tilted, one: Tensor, other: Tensor, weights: Tensor | None) -> Finding:
@@ -554,6 +586,7 @@ def _same_law(tilted: Tilted, one: Tensor, other: Tensor, weights: Tensor | None
         if score > largest:
             largest = score
             radius = confidence_radius(error, min(len(one), len(other)))
-            worst = Finding(mean, reference, radius, note=f"largest of {len(functions)} test functions, z = {score:.2f}")
+            note = f"largest of {len(functions)} test functions, z = {score:.2f}"
+            worst = Finding(mean, reference, radius, note=note)
     assert worst is not None
     return worst

@@ -190,7 +190,7 @@ def _headline(subject: Subject) -> list[Quantity]:
     return [figure for figure in map_figures(subject) if figure.name in _HEADLINE]
 
 
-_HEADLINE = ("KL (Stein form)", "L2 term", "relative error of L2", "symmetry index", "Theorem 7 bound", "Frobenius bound")
+_HEADLINE = ("KL (Stein form)", "L2 term", "relative error of L2", "symmetry index", "Theorem 7 bound")
 
 
 def _toy_figures(tilted: Tilted) -> list[Quantity]:
@@ -313,7 +313,8 @@ def _bound_figures(subject: Subject) -> list[Quantity]:
     certified = subject.certified_constant
     constant = subject.lower.value if certified is None else certified
     if constant < 1:
-        label, note = ("bound", "certified L") if certified is not None else ("estimate", "L is estimated, not certified")
+        known = certified is not None
+        label, note = ("bound", "certified L") if known else ("estimate", "L is estimated, not certified")
         figures.append(Quantity(f"Theorem 7 {label}", float(theorem7_bound(subject.dim, constant)), name, note=note))
     norms = subject.norms
     if float(norms.max()) < 1:
@@ -352,7 +353,8 @@ def invertibility(subject: Subject) -> list[str]:
     rows = subject.rows_or_none
     if status == "violated":
         return ["T folds: det(I + J) changes sign among the samples. The exact value is a lower bound of the KL."]
-    reason = subject.certificate if isinstance(subject.certificate, str) else f"certified L = {subject.certificate.value:.4g}"
+    certificate = subject.certificate
+    reason = certificate if isinstance(certificate, str) else f"certified L = {certificate.value:.4g}"
     sentence = f"Injectivity of T is not certified ({reason})."
     seen = f" No fold was seen at {len(rows.sign)} samples, which proves nothing." if rows is not None else ""
     norm = float(subject.norms.max())
@@ -381,9 +383,9 @@ def verify_backend(
     network = backend.hypernetwork.eval()
     parameter = next(iter(network.parameters()), torch.zeros(()))
     dtype = getattr(backend, "noise_dtype", torch.float32)
-    x = torch.randn(
-        len(rows), *backend.noise_shape, dtype=dtype, generator=generator_for(settings.seed, "noise")
-    ).to(parameter.device)
+    x = torch.randn(len(rows), *backend.noise_shape, dtype=dtype, generator=generator_for(settings.seed, "noise")).to(
+        parameter.device
+    )
     plain = getattr(network, "without_condition", None)
     f: NoiseMap = plain() if plain is not None else ConditionedMap(network, backend.encode(rows))
     subject = _subject(backend.name, f, x, settings)

@@ -17,9 +17,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hnkit._errors import InputError
 from hnkit._files import atomic_write, write_json
 from hnkit.plots import Plot
 from hnkit.report import (
+    Cell,
     Code,
     Picture,
     Section,
@@ -125,12 +127,10 @@ class Statement:
 
     def check(self, subject: Any, group: str) -> Check:
         """Measure the statement on `subject` and judge it."""
-        blank = Check(
-            self.name, self.text, self.proof, group, None, None, None, self.kind, None, "not applicable"
-        )
+        blank = Check(self.name, self.text, self.proof, group, None, None, None, self.kind, None, "not applicable")
         try:
             found = self.measure(subject)
-        except NotApplicable as reason:
+        except (NotApplicable, InputError) as reason:  # InputError: the map lacks something that this check needs
             return replace(blank, note=str(reason))
         difference = found.measured - found.expected
         excess = {"=": abs(difference), "<=": difference, ">=": -difference}[found.relation]
@@ -248,6 +248,10 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def _sign(check: Check) -> str:
+    return "" if check.measured is None else RELATIONS[check.relation]
+
+
 def versions() -> dict[str, str]:
     """Versions of what the figures were computed with."""
     found = {"python": platform.python_version()}
@@ -287,7 +291,8 @@ class Report:
     @property
     def groups(self) -> tuple[str, ...]:
         """The toys or maps of the report, in order."""
-        return tuple(dict.fromkeys([item.group for item in (*self.checks, *self.figures)]))
+        names = [check.group for check in self.checks] + [figure.group for figure in self.figures]
+        return tuple(dict.fromkeys(names))
 
     def counts(self) -> dict[str, int]:
         """How many checks reached each verdict."""
@@ -340,7 +345,8 @@ class Report:
         """The headline figures of every group, and its worst verdict."""
         found = {(figure.group, figure.name): figure.text for figure in self.figures}
         said = dict(self.notes)
-        rows, notes = [], {}
+        rows: list[tuple[Cell, ...]] = []
+        notes: dict[int, str] = {}
         for index, group in enumerate(self.groups):
             verdicts = [check.verdict for check in self.checks if check.group == group]
             worst = next((v for v in ("fails", "not certified", "holds") if v in verdicts), "not applicable")
@@ -360,10 +366,8 @@ class Report:
         if checks:
             headers = ("check", "measured", "", "expected", "tolerance", "kind", "slack", "verdict")
             rows_ = tuple(
-                (c.name, c.measured, "" if c.measured is None else RELATIONS[c.relation], c.expected, c.tolerance, c.kind,
-                 c.slack, c.verdict)
-                for c in checks
-            )  # fmt: skip
+                (c.name, c.measured, _sign(c), c.expected, c.tolerance, c.kind, c.slack, c.verdict) for c in checks
+            )
             notes = {
                 index: check.statement + (f"  ·  {check.note}" if check.note else "")
                 for index, check in enumerate(checks)

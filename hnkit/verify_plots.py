@@ -163,7 +163,8 @@ def _pushed_density(f: NoiseMap, grid: np.ndarray) -> np.ndarray:
     half = (grid[1] - grid[0]) / 2
     edges = np.append(grid - half, grid[-1] + half)
     mass = norm.cdf(np.interp(edges, moved, x.numpy(), left=-np.inf, right=np.inf))
-    return np.diff(mass) / (2 * half)
+    density: np.ndarray = np.diff(mass) / (2 * half)
+    return density
 
 
 def _standard_deviation(grid: np.ndarray, density: np.ndarray) -> float:

@@ -55,18 +55,22 @@ PLANTED = {
         m, logdet, "log_det_error", lambda f: lambda A: trace(A) - torch.linalg.slogdet(torch.eye(len(A[0])) - A)[1]
     ),
     "sign of the log-det": lambda m: plant(m, logdet, "log_det_error", lambda f: lambda A: 2 * trace(A) - f(A)),
-    "half of |f|^2 dropped": lambda m: plant(
-        m, moments, "dense_moments", with_fields(l2=lambda record: 2 * record.l2)
+    "half of |f|^2 dropped": lambda m: plant(m, moments, "dense_moments", with_fields(l2=lambda record: 2 * record.l2)),
+    "sign of x.f": lambda m: plant(
+        m, moments, "dense_moments", with_fields(alignment=lambda record: -record.alignment)
     ),
-    "sign of x.f": lambda m: plant(m, moments, "dense_moments", with_fields(alignment=lambda record: -record.alignment)),
-    "the trace doubled": lambda m: plant(m, moments, "dense_moments", with_fields(trace=lambda record: 2 * record.trace)),
+    "the trace doubled": lambda m: plant(
+        m, moments, "dense_moments", with_fields(trace=lambda record: 2 * record.trace)
+    ),
     "|J|_F^2 in place of tr J^2": lambda m: plant(
         m, moments, "dense_moments", with_fields(square=lambda record: record.frobenius)
     ),
     "log(1 + L) in place of -log(1 - L)": lambda m: plant(
-        m, bounds, "_quotients",
+        m,
+        bounds,
+        "_quotients",
         lambda f: lambda s: tuple((s - torch.log1p(s)) / d for d in (1, s**2, s**2)),
-    ),  # fmt: skip
+    ),
     "the dimension left out of Theorem 7": lambda m: plant(
         m, bounds, "theorem7_bound", lambda f: lambda dim, L: f(1, L)
     ),
@@ -93,9 +97,11 @@ PLANTED = {
         m, estimators, "arnoldi", with_fields(value=lambda record: 0.5 * record.value)
     ),
     "S and S^2 swapped": lambda m: plant_method(
-        m, LinearGaussian, "_slopes",
+        m,
+        LinearGaussian,
+        "_slopes",
         lambda f: lambda self, kind: f(self, {"l2": "exact", "exact": "l2"}.get(kind, kind)),
-    ),  # fmt: skip
+    ),
     "log Z* without its half": lambda m: plant_method(m, LinearGaussian, "log_z", lambda f: lambda self: 2 * f(self)),
     "sign of the reward": lambda m: plant_method(m, LinearGaussian, "reward", lambda f: lambda self, y: -f(self, y)),
     "half of the L2 gap": lambda m: plant_method(m, LinearGaussian, "l2_gap", lambda f: lambda self: f(self) / 2),
@@ -103,25 +109,39 @@ PLANTED = {
         m, LinearGaussian, "log_p0_star", lambda f: lambda self, x: f(self, x) + 0.1
     ),
     "tilted sampler with the wrong covariance": lambda m: plant_method(
-        m, LinearGaussian, "sample_p0_star",
-        lambda f: lambda self, n, g: self.mean + (f(self, n, g) - self.mean) @ torch.linalg.cholesky(self.covariance).mT,
-    ),  # fmt: skip
+        m,
+        LinearGaussian,
+        "sample_p0_star",
+        lambda f: (
+            lambda self, n, g: self.mean + (f(self, n, g) - self.mean) @ torch.linalg.cholesky(self.covariance).mT
+        ),
+    ),
     "alpha ignored by the loss": lambda m: plant(m, loss, "NoiseLoss", lambda f: lambda kl, alpha: f(kl, alpha=1.0)),
     "alpha ignored by the gap": lambda m: plant(
-        m, tilt, "optimality_gap",
-        lambda f: lambda problem, g, x, **k: with_fields(
-            per_sample=lambda gap: gap.per_sample + (1 / problem.alpha - 1) * problem.reward(problem.generate(x + g(x)))
-        )(f)(problem, g, x, **k),
-    ),  # fmt: skip
+        m,
+        tilt,
+        "optimality_gap",
+        lambda f: (
+            lambda problem, g, x, **k: with_fields(
+                per_sample=lambda gap: (
+                    gap.per_sample + (1 / problem.alpha - 1) * problem.reward(problem.generate(x + g(x)))
+                )
+            )(f)(problem, g, x, **k)
+        ),
+    ),
     "mean over dimensions in the loss": lambda m: plant(
         m, loss, "NoiseLoss", lambda f: lambda kl, alpha: f(kl, alpha=alpha, reduction="mean")
     ),
     "log Z* left out of the gap": lambda m: plant(
-        m, tilt, "optimality_gap",
-        lambda f: lambda problem, g, x, **k: with_fields(per_sample=lambda gap: gap.per_sample - problem.log_z())(f)(
-            problem, g, x, **k
+        m,
+        tilt,
+        "optimality_gap",
+        lambda f: (
+            lambda problem, g, x, **k: with_fields(per_sample=lambda gap: gap.per_sample - problem.log_z())(f)(
+                problem, g, x, **k
+            )
         ),
-    ),  # fmt: skip
+    ),
 }
 
 
