@@ -87,10 +87,10 @@ class Panels:
 
 
 def antiderivative(coefficients: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Integral from -1 to `z` of the Legendre series of each row, and the series at `z`; `(n, 20)`, `(n,)` -> `(n,)`."""
+    """Integral from -1 to `z` of each row's Legendre series, and the series at `z`: `(n, 20), (n,) -> (n,), (n,)`."""
     before, here = torch.ones_like(z), z
-    value = coefficients[:, 0]
-    integral = coefficients[:, 0] * (z + 1)
+    value: Tensor = coefficients[:, 0]
+    integral: Tensor = coefficients[:, 0] * (z + 1)
     for k in range(1, coefficients.shape[1]):
         after = ((2 * k + 1) * z * here - k * before) / (k + 1)
         value = value + coefficients[:, k] * here
@@ -101,7 +101,8 @@ def antiderivative(coefficients: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 
 def normal_cdf(x: Tensor) -> Tensor:
     """`Phi(x)` with full relative accuracy in the lower tail, where `torch.special.ndtr` (2.13) has none."""
-    return 0.5 * torch.special.erfc(x * -math.sqrt(0.5))
+    cdf: Tensor = 0.5 * torch.special.erfc(x * -math.sqrt(0.5))
+    return cdf
 
 
 def gauss(integrand: SCALAR_FUNCTION, low: Tensor, high: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ def gauss(integrand: SCALAR_FUNCTION, low: Tensor, high: Tensor) -> Tensor:
 
 
 def integrate(integrand: SCALAR_FUNCTION, edges: Tensor, tolerance: float = 1e-12, floor: float = 1.0) -> Panels:
-    """Adaptive quadrature: a panel is halved until that changes it by less than `tolerance max(|panel|, floor |whole|)`.
+    """Adaptive quadrature: a panel is halved until that changes it by at most `tolerance max(|panel|, floor |whole|)`.
 
     Args:
         integrand: acts entry by entry.

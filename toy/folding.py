@@ -77,7 +77,8 @@ class Folding(Toy):
     @cached_property
     def _log_z(self) -> Tensor:
         b, _, s = self._tilt
-        return math.log(2) + 0.5 * (torch.log(s) + s * b.square()) + log_ndtr(b * s.sqrt())
+        log_z: Tensor = math.log(2) + 0.5 * (torch.log(s) + s * b.square()) + log_ndtr(b * s.sqrt())
+        return log_z
 
     def generate(self, x: Tensor) -> Tensor:
         """`|x|`, `(n, d)`."""
@@ -126,7 +127,8 @@ class Folding(Toy):
         if n < 1:
             raise InputError(f"{n} samples: give at least 1")
         u = torch.rand(n, self.dim, dtype=torch.float64, generator=generator).clamp(min=1e-16)
-        return (s * b - s.sqrt() * ndtri(u * normal_cdf(b * s.sqrt()))).clamp(min=0)
+        outputs: Tensor = s * b - s.sqrt() * ndtri(u * normal_cdf(b * s.sqrt()))
+        return outputs.clamp(min=0)
 
     def _signs(self, n: int, generator: torch.Generator, positive: float = 0.5) -> Tensor:
         u = torch.rand(n, self.dim, dtype=torch.float64, generator=generator)

@@ -177,13 +177,14 @@ class LinearGaussian(Toy):
         h, V = self._spectrum
         centred = (x - self.mean.to(x)) @ V.to(x)
         precision = (1 + h).to(x)
-        log_density: Tensor = 0.5 * (torch.log(precision).sum() - (centred.square() * precision).sum(1))
-        return log_density - self._half_log_2pi(self.dim)
+        log_density: Tensor = torch.log(precision).sum() - (centred.square() * precision).sum(1)
+        return 0.5 * log_density - self._half_log_2pi(self.dim)
 
     def sample_p0_star(self, n: int, generator: torch.Generator) -> Tensor:
         """Samples of `N(S b, S)`, through the Cholesky factor of `S`."""
         factor = torch.linalg.cholesky(self.covariance)
-        return self.mean + standard_normal(n, self.dim, generator) @ factor.mT
+        samples: Tensor = self.mean + standard_normal(n, self.dim, generator) @ factor.mT
+        return samples
 
     @staticmethod
     def _half_log_2pi(dim: int) -> float:

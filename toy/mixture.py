@@ -109,7 +109,7 @@ class Mixture(Toy):
     def _log_volume(self, x: Tensor) -> Tensor:
         """`log|det Dg(x)|`."""
         slope = self.tail * torch.cosh(self.tail * torch.asinh(x) + self.skew) / torch.sqrt(1 + x.square())
-        return torch.log(slope).sum(1) + torch.linalg.slogdet(self.rotation).logabsdet.to(x)
+        return torch.log(slope).sum(1) + float(torch.linalg.slogdet(self.rotation).logabsdet)
 
     def reward(self, y: Tensor) -> Tensor:
         """`alpha log sum_k w_k exp(-x'H_k x/2 + b_k'x)` at `x = g^-1(y)`, `(n,)`."""

@@ -7,6 +7,7 @@ convex hull of `psi` and jumps over every interval on which `psi` lies above its
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -131,7 +132,7 @@ class OneDimensional(Toy):
     def _edges(self, low: float, high: float) -> Tensor:
         inner = [b for b in self.breakpoints if low < b < high]
         edges = torch.linspace(low, high, max(2, math.ceil(4 * (high - low))), dtype=torch.float64)
-        return torch.unique(torch.cat([edges, torch.tensor(inner, dtype=torch.float64)]))
+        return torch.cat([edges, torch.tensor(inner, dtype=torch.float64)]).unique()
 
     @cached_property
     def _panels(self) -> Panels:
@@ -158,9 +159,7 @@ class OneDimensional(Toy):
 
         inner = [b for b in self.breakpoints if low < b < high]
         cuts = [low, *inner, high]
-        parts = [
-            quad(integrand, a, b, epsabs=0, epsrel=1e-10, limit=400) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-        ]
+        parts = [quad(integrand, a, b, epsabs=0, epsrel=1e-10, limit=400) for a, b in itertools.pairwise(cuts)]
         value = float(sum(part[0] for part in parts))
         return top + math.log(value), float(sum(part[1] for part in parts)) / value + 1e-13
 
@@ -202,7 +201,7 @@ class OneDimensional(Toy):
 
     def _transport(self, s: Tensor) -> Tensor:
         """`F*^-1(Phi(s))`, `(n,)`, from whichever tail is the smaller."""
-        top, panels = self._peak[0], self._panels
+        panels = self._panels
         edges, zero = panels.edges, torch.zeros(1, dtype=torch.float64)
         below = torch.cat([zero, panels.masses.cumsum(0)])
         above = torch.cat([panels.masses.flip(0).cumsum(0).flip(0), zero])
