@@ -61,3 +61,33 @@ Proof.
 move=> F0; elim: s => [|i s ih]; first by rewrite !big_nil lnR1.
 by rewrite !big_cons lnRM ?ih // prodr_gt0.
 Qed.
+
+(** ** The function [h] *)
+
+Lemma hRE x : h x = - ln (1 - x) - x.
+Proof. by []. Qed.
+
+Lemma hR0 : h 0 = 0 :> R.
+Proof. exact: h0. Qed.
+
+Lemma hR_ge0 s : 0 <= s -> s < 1 -> 0 <= h s.
+Proof. by move=> /RleP s0 /RltP s1; apply/RleP/h_ge0. Qed.
+
+Lemma hR_monotone s t : 0 <= s -> s <= t -> t < 1 -> h s <= h t.
+Proof. by move=> /RleP s0 /RleP st /RltP t1; apply/RleP/h_monotone. Qed.
+
+Lemma hR_ratio s t : 0 <= s -> s <= t -> 0 < t -> t < 1 -> h s <= s ^+ 2 / t ^+ 2 * h t.
+Proof.
+move=> /RleP s0 /RleP st t0 /RltP t1.
+rewrite mulrAC ler_pdivl_mulr ?exprn_gt0 // [leRHS]mulrC -!RpowE.
+by apply/RleP/h_ratio.
+Qed.
+
+Lemma logdetR_modulus x r m : 0 <= r -> r < 1 -> `|x| <= r ->
+  0 <= m -> m ^+ 2 = 1 + (x + x) + r ^+ 2 -> `|x - ln m| <= h r.
+Proof.
+move=> r0 r1; rewrite ler_norml => /andP[xl xu] m0 m2.
+apply/RleP/logdet_modulus; try exact/RleP; try exact/RltP.
+- by split; exact/RleP.
+- by move: m2; rewrite !expr2.
+Qed.

@@ -179,3 +179,16 @@ Proof.
     assert (low : l * (2 * r) <= l * (ln (1 + r) - ln (1 - r))) by (apply Rmult_le_compat_l; lra).
     unfold h. nra.
 Qed.
+
+(** The same with the modulus [m = |1 + z|] given by its square. *)
+Lemma logdet_modulus x r m : 0 <= r -> r < 1 -> - r <= x <= r ->
+  0 <= m -> m * m = 1 + (x + x) + r * r -> Rabs (x - ln m) <= h r.
+Proof.
+  intros r0 r1 x_in m0 m2.
+  pose proof (modulus_pos x r r0 r1 x_in) as pos.
+  assert (m_pos : 0 < m) by nra.
+  pose proof (logdet_scalar x r r0 r1 x_in) as le.
+  replace (1 + 2 * x + r ^ 2) with (m * m) in le by (rewrite m2; ring).
+  rewrite ln_mult in le by assumption.
+  replace ((ln m + ln m) / 2) with (ln m) in le by lra. exact le.
+Qed.

@@ -168,14 +168,21 @@ rewrite mulmxBl !mulmxBr !mul1mx !mulmx1 -!scalemxAl -!scalemxAr WW !scalerA.
 by rewrite mulrCA mulfK // mulr_natl mulr2n scalerDl opprB addrK subrK.
 Qed.
 
-(** ** Schur *)
+(** ** The eigenvalues *)
 
-Lemma schur_spectrum n (A : 'M[C]_n) : exists2 s : seq C,
-  char_poly A = \prod_(z <- s) ('X - z%:P) & \sum_(z <- s) `|z| ^+ 2 <= fro2 A.
+(** [s] lists the eigenvalues of [A] with their algebraic multiplicities. *)
+Record is_spectrum n (A : 'M[C]_n) (s : seq C) : Prop := IsSpectrum {
+  spectrum_poly : char_poly A = \prod_(z <- s) ('X - z%:P);
+  spectrum_trace : \tr A = \sum_(z <- s) z;
+  spectrum_det : \det (1%:M + A) = \prod_(z <- s) (1 + z);
+  schur : \sum_(z <- s) `|z| ^+ 2 <= fro2 A }.
+
+Theorem spectrum_exists n (A : 'M[C]_n) : exists s, is_spectrum A s.
 Proof.
 elim: n => [|n ih] in A *.
-  exists [::]; rewrite !big_nil ?fro2_ge0 //.
-  by rewrite /char_poly det_mx00.
+  exists [::]; split; rewrite !big_nil ?fro2_ge0 ?det_mx00 //.
+  - by rewrite /char_poly det_mx00.
+  - by rewrite /mxtrace big_ord0.
 have /closed_rootP[lambda] : size (char_poly A) != 1%N by rewrite size_char_poly.
 rewrite -eigenvalue_root_char => /eigenvalueP[v vA v0].
 have [c c0 [u1 u00]] := unit_row v0.
@@ -193,14 +200,40 @@ have [D [A' BE]] : exists D, exists A', B = block_mx lam 0 D A' :> 'M_(1 + n).
   rewrite -[LHS](@submxK _ 1 n 1 n); congr block_mx; apply/matrixP => i j.
     by rewrite !mxE !ord1 first B0j !eqxx.
   by rewrite !mxE !ord1 first B0j.
-have [s As s_le] := ih A'.
-exists (lambda :: s); first rewrite big_cons.
-  have polyB : char_poly B = char_poly lam * char_poly A' by rewrite BE; exact: (@char_poly_block _ 1 n lam D A').
-  by rewrite -(char_poly_similar A U1) -defB polyB char_poly_mx11 mxE As.
-have froB : fro2 B = fro2 lam + fro2 D + fro2 A' by rewrite BE; exact: (@fro2_block 1 n lam D A').
-rewrite -(fro2_unitary A U1) -defB froB big_cons ler_add //.
-rewrite -[leLHS]addr0 ler_add ?fro2_ge0 //.
-by rewrite fro2E !big_ord1 mxE eqxx mulr1n.
+have [s [s_poly s_tr s_det s_schur]] := ih A'.
+exists (lambda :: s); split; rewrite big_cons.
+- rewrite -(char_poly_similar A U1) -defB BE.
+  by rewrite [LHS](@char_poly_block _ 1 n lam D A') char_poly_mx11 mxE s_poly.
+- rewrite -[A]mulmx1 -(mulmx1C U1) mulmxA mxtrace_mulC mulmxA -defB BE.
+  by rewrite [LHS](@mxtrace_block _ 1 n lam 0 D A') mxtrace_scalar s_tr.
+- have -> : \det (1%:M + A) = \det (1%:M + B).
+    have -> : 1%:M + B = U *m (1%:M + A) *m adj U by rewrite mulmxDr mulmx1 mulmxDl U1 defB.
+    by rewrite !det_mulmx mulrAC -det_mulmx U1 det1 mul1r.
+  have -> : 1%:M + B = block_mx (1%:M + lam) 0 D (1%:M + A') :> 'M_(1 + n).
+    rewrite BE; apply: (etrans (congr1 (+%R^~ _) (@scalar_mx_block _ 1 n 1))).
+    by rewrite [LHS](@add_block_mx _ 1 n 1 n) !add0r.
+  by rewrite [LHS](@det_lblock _ 1 n) det_mx11 !mxE eqxx s_det.
+- rewrite -(fro2_unitary A U1) -defB BE [fro2 _](@fro2_block 1 n lam D A') ler_add //.
+  rewrite -[leLHS]addr0 ler_add ?fro2_ge0 //.
+  by rewrite fro2E !big_ord1 mxE eqxx mulr1n.
 Qed.
+
+Section SpectrumTheory.
+Variables (n : nat) (A : 'M[C]_n) (s : seq C).
+Hypothesis As : is_spectrum A s.
+
+Lemma spectrum_size : size s = n.
+Proof.
+apply: succn_inj; rewrite -(size_char_poly A) (spectrum_poly As).
+by rewrite (size_prod_XsubC s id).
+Qed.
+
+Lemma spectrum_eigen z : z \in s -> exists2 v : 'rV[C]_n, v *m A = z *: v & v != 0.
+Proof.
+move=> zs; apply/eigenvalueP; rewrite eigenvalue_root_char (spectrum_poly As).
+by rewrite root_prod_XsubC.
+Qed.
+
+End SpectrumTheory.
 
 End Spectrum.
