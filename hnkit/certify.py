@@ -135,6 +135,11 @@ def _down(value: float) -> float:
     return -_up(-value)
 
 
+def _times(a: float, b: float) -> float:
+    """A product of non-negative bounds, rounded up unless it is exact."""
+    return a * b if a in (0.0, 1.0) or b in (0.0, 1.0) else _up(a * b)
+
+
 class _UncertifiedError(InputError):
     """The complete message, with the path of the layer; rules and declarations raise `InputError` with the reason."""
 
@@ -283,7 +288,7 @@ def _sequential(module: nn.Sequential, visit: Visit) -> JacobianBounds:
         return JacobianBounds(1.0, 1.0, 1.0, reshaping=True)
     norm = 1.0
     for _, part in acting:
-        norm = _up(norm * part.norm) if norm != 1.0 else part.norm
+        norm = _times(norm, part.norm)
     if len(acting) == 1:
         return replace(acting[0][1], how=how)
     interval = _gradient_form(acting)
@@ -328,7 +333,7 @@ def _scaled(module: Scaled, visit: Visit) -> JacobianBounds:
     part, c = visit(module.module, "module"), module.factor
     low, high = sorted((c * part.lower, c * part.upper))
     return JacobianBounds(
-        _up(abs(c) * part.norm), _down(low), _up(high), elementwise=part.elementwise, how=f"{c:g} * {part.how}"
+        _times(abs(c), part.norm), _down(low), _up(high), elementwise=part.elementwise, how=f"{c:g} * {part.how}"
     )
 
 
@@ -373,11 +378,11 @@ def _convolution(module: nn.Conv2d, visit: Visit) -> JacobianBounds:  # noqa: AR
         # symbol would be wrong); more padding than "same" repeats them, at most three times.
         norm = convolution_norm_bound(weight, (1,) * len(reach), module.dilation, module.groups)
         more = [p for p, r in zip(padding, reach, strict=True) if 2 * p > r and module.padding != "same"]
-        return JacobianBounds.from_norm(_up(norm * math.sqrt(3 ** len(more))))
+        return JacobianBounds.from_norm(_times(norm, _up(math.sqrt(3 ** len(more))) if more else 1.0))
     norm = convolution_norm_bound(weight, module.stride, module.dilation, module.groups)
     if module.padding_mode == "zeros":
         return JacobianBounds.from_norm(norm)
-    return JacobianBounds.from_norm(_up(norm * _padding_factor(module.padding_mode, padding)))
+    return JacobianBounds.from_norm(_times(norm, _up(_padding_factor(module.padding_mode, padding))))
 
 
 @register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
