@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from hnkit._errors import InputError
 from scaled.digits.checkpoint import CANVAS, CLIP_FOLDER, LEGIBILITY_FILE, verified_folder
-from scaled.digits.scenes import CELL, CELLS, normalise_ink, split_cells
+from scaled.digits.scenes import CELL, CELLS, MIN_CONTRAST, split_cells
 
 PRESENCE_THRESHOLD = 0.35
 PRESENCE_WIDTH = 0.05
+SOFTNESS = 0.05
 NOT_A_DIGIT = 10
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -43,6 +44,26 @@ class InkClassifier(nn.Module):
         h = F.dropout(h.flatten(1), 0.3, self.training)
         out: Tensor = self.out(F.gelu(self.hidden(h)))
         return out
+
+
+def smooth_ink(cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Ink of coloured cells as `normalise_ink` has it, but with smooth maxima, so that no gradient sits on one pixel.
+
+    With S_t(v) = sum_i v_i e^(v_i/t) / sum_i e^(v_i/t), the smooth maximum (minimum for t < 0), and v the smooth
+    maximum over channels: ink = (v - S_-t(v))_+ / max(S_t(v - S_-t(v)), 0.1), t = 0.05.
+
+    Args:
+        cells: (m, 3, 16, 16) in [0, 1].
+
+    Returns:
+        Ink (m, 16, 16) and its peak before scaling (m,).
+    """
+    value = ((cells / SOFTNESS).softmax(1) * cells).sum(1).flatten(1)
+    floor = ((-value / SOFTNESS).softmax(1) * value).sum(1, keepdim=True)
+    ink = (value - floor).clamp(min=0)
+    peak = ((ink / SOFTNESS).softmax(1) * ink).sum(1)
+    ink = ink / peak.clamp(min=MIN_CONTRAST)[:, None]
+    return ink.view(-1, CELL, CELL), peak
 
 
 def _check(images: Tensor, prompts: Sequence[str]) -> None:
@@ -83,7 +104,7 @@ class Legibility:
             InputError: Wrong shapes.
         """
         _check(images, prompts)
-        ink, peak = normalise_ink(split_cells(images.float()).reshape(-1, 3, CELL, CELL))
+        ink, peak = smooth_ink(split_cells(images.float()).reshape(-1, 3, CELL, CELL))
         likeliest: Tensor = self.classifier(ink).softmax(1)[:, :NOT_A_DIGIT].amax(1)
         weight = torch.sigmoid((peak - PRESENCE_THRESHOLD) / PRESENCE_WIDTH)
         score: Tensor = (weight * likeliest).view(-1, CELLS).sum(1) / (0.1 + weight.view(-1, CELLS).sum(1))

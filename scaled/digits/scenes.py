@@ -54,6 +54,7 @@ CANVAS = 32
 CELL = 16
 CELLS = 4
 MAX_WORDS = 7
+MIN_CONTRAST = 0.1
 EMPTY = -1
 _SPLIT_SEED = 20250809
 _EVAL_SEED = 7
@@ -426,7 +427,7 @@ def split_cells(images: Tensor) -> Tensor:
 
 
 def normalise_ink(cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Ink of coloured cells: the brightest channel, background removed, peak scaled to 1.
+    """Ink of coloured cells: the brightest channel, background removed, peak (where above 0.1) scaled to 1.
 
     Args:
         cells: (m, 3, 16, 16) in [0, 1].
@@ -438,4 +439,5 @@ def normalise_ink(cells: Tensor) -> tuple[Tensor, Tensor]:
     floor = value.flatten(1).quantile(0.2, dim=1)
     ink = (value - floor[:, None, None]).clamp(min=0)
     peak = ink.flatten(1).amax(1)
-    return ink / peak.clamp(min=1e-6)[:, None, None], peak
+    # Faint cells stay faint: a cell without ink must not become noise at full contrast, nor its gradient huge.
+    return ink / peak.clamp(min=MIN_CONTRAST)[:, None, None], peak

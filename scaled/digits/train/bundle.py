@@ -33,6 +33,8 @@ def bundle(work: Path, out: Path) -> None:
         for name in (JUDGE_FILE, LEGIBILITY_FILE, FIGURES_FILE):
             shutil.copyfile(work / name, new / name)
         atomic_write(new / CARD_FILE, data_card(json.loads((work / FIGURES_FILE).read_text(encoding="utf-8"))))
+        for path in new.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         write_checksums(new)
         size = sum(p.stat().st_size for p in new.rglob("*") if p.is_file())
         if size > SIZE_LIMIT:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scaled.digits.judge import ILLEGIBLE, DigitReader, Judge
-from scaled.digits.rewards import InkClassifier
+from scaled.digits.rewards import InkClassifier, smooth_ink
 from scaled.digits.scenes import (
     CELL,
     EMPTY,
@@ -28,6 +28,8 @@ from scaled.digits.scenes import (
 )
 from scaled.digits.train.common import Average, optimiser, record, steps_logged
 
+InkOf = Callable[[Tensor], tuple[Tensor, Tensor]]
+
 
 def _blur(ink: Tensor) -> Tensor:
     kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0])
@@ -37,11 +39,12 @@ def _blur(ink: Tensor) -> Tensor:
     return ink
 
 
-def training_cells(scans: Scans, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def training_cells(scans: Scans, ink_of: InkOf, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Cells with digits, and with ink that is none: blends, halves, blurs, noise.
 
     Args:
         scans: Handwriting.
+        ink_of: Extracts ink (m, 16, 16) and peak from cells (m, 3, 16, 16).
         n: Number of cells; a quarter of them are illegible.
         generator: Source of randomness.
 
@@ -66,16 +69,25 @@ def training_cells(scans: Scans, n: int, generator: torch.Generator) -> tuple[Te
     mask = ink[:, None]
     cells = background * (1 - mask) + mask * shade[:, :, None, None] * 0.9
     cells = cells + 0.04 * torch.rand(n, 1, 1, 1, generator=generator) * torch.randn(cells.shape, generator=generator)
-    return normalise_ink(cells.clamp(0, 1))[0], labels
+    return ink_of(cells.clamp(0, 1))[0], labels
 
 
 def train_reader(
-    build: Callable[[], nn.Module], split: Split, path: Path, *, seed: int, steps: int, label: str, batch: int = 128
+    build: Callable[[], nn.Module],
+    ink_of: InkOf,
+    split: Split,
+    path: Path,
+    *,
+    seed: int,
+    steps: int,
+    label: str,
+    batch: int = 128,
 ) -> nn.Module:
     """Train one classifier of cells and write its weights.
 
     Args:
         build: Makes the untrained network.
+        ink_of: Extracts ink (m, 16, 16) and peak from cells (m, 3, 16, 16).
         split: The handwriting it learns from.
         path: The safetensors file to write.
         seed: Seed of weights and data.
@@ -93,7 +105,7 @@ def train_reader(
     adam, schedule = optimiser(list(network.parameters()), 2e-3, steps, decay=0.02)
     average = Average(network, 0.998)
     for _ in steps_logged(steps, 250, log, label):
-        ink, labels = training_cells(scans, batch, generator)
+        ink, labels = training_cells(scans, ink_of, batch, generator)
         logits = network(ink)
         loss = F.cross_entropy(logits, labels, label_smoothing=0.02)
         adam.zero_grad()
@@ -128,7 +140,9 @@ def scene_accuracy(judge: Judge, split: Split, *, n: int, seed: int) -> dict[str
 def train_judge(work: Path, *, seed: int, steps: int) -> None:
     """Train the judge's reader on its own handwriting and measure it on everybody else's."""
     start = time.monotonic()
-    reader = train_reader(DigitReader, "judge", work / "judge.safetensors", seed=seed, steps=steps, label="judge")
+    reader = train_reader(
+        DigitReader, normalise_ink, "judge", work / "judge.safetensors", seed=seed, steps=steps, label="judge"
+    )
     assert isinstance(reader, DigitReader)
     judge = Judge(reader)
     figures = {
@@ -142,8 +156,8 @@ def train_legibility(work: Path, *, seed: int, steps: int) -> None:
     """Train the classifier behind the legibility reward, on the scorer's handwriting."""
     start = time.monotonic()
     path = work / "legibility.safetensors"
-    network = train_reader(InkClassifier, "scorer", path, seed=seed, steps=steps, label="legibility").eval()
-    ink, labels = training_cells(load_scans("generator"), 4000, torch.Generator().manual_seed(seed + 1))
+    network = train_reader(InkClassifier, smooth_ink, "scorer", path, seed=seed, steps=steps, label="legibility").eval()
+    ink, labels = training_cells(load_scans("generator"), smooth_ink, 4000, torch.Generator().manual_seed(seed + 1))
     with torch.no_grad():
         share = float((network(ink).argmax(1) == labels).float().mean())
     record(

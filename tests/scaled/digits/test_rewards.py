@@ -63,21 +63,23 @@ def test_legibility_prefers_digits_to_fused_ones(legible: Legibility) -> None:
         a, b = legible(clean, texts), legible(fused, texts)
     assert float((a > b).float().mean()) > 0.9
     assert bool((a >= 0).all() and (a < 1).all())
-    assert float(legible(torch.full((1, 3, 32, 32), 0.1), ["a three"])) < 0.01
+    assert float(legible(torch.full((1, 3, 32, 32), 0.1), ["a three"])) < 0.02
 
 
 @pytest.mark.parametrize("name", ["clip", "legible"])
 def test_gradients_against_finite_differences(name: str, request: pytest.FixtureRequest) -> None:
     reward = request.getfixturevalue(name)
     images, texts = pictures(3, 4)
-    x = images.clamp(0.02, 0.98).requires_grad_()
+    # Texture, because a perfectly flat background sits on the kinks of the maximum and of the quantile.
+    texture = 0.02 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    x = (0.95 * images + texture).requires_grad_()
     out = reward(x, texts)
     assert out.shape == (3,)
     assert out.dtype == torch.float32
     (gradient,) = torch.autograd.grad(out.sum(), x)
     direction = gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
     slope = (gradient * direction).sum((1, 2, 3))
-    h = 2e-2
+    h = 3e-3
     with torch.no_grad():
         central = (reward(x + h * direction, texts) - reward(x - h * direction, texts)) / (2 * h)
     assert torch.allclose(central, slope, rtol=0.1, atol=1e-3)
