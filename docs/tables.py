@@ -1,0 +1,118 @@
+"""The figures of README.md and docs/, generated from the reports in docs/results/: none is typed by hand.
+
+    python docs/tables.py           rewrite the marked blocks
+    python docs/tables.py --check   exit 1 if one is stale
+
+A block stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hnkit.report import Cell, Table, format_estimate, format_number
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+BLOCK = re.compile(r"(<!-- begin:(?P<name>[\w-]+) -->\n).*?(<!-- end:(?P=name) -->)", re.DOTALL)
+
+
+def _document(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return document
+
+
+def _cell(cell: Cell) -> str:
+    return (cell if isinstance(cell, str) else format_number(cell)).replace("|", "\\|")
+
+
+def to_markdown(table: Table) -> str:
+    """A table in Markdown, with its caption below."""
+    lines = [
+        "| " + " | ".join(header.replace("|", "\\|") for header in table.headers) + " |",
+        "| " + " | ".join("---" for _ in table.headers) + " |",
+        *("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows),
+    ]
+    return "\n".join([*lines, "", table.caption, ""] if table.caption else [*lines, ""])
+
+
+def item_e() -> str:
+    """What each loss learns on the linear-Gaussian toy, in nats from the tilted law."""
+    rows: list[tuple[Cell, ...]] = []
+    for run in _document("item-e")["runs"]:
+        law, figures = run["closed_form"], run["measurement"]
+        rows.append(
+            (
+                run["config"]["train"]["kl"],
+                law["targets"]["l2"]["covariance_error"],
+                law["targets"]["second-order"]["covariance_error"],
+                law["targets"]["exact"]["covariance_error"],
+                law["targets"]["exact"]["mean_error"],
+                law["nats"],
+                format_estimate(figures["gap"], figures["gap_stderr"]),
+                format_estimate(figures["l2"], figures["l2_stderr"]),
+                format_estimate(figures["kl"], figures["kl_stderr"]),
+            )
+        )
+    targets = _document("item-e")["runs"][0]["closed_form"]["targets"]
+    theory = ", ".join(f"{name} {format_number(targets[name]['nats'])}" for name in ("l2", "second-order", "exact"))
+    caption = (
+        "Relative Frobenius distance of the learned covariance from each loss's own optimum (S², 4(2I+H)⁻², S), of the "
+        f"learned mean from Sb, and nats from the tilted law. Optima in closed form, nats: {theory}."
+    )
+    headers = ("trained with", "to S²", "to second order", "to S", "mean to Sb", "nats, from the learned matrix",
+               "nats, measured", "L2 term", "exact KL")  # fmt: skip
+    return to_markdown(Table(headers, tuple(rows), caption))
+
+
+def _compare_table(name: str) -> Callable[[], str]:
+    def table() -> str:
+        from scaled.compare.page import all_tables
+
+        return to_markdown(all_tables(_document("compare"))[name])
+
+    return table
+
+
+def compare_lead() -> str:
+    """What the comparison found, in words generated from its figures."""
+    from scaled.compare.page import lead
+
+    return lead(_document("compare")) + "\n"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "item-e": item_e,
+    "compare-lead": compare_lead,
+    **{f"compare-{name}": _compare_table(name) for name in ("table-1", "steps", "diversity", "ranks", "losses", "l2")},
+}
+
+
+def rewritten(text: str) -> str:
+    """The page with every block made anew."""
+    return BLOCK.sub(lambda match: match[1] + BLOCKS[match["name"]]() + match[3], text)
+
+
+def main() -> int:
+    """Rewrite or check every page."""
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        new = rewritten(text)
+        if new != text:
+            stale.append(page.name)
+            if "--check" not in sys.argv:
+                page.write_text(new, encoding="utf-8")
+    if stale and "--check" in sys.argv:
+        print(f"stale: {', '.join(stale)}; run python docs/tables.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
