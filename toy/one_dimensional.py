@@ -132,7 +132,7 @@ class OneDimensional(Toy):
     def _edges(self, low: float, high: float) -> Tensor:
         inner = [b for b in self.breakpoints if low < b < high]
         edges = torch.linspace(low, high, max(2, math.ceil(4 * (high - low))), dtype=torch.float64)
-        return torch.cat([edges, torch.tensor(inner, dtype=torch.float64)]).unique()
+        return torch.tensor(sorted({*edges.tolist(), *inner}), dtype=torch.float64)
 
     @cached_property
     def _panels(self) -> Panels:
