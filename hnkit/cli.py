@@ -23,8 +23,18 @@ NEWEST = "newest"
 """What a bare `--resume` stands for: the run in `--out`, or the newest run of `runs/`."""
 
 
+class _Interrupted(Exception):  # noqa: N818 - not an error
+    """Ctrl-C, in a form that typer does not answer itself."""
+
+
 class _Commands(TyperGroup):
     """The group of commands: every error becomes one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise _Interrupted from interrupt
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
         arguments = _with_resume_value(sys.argv[1:] if args is None else args)
@@ -51,7 +61,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     name = type(error).__name__
     if isinstance(error, InputError):
         return text, BAD_INPUT
-    if isinstance(error, KeyboardInterrupt) or name == "Abort":
+    if isinstance(error, KeyboardInterrupt | _Interrupted) or name == "Abort":
         return "interrupted", INTERRUPTED
     usage = getattr(error, "format_message", None)  # typer's (or click's) usage errors
     if usage is not None:

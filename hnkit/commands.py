@@ -251,7 +251,7 @@ def generate(
     as_json: bool,
 ) -> None:
     """Write base and steered images of every prompt from the same noise; see `hnkit.generation`."""
-    from hnkit.generation import GenerateSettings, generate_pairs
+    from hnkit.generation import GenerateSettings, generate_pairs, require_images
 
     name = _named_backend(backend)
     settings = GenerateSettings(count=count, steps=steps, seed=seed, batch=batch, layout=layout)
@@ -263,6 +263,7 @@ def generate(
         raise InputError("--prompt is empty: write a prompt")
     loaded, _ = load_trained(name, adapter, overrides)
     texts = default_prompts(loaded) if texts is None else texts
+    require_images(loaded, texts[0], settings)
     folder = new_run_folder(out, "generate")
     document = generate_pairs(loaded, texts, settings, folder, steered=adapter is not None)
     if as_json:

@@ -106,6 +106,11 @@ def generate_pairs(
     return document
 
 
+def require_images(backend: Backend, prompt: str, settings: GenerateSettings) -> None:
+    """Make one image and refuse a backend whose outputs are none, before anything is written."""
+    _pair(backend, prompt, _noise(backend, settings.seed, range(1)), settings.steps, steered=False)
+
+
 def _noise(backend: Backend, seed: int, rows: range) -> Tensor:
     """Noise of image k: a function of the seed and of k alone, so that prompts and runs are paired."""
     dtype = getattr(backend, "noise_dtype", torch.float32)

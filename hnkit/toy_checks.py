@@ -29,7 +29,8 @@ _EXACT = 1e-8
 def contraction(dim: int, lipschitz: float = 0.5, *, width: int = 16, seed: int = 0) -> nn.Sequential:
     """A smooth map with a certified constant: two linear layers of spectral norm `sqrt(L)` around tanh, in float64."""
     generator = generator_for(seed, "verify/contraction", dim)
-    layers = [nn.Linear(*sizes, dtype=torch.float64) for sizes in ((dim, width), (width, dim))]
+    sizes = ((dim, width), (width, dim))
+    layers = [nn.utils.skip_init(nn.Linear, *size, dtype=torch.float64) for size in sizes]  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for layer in layers:
             weight = torch.randn(layer.weight.shape, dtype=torch.float64, generator=generator)

@@ -1,0 +1,383 @@
+"""The command line: exit codes, one line per error, JSON on stdout, nothing overwritten, fast help."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hnkit import cli
+from hnkit._errors import InputError
+
+MAPS = """
+import torch
+from torch import nn
+
+def good(x): return 0.2 * torch.sin(x)
+def twisted(x): return 0.3 * torch.sin(x) + 0.1 * x.roll(1, -1)
+def reshaped(x): return x[:, :1]
+def flat(x): return x.flatten(1)[:, 0]
+def couples(x): return 0.1 * (x - x.mean(0))
+def not_a_number(x): return x / 0
+def partly_nan(x): return torch.where(x > 1.5, torch.nan, 0.1 * x)
+def detached(x): return x.detach().round()
+def through_numpy(x): return torch.from_numpy(x.detach().numpy() * 0.5)
+def random(x): return 0.1 * torch.randn_like(x) * x
+def raises(x): raise RuntimeError("first line\\nsecond line")
+def returns_none(x): return None
+def integer(x): return x.long()
+def fails_to_build(): raise ValueError("no weights here")
+def builds_nothing(): return None
+number = 5
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3))
+    def forward(self, x): return 0.1 * self.body(x)
+def make(): return Net()
+net = Net()
+class Needs(nn.Module):
+    def __init__(self, width): super().__init__()
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory with a module of maps in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mymaps.py").write_text(MAPS)
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    (tmp_path / "syntax.py").write_text("def f(x:\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious").write_text("kept")
+    yield tmp_path
+    for name in ("mymaps", "broken", "syntax"):
+        sys.modules.pop(name, None)
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of a command run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        cli.app([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+MAP = ("verify-bound", "--shape", "3", "--samples", "8", "--map")
+
+BAD = [
+    ("frobnicate",),
+    ("verify-bound", "--nope"),
+    ("verify-bound", "--samples"),
+    ("verify-bound", "--samples", "many"),
+    ("verify-bound", "--samples", "0"),
+    ("verify-bound", "--samples", "-3"),
+    ("verify-bound", "--seed", "-1"),
+    ("verify-bound", "--seed", "1.5"),
+    ("verify-bound", "--toy", "nonesuch"),
+    ("verify-bound", "--method", "guess"),
+    ("verify-bound", "--toy", "linear-gaussian", "--alpha", "0"),
+    ("verify-bound", "--toy", "linear-gaussian", "--alpha", "-1"),
+    ("verify-bound", "--toy", "linear-gaussian", "--alpha", "nan"),
+    ("verify-bound", "--toy", "linear-gaussian", "--out", "taken"),
+    ("verify-bound", "--toy", "linear-gaussian", "--out", "mymaps.py"),
+    ("verify-bound", "--toy", "linear-gaussian", "--out", "mymaps.py/below"),
+    ("verify-bound", "--toy", "linear-gaussian", "--map", "mymaps:good", "--shape", "3"),
+    ("verify-bound", "--shape", "3"),
+    ("verify-bound", "--adapter", "taken"),
+    ("verify-bound", "--prompts", "mymaps.py"),
+    ("verify-bound", "--set", "backend.problem=folding"),
+    ("verify-bound", "--map", "mymaps:good"),
+    ("verify-bound", "--map", "mymaps:good", "--shape", ""),
+    ("verify-bound", "--map", "mymaps:good", "--shape", "3,x"),
+    ("verify-bound", "--map", "mymaps:good", "--shape", "3,,4"),
+    ("verify-bound", "--map", "mymaps:good", "--shape", "0"),
+    ("verify-bound", "--map", "mymaps:good", "--shape=-3"),
+    ("verify-bound", "--map", "mymaps:good", "--shape", "99999999999"),
+    (*MAP, "mymaps"),
+    (*MAP, ":good"),
+    (*MAP, "mymaps:"),
+    (*MAP, "mymaps:absent"),
+    (*MAP, "no_such_module:f"),
+    (*MAP, "broken:f"),
+    (*MAP, "syntax:f"),
+    (*MAP, "mymaps:number"),
+    (*MAP, "mymaps:reshaped"),
+    (*MAP, "mymaps:flat"),
+    (*MAP, "mymaps:couples"),
+    (*MAP, "mymaps:not_a_number"),
+    ("verify-bound", "--shape", "3", "--samples", "64", "--map", "mymaps:partly_nan"),
+    (*MAP, "mymaps:detached"),
+    (*MAP, "mymaps:through_numpy"),
+    (*MAP, "mymaps:random"),
+    (*MAP, "mymaps:raises"),
+    (*MAP, "mymaps:returns_none"),
+    (*MAP, "mymaps:integer"),
+    (*MAP, "mymaps:fails_to_build"),
+    (*MAP, "mymaps:builds_nothing"),
+    (*MAP, "mymaps:Needs"),
+    (*MAP, "mymaps:good", "--alpha", "1"),
+    (*MAP, "mymaps:good", "--method", "arnoldi", "--budget", "0"),
+    (*MAP, "mymaps:good", "--method", "arnoldi", "--rel-error", "0"),
+    (*MAP, "mymaps:good", "--method", "arnoldi", "--rel-error", "-0.1"),
+    (*MAP, "mymaps:good", "--method", "arnoldi", "--probes", "0"),
+    (*MAP, "mymaps:good", "--method", "arnoldi", "--steps", "0"),
+    (*MAP, "mymaps:good", "--rel-error", "0.1"),
+    ("verify-bound", "--backend", "nonesuch", "--adapter", "taken"),
+    ("verify-bound", "--backend", "toy"),
+    ("verify-bound", "--backend", "toy", "--adapter", "absent"),
+    ("verify-bound", "--backend", "toy", "--adapter", "taken"),
+    ("train",),
+    ("train", "--backend", "nonesuch"),
+    ("train", "--backend", "toy", "--kl", "guess"),
+    ("train", "--backend", "toy", "--alpha", "0"),
+    ("train", "--backend", "toy", "--steps", "0"),
+    ("train", "--backend", "toy", "--steps", "x"),
+    ("train", "--backend", "toy", "--config", "absent.toml"),
+    ("train", "--backend", "toy", "--config", "mymaps.py"),
+    ("train", "--backend", "toy", "--config", "taken"),
+    ("train", "--backend", "toy", "--set", "train.nonsense=1"),
+    ("train", "--backend", "toy", "--set", "nonsense"),
+    ("train", "--backend", "toy", "--preset", "nonesuch"),
+    ("train", "--backend", "toy", "--reward", "nonesuch=1"),
+    ("train", "--backend", "toy", "--reward", "mymaps:absent=1"),
+    ("train", "--backend", "toy", "--out", "taken"),
+    ("train", "--backend", "toy", "--resume"),
+    ("train", "--backend", "toy", "--resume", "absent"),
+    ("train", "--backend", "toy", "--resume", "taken"),
+    ("train", "--resume", "taken", "--out", "elsewhere"),
+    ("generate",),
+    ("generate", "--backend", "nonesuch"),
+    ("generate", "--backend", "toy"),
+    ("generate", "--backend", "toy", "--count", "0"),
+    ("generate", "--backend", "toy", "--batch", "0"),
+    ("generate", "--backend", "toy", "--steps", "0"),
+    ("generate", "--backend", "toy", "--layout", "nonesuch"),
+    ("generate", "--backend", "toy", "--prompts", "absent.txt"),
+    ("generate", "--backend", "toy", "--prompts", "mymaps.py"),
+    ("generate", "--backend", "toy", "--prompt", " "),
+    ("generate", "--backend", "toy", "--prompt", "a", "--prompts", "absent.txt"),
+    ("generate", "--backend", "toy", "--out", "taken"),
+    ("generate", "--backend", "toy", "--adapter", "absent"),
+    ("compare",),
+    ("compare", "--backend", "nonesuch"),
+    ("compare", "--backend", "toy"),
+    ("backends", "--nope"),
+]
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=" ".join)
+def test_bad_input_is_one_line_and_exit_2(arguments, here, capsys):
+    before = sorted(here.rglob("*"))
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    lines = [line for line in err.splitlines() if not line.startswith("[")]  # progress of what ran before
+    assert len(lines) == 1, err
+    assert lines[0].startswith("hnkit: ")
+    assert "internal error" not in err
+    assert len(lines[0]) < 600
+    left = [path for path in sorted(here.rglob("*")) if "__pycache__" not in path.parts and path not in before]
+    assert left == []
+    assert (here / "taken" / "precious").read_text() == "kept"
+
+
+def test_bad_toml_names_the_file_and_the_key(here, capsys):
+    (here / "a.toml").write_text("[train]\nstepz = 3\n")
+    code, _, err = run(capsys, "train", "--backend", "toy", "--config", "a.toml")
+    assert code == 2
+    assert "stepz" in err
+    assert "a.toml" in err
+    (here / "a.toml").write_text("[train\n")
+    assert run(capsys, "train", "--backend", "toy", "--config", "a.toml")[0] == 2
+
+
+def test_map_report(here, capsys):
+    code, out, _ = run(
+        capsys, "verify-bound", "--map", "mymaps:twisted", "--shape", "4", "--samples", "32", "--out", "run", "--json"
+    )
+    assert code == 0
+    document = json.loads(out)
+    assert document["ok"] is True
+    assert document["config"]["shape"] == [4]
+    names = {figure["name"] for figure in document["figures"]}
+    assert {"KL (Stein form)", "L2 term", "symmetry index", "Theorem 7 estimate", "Stein residual z"} <= names
+    by_name = {check["name"]: check for check in document["checks"]}
+    assert by_name["theorem-7"]["verdict"] == "not certified"
+    saved = json.loads((here / "run" / "report.json").read_text())
+    assert saved == {key: value for key, value in document.items() if key != "run_folder"}
+    assert sorted(path.name for path in (here / "run").iterdir()) == sorted(
+        ["config.json", "report.json", "report.html", *document["plots"]]
+    )
+
+
+@pytest.mark.parametrize("name", ["net", "make", "Net"])
+def test_modules_and_factories_are_maps_in_eval_mode(name, here, capsys):
+    code, out, err = run(capsys, *MAP, f"mymaps:{name}", "--json")
+    assert code == 0, err
+    assert json.loads(out)["ok"]
+
+
+def test_text_fits_80_columns(here, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, "verify-bound", "--toy", "rotation", "--toy", "extremal", "--samples", "16")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert "theorem-7" in out
+    assert "report: runs/verify-" in out
+    code, out, _ = run(capsys, *MAP, "mymaps:good")
+    assert max(len(line) for line in out.splitlines() if not line.startswith("report:")) <= 80
+    assert "KL (Stein form)" in out
+
+
+def test_same_seed_same_report(here, capsys):
+    texts = [
+        run(capsys, *MAP, "mymaps:good", "--out", f"run{k}", "--json", "--method", "arnoldi")[1].replace(f"run{k}", "")
+        for k in (1, 2)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_estimates_carry_error_bars(here, capsys):
+    arguments = (*MAP, "mymaps:twisted", "--method", "arnoldi", "--probes", "4", "--json")
+    figures = {figure["name"]: figure for figure in json.loads(run(capsys, *arguments)[1])["figures"]}
+    assert figures["KL (Stein form)"]["stderr"] > 0
+    one = json.loads(
+        run(capsys, "verify-bound", "--map", "mymaps:twisted", "--shape", "3", "--samples", "1", "--json")[1]
+    )
+    figures = {figure["name"]: figure for figure in one["figures"]}
+    assert figures["KL (Stein form)"]["stderr"] is None  # one sample says nothing about its own error
+    assert {check["name"]: check["verdict"] for check in one["checks"]}["stein-identity"] == "not applicable"
+
+
+def test_train_verify_resume(here, capsys):
+    train = ("train", "--backend", "toy", "--steps", "30", "--batch", "16", "--lr", "0.05", "--out", "run")
+    code, out, err = run(capsys, *train, "--set", "train.measure_samples=32", "--kl", "exact", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["finished"]
+    assert document["report"]["config"]["train"]["kl"] == "exact"
+    code, _, _ = run(capsys, *train)
+    assert code == 2  # the folder exists
+    code, out, err = run(capsys, "train", "--resume", "run")
+    assert code == 0, err
+    for adapter in ("run", "run/adapter"):
+        code, out, err = run(
+            capsys, "verify-bound", "--backend", "toy", "--adapter", adapter, "--samples", "32", "--json"
+        )
+        assert code == 0, err
+        figures = {figure["name"]: figure for figure in json.loads(out)["figures"]}
+        assert figures["optimality gap"]["value"] > 0
+        assert figures["Lipschitz, certified"]["value"] > 0
+    assert run(capsys, "verify-bound", "--backend", "digits", "--adapter", "run")[0] == 2
+
+
+def test_backends_lists_what_is_installed(here, capsys):
+    code, out, _ = run(capsys, "backends", "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert "toy" in [entry["name"] for entry in document["backends"]]
+    code, out, _ = run(capsys, "backends")
+    assert code == 0
+    assert "toy" in out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (InputError("a\nb"), 2, "a b"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "no space left on device at /x/y"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "permission denied at /x"),
+        (OSError(errno.EROFS, "Read-only file system"), 2, "read-only file system"),
+        (MemoryError(), 2, "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate: not enough memory"), 2, "out of memory"),
+        (BrokenPipeError(), 2, "reader"),
+        (ZeroDivisionError("oops"), 2, "internal error, ZeroDivisionError: oops"),
+    ],
+)
+def test_every_error_becomes_one_line(error, code, words, monkeypatch, capsys):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr("hnkit.commands.verify", fail)
+    found, out, err = run(capsys, "verify-bound")
+    assert found == code
+    assert out == ""
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_debug_shows_the_traceback(here, capsys):
+    code, _, err = run(capsys, *MAP, "mymaps:raises", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert "mymaps.py" in err
+
+
+def test_failing_check_is_exit_1(monkeypatch, here, capsys):
+    from hnkit import map_checks
+
+    wrong = map_checks.theorem7_bound
+    monkeypatch.setattr(map_checks, "theorem7_bound", lambda dim, L: 1e-3 * wrong(dim, L))
+    code, out, _ = run(capsys, "verify-bound", "--toy", "extremal", "--samples", "16")
+    assert code == 1
+    assert "✗ theorem-7" in out
+    assert "1 fails" in out
+
+
+def hnkit(*arguments, **extra):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **extra}
+    return subprocess.run(
+        [sys.executable, "-m", "hnkit", *arguments], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
+def test_help_imports_no_torch():
+    for arguments in (["--help"], ["verify-bound", "--help"], ["train", "--help"], ["--version"], []):
+        code = (
+            "import sys; sys.argv = ['hnkit', *%r]\n"
+            "from hnkit.cli import main\n"
+            "try: main()\n"
+            "except SystemExit as ended: assert not ended.code\n"
+            "heavy = {'torch', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+            "assert not heavy, heavy"
+        ) % arguments
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def test_runs_as_a_module_and_survives_a_c_locale(tmp_path):
+    done = hnkit(
+        "verify-bound", "--toy", "extremal", "--samples", "8", "--out", str(tmp_path / "run"), LC_ALL="C",
+        PYTHONIOENCODING="ascii",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "theorem-7" in done.stdout
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Theorem 7" in page
+    assert "<script" not in page
+
+
+def test_closed_stdout_is_quiet(tmp_path):
+    command = f"{sys.executable} -m hnkit verify-bound --toy extremal --samples 8 --out {tmp_path / 'run'} | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_read_only_folder_is_named(here, capsys, monkeypatch):
+    def refuse(self, parents=False, exist_ok=False, mode=0o777):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    code, _, err = run(capsys, *MAP, "mymaps:good", "--out", "somewhere/new")
+    assert code == 2
+    assert "somewhere/new" in err
