@@ -378,8 +378,9 @@ def _legendre(count: int) -> tuple[np.ndarray, np.ndarray]:
 def _quantile_of(weights: Tensor, z: Tensor) -> Tensor:
     """`Phi^-1(sum_k weights_k Phi(z_k))`, `(n, k), (n, k) -> (n,)`, from the smaller tail."""
     lower, upper = (weights * normal_cdf(z)).sum(1), (weights * normal_cdf(-z)).sum(1)
-    small = torch.minimum(lower, upper).clamp(min=1e-300, max=0.5)
-    return torch.where(lower < upper, ndtri(small), -ndtri(small))
+    below = lower < upper  # not torch.minimum: where the tails tie, its gradient is the mean of both, which is 0
+    small = torch.where(below, lower, upper).clamp(min=1e-300)
+    return torch.where(below, ndtri(small), -ndtri(small))
 
 
 def _implicit(x: Tensor, root: Tensor, residual: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
