@@ -70,11 +70,11 @@ def draw_probes(
         return signs
     if kind not in PROBES:
         raise InputError(f"unknown probe {kind!r}: accepted are {', '.join(PROBES)}")
-    gaussian = torch.randn(rows, dim, generator=generator, device=source, dtype=torch.float64).to(device)
+    gaussian: Tensor = torch.randn(rows, dim, generator=generator, device=source, dtype=torch.float64).to(device)
     if kind == "gaussian":
         return gaussian
-    radius: Tensor = gaussian.norm(dim=1, keepdim=True)
-    return gaussian * (dim**0.5 / radius)
+    sphere: Tensor = torch.nn.functional.normalize(gaussian) * dim**0.5
+    return sphere
 
 
 def second_order(operator: Operator, probe: Tensor, *, lipschitz: float | None = None) -> QuadraticForm:
@@ -243,28 +243,29 @@ def arnoldi(
     Source: `proofs/arnoldi_bias`.
     """
     process = arnoldi_process(operator, probe, steps=steps, tolerance=tolerance)
-    return _arnoldi_form(process, phi_corner(process.space.hessenberg[:, :-1]), lipschitz, "arnoldi")
+    return _arnoldi_form(process, phi_corner(process.space.hessenberg[:, :-1]), lipschitz)
 
 
 def arnoldi_process(operator: Operator, probe: Tensor, *, steps: int | None, tolerance: float) -> ArnoldiProcess:
-    """Arnoldi's process run for `steps`, or adaptively as `arnoldi` describes."""
+    """Arnoldi's process run for `steps`, or adaptively as `arnoldi` describes; a norm of at least 1 raises."""
     process = ArnoldiProcess(operator, probe)
     limit = min(operator.dim, _MAX_STEPS if steps is None else steps)
     while process.steps < limit and bool(process.alive.any()):
         process.advance()
         if steps is None and process.steps >= 3:
             H = process.space.hessenberg
+            refuse_norm(spectral_norm(H), "arnoldi")
             size = (process.scale.square() * H[:, :2, 0].square().sum(1)).sum() / 2
             if float(process.truncation().sum()) <= tolerance * float(size):
                 break
+    refuse_norm(spectral_norm(process.space.hessenberg), "arnoldi")
     return process
 
 
-def _arnoldi_form(process: ArnoldiProcess, corner: Tensor, lipschitz: float | None, method: str) -> QuadraticForm:
+def _arnoldi_form(process: ArnoldiProcess, corner: Tensor, lipschitz: float | None) -> QuadraticForm:
     space, m = process.space, process.steps
     H, scale = space.hessenberg, space.scale.square()
     norm = spectral_norm(H)
-    refuse_norm(norm, method)
     first = H[:, :2, 0]
     bound = torch.full_like(corner, torch.nan)
     if lipschitz is not None and lipschitz < 1:
@@ -397,12 +398,11 @@ def xtrace(
     if group < 2 or group > dim or rows % group:
         raise InputError(f"xtrace with {group} probes at dimension {dim}: give 2 or more probes, at most the dimension")
     first = arnoldi_process(operator, probe, steps=steps, tolerance=tolerance)
-    form = _arnoldi_form(first, phi_corner(first.space.hessenberg[:, :-1]), lipschitz, "arnoldi")
+    form = _arnoldi_form(first, phi_corner(first.space.hessenberg[:, :-1]), lipschitz)
     Y = _apply_phi(first).reshape(points, group, dim).mT
     V = probe.reshape(points, group, dim).mT
     Q, R = torch.linalg.qr(Y)
     second = arnoldi_process(operator, Q.mT.reshape(rows, dim), steps=steps, tolerance=tolerance)
-    refuse_norm(spectral_norm(second.space.hessenberg), "arnoldi")
     Z = _apply_phi(second).reshape(points, group, dim).mT
     T = Q.mT @ Z
     estimates = []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from scipy.special import roots_legendre
 from torch import Tensor
 
 # Relative length of a residual that counts as rounding: the Krylov space is exhausted.
@@ -124,7 +126,8 @@ class ArnoldiProcess:
         last, previous = (corners[2] - corners[1]).abs(), (corners[1] - corners[0]).abs()
         decay = min(float(last.sum()) / max(float(previous.sum()), 1e-300), 0.95)
         series = last * decay / (1 - decay)
-        return self.scale.square() * torch.maximum(self.descent * walks, series * self.alive)
+        estimate: Tensor = self.scale.square() * torch.maximum(self.descent * walks, series * self.alive)
+        return estimate
 
 
 class LanczosProcess:
@@ -275,8 +278,12 @@ def gauss_nodes(norm: float, tolerance: float = 1e-15) -> tuple[np.ndarray[Any, 
 
     Source: Trefethen, Approximation Theory and Approximation Practice, Theorem 19.3; `proofs/resolvent`.
     """
-    s = 2 / min(max(norm, 1e-3), 1 - 1e-5) - 1
+    s = 2 / min(max(norm, 1e-3), 1 - 1e-6) - 1
     rho = s + math.sqrt(s * s - 1)
-    count = max(3, math.ceil(-math.log(tolerance) / (2 * math.log(rho))) + 2)
-    nodes, weights = np.polynomial.legendre.leggauss(count)
+    return _legendre(max(3, math.ceil(-math.log(tolerance) / (2 * math.log(rho))) + 2))
+
+
+@lru_cache(maxsize=64)
+def _legendre(count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    nodes, weights = roots_legendre(count)
     return (nodes + 1) / 2, weights / 2

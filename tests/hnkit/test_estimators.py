@@ -1,0 +1,319 @@
+"""Each estimator of E(J) on matrices of known structure, probe by probe, against dense twins."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from hnkit import InputError
+from hnkit.estimators import PROBES, arnoldi, draw_probes, lanczos, power_series, roulette, second_order, xtrace
+from hnkit.krylov import ArnoldiProcess, LanczosProcess, gauss_nodes, phi_column, spectral_norm
+from tests.hnkit.operator_zoo import KINDS, NORMS, MatrixOperator, exact_error, form, matrix, phi_matrix
+
+DIM = 12
+ROWS = 24
+
+
+def probes(rows: int = ROWS, dim: int = DIM, seed: int = 1) -> Tensor:
+    return draw_probes(rows, dim, "rademacher", torch.Generator().manual_seed(seed))
+
+
+def size(A: Tensor) -> float:
+    """The scale of the forms: rounding and tolerances are relative to it."""
+    return float(A.square().sum()) / 2
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_arnoldi_run_to_the_end_is_exact(kind: str, norm: float) -> None:
+    A, v = matrix(kind, norm), probes()
+    result = arnoldi(MatrixOperator(A, ROWS), v, steps=DIM, lipschitz=norm)
+    assert float((result.value - form(phi_matrix(A), v)).abs().max()) <= 1e-11 * size(A)
+    assert float(result.truncation.max()) == 0.0
+    assert float(result.bound.max()) == 0.0
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_lanczos_run_to_the_end_is_exact(kind: str, norm: float) -> None:
+    A, v = matrix(kind, norm), probes()
+    result = lanczos(MatrixOperator(A, ROWS), v, steps=DIM)
+    M = A + A.T + A.T @ A
+    values, vectors = torch.linalg.eigh(M)
+    # tr A - log det(B'B)/2 as v'(phi(M)/2 - A'A/2) v, the logarithm by its series where M is tiny
+    gap = values.square() / 2 - values**3 / 3 if norm < 1e-3 else values - torch.log1p(values)
+    expected = form((vectors * gap) @ vectors.T / 2 - A.T @ A / 2, v)
+    assert float((result.value - expected).abs().max()) <= 1e-9 * size(A)
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.3, 0.9, 0.99])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_bounds_hold_and_the_bracket_encloses(kind: str, norm: float, steps: int) -> None:
+    A, v = matrix(kind, norm), probes()
+    slack = 1e-12 * size(A)
+    truth = form(phi_matrix(A), v)
+    for result in (
+        arnoldi(MatrixOperator(A, ROWS), v, steps=steps, lipschitz=norm),
+        power_series(MatrixOperator(A, ROWS), v, steps=steps, lipschitz=norm),
+        second_order(MatrixOperator(A, ROWS), v, lipschitz=norm),
+    ):
+        assert bool(((result.value - truth).abs() <= result.bound + slack).all())
+    full = lanczos(MatrixOperator(A, ROWS), v, steps=DIM).value
+    bracket = lanczos(MatrixOperator(A, ROWS), v, steps=steps, lipschitz=norm)
+    assert bool(((bracket.value - full).abs() <= bracket.bound + slack).all())
+    gauss = lanczos(MatrixOperator(A, ROWS), v, steps=steps)
+    assert bool((gauss.value <= full + slack).all())  # Gauss quadrature: from below, whatever the norm
+
+
+def test_bounds_are_not_vacuous() -> None:
+    # A = -L I is the extremal case of the power series: the bound is attained up to the geometric tail.
+    A, v = matrix("negative", 0.5), probes()
+    result = power_series(MatrixOperator(A, ROWS), v, steps=6, lipschitz=0.5)
+    error = (result.value - form(phi_matrix(A), v)).abs()
+    assert bool((error > 0.5 * result.bound).all())
+    bracket = lanczos(MatrixOperator(matrix("symmetric", 0.5), ROWS), v, steps=5, lipschitz=0.5)
+    assert float(bracket.bound.max()) < 0.02 * size(matrix("symmetric", 0.5))
+
+
+@pytest.mark.parametrize("estimator", [arnoldi, lanczos, power_series, second_order, roulette])
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_are_exact(kind: str, estimator) -> None:
+    A, v = matrix(kind, 0.4), probes()
+    result = estimator(MatrixOperator(A, ROWS), v)
+    torch.testing.assert_close(result.trace, form(A, v), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(result.square, form(A @ A, v), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(result.frobenius, (v @ A).square().sum(1), rtol=1e-10, atol=1e-12)
+    assert float(result.norm.max()) <= 0.4 * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("estimator", [arnoldi, lanczos, power_series])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", [0.3, 0.9])
+def test_adaptive_steps_meet_their_tolerance(kind: str, norm: float, estimator) -> None:
+    A, v = matrix(kind, norm), probes()
+    operator = MatrixOperator(A, ROWS)
+    result = estimator(operator, v, tolerance=1e-3)
+    truth = lanczos(MatrixOperator(A, ROWS), v, steps=DIM).value if estimator is lanczos else form(phi_matrix(A), v)
+    scale = float(result.frobenius.sum()) / 2
+    assert float((result.value - truth).sum().abs()) <= 1e-3 * scale
+    assert float(result.truncation.sum()) <= 1e-3 * scale
+    # The estimate of the error is within an order of magnitude of it, or far below the tolerance.
+    assert float((result.value - truth).abs().sum()) <= 10 * float(result.truncation.sum()) + 1e-6 * scale
+    assert operator.num_vjp + operator.num_jvp >= float(result.products.sum())
+
+
+@pytest.mark.parametrize("estimator", [arnoldi, lanczos, power_series, second_order, roulette])
+def test_zero_is_exact_and_silent(estimator) -> None:
+    zero = torch.zeros(DIM, DIM, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = estimator(MatrixOperator(zero, ROWS), probes(), lipschitz=0.0)
+        leave_one_out = xtrace(MatrixOperator(zero, ROWS), probes(), group=4)
+    for value in (result.value, result.truncation, result.bound, result.norm, result.frobenius, leave_one_out.value):
+        assert torch.equal(value, torch.zeros(ROWS, dtype=torch.float64))
+
+
+def test_arnoldi_integrates_polynomials_of_degree_m_exactly() -> None:
+    # The defining property, one degree at a time: |v|^2 e1' H^k e1 = v' A'^k v for k <= m, and not for m + 1.
+    A, v = matrix("gaussian", 0.8), probes()
+    m = 4
+    process = ArnoldiProcess(MatrixOperator(A, ROWS), v)
+    for _ in range(m):
+        process.advance()
+    H = process.space.hessenberg[:, :-1]
+    for k in range(1, m + 2):
+        found = DIM * torch.linalg.matrix_power(H, k)[:, 0, 0]
+        expected = form(torch.linalg.matrix_power(A, k), v)
+        assert torch.allclose(found, expected, rtol=1e-11, atol=1e-13) == (k <= m)
+
+
+def test_arnoldi_basis_is_orthonormal_where_it_is_hard() -> None:
+    # Eigenvalues in tight clusters: classical Gram-Schmidt without a second pass loses orthogonality here.
+    values = torch.cat([torch.linspace(0.5, 0.5 + 1e-7, 20), torch.tensor([0.1, 0.9])]).double()
+    Q = torch.linalg.qr(torch.randn(22, 22, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    process = ArnoldiProcess(MatrixOperator((Q * values) @ Q.T, 3), probes(3, 22))
+    for _ in range(10):
+        process.advance()
+    basis = process.space.basis
+    gram = basis @ basis.mT
+    alive = gram.diagonal(dim1=1, dim2=2) > 0.5
+    assert float((gram - torch.diag_embed(alive.double())).abs().max()) < 1e-12
+
+
+def test_exhausted_rows_do_not_disturb_the_others() -> None:
+    low_rank, full = matrix("low-rank", 0.9), matrix("gaussian", 0.9)
+    A = torch.stack([low_rank, full, torch.zeros_like(full), matrix("negative", 0.9)])
+    v = probes(4)
+    together = arnoldi(MatrixOperator(A, 4), v, steps=8)
+    for i in range(4):
+        alone = arnoldi(MatrixOperator(A[i], 1), v[i : i + 1], steps=8)
+        assert float(together.value[i]) == pytest.approx(float(alone.value[0]), rel=1e-12, abs=1e-15)
+    assert together.products.tolist() == [3.0, 8.0, 1.0, 1.0]
+
+
+def test_power_series_against_its_naive_twin() -> None:
+    A, v = matrix("jordan", 0.7), probes()
+    expected = sum((-1) ** k / k * form(torch.linalg.matrix_power(A, k), v) for k in range(2, 8))
+    torch.testing.assert_close(power_series(MatrixOperator(A, ROWS), v, steps=7).value, expected)
+
+
+@pytest.mark.parametrize("lipschitz", [None, 0.7])
+def test_roulette_reweights_its_terms_by_their_chance(monkeypatch: pytest.MonkeyPatch, lipschitz: float | None) -> None:
+    # The draws are replaced by a fixed list; the naive twin applies the definition to the same draws.
+    A, v = matrix("normal", 0.7), probes(3)
+    draws = [torch.tensor(u, dtype=torch.float64) for u in ([0.1, 0.1, 0.9], [0.2, 0.9, 0.0], [0.9, 0.0, 0.0])]
+    stream = iter(draws)
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: next(stream))
+    result = roulette(MatrixOperator(A, 3), v, lipschitz=lipschitz)
+    powers = [torch.linalg.matrix_power(A, k) for k in range(8)]
+    for row, last in enumerate((6, 5, 4)):
+        vectors = [(v[row] @ p).norm() for p in powers]
+        q = 0.7 if lipschitz else max(float(vectors[k] / vectors[k - 1]) for k in range(1, 5))
+        expected = sum(
+            (-1) ** k / k * float(form(powers[k], v[row : row + 1])) / q ** max(0, k - 4) for k in range(2, last + 1)
+        )
+        assert float(result.value[row]) == pytest.approx(expected, rel=1e-12)
+    assert result.products.tolist() == [6.0, 5.0, 4.0]
+
+
+def naive_xtrace(M: Tensor, v: Tensor) -> list[float]:
+    """Leave-one-out estimates with one orthonormal basis made afresh for every i."""
+    estimates = []
+    for i in range(v.shape[0]):
+        others = torch.cat([v[:i], v[i + 1 :]])
+        Q = torch.linalg.qr(M @ others.T).Q
+        u = v[i] - Q @ (Q.T @ v[i])
+        estimates.append(float(torch.trace(Q.T @ M @ Q) + u @ M @ u))
+    return estimates
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "symmetric", "normal", "nilpotent", "jordan"])
+def test_xtrace_against_its_naive_twin(kind: str) -> None:
+    A, v = matrix(kind, 0.7), probes(10)
+    result = xtrace(MatrixOperator(A, 10), v, group=5, steps=DIM)
+    M = phi_matrix(A).T
+    expected = naive_xtrace(M, v[:5]) + naive_xtrace(M, v[5:])
+    assert result.value.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-11)
+
+
+def test_xtrace_is_exact_for_low_rank() -> None:
+    A = matrix("low-rank", 0.9)
+    result = xtrace(MatrixOperator(A, 8), probes(8), group=4)
+    torch.testing.assert_close(result.value, torch.full((8,), exact_error(A), dtype=torch.float64))
+
+
+def test_xtrace_reduces_the_variance_of_decaying_spectra() -> None:
+    decay = torch.diag(0.9 ** torch.arange(1.0, 41, 2, dtype=torch.float64) ** 1.5).double()
+    Q = torch.linalg.qr(torch.randn(20, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    A, v = Q @ decay @ Q.T, probes(400, 20)
+    plain = arnoldi(MatrixOperator(A, 400), v, steps=20).value.reshape(-1, 8).mean(1)
+    better = xtrace(MatrixOperator(A, 400), v, group=8, steps=20).value.reshape(-1, 8).mean(1)
+    assert float(better.var()) < float(plain.var()) / 50
+    assert float(better.mean()) == pytest.approx(exact_error(A), abs=4 * float(better.std()) / math.sqrt(50))
+
+
+@pytest.mark.parametrize("method", ["arnoldi", "power", "roulette", "xtrace"])
+def test_expansive_maps_are_refused_by_the_series(method: str) -> None:
+    A, v = matrix("gaussian", 1.3), probes()
+    run = {
+        "arnoldi": lambda: arnoldi(MatrixOperator(A, ROWS), v),
+        "power": lambda: power_series(MatrixOperator(A, ROWS), v),
+        "roulette": lambda: roulette(MatrixOperator(A, ROWS), v),
+        "xtrace": lambda: xtrace(MatrixOperator(A, ROWS), v, group=4),
+    }[method]
+    with pytest.raises(InputError, match=r"local norm .* at least 1\.\d+.*exact or lanczos"):
+        run()
+
+
+def test_lanczos_goes_on_where_the_norm_exceeds_one() -> None:
+    A, v = matrix("gaussian", 2.5), probes(4000)
+    value = lanczos(MatrixOperator(A, 4000), v, steps=DIM).value
+    assert float(value.mean()) == pytest.approx(exact_error(A), abs=4 * float(value.std()) / math.sqrt(4000))
+
+
+def test_lanczos_at_a_singular_point_is_infinite() -> None:
+    # I + A = 0 in one direction: log det is minus infinity.
+    A = torch.diag(torch.tensor([-1.0, 0.2, 0.3], dtype=torch.float64))
+    assert float(lanczos(MatrixOperator(A, 1), torch.ones(1, 3, dtype=torch.float64), steps=3).value) == math.inf
+
+
+@pytest.mark.parametrize("group", [1, 13])
+def test_xtrace_refuses_impossible_groups(group: int) -> None:
+    with pytest.raises(InputError, match="2 or more"):
+        xtrace(MatrixOperator(matrix("gaussian", 0.5), 13), probes(13), group=group)
+
+
+@pytest.mark.parametrize("kind", PROBES)
+def test_probes_are_isotropic(kind) -> None:
+    n, dim = 20_000, 5
+    v = draw_probes(n, dim, kind, torch.Generator().manual_seed(0))
+    # Entries of the second-moment matrix have variance at most 2 / n: five standard errors, 15 distinct entries.
+    deviation = (v.T @ v / n - torch.eye(dim, dtype=torch.float64)).abs().max()
+    assert float(deviation) < 5 * math.sqrt(2 / n)
+    if kind == "gaussian":
+        assert float(v.norm(dim=1).std()) > 0.1
+    else:
+        torch.testing.assert_close(v.norm(dim=1), torch.full((n,), math.sqrt(dim), dtype=torch.float64))
+    if kind == "rademacher":
+        assert set(v.unique().tolist()) == {-1.0, 1.0}
+
+
+def test_probes_follow_their_generator() -> None:
+    first = draw_probes(3, 4, "gaussian", torch.Generator().manual_seed(7))
+    assert torch.equal(first, draw_probes(3, 4, "gaussian", torch.Generator().manual_seed(7)))
+    with pytest.raises(InputError, match="unknown probe 'uniform'"):
+        draw_probes(1, 1, "uniform", None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", [0.0, 1e-9, 0.5, 0.95, 0.999])
+def test_phi_of_small_matrices(kind: str, norm: float) -> None:
+    H = matrix(kind, norm, 6)
+    found = phi_column(H[None])[0]
+    assert float((found - phi_matrix(H)[:, 0]).abs().max()) <= 1e-12 * size(H)
+
+
+@pytest.mark.parametrize("norm", [0.1, 0.5, 0.9, 0.99])
+def test_quadrature_reaches_its_tolerance(norm: float) -> None:
+    # Scalar case, all arguments of modulus `norm`: z - log(1 + z) = int t z^2 / (1 + t z) dt.
+    for tolerance in (1e-4, 1e-8, 1e-14):
+        nodes, weights = gauss_nodes(norm, tolerance)
+        for angle in (0.0, 1.0, 2.5, math.pi):
+            z = norm * complex(math.cos(angle), math.sin(angle))
+            value = sum(w * t * z * z / (1 + t * z) for t, w in zip(nodes, weights, strict=True))
+            import cmath
+
+            exact = z - cmath.log(1 + z)
+            assert abs(value - exact) <= 20 * tolerance * abs(exact) + 1e-15 / (1 - norm)
+
+
+def test_spectral_norm_of_small_matrices() -> None:
+    H = torch.randn(7, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(spectral_norm(H), torch.linalg.matrix_norm(H, ord=2))
+    torch.testing.assert_close(spectral_norm(1e-200 * H), torch.linalg.matrix_norm(1e-200 * H, ord=2))
+    assert spectral_norm(torch.zeros(2, 3, 3)).tolist() == [0.0, 0.0]
+
+
+def test_lanczos_is_golub_kahan_in_other_coordinates() -> None:
+    # T_m = R'R - I with the bidiagonal R of Golub and Kahan's process on B = I + A from the same start.
+    A, v = matrix("gaussian", 0.8), probes(1)
+    process = LanczosProcess(MatrixOperator(A, 1), v)
+    for _ in range(4):
+        process.advance()
+    B = torch.eye(DIM, dtype=torch.float64) + A
+    q = v[0] / v[0].norm()
+    alpha, beta, p = [], [], torch.zeros(DIM, dtype=torch.float64)
+    for _ in range(4):
+        p = B @ q - (beta[-1] if beta else 0.0) * p
+        alpha.append(float(p.norm()))
+        p = p / alpha[-1]
+        q = B.T @ p - alpha[-1] * q
+        beta.append(float(q.norm()))
+        q = q / beta[-1]
+    R = torch.diag(torch.tensor(alpha, dtype=torch.float64)) + torch.diag(
+        torch.tensor(beta[:-1], dtype=torch.float64), 1
+    )
+    torch.testing.assert_close(process.matrix()[0], R.T @ R - torch.eye(4, dtype=torch.float64))
