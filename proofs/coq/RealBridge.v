@@ -55,11 +55,13 @@ move=> /RltP x0 e; apply/(covariance_gap_eq0 _ x0).
 by rewrite e; exact: subrr.
 Qed.
 
-Lemma lnR_prod (I : Type) (s : seq I) (F : I -> R) : (forall i, 0 < F i) ->
+Lemma lnR_prod (I : eqType) (s : seq I) (F : I -> R) : (forall i, i \in s -> 0 < F i) ->
   ln (\prod_(i <- s) F i) = \sum_(i <- s) ln (F i).
 Proof.
-move=> F0; elim: s => [|i s ih]; first by rewrite !big_nil lnR1.
-by rewrite !big_cons lnRM ?ih // prodr_gt0.
+elim: s => [_|i s ih F0]; first by rewrite !big_nil lnR1.
+have Fs j : j \in s -> 0 < F j by move=> js; rewrite F0 // inE js orbT.
+rewrite !big_cons lnRM ?ih ?F0 ?mem_head //.
+by rewrite big_seq prodr_gt0.
 Qed.
 
 (** ** The function [h] *)
