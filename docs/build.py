@@ -9,6 +9,7 @@ import html
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import markdown
@@ -27,12 +28,16 @@ PAGES = (
     ("proofs/README.md", "Proofs"),
 )
 STYLE = """
-:root { color-scheme: light dark; } body { margin: 0 auto; max-width: 58rem; padding: 1.5rem;
-font: 16px/1.6 system-ui, sans-serif; } nav { display: flex; flex-wrap: wrap; gap: .4rem 1.1rem; padding-bottom: 1rem;
-border-bottom: 1px solid #8884; } table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #8884; padding: .35rem .6rem; text-align: left; } pre { overflow-x: auto; padding: .8rem;
-background: #8881; border-radius: 6px; } code { font-size: .88em; } img { max-width: 100%; background: white; }
+:root { color-scheme: light dark; }
+body { margin: 0 auto; max-width: 58rem; padding: 1.5rem; font: 16px/1.6 system-ui, sans-serif; }
+nav { display: flex; flex-wrap: wrap; gap: .4rem 1.1rem; padding-bottom: 1rem; border-bottom: 1px solid #8884; }
+table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto; }
+th, td { border-bottom: 1px solid #8884; padding: .35rem .6rem; text-align: left; }
+pre { overflow-x: auto; padding: .8rem; background: #8881; border-radius: 6px; }
+code { font-size: .88em; }
+img { max-width: 100%; background: white; }
 """
+LINK = re.compile(r'(href|src)="([^"#:]+)(#[^"]*)?"')
 
 
 def _target(source: str) -> str:
@@ -54,7 +59,7 @@ def build(out: Path) -> list[Path]:
         text = (ROOT / source).read_text(encoding="utf-8")
         target = out / _target(source)
         body = markdown.markdown(text, extensions=["tables", "fenced_code", "toc"])
-        body = re.sub(r'(href|src)="([^"#:]+)(#[^"]*)?"', lambda m: _link(m, source, target, out), body)
+        body = LINK.sub(partial(_link, source=source, target=target, out=out), body)
         up = "../" * (len(target.relative_to(out).parts) - 1)
         nav = "".join(f'<a href="{up}{_target(page)}">{html.escape(title)}</a>' for page, title in PAGES)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,184 @@
+"""`hnkit compare` on a tiny checkpoint: tables, resumption, and the arithmetic of the tables by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hnkit import InputError
+from hnkit.backend import backend_factory
+from scaled.compare import COMPARISON
+from scaled.compare.evaluation import Row, base_noise
+from scaled.compare.page import all_tables, lead, to_csv
+from scaled.compare.plan import Plan, make_plan, plan_from_json
+from scaled.compare.tables import by_category, category_mean, estimate
+from tests.scaled import tiny
+
+PROMPTS = ["a red house", "two dogs", "a cat"]
+SMALL = [
+    "compare.best_of=2", "compare.reno_iterations=2", "compare.ranks=[2]", 'compare.losses=["l2"]',
+    "compare.steps=[1, 2]", "compare.diversity_prompts=1", "compare.diversity_seeds=3", "compare.measure_samples=4",
+    "compare.grid=2", "compare.train_steps=2", "train.batch=2", "train.accumulate=1", "train.warmup=0",
+    "rewards.redness=1.0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def overrides(checkpoint, tmp_path_factory):
+    prompts = tmp_path_factory.mktemp("prompts") / "train.txt"
+    prompts.write_text("a tree\na boat\na lamp\na green frog\n")
+    options = tiny.options("sana", checkpoint("sana"))
+    # the paper's reward ensemble is the preset: the table [rewards] is replaced by redness alone
+    return [*SMALL, f"train.prompts={prompts}", *(f"backend.{key}={value}" for key, value in options.items())]
+
+
+@pytest.fixture(scope="module")
+def finished(overrides, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare") / "run"
+    methods = ["base", "hypernoise", "direct", "best-of-n", "reno"]
+    document = COMPARISON("sana", methods=methods, prompts=PROMPTS, seeds=2, overrides=overrides, out=out)
+    return out, document
+
+
+@pytest.fixture(scope="module", autouse=True)
+def redness_alone():
+    """The sana preset trains on four models that are not here."""
+    factory = backend_factory("sana")
+    presets = {name: {k: v for k, v in preset.items() if not k.startswith("rewards.")}
+               for name, preset in factory.presets.items()}  # fmt: skip
+    patch = pytest.MonkeyPatch()
+    patch.setattr("hnkit.backend.backend_factory", lambda _: replace(factory, presets=presets))
+    for module in ("hnkit.config", "hnkit.training", "hnkit.commands", "scaled.compare.run", "scaled.compare.networks"):
+        patch.setattr(f"{module}.backend_factory", lambda _: replace(factory, presets=presets))
+    yield
+    patch.undo()
+
+
+def test_every_table_is_filled(finished):
+    out, document = finished
+    for name in ("table-1", "steps", "diversity", "ranks", "losses", "l2"):
+        assert (out / f"{name}.csv").is_file(), name
+    assert {row["method"] for row in document["table_1"]} == {"base", "hypernoise", "direct", "best-of-n", "reno"}
+    assert all(row["images"] == 6 for row in document["table_1"])
+    costs = {row["method"]: row["generator_evaluations_per_image"] for row in document["table_1"]}
+    assert costs == {"base": 1, "hypernoise": 1, "direct": 1, "best-of-n": 2, "reno": 3}
+    base = document["table_1"][0]
+    assert base["gain"]["reward"]["value"] == 0
+    gains = {row["method"]: row["gain"]["reward"]["value"] for row in document["table_1"]}
+    assert gains["best-of-n"] >= 0
+    assert gains["reno"] >= 0
+    page = (out / "report.html").read_text()
+    assert "Table 1" in page
+    assert page.count("data:image/png;base64") >= 3
+    assert json.loads((out / "report.json").read_text())["table_1"] == json.loads(json.dumps(document["table_1"]))
+    assert lead(document)
+    assert (out / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_resumption_repeats_nothing_and_changes_nothing(finished):
+    out, document = finished
+    before = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
+    again = COMPARISON("sana", resume=out)
+    assert {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()} == before
+    assert json.loads(json.dumps(again["table_1"])) == json.loads(json.dumps(document["table_1"]))
+
+
+def test_an_interrupted_comparison_ends_as_an_uninterrupted_one(finished, overrides, tmp_path, monkeypatch):
+    _, document = finished
+    from scaled.compare import evaluation
+
+    written = 0
+    write = evaluation.write_json
+
+    def interrupt(path, content):
+        nonlocal written
+        written += 1
+        if written == 4:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(evaluation, "write_json", interrupt)
+    methods = ["base", "hypernoise", "direct", "best-of-n", "reno"]
+    with pytest.raises(KeyboardInterrupt):
+        COMPARISON("sana", methods=methods, prompts=PROMPTS, seeds=2, overrides=overrides, out=tmp_path / "run")
+    monkeypatch.setattr(evaluation, "write_json", write)
+    resumed = COMPARISON("sana", resume=tmp_path / "run")
+    for one, two in zip(document["table_1"], resumed["table_1"], strict=True):
+        assert one["scores"] == two["scores"]
+        assert one["gain"] == two["gain"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"methods": ["base", "magic"]}, "unknown method magic: accepted are base, hypernoise"),
+        ({"methods": []}, "unknown method"),
+        ({"overrides": ["compare.best_of=0"]}, "compare.best_of = 0: accepted is 1 or more"),
+        ({"overrides": ["compare.best_off=2"]}, "unknown key 'best_off'.*did you mean 'best_of'"),
+        ({"overrides": ["compare.steps=[0]"]}, "step counts of 1 or more"),
+        ({"overrides": ["compare.losses=['l3']"]}, "names 'l3'"),
+        ({"overrides": ["compare.seeds=x"]}, "an integer"),
+        ({"overrides": ["compare.seeds"]}, "write compare.KEY=VALUE"),
+        ({"resume": "nowhere"}, "no comparison is there"),
+        ({"adapter": "nowhere"}, "is not a folder"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(arguments, message, tmp_path):
+    from pathlib import Path
+
+    for key in ("resume", "adapter"):
+        if key in arguments:
+            arguments = {**arguments, key: tmp_path / arguments[key]}
+    with pytest.raises(InputError, match=message) as caught:
+        COMPARISON("sana", prompts=PROMPTS, out=tmp_path / "run", **arguments)
+    assert "\n" not in str(caught.value)
+    assert not Path(tmp_path / "run").exists()
+
+
+def test_errors_are_over_prompts_and_gains_are_paired():
+    values = {"a": (1.0, 3.0), "b": (5.0, 7.0), "c": (0.0, 2.0)}
+    rows = [Row(p, s, "x" if p != "c" else "y", {"r": v[s]}) for p, v in values.items() for s in (0, 1)]
+    whole = estimate(rows, "r")
+    means = torch.tensor([2.0, 6.0, 1.0])
+    assert whole["value"] == pytest.approx(3.0)
+    assert whole["stderr"] == pytest.approx(float(means.std(unbiased=True)) / math.sqrt(3))
+    shifted = [Row(r.prompt, r.seed, r.category, {"r": r.scores["r"] + 0.5}) for r in rows]
+    gain = estimate(shifted, "r", rows)
+    assert gain["value"] == pytest.approx(0.5)
+    assert gain["stderr"] == pytest.approx(0.0, abs=1e-12)
+    parts = by_category(rows, "r")
+    assert parts["x"]["value"] == pytest.approx(4.0)
+    assert parts["y"] == {"value": 1.0, "stderr": None}  # one prompt: its error is not known
+    mean = category_mean(rows, "r")
+    assert mean["value"] == pytest.approx(2.5)
+    assert mean["stderr"] is None
+
+
+def test_noise_of_a_prompt_does_not_depend_on_how_many_there_are(make_backend):
+    backend = make_backend("sana")
+    three, five = base_noise(backend, 0, 1, 3), base_noise(backend, 0, 1, 5)
+    assert torch.equal(three, five[:3])
+    assert not torch.equal(three, base_noise(backend, 0, 2, 3))
+    assert not torch.equal(three[0], three[1])
+
+
+def test_plan_round_trips():
+    plan, others = make_plan(
+        quick=True, methods=["base"], seeds=3, overrides=["compare.steps=[1, 4]", "train.lr=0.1", "compare.dino=x"]
+    )
+    assert others == ["train.lr=0.1"]
+    assert (plan.methods, plan.seeds, plan.steps, plan.dino, plan.best_of) == (("base",), 3, (1, 4), "x", 8)
+    assert plan_from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    with pytest.raises(InputError, match="not the plan of a comparison"):
+        plan_from_json({"seeds": 1})
+    assert Plan().best_of == 50
+
+
+def test_csv_is_the_table(finished):
+    out, document = finished
+    table = all_tables(document)["table-1"]
+    assert (out / "table-1.csv").read_text() == to_csv(table)
