@@ -179,7 +179,10 @@ def densities(grid: Array, curves: Mapping[str, Array], title: str, xlabel: str 
             axes.fill_between(grid, values, color="#eceef1", linewidth=0)
     axes.set(xlabel=xlabel, ylabel="density", title=title)
     axes.set_xlim(float(grid[0]), float(grid[-1]))
-    axes.set_ylim(bottom=0)
+    # A law that is nearly singular would flatten the others: its peaks leave the frame.
+    ordinary = max(float(values.max()) for values in list(curves.values())[:2])
+    highest = max(float(values.max()) for values in curves.values())
+    axes.set_ylim(0, min(1.08 * highest, 2.2 * ordinary))
     axes.legend(loc="best")
     return figure
 

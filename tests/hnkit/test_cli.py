@@ -342,13 +342,13 @@ def hnkit(*arguments, **extra):
 def test_help_imports_no_torch():
     for arguments in (["--help"], ["verify-bound", "--help"], ["train", "--help"], ["--version"], []):
         code = (
-            "import sys; sys.argv = ['hnkit', *%r]\n"
+            f"import sys; sys.argv = ['hnkit', *{arguments!r}]\n"
             "from hnkit.cli import main\n"
             "try: main()\n"
             "except SystemExit as ended: assert not ended.code\n"
             "heavy = {'torch', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules)\n"
             "assert not heavy, heavy"
-        ) % arguments
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
