@@ -57,6 +57,8 @@ def _evaluate(work: Path, seeds: int) -> None:
         measure(name, evaluate.judge_student(pipeline, judge, steps=steps, seeds=seeds))
     measure("student, best of 8 by CLIP", evaluate.best_of(pipeline, judge, rewards, n=8, seeds=seeds))
     measure("student, best of 8 by legibility", evaluate.best_of(pipeline, judge, legibility(work), n=8, seeds=seeds))
+    ascended = evaluate.ascend(pipeline, judge, rewards, iterations=10, rate=0.1, seeds=seeds, weight=100.0)
+    measure("student, 10 gradient steps on the noise by CLIP", ascended)
     record(work, "scores", scores)
 
 

@@ -73,6 +73,14 @@ def data_card(figures: Mapping[str, Any]) -> str:
     auto, teacher, student = figures["autoencoder"], figures["teacher"], figures["student"]
     judge, scorer, legible = figures["judge"], figures["scorer"], figures["legibility"]
     low, high = student["guidance_range"]
+    taught = (
+        f"teacher: {teacher['steps']} steps (of a schedule of {teacher['schedule']}) of {teacher['batch']} scenes, "
+        f"{teacher['seconds']:.0f} s"
+    )
+    distilled = (
+        f"student: {student['steps']} steps of {student['batch']} points on {student['trajectories']:,} trajectories, "
+        f"{student['seconds']:.0f} s"
+    )
     guidance = f"guidance was distilled from {low:g} to {high:g}"
     lines = [
         "# digits: a miniature SANA-Sprint on handwritten digits",
@@ -90,9 +98,7 @@ def data_card(figures: Mapping[str, Any]) -> str:
         "| part | parameters | training |",
         "| --- | --- | --- |",
         f"| AutoencoderDC | {auto['parameters']:,} | {auto['steps']} steps, {auto['seconds']:.0f} s |",
-        f"| SanaTransformer2DModel | {teacher['parameters_transformer']:,} | teacher: {teacher['steps']} steps of "
-        f"{teacher['batch']} scenes, {teacher['seconds']:.0f} s; student: {student['steps']} steps of "
-        f"{student['batch']} points on {student['trajectories']:,} trajectories, {student['seconds']:.0f} s |",
+        f"| SanaTransformer2DModel | {teacher['parameters_transformer']:,} | {taught}; {distilled} |",
         f"| Gemma2Model (text) | {teacher['parameters_text_encoder']:,} | jointly with the transformer |",
         f"| CLIPModel (reward) | {scorer['parameters']:,} | {scorer['steps']} steps, {scorer['seconds']:.0f} s |",
         "",

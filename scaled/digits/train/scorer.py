@@ -97,9 +97,9 @@ def edit(prompt: Prompt, rng: random.Random) -> Prompt:
     elif prompt.kind == "colours":
         choices = ["digit", "colour"]
     elif prompt.kind == "position":
-        choices = ["digit", "relation", "swap"]
+        choices = ["digit", "relation", "relation", "swap", "swap"]
     elif prompt.kind == "attribution":
-        choices = ["digit", "colour", "swap"]
+        choices = ["digit", "colour", "swap", "swap"]
     k = rng.randrange(len(digits))
     match rng.choice(choices):
         case "digit":
@@ -248,11 +248,13 @@ def train(
         forbidden = truth.clone()
         forbidden[own, own] = False
         by_image = F.cross_entropy(logits.masked_fill(forbidden, -1e4)[valid], own[valid])
+        edits = logits.masked_fill(forbidden, -1e4)[:, batch:].view(batch, batch, HARD)[own, own]
+        by_edit = F.cross_entropy(torch.cat([logits[own, own][:, None], edits], 1)[valid], own[valid] * 0)
         square = logits[:, :batch].masked_fill(forbidden[:, :batch], -1e4)
         by_text = F.cross_entropy(square.T[valid], own[valid])
         aux = heads.image_loss(seen.last_hidden_state[:, 1:], seen.pooler_output, cells)
         aux_text = heads.text_loss(spoken, texts)
-        loss = by_image + by_text + aux + 0.5 * aux_text
+        loss = by_image + by_text + by_edit + 0.5 * (aux + aux_text)
         adam.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -264,6 +266,7 @@ def train(
         now = {
             "by_image": by_image,
             "by_text": by_text,
+            "by_edit": by_edit,
             "aux": aux,
             "aux_text": aux_text,
             "hit": (logits.masked_fill(forbidden, -1e4).argmax(1) == own)[valid].float().mean(),
