@@ -95,6 +95,7 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant
 th { text-align: left; font-weight: 600; background: var(--head); white-space: nowrap; }
 th, td { padding: .42rem .7rem; vertical-align: baseline; }
 tbody tr.row td { border-top: 1px solid var(--line); }
+td.estimate { white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 tr.note td { padding-top: 0; color: var(--dim); font-size: .8rem; max-width: 0; }
 .verdict { display: inline-block; padding: .05rem .5rem; border-radius: 999px; white-space: nowrap;
@@ -154,7 +155,7 @@ def _cell(value: Cell) -> tuple[str, str]:
         if value in VERDICT_MARKS:
             name = value.replace(" ", "-")
             return "", f'<span class="verdict {name}">{VERDICT_MARKS[value]} {html.escape(value)}</span>'
-        return "", html.escape(value)
+        return "estimate" if " ± " in value else "", html.escape(value)
     return "number", html.escape(format_number(value))
 
 

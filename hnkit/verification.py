@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class VerifySettings:
             raise InputError(f"{self.samples} samples: give at least 1, and 2 or more for error bars")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed {self.seed}: give an integer from 0 to 2^63 - 1")
+        if self.certify and find_spec("flint") is None:
+            raise InputError("--certify needs the package python-flint: pip install 'hnkit[certify]' adds it")
         if self.method is not None and self.method not in METHODS:
             raise InputError(f"unknown method {self.method!r}: accepted are {', '.join(METHODS)}")
 
@@ -152,6 +155,8 @@ def verify_toys(
         notes.append((name, shows))
         checks += MAP_CHECKS.run(subject, name)
         figures += _headline(subject)
+        if settings.certify:
+            checks += certified_checks(subject)
     tilts = []
     for problem in problems:
         say(problem.name)
@@ -429,9 +434,9 @@ def _prompt_figures(subject: Subject, prompts: Sequence[str], per_prompt: int) -
 
 def certified_checks(subject: Subject) -> list[Check]:
     """Enclosures of E(A) and its bounds in ball arithmetic, as checks; needs python-flint."""
-    from hnkit.certified_checks import CERTIFIED_CHECKS
+    from hnkit.certified_checks import CERTIFIED_CHECKS, Certified
 
-    return list(CERTIFIED_CHECKS.run(subject, subject.name))
+    return list(CERTIFIED_CHECKS.run(Certified(subject), subject.name))
 
 
 __all__ = [

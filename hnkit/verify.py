@@ -176,11 +176,12 @@ class Registry:
 
 def checks_by_proof() -> dict[str, list[str]]:
     """Folder in `proofs/` and the checks of `verify-bound` whose statements are derived there."""
+    from hnkit.certified_checks import CERTIFIED_CHECKS
     from hnkit.map_checks import MAP_CHECKS
     from hnkit.toy_checks import TOY_CHECKS
 
     found: dict[str, list[str]] = {}
-    for registry in (MAP_CHECKS, TOY_CHECKS):
+    for registry in (MAP_CHECKS, TOY_CHECKS, CERTIFIED_CHECKS):
         for name, statement in registry.statements.items():
             found.setdefault(statement.proof, []).append(name)
     return found
@@ -349,10 +350,17 @@ class Report:
         notes: dict[int, str] = {}
         for index, group in enumerate(self.groups):
             verdicts = [check.verdict for check in self.checks if check.group == group]
-            worst = next((v for v in ("fails", "not certified", "holds") if v in verdicts), "not applicable")
-            rows.append((group, *(found.get((group, name), "–") for name in HEADLINES.values()), len(verdicts), worst))
+            figures = [found.get((group, name), "–") for name in HEADLINES.values()]
+            applied = sum(verdict != "not applicable" for verdict in verdicts)
+            verdict = "fails" if "fails" in verdicts else "holds"
+            rows.append((group, *figures, f"{verdicts.count('holds')} of {applied}", verdict))
             notes[index] = said.get(group, "")
-        return Table(("", *HEADLINES, "checks", "verdict"), tuple(rows), "Nats, unless said otherwise.", notes)
+        return Table(
+            ("", *HEADLINES, "checks", "verdict"),
+            tuple(rows),
+            "Nats, unless said otherwise; checks: how many hold of those that apply.",
+            notes,
+        )
 
     def _group_blocks(self, group: str) -> Iterable[Text | Table]:
         for owner, text in self.notes:
