@@ -16,6 +16,8 @@ _NODES, _WEIGHTS = (torch.from_numpy(part) for part in np.polynomial.legendre.le
 
 _LEGENDRE = torch.from_numpy(np.polynomial.legendre.legvander(_NODES.numpy(), 19))
 
+_NO_CONVERGENCE = "the quadrature does not converge: list the break points of the reward in `breakpoints`"
+
 SCALAR_FUNCTION = Callable[[Tensor], Tensor]
 
 
@@ -112,21 +114,30 @@ def gauss(integrand: SCALAR_FUNCTION, low: Tensor, high: Tensor) -> Tensor:
     return half * (integrand(points) @ _WEIGHTS)
 
 
-def integrate(integrand: SCALAR_FUNCTION, edges: Tensor, tolerance: float = 1e-12, floor: float = 1.0) -> Panels:
-    """Adaptive quadrature: a panel is halved until that changes it by at most `tolerance max(|panel|, floor |whole|)`.
+def integrate(
+    integrand: SCALAR_FUNCTION,
+    edges: Tensor,
+    *,
+    tolerance: float = 1e-12,
+    floor: float = 1.0,
+    scale: float | None = None,
+) -> Panels:
+    """Adaptive quadrature: a panel is halved until that changes it by at most `tolerance max(|panel|, floor scale)`.
 
     Args:
         integrand: acts entry by entry.
         edges: `(k + 1,)`, increasing, the first panels; break points of the integrand must be among them.
         tolerance: relative to the whole, or to each panel above the `floor`.
         floor: 1 for an accurate sum; tiny to make every panel of a positive integrand accurate, tails included.
+        scale: size of the whole; `None`: of the first estimate. Give it where the integral may be 0.
 
     Raises:
-        InputError: 30 halvings are not enough: the integrand has a break inside a panel or is not finite.
+        InputError: the integrand is not finite, or 30 halvings or a million panels are not enough, as with a break
+            inside a panel.
     """
     low, high = edges[:-1], edges[1:]
     coarse = gauss(integrand, low, high)
-    scale = float(coarse.abs().sum())
+    scale = float(coarse.abs().sum()) if scale is None else scale
     done: list[tuple[Tensor, Tensor, Tensor]] = []
     error = 0.0
     for _ in range(30):
@@ -140,13 +151,15 @@ def integrate(integrand: SCALAR_FUNCTION, edges: Tensor, tolerance: float = 1e-1
         error += float(change[fine].sum())
         if bool(fine.all()):
             break
+        if int((~fine).sum()) > 500_000:
+            raise InputError(_NO_CONVERGENCE)
         low, high, coarse = (
             torch.cat([low[~fine], middle[~fine]]),
             torch.cat([middle[~fine], high[~fine]]),
             torch.cat([left[~fine], right[~fine]]),
         )
     else:
-        raise InputError("the quadrature does not converge: list the break points of the reward in `breakpoints`")
+        raise InputError(_NO_CONVERGENCE)
     starts, stops, masses = (torch.cat(parts) for parts in zip(*done, strict=True))
     order = torch.argsort(starts)
     return Panels(torch.cat([starts[order], stops[order][-1:]]), masses[order], error + 1e-15 * scale)

@@ -237,8 +237,9 @@ def _body(options: ToyOptions, dim: int) -> nn.Sequential:
 _ITEM_E = {
     "backend.problem": "linear-gaussian",
     "backend.hypernetwork": "affine",
-    "train.steps": 3000,
-    "train.batch": 1024,
+    "train.steps": 1000,
+    "train.batch": 512,
+    "train.measure_every": 50,
     "train.optimizer": "adamw",
     "train.lr": 0.02,
     "train.schedule": "cosine",
@@ -252,7 +253,9 @@ class ToyFactory:
     name = "toy"
     summary = "closed-form problems with a small network, to see what each loss learns"
     options: type[Any] = ToyOptions
-    presets: Mapping[str, Mapping[str, Any]] = MappingProxyType({"item-e": MappingProxyType(_ITEM_E)})
+    presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+        {"default": MappingProxyType(_ITEM_E), "item-e": MappingProxyType(_ITEM_E)}
+    )
 
     def load(self, options: ToyOptions) -> ToyBackend:
         """Build the backend."""

@@ -166,8 +166,9 @@ class OneDimensional(Toy):
     def _expect(self, function: Callable[[Tensor], Tensor]) -> float:
         """Expectation under the tilted noise law."""
         top, low, high = self._peak
-        weighted = integrate(lambda x: torch.exp(self._log_weight(x) - top) * function(x), self._edges(low, high))
-        return weighted.total / self._panels.total
+        mass = self._panels.total
+        edges = self._edges(low, high)
+        return integrate(lambda x: torch.exp(self._log_weight(x) - top) * function(x), edges, scale=mass).total / mass
 
     def _log_density(self, x: Tensor) -> Tensor:
         return self._log_weight(x) - self.log_z()
@@ -328,7 +329,7 @@ class OneDimensional(Toy):
         for _, least, most in self._branches:
             low, high = max(least, ends[0]), min(most, ends[1])
             if low < high:
-                total += integrate(integrand, self._edges(low, high)).total
+                total += integrate(integrand, self._edges(low, high), scale=1.0).total
         return total
 
     def l2_gap(self) -> float:

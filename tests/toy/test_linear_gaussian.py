@@ -38,7 +38,9 @@ def test_minimising_each_loss_numerically_finds_its_optimum(name, kind):
     # stationary and, started at the identity, reached: all steps from there stay symmetric
     K = torch.eye(d, dtype=torch.float64, requires_grad=True)
     c = torch.zeros(d, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([K, c], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [K, c], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         solver.zero_grad()

@@ -36,7 +36,8 @@ def test_integrate_is_adaptive_and_reports_failure():
 
 
 def test_solve_increasing_on_hard_functions():
-    low, high = torch.tensor([0.0, -1.0, 0.0, 2.0]).double(), torch.tensor([1.0, 1.0, 50.0, 3.0]).double()
+    low = torch.tensor([0.0, -1.0, 0.0, 2.0], dtype=torch.float64)
+    high = torch.tensor([1.0, 1.0, 50.0, 3.0], dtype=torch.float64)
 
     def function(t, rows):
         value = torch.stack([t**9 - 1e-9, torch.sign(t) * t.abs() ** (1 / 3), torch.exp(t) - 1e20, t])
@@ -44,7 +45,7 @@ def test_solve_increasing_on_hard_functions():
         here = torch.arange(len(rows))
         return value[rows, here], slope[rows, here]
 
-    expected = torch.tensor([0.1, 0.0, math.log(1e20), 2.0]).double()
+    expected = torch.tensor([0.1, 0.0, math.log(1e20), 2.0], dtype=torch.float64)
     torch.testing.assert_close(solve_increasing(function, low, high), expected, rtol=1e-10, atol=1e-10)
 
 
