@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class NonFiniteError(InputError):
     """A map, reward or product returned NaN or infinity; the message names the sample it happened at."""
+
+
+class ExpansiveMapError(InputError):
+    """The local norm is 1 or more where a method needs less; the message names the norm."""

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hnkit._errors import InputError
+from hnkit._errors import ExpansiveMapError, InputError
 from hnkit.bounds import log_gap
 from hnkit.krylov import ArnoldiProcess, LanczosProcess, Operator, phi_column, phi_corner, spectral_norm
 
@@ -441,7 +441,7 @@ def refuse_norm(norm: Tensor, method: str) -> None:
     """Raise `InputError` if a local norm of at least 1 was found: the series of log(1 + z) need not converge."""
     largest = float(norm.max())
     if largest >= 1:
-        raise InputError(
+        raise ExpansiveMapError(
             f"method {method} needs a local norm |J(x)|_2 below 1 and found at least {largest:.4g}: "
             "use exact or lanczos"
         )

@@ -21,6 +21,8 @@ EXACT_UP_TO = 512
 """Largest noise dimension at which `method="auto"` takes the exact method: d products per sample, a d x d log-det."""
 _QUANTILES = (0.1, 0.5, 0.9)
 _ROWS_AT_ONCE = 64
+_NORM_SAMPLES = 32
+"""Samples whose local norm is taken above that dimension: each costs tens of products in both directions."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def measure(
     Args:
         f: batch-first map.
         x: `(n, *shape)` samples of `N(0, I)`, n >= 2.
-        method: of `noise_kl`, or `"auto"`: exact up to d = 512, Arnoldi above.
+        method: of `noise_kl`, or `"auto"`: exact up to d = 512, above it Arnoldi, or Golub-Kahan ("lanczos") where a
+            local norm reaches 1.
         rel_error: the relative error at which a stochastic method stops.
         prompts: one per row; the mean shift is taken within rows of the same prompt. `None`: all rows together.
         problem: its tilted law is the target of the optimality gap.
@@ -100,16 +103,19 @@ def measure(
     Raises:
         NonFiniteError: the map or one of its products is not finite; the message names the sample.
     """
-    if method == "auto":
-        method = "exact" if x[0].numel() <= EXACT_UP_TO else "arnoldi"
-    options: dict[str, Any] = {} if method in ("exact", "second-order") else {"rel_error": rel_error}
-    estimate = noise_kl(f, x, method=cast(Method, method), generator=generator, **options)
     delta = _evaluate(f, x)
+    dim = delta.shape[1]
+    rows = torch.arange(len(x) if dim <= EXACT_UP_TO else min(len(x), _NORM_SAMPLES), device=x.device)
+    norms = local_lipschitz(select_rows(f, rows), x[rows]).double().cpu()
+    if method == "auto":
+        method = "exact" if dim <= EXACT_UP_TO else "arnoldi" if float(norms.max()) < 1 else "lanczos"
+    moving = bool(delta.any())  # at f = 0 there is no relative error to aim at
+    options: dict[str, Any] = {} if method == "exact" or not moving else {"rel_error": rel_error}
+    estimate = noise_kl(f, x, method=cast(Method, method), generator=generator, **options)
     half_norms = 0.5 * delta.square().sum(1)
     l2, l2_stderr = mean_and_stderr(half_norms)
     error, error_stderr = mean_and_stderr(estimate.per_sample.to(half_norms) - half_norms)
     relative, relative_stderr = _ratio(-(estimate.per_sample.to(half_norms) - half_norms), estimate.per_sample)
-    norms = local_lipschitz(f, x).double().cpu()
     quantiles = torch.quantile(norms, torch.tensor(_QUANTILES, dtype=norms.dtype)).tolist()
     gap = optimality_gap(problem, f, x.double(), method="exact") if problem is not None else None
     return Measurement(

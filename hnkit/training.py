@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from hnkit._errors import InputError, NonFiniteError
+from hnkit._errors import ExpansiveMapError, InputError, NonFiniteError
 from hnkit._files import atomic_write, new_run_folder
 from hnkit.backend import Backend, ConditionedMap, Reward, backend_factory
 from hnkit.checkpoint import Checkpoint, JsonLog, newest_checkpoint, run_lock, save_checkpoint
@@ -254,7 +254,7 @@ class _Session:
         for start in range(first, first + here, micro):
             try:
                 sums += self._micro_batch(step, start, start + micro)
-            except NonFiniteError as error:
+            except (NonFiniteError, ExpansiveMapError) as error:  # no gradient here: the batch is skipped
                 self.last_problem = str(error)
                 sums += math.nan
         gradients = []
@@ -385,7 +385,7 @@ def _run(
         if exhausted:
             reason = f" ({session.last_problem})" if session.last_problem else ""
             raise InputError(
-                f"{session.skipped_in_row} batches in a row had a non-finite loss or gradient{reason}, at step "
+                f"{session.skipped_in_row} batches in a row had no finite loss and gradient{reason}, at step "
                 f"{session.step}: lower train.lr or check the reward; the checkpoint of that step is in {folder}"
             )
         if signum and not last:
@@ -431,7 +431,11 @@ class _Recorder:
         self.session.view.progress(record)
         with self.session.averaged():
             if last or _due(step, settings.measure_every):
-                measurement = self.evaluator.measure()
+                try:
+                    measurement = self.evaluator.measure()
+                except InputError as error:  # a network that cannot be measured now is no reason to lose the run
+                    self.session.view.say(f"step {step}: not measured: {error}")
+                    measurement = None
                 if measurement is not None:
                     entries.append({"step": step, "measurement": measurement.to_json()})
             if last or _due(step, settings.validate_every):

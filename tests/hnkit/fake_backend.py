@@ -66,7 +66,7 @@ class FakeBackend:
 
     def generate(self, noise: Tensor, condition: Condition, steps: int = 1) -> Tensor:
         images = torch.sigmoid(noise)
-        return images * self.tuned.sigmoid() if self.tuned is not None else images
+        return images * self.tuned.exp() if self.tuned is not None else images
 
     def judge(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.amax((1, 2, 3))

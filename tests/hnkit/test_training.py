@@ -257,7 +257,7 @@ def test_too_many_non_finite_batches_stop_the_run_after_a_checkpoint(tmp_path, f
     fake.prepare_backend = lambda backend: setattr(
         backend.default_reward, "fault", lambda call, scores: scores * math.nan if call > 2 else scores
     )
-    with pytest.raises(InputError, match="3 batches in a row had a non-finite loss or gradient"):
+    with pytest.raises(InputError, match="3 batches in a row had no finite loss and gradient"):
         run(fake_config(max_skipped=3), tmp_path / "run")
     found = checkpoint.newest_checkpoint(tmp_path / "run", pytest.fail)
     assert found is not None
@@ -390,7 +390,7 @@ def test_rewards_of_the_users_own(tmp_path, fake, monkeypatch):
         ("brightness", "unknown reward"),
     ):
         with pytest.raises(InputError, match=message):
-            run(resolve_config(backend="fake", rewards=[flag]), tmp_path / "other")
+            run(resolve_config(backend="fake", rewards=[flag]), tmp_path / message)
 
 
 def test_mean_reduction_says_what_it_aims_at(tmp_path, fake):
