@@ -302,8 +302,10 @@ def _gradient_form(parts: list[tuple[nn.Module, JacobianBounds]]) -> tuple[float
     if len(parts) != 3 or not parts[1][1].elementwise:
         return None
     first, last = parts[0][0], parts[2][0]
-    if not (isinstance(first, nn.Linear) and isinstance(last, nn.Linear)):
+    if not all(parametrize.type_before_parametrizations(end) is nn.Linear for end in (first, last)):
         return None
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
     W, V = first.weight.detach(), last.weight.detach()
     if W.shape != V.T.shape:
         return None

@@ -507,6 +507,23 @@ def test_what_folds_is_never_certified():
     assert "GroupNorm" in certify_injective(nn.GroupNorm(1, 2)).how
 
 
+def test_a_declared_linear_layer_is_no_gradient_map():
+    """A subclass may compute something else than `W x`, so that equal weights say nothing about the composition."""
+
+    class Negated(nn.Linear):
+        def forward(self, x):
+            return -super().forward(x)
+
+        def lipschitz_upper(self):
+            return 2.0
+
+    W = 2 * torch.eye(2, dtype=F64)
+    last = Negated(2, 2, bias=False).double()
+    with torch.no_grad():
+        last.weight.copy_(W)
+    assert certify_injective(nn.Sequential(layer(W), nn.ReLU(), last)).status == "unknown"
+
+
 def test_negative_slopes_are_not_monotone():
     """W' s(W x) with s = SiLU, whose slope reaches -0.0998, folds for large W: the range must say so."""
     W = 4 * torch.eye(2, dtype=F64)
