@@ -16,7 +16,7 @@ from torch import Tensor
 from hnkit._errors import InputError
 from hnkit._files import atomic_write, write_json
 from hnkit.backend import Backend, ConditionedMap, NoiseMap, installed_names, load_installed
-from hnkit.plots import new_figure, style, to_png
+from hnkit.plots import GREY, new_canvas, style, to_png
 from hnkit.report import Picture, Section, Table, Text, write_html
 from hnkit.stream import generator_for
 
@@ -153,23 +153,26 @@ def contact_sheet(sheets: dict[str, dict[str, list[Tensor]]]) -> bytes:
     """
     kinds = list(next(iter(sheets.values())))
     columns = max(len(images) for by_kind in sheets.values() for images in by_kind.values())
-    rows = len(sheets) * len(kinds)
+    cell, gap, left, head = 1.2, 0.05, 0.3, 0.32  # inches
+    block = head + len(kinds) * (cell + gap)
+    width, height = left + columns * (cell + gap) + 0.1, len(sheets) * block + 0.1
     with style():
-        figure, axes = new_figure(1.25 * columns + 0.9, 1.25 * rows + 0.34 * len(sheets), columns=columns, rows=rows)
-        for place, axis in enumerate(axes):
-            row, column = divmod(place, columns)
-            prompt, kind = list(sheets)[row // len(kinds)], kinds[row % len(kinds)]
-            images = sheets[prompt][kind]
-            axis.set_axis_off()
-            if column < len(images):
-                axis.imshow(np.clip(images[column].permute(1, 2, 0).numpy(), 0, 1), interpolation="nearest")
-            if column == 0:
-                axis.text(-0.08, 0.5, kind, transform=axis.transAxes, rotation=90, ha="right", va="center", fontsize=9)
-                if kind == kinds[0]:
-                    axis.set_title(_shortened(prompt), fontsize=10, pad=5)
+        figure = new_canvas(width, height)
+        for number, (prompt, by_kind) in enumerate(sheets.items()):
+            top = height - number * block
+            figure.text(left / width, (top - 0.23) / height, _shortened(prompt, int(columns * 17)), fontsize=9.5)
+            for row, kind in enumerate(kinds):
+                bottom = top - head - (row + 1) * (cell + gap) + gap
+                middle = (bottom + cell / 2) / height
+                figure.text(0.09 / width, middle, kind, rotation=90, va="center", fontsize=8.5, color=GREY)
+                for column, image in enumerate(by_kind[kind]):
+                    place = (left + column * (cell + gap)) / width, bottom / height, cell / width, cell / height
+                    axes = figure.add_axes(place)
+                    axes.set_axis_off()
+                    axes.imshow(np.clip(image.permute(1, 2, 0).numpy(), 0, 1), interpolation="nearest")
         return to_png(figure)
 
 
-def _shortened(prompt: str) -> str:
-    text = prompt.replace("$", r"\$")
-    return text if len(text) <= 80 else text[:77] + "..."
+def _shortened(prompt: str, longest: int) -> str:
+    text = " ".join(prompt.replace("$", r"\$").split())
+    return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -25,7 +25,6 @@ _STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 160,
     "figure.facecolor": "white",
-    "figure.constrained_layout.use": True,
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
     "text.color": INK,
@@ -74,13 +73,20 @@ def style() -> Iterator[None]:
 
 def new_figure(width: float = 7.6, height: float = 4.4, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of its own (no global state, no display) with a grid of axes, row by row; sizes in inches."""
+    figure = new_canvas(width, height)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flatten())
+
+
+def new_canvas(width: float, height: float) -> Figure:
+    """An empty figure of its own, for axes at places of the caller's; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, list(axes.flatten())
+    return figure
 
 
 def to_png(figure: Figure) -> bytes:

@@ -134,7 +134,7 @@ def format_estimate(value: float, stderr: float | None = None, bias_bound: float
 
     A standard error that is not known (nan) is said to be unknown, never shown as zero.
     """
-    if stderr is None:
+    if stderr is None or not math.isfinite(value):
         text = format_number(value, 5)
     elif math.isnan(stderr):
         text = f"{format_number(value, 5)} ± unknown"

@@ -1,0 +1,304 @@
+"""Verdicts, the registry, and the reports of maps and toys, each against figures from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from torch import nn
+
+from hnkit import InputError, noise_kl, verify_bound
+from hnkit.certified_checks import CERTIFIED_CHECKS, Certified
+from hnkit.map_checks import MAP_CHECKS
+from hnkit.subject import Subject
+from hnkit.toy_checks import TOY_CHECKS, Tilted, contraction
+from hnkit.verification import VerifySettings, reference_maps, verify_toys
+from hnkit.verify import (
+    FALSE_ALARM,
+    FAMILY,
+    Finding,
+    NotApplicable,
+    Registry,
+    checks_by_proof,
+    confidence_radius,
+    mean_finding,
+)
+from toy import PROBLEMS
+
+
+def judged(**finding):
+    registry = Registry()
+    registry.add("one", "a statement", proof="theorem_7_bound")(lambda _: Finding(**finding))
+    return registry.run(None, "group")[0]
+
+
+@pytest.mark.parametrize(
+    ("finding", "verdict", "slack"),
+    [
+        ({"measured": 1.0, "expected": 1.1, "tolerance": 0.2}, "holds", 0.1),
+        ({"measured": 1.0, "expected": 0.9, "tolerance": 0.2}, "holds", 0.1),
+        ({"measured": 1.0, "expected": 1.3, "tolerance": 0.2}, "fails", -0.1),
+        ({"measured": 1.0, "expected": 3.0, "tolerance": 0.0, "relation": "<="}, "holds", 2.0),
+        ({"measured": 3.0, "expected": 1.0, "tolerance": 0.5, "relation": "<="}, "fails", -1.5),
+        ({"measured": 3.0, "expected": 1.0, "tolerance": 0.5, "relation": ">="}, "holds", 2.5),
+        ({"measured": 1.0, "expected": 3.0, "tolerance": 0.5, "relation": ">="}, "fails", -1.5),
+        ({"measured": 1.0, "expected": 1.0, "tolerance": 0.0, "certified": False}, "not certified", 0.0),
+        ({"measured": 2.0, "expected": 1.0, "tolerance": 0.0, "certified": False}, "fails", -1.0),
+    ],
+)
+def test_verdict_and_slack(finding, verdict, slack):
+    check = judged(**finding)
+    assert check.verdict == verdict
+    assert check.slack == pytest.approx(slack)
+
+
+@pytest.mark.parametrize("field", ["measured", "expected", "tolerance"])
+@pytest.mark.parametrize("relation", ["=", "<=", ">="])
+def test_nan_never_holds(field, relation):
+    values = {"measured": 1.0, "expected": 1.0, "tolerance": 1.0, "relation": relation, field: math.nan}
+    assert judged(**values).verdict == "fails"
+
+
+def test_unmet_hypothesis_is_named():
+    registry = Registry()
+
+    @registry.add("one", "a statement", proof="lemma_6_stein", kind="statistical")
+    def one(_):
+        raise NotApplicable("local norm 1.3 is not below 1")
+
+    check = registry.run(None, "g")[0]
+    assert (check.verdict, check.note, check.measured) == ("not applicable", "local norm 1.3 is not below 1", None)
+    with pytest.raises(ValueError, match="two checks"):
+        registry.add("one", "again", proof="lemma_6_stein")(one)
+
+
+def test_statistical_radius_has_the_stated_level():
+    # The quantile of Student's law, for many degrees of freedom that of the normal law.
+    assert confidence_radius(1.0, 10**7) == pytest.approx(norm.isf(FALSE_ALARM / FAMILY / 2), rel=1e-4)
+    assert confidence_radius(2.0, 3) > 2 * confidence_radius(1.0, 100)
+    with pytest.raises(NotApplicable):
+        confidence_radius(1.0, 1)
+
+
+def test_mean_finding_is_a_t_test():
+    samples = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
+    found = mean_finding(samples, 2.5, floor=0.25)
+    values = samples.numpy()
+    assert found.measured == 3.0
+    assert found.tolerance == pytest.approx(confidence_radius(values.std(ddof=1) / 2, 4) + 0.25)
+
+
+def test_false_alarms_stay_within_the_family():
+    """A default run makes fewer statistical comparisons than the family allows (test functions counted one by one)."""
+    per_law, laws, processing = 7, 4, 14  # functions of _bounded_functions; checks that use them; data-processing
+    statistical = [s for r in (MAP_CHECKS, TOY_CHECKS) for s in r.statements.values() if s.kind == "statistical"]
+    per_toy = len(statistical) + laws * per_law + processing
+    assert per_toy * (len(PROBLEMS) + len(reference_maps())) <= FAMILY
+
+
+def test_every_check_names_a_proof_and_a_statement():
+    by_proof = checks_by_proof()
+    names = [name for names in by_proof.values() for name in names]
+    assert (
+        len(names)
+        == len(set(names))
+        == sum(len(registry.statements) for registry in (MAP_CHECKS, TOY_CHECKS, CERTIFIED_CHECKS))
+    )
+    central = {
+        "prop_2_objective", "theorem_3_pushforward", "theorem_3_minimiser", "prop_4_noise_objective",
+        "control_reduction", "lemma_5_diffeomorphism", "lemma_6_stein", "kl_two_forms", "theorem_7_bound",
+        "data_processing", "local_theorem_7", "frobenius_bound", "second_order", "symmetry_index", "l2_optimum",
+        "optimality_gap", "non_injective", "estimates_certificates", "singular_value_bound", "field_of_values",
+        "arnoldi_bias",
+    }  # fmt: skip
+    assert set(by_proof) == central
+    for registry in (MAP_CHECKS, TOY_CHECKS, CERTIFIED_CHECKS):
+        for statement in registry.statements.values():
+            assert len(statement.name) <= 31
+            assert statement.text
+            assert "\n" not in statement.text
+
+
+class Turn(nn.Module):
+    """A rotation field: every row of its Jacobian is skew."""
+
+    def forward(self, x):
+        return 0.4 * torch.stack([-x[:, 1], x[:, 0]], 1)
+
+
+def test_figures_of_a_map_against_closed_forms():
+    report = verify_bound(Turn(), (2,), samples=128, seed=3)
+    assert report.ok
+    figures = {figure.name: figure for figure in report.figures}
+    x = torch.randn(1, dtype=torch.float64)
+    # E(J) = -log det(I + K) = -log(1 + 0.16); the L2 term is 0.08 |x|^2, so the two forms of the KL share no digits.
+    assert figures["E(J)"].value == pytest.approx(-math.log(1.16), abs=1e-12)
+    assert figures["symmetry index"].value == pytest.approx(-1)
+    assert figures["local norm, median"].value == pytest.approx(0.4)
+    assert figures["Theorem 7 estimate"].value == pytest.approx(2 * (-math.log(0.6) - 0.4), rel=1e-5)
+    assert figures["Frobenius bound"].value == pytest.approx(2 * (-math.log(0.6) - 0.4))
+    assert figures["field of values, lower"].value == pytest.approx(-0.16)
+    assert figures["field of values, upper"].value == pytest.approx(0)
+    assert figures["second-order term"].value == pytest.approx(-0.16)
+    error = figures["relative error of L2"]
+    ratio = figures["L2 term"].value / figures["KL (Stein form)"].value
+    assert error.value == pytest.approx(100 * (ratio - 1))
+    assert error.unit == "%"
+    assert x.shape == (1,)
+
+
+def test_same_figures_as_noise_kl():
+    f = contraction(5, 0.7)
+    report = verify_bound(f, (5,), samples=64, seed=11)
+    from hnkit.stream import generator_for
+
+    x = torch.randn(64, 5, dtype=torch.float64, generator=generator_for(11, "noise"))
+    estimate = noise_kl(f, x)
+    figure = next(figure for figure in report.figures if figure.name == "KL (Stein form)")
+    assert (figure.value, figure.stderr) == (estimate.value, estimate.stderr)
+    certified = next(figure for figure in report.figures if figure.name == "Lipschitz, certified")
+    assert certified.value == pytest.approx(0.7, rel=1e-9)
+    verdicts = {check.name: check.verdict for check in report.checks}
+    assert verdicts["theorem-7"] == verdicts["lemma-5-inverse"] == verdicts["injectivity"] == "holds"
+
+
+def test_a_map_that_folds_is_reported_as_a_lower_bound():
+    report = verify_bound(lambda x: -2 * torch.tanh(2 * x), (1,), samples=256)
+    assert report.ok  # a fold is no failure of the theory
+    by_name = {check.name: check for check in report.checks}
+    assert by_name["injectivity"].verdict == "not applicable"
+    assert "changes sign" in by_name["injectivity"].note
+    assert any("lower bound" in text for _, text in report.notes)
+
+
+def test_float32_maps_and_images():
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 3, padding=1))
+    with torch.no_grad():
+        net[2].weight.mul_(0.3)
+    report = verify_bound(net, (2, 4, 4), samples=32)
+    assert report.ok, [check for check in report.checks if check.verdict == "fails"]
+    assert {check.name: check.verdict for check in report.checks}["theorem-7"] in ("holds", "not applicable")
+
+
+@pytest.mark.parametrize("method", ["arnoldi", "lanczos", "power", "roulette", "second-order", "l2"])
+def test_every_method_reports(method):
+    report = verify_bound(contraction(6), (6,), samples=32, method=method)
+    assert report.ok, [check for check in report.checks if check.verdict == "fails"]
+    assert report.config["method"] == method
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_a_budget_is_kept():
+    report = verify_bound(contraction(6), (6,), samples=64, method="arnoldi", budget=60)
+    assert report.ok
+    assert report.config["budget"] == 60
+
+
+@pytest.mark.parametrize("toy", PROBLEMS)
+def test_every_toy_is_green(toy):
+    report = verify_toys([PROBLEMS[toy]()], VerifySettings(samples=256, seed=1), references=[])
+    assert report.ok, [check for check in report.checks if check.verdict == "fails"]
+    applied = [check for check in report.checks if check.verdict != "not applicable"]
+    assert len(applied) > 25
+    assert all(check.note for check in report.checks if check.verdict == "not applicable")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reference_maps_are_green_under_other_seeds(seed):
+    report = verify_toys([], VerifySettings(samples=128, seed=seed))
+    assert report.ok, [check for check in report.checks if check.verdict == "fails"]
+
+
+def test_quadrature_check_is_independent_of_the_jacobian():
+    """For f = 0.2 sin 3x the integral of the density is 0.114620 nats, and the check compares with just that."""
+    f, dim, _ = reference_maps()["gradient-field"]
+    subject = Subject("sine", f, torch.randn(64, dim, dtype=torch.float64))
+    check = MAP_CHECKS.statements["kl-one-dimensional"].check(subject, "sine")
+    assert check.expected == pytest.approx(0.114620, abs=2e-6)
+    assert check.measured == pytest.approx(0.114620, abs=2e-6)
+
+
+def test_dense_statistics_against_numpy():
+    f = contraction(4, 0.8)
+    subject = Subject("c", f, torch.randn(3, 4, dtype=torch.float64))
+    rows = subject.rows
+    for i in range(3):
+        J = torch.autograd.functional.jacobian(lambda v: f(v[None])[0], subject.x[i]).numpy()
+        S, K = (J + J.T) / 2, (J - J.T) / 2
+        assert float(rows.trace[i]) == pytest.approx(np.trace(J))
+        assert float(rows.trace_square[i]) == pytest.approx(np.trace(J @ J))
+        assert float(rows.frobenius[i]) == pytest.approx(np.linalg.norm(J))
+        assert float(rows.norm[i]) == pytest.approx(np.linalg.norm(J, 2))
+        assert float(rows.least_symmetric[i]) == pytest.approx(np.linalg.eigvalsh(S)[0])
+        assert float(rows.skew[i]) == pytest.approx(np.linalg.norm(K))
+        expected = np.trace(J) - np.linalg.slogdet(np.eye(4) + J)[1]
+        assert float(rows.spectral[i]) == pytest.approx(expected, abs=1e-12)
+    kept = subject.norms.tolist()
+    assert kept == pytest.approx(rows.norm.tolist())
+
+
+def test_contraction_has_the_stated_constant():
+    net = contraction(7, 0.35)
+    product = torch.linalg.matrix_norm(net[0].weight, 2) * torch.linalg.matrix_norm(net[2].weight, 2)
+    assert float(product) == pytest.approx(0.35)
+    assert torch.equal(net[0].weight, contraction(7, 0.35)[0].weight)  # nothing global is drawn from
+
+
+def test_tilted_noise_has_a_stream_for_each_purpose():
+    tilted = Tilted(PROBLEMS["linear-gaussian"](), 16)
+    assert not torch.equal(tilted.noise("a"), tilted.noise("b"))
+    assert torch.equal(tilted.noise("a"), tilted.noise("a"))
+
+
+@pytest.mark.parametrize("name", ["extremal", "rotation", "contraction"])
+def test_certified_bounds(name):
+    pytest.importorskip("flint")
+    f, dim, _ = reference_maps()[name]
+    subject = Subject(name, f, torch.randn(2, dim, dtype=torch.float64))
+    checks = CERTIFIED_CHECKS.run(Certified(subject), name)
+    assert "fails" not in {check.verdict for check in checks}
+    assert {check.name for check in checks if check.verdict == "holds"} >= {
+        "certified-error", "certified-norm", "certified-theorem-7", "certified-frobenius",
+    }  # fmt: skip
+
+
+def test_a_constant_one_ulp_too_small_is_refuted():
+    pytest.importorskip("flint")
+
+    class Shrink(nn.Module):
+        def __init__(self, claimed):
+            super().__init__()
+            self.claimed = claimed
+
+        def forward(self, x):
+            return -0.5 * x
+
+        def lipschitz_upper(self):
+            return self.claimed
+
+    def verdicts(claimed):
+        subject = Subject("shrink", Shrink(claimed), torch.randn(2, 3, dtype=torch.float64))
+        return {check.name: check.verdict for check in CERTIFIED_CHECKS.run(Certified(subject), "shrink")}
+
+    true = verdicts(0.5)
+    assert true["certified-norm"] != "fails"
+    wrong = verdicts(math.nextafter(math.nextafter(0.5, 0), 0))
+    assert wrong["certified-norm"] == "fails"
+
+
+@pytest.mark.parametrize(
+    "options", [{"samples": 0}, {"seed": -1}, {"method": "guess"}, {"samples": -5}, {"seed": 2**63}]
+)
+def test_bad_settings(options):
+    with pytest.raises(InputError):
+        verify_bound(contraction(2), (2,), **options)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, -1)])
+def test_bad_shapes(shape):
+    with pytest.raises(InputError, match="shape"):
+        verify_bound(contraction(2), shape)
