@@ -205,23 +205,31 @@ def _certify(
         below = "not applicable", "the claimed constant is negative"
     cone = _hypothesis(least > -1, least <= -1, "lambda_min of the symmetric part above -1")
 
-    def judge(name: str, value: Any, bound: Any, needs: tuple[Verdict, str]) -> CertifiedBound:
+    def judge(name: str, value: Any, bound: Any, needs: tuple[Verdict, str], *, equal: bool = False) -> CertifiedBound:
         if needs[0] != "holds":
             return CertifiedBound(name, None, None, *needs)
+        if equal and name not in claims:
+            return CertifiedBound(name, Enclosure.of(value), Enclosure.of(bound), "holds", "A is symmetric: equality")
         right = arb(claims[name]) if name in claims else bound
         verdict: Verdict = "holds" if value <= right else "fails" if value > right else "undecided"
         return CertifiedBound(
             name, Enclosure.of(value), Enclosure.of(right), verdict, "against the reported float" * (name in claims)
         )
 
-    size, ratio = abs(error), _ratio(arb, L)
+    size, ratio, plain = abs(error), _ratio(arb, L), bool(torch.equal(matrix, matrix.T))
     records = [
         judge("theorem 7", size, d * ratio * L * L, below),
         judge("frobenius", size, frobenius_square * ratio, below),
         judge("singular values", size, sum((_ratio(arb, s) * s * s for s in sigma), arb(0)), below),
         judge("second order", abs(error - (A * A).trace() / 2), frobenius_square * (ratio - arb(0.5)), below),
-        judge("field of values, upper", error, error_symmetric, cone),
-        judge("field of values, lower", error_symmetric - error, skew_square / (2 * (1 + least) ** 2), cone),
+        judge("field of values, upper", error, error_symmetric, cone, equal=plain),
+        judge(
+            "field of values, lower",
+            error_symmetric - error,
+            skew_square / (2 * (1 + least) ** 2),
+            cone,
+            equal=plain,
+        ),
     ]
     if lipschitz is not None:
         records.append(judge("norm", sigma[0], L, ("holds", "")))

@@ -68,7 +68,7 @@ def _dilate(weight: Tensor, dilation: Sequence[int]) -> Tensor:
     """Put `dilation - 1` zero taps between neighbours."""
     sizes = [(k - 1) * step + 1 for k, step in zip(weight.shape[2:], dilation, strict=True)]
     spread = weight.new_zeros(*weight.shape[:2], *sizes)
-    spread[(..., *(slice(None, None, step) for step in dilation))] = weight
+    spread[(slice(None), slice(None), *(slice(None, None, step) for step in dilation))] = weight
     return spread
 
 
@@ -78,7 +78,7 @@ def _polyphase(weight: Tensor, stride: Sequence[int]) -> Tensor:
     axes = len(stride)
     sizes = [-(-k // s) for k, s in zip(weight.shape[2:], stride, strict=True)]
     padded = weight.new_zeros(out, inner, *(q * s for q, s in zip(sizes, stride, strict=True)))
-    padded[(..., *(slice(0, k) for k in weight.shape[2:]))] = weight
+    padded[tuple(slice(0, k) for k in weight.shape)] = weight
     split = padded.reshape(out, inner, *(part for q, s in zip(sizes, stride, strict=True) for part in (q, s)))
     order = [0, 1, *(3 + 2 * a for a in range(axes)), *(2 + 2 * a for a in range(axes))]
     return split.permute(order).reshape(out, inner * math.prod(stride), *sizes)

@@ -64,11 +64,7 @@ def test_enclosures_contain_the_truth_and_are_narrow(kind, norm):
 @pytest.mark.parametrize("norm", [1e-12, 0.5, 0.9])
 def test_strict_bounds_are_proved(kind, norm):
     verdicts = {name: bound.verdict for name, bound in certify_bounds(random_matrix(kind, 4, norm)).bounds.items()}
-    exact = {  # sides that agree as real numbers, which no arithmetic can separate
-        "symmetric": {"field of values, upper", "field of values, lower"},
-    }.get(kind, set())
-    for name, verdict in verdicts.items():
-        assert verdict == ("undecided" if name in exact else "holds"), name
+    assert set(verdicts.values()) == {"holds"}
 
 
 def test_attained_bounds_are_undecided_never_fails():
@@ -77,6 +73,19 @@ def test_attained_bounds_are_undecided_never_fails():
     assert c.precision == 1024
     assert c.ok
     assert certify_bounds(-0.7 * torch.eye(3, dtype=F64), max_precision=256).precision == 256
+
+
+def test_symmetry_makes_the_field_of_values_an_equality():
+    c = certify_bounds(random_matrix("symmetric", 4, 0.5))
+    for side in ("upper", "lower"):
+        assert c.bounds[f"field of values, {side}"].note == "A is symmetric: equality"
+    claimed = certify_bounds(
+        random_matrix("symmetric", 4, 0.5), reported={"field of values, upper": 0.999 * c.error.lower}
+    )
+    assert claimed.bounds["field of values, upper"].verdict == "fails"
+    almost = random_matrix("symmetric", 4, 0.5)
+    almost[0, 1] = math.nextafter(float(almost[0, 1]), 1)
+    assert {bound.verdict for bound in certify_bounds(almost).bounds.values()} == {"holds"}
 
 
 def test_zero_is_exact():
