@@ -103,10 +103,20 @@ def plan_for_budget(
     group = max(2, settings.probes) if settings.variance_reduction == "xtrace" else 1
     jvp = vjp = 0
     steps = settings.steps
-    if steps is None and settings.method != "second-order":
-        pilot = _pilot(f, x, replace(settings, probes=group), generator, 1)
-        jvp, vjp, steps = pilot.num_jvp, pilot.num_vjp, pilot.steps
-    cost = _products_per_row(settings, steps)
+    if settings.method == "second-order":
+        cost = 2
+    elif settings.method == "roulette":
+        pilot = _pilot(f, x, replace(settings, method="power", steps=4), generator, 1)
+        jvp, vjp = pilot.num_jvp, pilot.num_vjp
+        # Rows run together until the longest ends; N rows of a geometric law of parameter q last log N / -log q.
+        q = min(max(float(pilot.norm.max()), 0.1), 0.95)
+        cost = 4 + math.ceil(math.log(max(budget // 4, 2)) / -math.log(q))
+    else:
+        if steps is None:
+            pilot = _pilot(f, x, replace(settings, probes=group), generator, 1)
+            jvp, vjp, steps = pilot.num_jvp, pilot.num_vjp, pilot.steps
+        cost = {"lanczos": 2 * steps + 1, "power": max(2, steps), "arnoldi": steps}[settings.method]
+        cost *= 2 if settings.variance_reduction == "xtrace" else 1
     rows = (budget - jvp - vjp) // (cost * group)
     if rows < 1:
         least = jvp + vjp + cost * group
@@ -117,16 +127,3 @@ def plan_for_budget(
         probes = min(probes, x[0].numel())
     return Plan(replace(settings, probes=probes, steps=steps), samples, jvp, vjp)
 
-
-def _products_per_row(settings: ProbeSettings, steps: int | None) -> int:
-    if settings.method == "second-order":
-        return 2
-    assert steps is not None
-    if settings.method == "lanczos":
-        return 2 * steps + 1
-    if settings.method == "power":
-        return max(2, steps)
-    if settings.method == "roulette":
-        # Rows run together until the longest of them ends: about twice the pilot's length.
-        return 2 * steps
-    return 2 * steps if settings.variance_reduction == "xtrace" else steps

@@ -1,0 +1,319 @@
+"""NoiseLoss: values and gradients against autograd through the dense log-determinant."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hnkit.loss
+from hnkit import InputError, NoiseLoss, NonFiniteError, log_det_error
+from hnkit.jacobian import math_attention
+from hnkit.loss import KL_TERMS
+from tests.hnkit.operator_zoo import matrix
+
+D = 4
+WEIGHTS = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.25], dtype=torch.float64)
+
+
+class Attention(nn.Module):
+    """Two tokens of two channels through layer normalisation and scaled-dot-product attention."""
+
+    def __init__(self, scale: float = 0.6) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.mix = nn.Linear(2, 6)
+        self.out = nn.Linear(2, 2)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 2, 2)
+        centred = nn.functional.layer_norm(tokens, (2,), eps=1.0)
+        q, k, v = self.mix(centred).chunk(3, -1)
+        mixed = nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return self.scale * self.out(tokens + mixed).reshape(x.shape)
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, D)).double()
+    with torch.no_grad():
+        net[2].weight.mul_(1.4)
+    return net
+
+
+MAPS = {"mlp": mlp, "attention": lambda: Attention().double()}
+
+
+def noise(n: int = 5, seed: int = 0) -> Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def identity(z: Tensor) -> Tensor:
+    return z
+
+
+def linear_reward(y: Tensor) -> Tensor:
+    return y @ torch.arange(1.0, D + 1, dtype=y.dtype)
+
+
+def no_reward(y: Tensor) -> Tensor:
+    return 0 * y.sum(1)
+
+
+def gradient(f: nn.Module, objective: Tensor) -> Tensor:
+    f.zero_grad()
+    objective.backward()
+    return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in f.parameters()])
+
+
+def dense(f: nn.Module, x: Tensor) -> Tensor:
+    """Differentiable Jacobians, one row and one entry at a time; shares no code with the loss."""
+    with math_attention():
+        return torch.stack(
+            [torch.autograd.functional.jacobian(lambda z: f(z[None])[0], row, create_graph=True) for row in x]
+        )
+
+
+def dense_error(f: nn.Module, x: Tensor) -> Tensor:
+    J = dense(f, x)
+    eye = torch.eye(D, dtype=torch.float64)
+    return J.diagonal(dim1=1, dim2=2).sum(1) - torch.linalg.slogdet(eye + J).logabsdet
+
+
+def all_signs(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Make the probes run through all 2^d sign vectors: their mean is the expectation, exactly."""
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=D)), dtype=torch.float64)
+
+    def enumerate_probes(rows, dim, kind, generator, device):
+        assert rows % len(signs) == 0
+        return signs.repeat(rows // len(signs), 1)
+
+    monkeypatch.setattr(hnkit.loss, "draw_probes", enumerate_probes)
+    return len(signs)
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("kl", ["exact", "arnoldi"])
+def test_log_det_value_and_gradient_with_different_row_weights(monkeypatch: pytest.MonkeyPatch, name: str, kl) -> None:
+    f, x = MAPS[name](), noise()
+    count = all_signs(monkeypatch) if kl == "arnoldi" else 1
+    terms = NoiseLoss(kl, probes=count, steps=D)(f, x, identity, no_reward)
+    found = gradient(f, (WEIGHTS * terms.total).sum())  # outside any attention context
+    error = dense_error(f, x)
+    with math_attention():
+        expected_total = f(x).square().sum(1) / 2 + error
+    expected = gradient(f, (WEIGHTS * expected_total).sum())
+    torch.testing.assert_close(terms.kl.detach(), expected_total.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_second_order_value_and_gradient(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    f, x = MAPS[name](), noise()
+    count = all_signs(monkeypatch)
+    terms = NoiseLoss("second-order", probes=count)(f, x, identity, no_reward)
+    found = gradient(f, (WEIGHTS * terms.total).sum())
+    J = dense(f, x)
+    with math_attention():
+        expected_total = f(x).square().sum(1) / 2 + (J @ J).diagonal(dim1=1, dim2=2).sum(1) / 2
+    expected = gradient(f, (WEIGHTS * expected_total).sum())
+    torch.testing.assert_close(terms.kl.detach(), expected_total.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kl", KL_TERMS)
+def test_gradient_against_finite_differences_of_the_value(monkeypatch: pytest.MonkeyPatch, kl) -> None:
+    f, x = mlp(), noise(3)
+    count = all_signs(monkeypatch) if kl in ("arnoldi", "second-order") else 1
+    loss = NoiseLoss(kl, alpha=0.7, probes=count, steps=D)
+    weights = WEIGHTS[:3]
+
+    def objective() -> Tensor:
+        return (weights * loss(f, x, torch.tanh, linear_reward).total).sum()
+
+    found = gradient(f, objective())
+    step = 1e-5
+    for index in (0, 17, 40, 71):  # entries of both layers
+        name, offset = 0, index
+        parameters = list(f.parameters())
+        while offset >= parameters[name].numel():
+            offset -= parameters[name].numel()
+            name += 1
+        entry = parameters[name].data.view(-1)
+        values = []
+        for sign in (1, -1):
+            entry[offset] += sign * step
+            values.append(float(objective().detach()))
+            entry[offset] -= sign * step
+        assert float(found[index]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=2e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("kl", ["arnoldi", "second-order"])
+def test_random_probes_are_unbiased_and_follow_the_generator(kl) -> None:
+    f, x = mlp(), noise()
+    loss = NoiseLoss(kl, probes=400, tolerance=1e-8)
+    terms = loss(f, x, identity, no_reward, generator=torch.Generator().manual_seed(0))
+    again = loss(f, x, identity, no_reward, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(terms.kl, again.kl)
+    found = gradient(f, terms.total.sum())
+    exact = NoiseLoss("exact")(f, x, identity, no_reward)
+    reference = gradient(f, exact.total.sum())
+    assert float((found - reference).norm() / reference.norm()) < (0.05 if kl == "arnoldi" else 0.3)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("kl", KL_TERMS)
+def test_rows_satisfy_the_definition(kl, reduction) -> None:
+    f, x, alpha = mlp(), noise(), 0.25
+    loss = NoiseLoss(kl, alpha=alpha, reduction=reduction)
+    terms = loss(f, x, lambda z: 2 * z, linear_reward, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(terms.x_hat, x + f(x))
+    torch.testing.assert_close(terms.reward, linear_reward(2 * (x + f(x))))
+    torch.testing.assert_close(terms.total, terms.kl - terms.reward / alpha)
+    assert terms.total.shape == terms.kl.shape == terms.reward.shape == terms.solve_error.shape == (5,)
+    whole = NoiseLoss(kl, alpha=alpha)(f, x, identity, no_reward, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(terms.kl, whole.kl / (D if reduction == "mean" else 1))
+
+
+def test_l2_is_half_the_squared_length() -> None:
+    f, x = mlp(), noise()
+    torch.testing.assert_close(NoiseLoss("l2")(f, x, identity, no_reward).kl, f(x).square().sum(1) / 2)
+
+
+def test_effective_alpha() -> None:
+    assert NoiseLoss(alpha=2.0).effective_alpha(100) == 2.0
+    assert NoiseLoss(alpha=1.0, reduction="mean").effective_alpha(32_768) == 1 / 32_768
+    # d times the loss of the mean is the loss of the sum at that temperature.
+    f, x = mlp(), noise()
+    mean = NoiseLoss(alpha=2.0, reduction="mean")
+    total = mean(f, x, identity, linear_reward).total
+    twin = NoiseLoss(alpha=mean.effective_alpha(D))(f, x, identity, linear_reward).total
+    torch.testing.assert_close(D * total, twin)
+
+
+@pytest.mark.parametrize("kl", KL_TERMS)
+def test_zero_at_initialisation_has_a_gradient_from_the_reward_alone(kl) -> None:
+    f, x = mlp(), noise()
+    nn.init.zeros_(f[2].weight)
+    nn.init.zeros_(f[2].bias)
+    terms = NoiseLoss(kl)(f, x, identity, linear_reward, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(terms.kl, torch.zeros(5, dtype=torch.float64))
+    found = gradient(f, terms.total.sum())
+    expected = gradient(f, -linear_reward(x + f(x)).sum())
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kl", KL_TERMS)
+def test_bfloat16_network_gives_a_float32_loss(kl) -> None:
+    f, x = mlp().bfloat16(), noise().bfloat16()
+    terms = NoiseLoss(kl)(f, x, identity, lambda y: y.sum(1), generator=torch.Generator().manual_seed(0))
+    assert terms.kl.dtype in (torch.float32, torch.float64)
+    assert terms.total.dtype in (torch.float32, torch.float64)
+    gradient(f, terms.total.sum())
+    # |f|^2/2 is summed in float32: bfloat16 would lose all of a difference of 2^-9
+    constant = torch.full((1, 4096), 0.1, dtype=torch.bfloat16)
+    l2 = NoiseLoss("l2")(lambda z: 0 * z + constant, constant, identity, lambda y: y.sum(1)).kl
+    assert float(l2[0]) == pytest.approx(4096 * float(constant[0, 0]) ** 2 / 2, rel=1e-6)
+
+
+def test_more_steps_solve_better_and_the_error_is_reported() -> None:
+    f, x = mlp(), noise()
+    errors = []
+    for steps in (1, 2, 3, 4):
+        terms = NoiseLoss("arnoldi", steps=steps)(f, x, identity, no_reward, generator=torch.Generator().manual_seed(0))
+        errors.append(float(terms.solve_error.max()))
+    assert errors[0] > 0.01
+    assert errors[2] < errors[0]
+    assert errors[-1] < 1e-12
+    adaptive = NoiseLoss("arnoldi", tolerance=0.05)(f, x, identity, no_reward)
+    assert 0 < float(adaptive.solve_error.max()) < 0.2
+
+
+def test_solve_error_is_the_distance_to_the_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+    # w from two steps against w from a dense solve: the reported error is at least the true one.
+    A = matrix("gaussian", 0.5, D)
+    f = nn.Linear(D, D, bias=False).double()
+    with torch.no_grad():
+        f.weight.copy_(A)
+    loss = NoiseLoss("arnoldi", steps=2)
+    operator = hnkit.loss.RowJacobian(f, noise(), twice=True)
+    v = torch.ones(5, D, dtype=torch.float64)
+    _, w, error = loss._value_and_weight(operator, v)
+    exact = torch.linalg.solve(torch.eye(D, dtype=torch.float64) + A.T, A.T @ v.T).T
+    relative = (w - exact).norm(dim=1) / (v @ A).norm(dim=1)
+    assert bool((relative <= 1.05 * error).all())
+    assert bool((relative >= 0.1 * error).all())
+
+
+def test_gradients_do_not_reach_the_noise() -> None:
+    f, x = mlp(), noise().requires_grad_()
+    NoiseLoss("arnoldi")(f, x, identity, linear_reward).total.sum().backward()
+    assert x.grad is None
+
+
+def test_conditions_follow_replicated_rows() -> None:
+    from hnkit.backend import Condition, ConditionedMap
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, condition: Condition) -> Tensor:
+            return x * condition.tensors["scale"][:, None]
+
+    scale = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
+    f = ConditionedMap(Scaled(), Condition(("a", "b", "c"), {"scale": scale}))
+    expected = D * (scale - torch.log1p(scale))
+    for kl, probes in (("arnoldi", 1), ("arnoldi", 3), ("exact", 1)):
+        x = noise(3)
+        terms = NoiseLoss(kl, probes=probes)(f, x, identity, no_reward)
+        torch.testing.assert_close(terms.kl - f(x).square().sum(1) / 2, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"kl": "magic"}, "'magic'"),
+        ({"alpha": 0.0}, "alpha 0.0"),
+        ({"alpha": -1.0}, "alpha -1.0"),
+        ({"alpha": math.nan}, "alpha nan"),
+        ({"alpha": math.inf}, "alpha inf"),
+        ({"reduction": "max"}, "'max'"),
+        ({"probes": 0}, "probes 0"),
+        ({"steps": 0}, "steps 0"),
+        ({"max_steps": 1.5}, "max_steps 1.5"),
+        ({"tolerance": 0.0}, "tolerance 0.0"),
+        ({"probe": "uniform"}, "'uniform'"),
+    ],
+)
+def test_bad_arguments(arguments: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        NoiseLoss(**arguments)
+
+
+def test_bad_rewards_and_maps() -> None:
+    with pytest.raises(InputError, match=r"reward returned \(5, 4\)"):
+        NoiseLoss()(mlp(), noise(), identity, identity)
+    with pytest.raises(InputError, match="reward returned float"):
+        NoiseLoss()(mlp(), noise(), identity, lambda y: 1.0)  # type: ignore[arg-type, return-value]
+    with pytest.raises(InputError, match="shape"):
+        NoiseLoss("arnoldi")(lambda x: x[:, :1], noise(), identity, no_reward)
+
+
+def test_an_expansive_map_is_refused_by_arnoldi() -> None:
+    with pytest.raises(InputError, match="local norm"):
+        NoiseLoss("arnoldi")(lambda x: 1.5 * x, noise(), identity, no_reward)
+
+
+@pytest.mark.parametrize("kl", ["arnoldi", "second-order", "exact"])
+def test_a_non_finite_map_is_named(kl) -> None:
+    x = noise().abs()
+    x[3] = -1.0
+    with pytest.raises(NonFiniteError, match="sample 3"):
+        NoiseLoss(kl)(lambda z: 0.1 * z.sqrt(), x, identity, no_reward)
+
+
+def test_the_exact_term_is_log_det_error_of_the_dense_jacobian() -> None:
+    f, x = mlp(), noise()
+    terms = NoiseLoss("exact")(f, x, identity, no_reward)
+    J = dense(f, x).detach()
+    torch.testing.assert_close(terms.kl - f(x).square().sum(1) / 2, log_det_error(J))
