@@ -32,6 +32,9 @@ def bundle(work: Path, out: Path) -> None:
         shutil.copytree(work / "clip", new / CLIP_FOLDER)
         for name in (JUDGE_FILE, LEGIBILITY_FILE, FIGURES_FILE):
             shutil.copyfile(work / name, new / name)
+        for path in new.rglob("config.json"):  # the libraries note where a part was loaded from, a path of this machine
+            config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+            path.write_text(json.dumps(config, indent=2) + "\n")
         atomic_write(new / CARD_FILE, data_card(json.loads((work / FIGURES_FILE).read_text(encoding="utf-8"))))
         for path in new.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
