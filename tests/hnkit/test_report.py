@@ -36,7 +36,7 @@ NASTY = "<script>alert('1')</script> & \"quoted\" ' </td></style>"
 class Reader(html.parser.HTMLParser):
     """Collects tags, attributes and text, and checks that tags close in order."""
 
-    VOID = {"meta", "img", "br"}
+    VOID = ("meta", "img", "br")
 
     def __init__(self, page):
         super().__init__()
@@ -128,8 +128,8 @@ def test_numbers(value, text):
         ((2.0, None), "2"),
         ((1.29306, 4e-18), "1.29306 ± 0"),
         ((0.5, 0.01, 0.003), "0.500 ± 0.010 (+ 0.003 bias)"),
-        ((math.nan, math.nan), "– ± unknown"),
-        ((math.nan, 0.1), "– ± 0.10"),
+        ((math.nan, math.nan), "–"),
+        ((math.nan, 0.1), "–"),
         ((math.inf, None), "∞"),
     ],
 )
@@ -139,8 +139,8 @@ def test_estimates(arguments, text):
 
 def a_check(**changes):
     values = {
-        "name": "n", "statement": NASTY, "proof": "theorem_7_bound", "group": NASTY, "measured": 1.0, "expected": math.nan,
-        "tolerance": math.inf, "kind": "exact", "slack": 1.0, "verdict": "holds",
+        "name": "n", "statement": NASTY, "proof": "theorem_7_bound", "group": NASTY, "measured": 1.0,
+        "expected": math.nan, "tolerance": math.inf, "kind": "exact", "slack": 1.0, "verdict": "holds",
     }  # fmt: skip
     return Check(**{**values, **changes})
 
