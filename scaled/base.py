@@ -361,13 +361,14 @@ def load_pipeline(family: Family, options: PipelineOptions) -> Any:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        pipe = getattr(diffusers, family.pipeline_class).from_pretrained(
-            folder,
-            dtype=_DTYPES[options.dtype],
-            local_files_only=True,
-            use_safetensors=True,
-            **family.load_arguments,
-        )
+        with torch.random.fork_rng(devices=[]):  # models draw initial weights before the real ones are read
+            pipe = getattr(diffusers, family.pipeline_class).from_pretrained(
+                folder,
+                dtype=_DTYPES[options.dtype],
+                local_files_only=True,
+                use_safetensors=True,
+                **family.load_arguments,
+            )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model {options.model_id!r} does not load from {folder}: {reason}") from error

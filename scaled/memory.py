@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from hnkit._errors import InputError
@@ -113,7 +114,36 @@ def _distance(reference: Tensor, other: Tensor) -> float:
 
 
 def _recomputed(module: Callable[..., Any], *arguments: Any) -> Any:
-    return checkpoint(module, *arguments, use_reentrant=False)
+    return checkpoint(module, *arguments, use_reentrant=False, context_fn=_same_attention)
+
+
+def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of forward pass and recomputation: the second restores the first's choice of attention kernels.
+
+    Losses that need derivatives of f record it with the mathematical attention; the backward pass may run outside.
+    """
+    enabled = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+    }
+    return nullcontext(), _Attention([kernel for kernel, on in enabled.items() if on])
+
+
+class _Attention(AbstractContextManager[None]):
+    """`sdpa_kernel` that can be entered again: a second derivative recomputes once more."""
+
+    def __init__(self, kernels: list[SDPBackend]) -> None:
+        self._kernels = kernels
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(sdpa_kernel(self._kernels))
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,246 @@
+"""The twin: shared tensors, LoRA where it belongs, a zero base that still learns; and f's derivatives on real classes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hnkit import InputError, NoiseLoss, noise_kl
+from hnkit.backend import ConditionedMap
+from hnkit.jacobian import RowJacobian, dense_jacobian
+from scaled import twin as twin_module
+from scaled.twin import LoraSpec, ZeroConv2d, ZeroLinear, grouped_targets, lora_state, lora_targets, make_twin
+from tests.scaled import tiny
+from tests.scaled.conftest import noise_for, perturb
+
+PROMPTS = tiny.PROMPTS
+
+
+def test_twin_shares_every_base_tensor(make_backend):
+    backend = make_backend("sana")
+    base = {id(t) for t in (*backend._base.parameters(), *backend._base.buffers())}
+    twin = [t for t in (*backend._twin.parameters(), *backend._twin.buffers())]
+    lora = {id(t) for t in lora_state(backend._twin).values()}
+    assert {id(t) for t in twin} == base | lora and not base & lora
+    modules = {id(m) for m in backend._base.modules()}
+    assert not modules & {id(m) for m in backend._twin.modules()}, "a shared module would carry the zero base along"
+
+
+def test_base_network_is_untouched_by_the_twin(make_backend):
+    backend = make_backend("sana")
+    assert not any("lora" in key or "base_layer" in key for key in backend._base.state_dict())
+    assert type(backend._base.proj_out) is nn.Linear and not hasattr(backend._base, "peft_config")
+    assert backend.pipeline.transformer is backend._base
+
+
+@pytest.mark.parametrize("name", ["sana", "sd-turbo", "flux"])
+def test_lora_is_on_every_linear_and_ungrouped_convolution(name, make_backend):
+    base = make_backend(name)._base
+    targets = lora_targets(base)
+    for layer, module in base.named_modules():
+        wanted = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        assert (layer in targets) == wanted, layer
+    depthwise = [layer for layer, module in base.named_modules() if getattr(module, "groups", 1) > 1]
+    assert bool(depthwise) == (name == "sana")
+    assert grouped_targets(base, depthwise) == tuple(depthwise)
+
+
+def test_zero_base_set_before_the_injection_would_never_learn(make_backend):
+    """The silent failure that the order of the two steps avoids, shown, and that ours does not have it."""
+    import peft
+
+    base = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)).requires_grad_(False)
+    x = torch.randn(2, 4, 5, 5)
+
+    wrong = twin_module.share_weights(base)
+    wrong[1].__class__ = ZeroConv2d
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0", "1"]), wrong, adapter_name="a")
+    for parameter in wrong[1].lora_B.parameters():
+        nn.init.ones_(parameter)
+    assert not wrong(x).any(), "lora_A and lora_B were built of the class that returns zeros"
+
+    right = make_twin(base, LoraSpec(2, 2.0, ("0", "1")), zero_base="1")
+    assert not right(x).any()
+    with torch.no_grad():
+        right[1].lora_B["hypernoise"].weight.fill_(1.0)
+    assert right(x).abs().max() > 1e-3
+    assert type(right[1].lora_A["hypernoise"]) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    ("layer", "zero", "shape"),
+    [
+        (nn.Linear(6, 5), ZeroLinear, (2, 3, 6)),
+        (nn.Conv2d(3, 4, 3, padding=1), ZeroConv2d, (2, 3, 7, 8)),
+        (nn.Conv2d(3, 4, (3, 5), stride=(2, 1), padding=(0, 2), dilation=(2, 1)), ZeroConv2d, (2, 3, 11, 9)),
+    ],
+)
+def test_zero_layers_keep_shape_and_weights(layer, zero, shape):
+    x = torch.randn(shape).bfloat16()
+    expected = layer.bfloat16()(x)
+    weight = layer.weight.clone()
+    layer.__class__ = zero
+    found = layer(x)
+    assert found.shape == expected.shape and found.dtype == torch.float32 and not found.any()
+    assert torch.equal(layer.weight, weight)
+
+
+def test_refusals(make_backend):
+    base = make_backend("sana")._base
+    with pytest.raises(InputError, match="no layer 'nowhere'"):
+        make_twin(base, LoraSpec(2, 2.0, ("nowhere",)), zero_base=None)
+    with pytest.raises(InputError, match="'proj_out' has no LoRA"):
+        make_twin(base, LoraSpec(2, 2.0, ("patch_embed.proj",)), zero_base="proj_out")
+    with pytest.raises(InputError, match="no layers to adapt"):
+        LoraSpec(2, 2.0, ())
+
+
+def test_linear_and_convolution_twins_are_lora_by_hand():
+    """f of a one-layer network is (alpha / rank) B A x, without the frozen weight and bias."""
+    x = torch.randn(3, 6)
+    base = nn.Sequential(nn.Linear(6, 5)).requires_grad_(False)
+    f = make_twin(base, LoraSpec(2, 7.0, ("0",)), zero_base="0")
+    with torch.no_grad():
+        f[0].lora_B["hypernoise"].weight.normal_()
+    A, B = (f[0].get_submodule(f"lora_{side}.hypernoise").weight for side in "AB")
+    torch.testing.assert_close(f(x), 3.5 * x @ A.T @ B.T)
+    direct = make_twin(base, LoraSpec(2, 7.0, ("0",)), zero_base=None)
+    assert torch.equal(direct(x), base(x))
+
+
+# --- derivatives of f on the real classes ---------------------------------------------------------------------------
+
+
+def conditioned(backend, count=2):
+    return ConditionedMap(backend.hypernetwork, backend.encode(PROMPTS[:count])), noise_for(backend, count)
+
+
+@pytest.mark.parametrize("name", ["sana", "sd-turbo", "flux"])
+def test_products_with_the_jacobian_agree(name, make_backend):
+    """Forward and reverse products are adjoint, and match finite differences: attention kernels fail here."""
+    backend = make_backend(name)
+    perturb(backend, 0.03)
+    f, x = conditioned(backend)
+    operator = RowJacobian(f, x)
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(operator.rows, operator.dim, generator=generator, dtype=torch.float64) for _ in "uv")
+    jv, ju = operator.jvp(v), operator.vjp(u)
+    torch.testing.assert_close((u * jv).sum(1), (ju * v).sum(1), rtol=1e-3, atol=1e-4)
+    h = 1e-3
+    with torch.no_grad():
+        moved = [f(x + sign * h * v.view_as(x).float()).double().flatten(1) for sign in (1, -1)]
+    torch.testing.assert_close(jv, (moved[0] - moved[1]) / (2 * h), rtol=0.05, atol=0.02 * float(jv.abs().max()))
+
+
+def test_exact_and_stochastic_kl_agree(make_backend):
+    backend = make_backend("sana")
+    perturb(backend, 0.03)
+    f, x = conditioned(backend, 4)
+    exact = noise_kl(f, x, method="exact")
+    assert exact.value > 0 and abs(exact.error) > 1e-3 * exact.value
+    for row in range(4):  # each row with its own prompt: a condition that did not follow its row would show
+        alone = noise_kl(f.select(torch.tensor([row])), x[row : row + 1], method="exact")
+        assert math.isclose(alone.value, float(exact.per_sample[row]), rel_tol=1e-4)
+    J = dense_jacobian(f, x)
+    eye = torch.eye(J.shape[-1], dtype=J.dtype)
+    error = torch.diagonal(J, dim1=1, dim2=2).sum(1) - torch.linalg.slogdet(eye + J).logabsdet
+    assert math.isclose(float(error.mean()), exact.error, rel_tol=1e-6, abs_tol=1e-9)
+    estimate = noise_kl(f, x, method="arnoldi", probes=8, generator=torch.Generator().manual_seed(0))
+    spread = float(torch.linalg.matrix_norm(J).square().mean())
+    # Probe error alone: at most sqrt(2) |phi(J)|_F per probe, |phi(J)|_F near |J|_F^2 / 2; four standard errors.
+    assert abs(estimate.error - exact.error) < 4 * spread / math.sqrt(2 * 8 * 4)
+
+
+@pytest.mark.parametrize("kl", ["l2", "second-order", "exact"])
+def test_loss_gradients_agree_with_finite_differences(kl, make_backend):
+    """Backward through a forward-mode product of a network with LayerNorm is silently wrong by 10 to 20 per cent.
+
+    Steps are small because SANA's attention has ReLUs: J jumps where one of them switches.
+    """
+    backend = make_backend("sana")
+    perturb(backend, 0.03)
+    f, x = conditioned(backend)
+    condition = f.condition
+    weights = torch.tensor([1.0, -0.4])
+    parameters = [p for p in backend.hypernetwork.parameters() if p.requires_grad]
+    loss = NoiseLoss(kl=kl, probes=2) if kl == "second-order" else NoiseLoss(kl=kl)
+
+    def value():
+        terms = loss(
+            f,
+            x,
+            lambda noise: backend.generate(noise, condition),
+            lambda images: 0 * images.sum((1, 2, 3)),
+            generator=torch.Generator().manual_seed(2),
+        )
+        return (terms.total.double() * weights).sum()
+
+    gradients = torch.autograd.grad(value(), parameters)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    start = [p.detach().clone() for p in parameters]
+    h, values = 1e-3, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, before, gradient in zip(parameters, start, gradients, strict=True):
+                parameter.copy_(before + sign * h * gradient / norm)
+        values.append(float(value().detach()))
+    assert math.isclose((values[0] - values[1]) / (2 * h), norm, rel_tol=0.02)
+
+
+def test_losses_with_derivatives_of_f_pass_through_checkpointing(make_backend):
+    def gradient(**options):
+        backend = make_backend("sana", **options)
+        perturb(backend, 0.03)
+        f, x = conditioned(backend)
+        terms = NoiseLoss(kl="second-order")(
+            f,
+            x,
+            lambda noise: backend.generate(noise, f.condition),
+            lambda images: images.mean((1, 2, 3)),
+            generator=torch.Generator().manual_seed(2),
+        )
+        terms.total.sum().backward()
+        return torch.cat([p.grad.flatten() for p in backend.hypernetwork.parameters() if p.requires_grad])
+
+    torch.testing.assert_close(
+        gradient(hypernetwork_checkpointing=True, generator_checkpointing=True), gradient(), rtol=1e-3, atol=1e-5
+    )
+
+
+# --- compilation ---------------------------------------------------------------------------------------------------
+
+
+def test_compiled_f_is_checked_and_equal(make_backend):
+    compiled, plain = make_backend("sana", compile="eager"), make_backend("sana")
+    noise, condition = noise_for(plain, 1), plain.encode(PROMPTS[:1])
+    assert not compiled.hypernetwork(noise, condition).any(), "the check's random weights are taken back"
+    perturb(compiled)
+    perturb(plain)
+    torch.testing.assert_close(compiled.hypernetwork(noise, condition), plain.hypernetwork(noise, condition))
+    assert list(compiled.hypernetwork.state_dict()) == list(plain.hypernetwork.state_dict())
+
+
+def test_wrong_compilers_are_refused(make_backend):
+    import torch._dynamo
+
+    def wrong(graph, inputs):
+        def run(*arguments):
+            return tuple(x * 1.01 if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in graph(*arguments))
+
+        return run
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    for compiler in (wrong, broken):
+        if compiler.__name__ not in torch.compiler.list_backends(exclude_tags=()):
+            torch._dynamo.register_backend(compiler, name=compiler.__name__)
+    with pytest.raises(InputError, match="disagrees with eager mode by a relative 0.01"):
+        make_backend("sana", compile="wrong")
+    with pytest.raises(InputError, match="'broken' failed: .*no compiler here"):
+        make_backend("sana", compile="broken")
+    with pytest.raises(InputError, match="compile 'nonsense': choose no or one of"):
+        make_backend("sana", compile="nonsense")
