@@ -331,8 +331,13 @@ class PipelineBackend:
 
     def _encode_now(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         encoders = [getattr(self._encoder_pipe, name) for name in self.family.encoders]
-        # no_grad and not inference_mode: the embeddings are saved for the backward pass of f.
-        with torch.no_grad(), memory.explained(memory.advice(self.options)), _lent(encoders, self.device):
+        # Never inference tensors, whatever mode the caller is in: they are saved for the backward pass of f.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            memory.explained(memory.advice(self.options)),
+            _lent(encoders, self.device),
+        ):
             encoded = self._encoder_pipe.encode_prompt(
                 list(prompts), device=self.device, **self.family.encode_arguments(self.options)
             )

@@ -181,7 +181,7 @@ def test_loss_gradients_agree_with_finite_differences(kl, make_backend):
     gradients = torch.autograd.grad(value(), parameters)
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
     start = [p.detach().clone() for p in parameters]
-    h, values = 1e-3, []
+    h, values = 1e-4, []
     for sign in (1, -1):
         with torch.no_grad():
             for parameter, before, gradient in zip(parameters, start, gradients, strict=True):

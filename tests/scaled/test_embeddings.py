@@ -1,0 +1,125 @@
+"""Prompt embeddings: computed once, bit-equal from memory and disk, and safe against damaged files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scaled.embeddings import MASK, EmbeddingCache, model_key
+from tests.scaled import tiny
+from tests.scaled.conftest import noise_for
+
+PROMPTS = tiny.PROMPTS
+
+
+class Counting:
+    """An encoder that depends on the prompt alone and counts its calls."""
+
+    def __init__(self, masked=True):
+        self.masked = masked
+        self.seen: list[str] = []
+
+    def __call__(self, prompts):
+        self.seen += prompts
+        embeds, masks = [], []
+        for prompt in prompts:
+            generator = torch.Generator().manual_seed(len(prompt))
+            embeds.append(torch.randn(12, 3, generator=generator).bfloat16())
+            masks.append((torch.arange(12) < len(prompt)).long())
+        tensors = {"prompt_embeds": torch.stack(embeds), "pooled": torch.stack(embeds)[:, 0]}
+        return tensors | ({MASK: torch.stack(masks)} if self.masked else {})
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_once_in_memory_and_once_on_disk(masked, tmp_path):
+    words = ["abc", "a", "", "abcdefgh", "abcdefghijklmnop"]
+    encoder = Counting(masked)
+    fresh = encoder(words)
+    expected = dict(fresh)
+    if masked:
+        expected["prompt_embeds"] = fresh["prompt_embeds"] * fresh[MASK][..., None].bfloat16()
+    encoder.seen.clear()
+    cache = EmbeddingCache(encoder, tmp_path)
+    cache.store(words)
+    assert encoder.seen == words
+    order = ["abcdefgh", "abc", "abc", "abcdefghijklmnop", ""]
+    index = [words.index(word) for word in order]
+    for store in (cache, EmbeddingCache(encoder, tmp_path)):
+        found = store.rows(order)
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            assert value.dtype == expected[key].dtype and torch.equal(value, expected[key][index]), key
+        store.store(words)
+    assert encoder.seen == words, "encoded again"
+    assert "abc" in cache and "xyz" not in cache
+
+
+def test_unknown_prompts_are_encoded_together_without_repeats(tmp_path):
+    encoder = Counting()
+    cache = EmbeddingCache(encoder, None, in_memory=2)
+    cache.rows(["a", "bb", "a"])
+    assert encoder.seen == ["a", "bb"]
+    cache.rows(["ccc"])
+    cache.rows(["bb"])
+    assert encoder.seen == ["a", "bb", "ccc"]
+    cache.rows(["a"])
+    assert encoder.seen == ["a", "bb", "ccc", "a"], "the least recently used row had to go"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+def test_damaged_files_are_encoded_again(damage, tmp_path):
+    encoder = Counting()
+    EmbeddingCache(encoder, tmp_path).store(["abc", "abcd"])
+    (path,) = tmp_path.glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    broken = {"truncated": content[:-5], "flipped": content, "empty": b"", "text": b"not safetensors"}[damage]
+    encoder.seen.clear()
+    ready = EmbeddingCache(encoder, tmp_path)  # indexed before the damage, and after it
+    path.write_bytes(bytes(broken))
+    for cache in (ready, EmbeddingCache(encoder, tmp_path)):
+        encoder.seen.clear()
+        found = cache.rows(["abc", "abcd"])
+        assert torch.equal(found["pooled"], Counting()(["abc", "abcd"])["pooled"])
+        assert encoder.seen
+    assert not path.exists() or ready
+
+
+def test_key_changes_with_model_and_settings(checkpoint, tmp_path):
+    folder = tiny.build("sana", tmp_path / "copy")
+    key = model_key(folder, {"max_sequence_length": 300})
+    assert key == model_key(folder, {"max_sequence_length": 300})
+    assert key != model_key(folder, {"max_sequence_length": 77})
+    weights = next((folder / "text_encoder").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes())
+    assert model_key(folder, {"max_sequence_length": 300}) != key
+
+
+@pytest.mark.parametrize("name", ["sana", "sd-turbo", "flux"])
+def test_text_encoder_is_not_needed_after_preparing(name, make_backend, tmp_path, monkeypatch):
+    first = make_backend(name, cache_dir=str(tmp_path))
+    first.prepare(PROMPTS)
+    condition = first.encode(PROMPTS)
+    assert not any(value.requires_grad or value.is_inference() for value in condition.tensors.values())
+    second = make_backend(name, cache_dir=str(tmp_path))
+
+    def refuse(*arguments, **keywords):
+        raise AssertionError("the text encoder was called")
+
+    monkeypatch.setattr(second._encoder_pipe, "encode_prompt", refuse)
+    again = second.encode(PROMPTS)
+    assert again.prompts == tuple(PROMPTS)
+    for key, value in condition.tensors.items():
+        assert torch.equal(again.tensors[key], value)
+    assert getattr(second.pipeline, "text_encoder") is None
+    noise = noise_for(second)
+    with torch.no_grad():
+        assert torch.equal(second.generate(noise, again), first.generate(noise, condition))
+
+
+def test_embeddings_encoded_under_inference_mode_can_be_trained_on(make_backend):
+    backend = make_backend("sana")
+    with torch.inference_mode():
+        backend.encode(PROMPTS)
+    condition, noise = backend.encode(PROMPTS), noise_for(backend)
+    backend.generate(noise + backend.hypernetwork(noise, condition), condition).sum().backward()
