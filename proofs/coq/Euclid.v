@@ -84,6 +84,15 @@ rewrite -ler_sqr ?nnegrE ?addr_ge0 ?norm2_ge0 // sqrrD !sqr_norm2 sqnormD.
 by rewrite ler_add2r ler_add2l ler_muln2r cauchy_schwarz.
 Qed.
 
+Lemma norm2Z a x : norm2 (a *: x) = `|a| * norm2 x.
+Proof. by rewrite /norm2 sqnormZ sqrtrM ?sqr_ge0 // sqrtr_sqr. Qed.
+
+Lemma norm2_gt0 x : x != 0 -> 0 < norm2 x.
+Proof.
+move=> x0; rewrite lt_neqAle norm2_ge0 andbT eq_sym.
+by apply: contraNneq x0 => /norm2_eq0 ->.
+Qed.
+
 Lemma ler_entry x i : `|x i 0| <= norm2 x.
 Proof.
 rewrite -ler_sqr ?nnegrE ?norm2_ge0 // sqr_norm2 real_normK ?num_real //.

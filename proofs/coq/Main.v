@@ -16,7 +16,7 @@ From Coq Require Import Reals.
 From mathcomp Require Import all_ssreflect all_algebra.
 From mathcomp.analysis Require Import Rstruct constructive_ereal reals normedtype.
 From hnkit Require Import RealBridge Euclid FiniteKL.
-From hnkit Require Scalar Tilt Lemma5 Theorem7.
+From hnkit Require Scalar Tilt Lemma5 Theorem7 Jacobian.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -46,6 +46,14 @@ Theorem frobenius_bound : 0 < L ->
 Proof. exact: (Theorem7.frobenius_bound A_le L_lt1). Qed.
 
 End LogDet.
+
+(** Theorem 7 for a map: [A] is the Jacobian of an [L]-Lipschitz [f] at some point. *)
+Theorem theorem7_jacobian (d : nat) (f : 'cV[R]_d -> 'cV[R]_d) (L : R) (x : 'cV[R]_d) (A : 'M[R]_d) :
+  (forall y z, norm2 (f y - f z) <= L * norm2 (y - z)) -> L < 1 ->
+  (forall eps, 0 < eps -> exists2 delta, 0 < delta &
+     forall v, norm2 v < delta -> norm2 (f (x + v) - f x - A *m v) <= eps * norm2 v) ->
+  `|\tr A - ln `|\det (1%:M + A)| | <= d%:R * (- ln (1 - L) - L).
+Proof. by move=> f_lip L1 fA; apply: theorem7 L1; exact: Jacobian.jacobian_le f_lip fA. Qed.
 
 (** The Frobenius bound is never looser than Theorem 7. *)
 Theorem frobenius_tighter (d : nat) (A : 'M[R]_d) (L : R) :
