@@ -10,9 +10,11 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from hnkit._errors import InputError
+from scaled.adapter import adapter_options
 from scaled.base import Family, PipelineBackend, PipelineOptions, find_model, load_pipeline
 from scaled.digits.backend import DigitsBackend, DigitsOptions
 from scaled.flux import FluxFamily, FluxOptions
@@ -86,11 +88,15 @@ _FLUX: Preset = {
 }
 _DIGITS: Preset = {
     "train.optimizer": "adamw",
-    "train.lr": 1e-3,
+    "train.lr": 3e-4,
+    "train.schedule": "linear",
+    "train.warmup": 10,
     "train.clip": 1.0,
     "train.batch": 32,
-    "train.steps": 300,
+    "train.steps": 600,
     "train.alpha": 0.1,
+    "train.measure_samples": 32,
+    "train.validate_samples": 158,
     "heldout.legibility": 1.0,
     "heldout.redness": 1.0,
 }
@@ -118,6 +124,14 @@ class PipelineFactory:
             raise InputError(f"backend {self.name!r} needs {', '.join(missing)}: pip install 'hnkit[scaled]' adds it")
         chosen = self._resolved(self.options() if options is None else options)
         return self.backend(self.family, chosen, load_pipeline(self.family, chosen), name=self.name)
+
+    def adapter_options(self, folder: Path) -> PipelineOptions:
+        """The default options, at the rank, alpha, guidance and base model that the adapter in `folder` records."""
+        recorded: dict[str, Any] = dict(adapter_options(folder))
+        if issubclass(self.options, DigitsOptions):
+            recorded.pop("model_id", None)  # the miniature is wherever the package is installed
+        options: PipelineOptions = self.options(**recorded)
+        return options
 
     def status(self) -> str:
         """Ready, or what is missing and how to get it; loads no weights."""
