@@ -33,12 +33,13 @@ HARD_KINDS: dict[Kind, float] = {
     "position": 4.0,
     "attribution": 3.0,
 }
-SHARDS = 12
+# Shards of the bundled run; the last four arrived while the student was being trained, here they come before.
+SHARDS = (*range(9), 10, 12, 14)
 SHARD_SIZE = 2048
 
 
 def _trajectories(work: Path, seed: int) -> None:
-    for shard in range(SHARDS):
+    for shard in SHARDS:
         distil.trajectories(work, seed=seed, shard=shard, n=SHARD_SIZE)
 
 
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=model_folder(), help="the bundled folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=8, help="noise seeds of the evaluation")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("stage", choices=[*STAGES, "all"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -78,8 +79,8 @@ def main() -> None:
         STAGES[name](arguments)
 
 
-def _stage(function: Callable[..., None], **fixed: Any) -> Callable[[argparse.Namespace], None]:
-    return lambda a: partial(function, a.work, seed=a.seed, **fixed)()
+def _stage(function: Callable[..., None], offset: int = 0, **fixed: Any) -> Callable[[argparse.Namespace], None]:
+    return lambda a: partial(function, a.work, seed=a.seed + offset, **fixed)()
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -87,7 +88,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "judge": _stage(reader.train_judge, steps=2500),
     "legibility": _stage(reader.train_legibility, steps=2000),
     "scorer": _stage(scorer_stage.train, steps=2000),
-    "scorer-round-2": _stage(scorer_stage.train, steps=1500, lr=7e-4, weights=HARD_KINDS, resume=True),
+    "scorer-round-2": _stage(scorer_stage.train, offset=1, steps=1500, lr=7e-4, weights=HARD_KINDS, resume=True),
     "teacher": _stage(teacher.train, steps=4000, schedule=6500),
     "trajectories": lambda a: _trajectories(a.work, a.seed),
     "student": _stage(distil.train, steps=3000),

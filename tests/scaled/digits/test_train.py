@@ -27,6 +27,13 @@ def test_edits_are_other_sentences_of_the_grammar() -> None:
             assert PROMPTS[edited.text] == edited
 
 
+def test_swaps_exchange_what_is_bound() -> None:
+    swapped = {
+        text: scorer.swap(PROMPTS[text]).text for text in ("a two left of a nine", "a red three and a blue seven")
+    }
+    assert list(swapped.values()) == ["a nine left of a two", "a blue three and a red seven"]
+
+
 def test_sampler_keeps_to_training_prompts_and_proportions() -> None:
     drawn = common.PromptSampler(3)(8000)
     assert {p.text for p in drawn} <= set(train_prompts())
