@@ -107,6 +107,11 @@ class Family(ABC):
     def call_arguments(self, options: Any, tensors: Mapping[str, Tensor], steps: int) -> dict[str, Any]:
         """Keyword arguments of the pipeline call, beside latents, size, generator and output type."""
 
+    def plain_arguments(self, options: Any) -> dict[str, Any]:
+        """Keyword arguments of a plain one-step call of the pipeline, beside the prompt, that match `options`."""
+        size, guidance = options.size, options.guidance
+        return {"num_inference_steps": 1, "guidance_scale": guidance, "height": size, "width": size}
+
     def pack(self, pipe: Any, noise: Tensor) -> Tensor:
         """The noise in the layout of the pipeline's argument `latents`."""
         return noise
@@ -255,7 +260,7 @@ class PipelineBackend:
 
     def direct(self) -> PipelineBackend:
         """The direct fine-tuning twin of this backend: the same LoRA, on the generator itself, and no noise map."""
-        return PipelineBackend(
+        return type(self)(
             self.family,
             self.options,
             self._encoder_pipe,
@@ -267,6 +272,25 @@ class PipelineBackend:
     def memory_advice(self) -> str:
         """Which options would reduce memory further, for an out-of-memory message."""
         return memory.advice(self.options)
+
+    def usage(self) -> str:
+        """Python code that uses the saved adapter, for its model card; `adapter` is its folder."""
+        if self.objective == "direct":
+            return (
+                "from hnkit.backend import backend_factory\n\n"
+                f"factory = backend_factory({self.name!r})\n"
+                f"options = factory.options(rank={self._spec.rank}, lora_alpha={self._spec.alpha:g})\n"
+                "generator = factory.load(options).direct()\n"
+                "generator.load_adapter(adapter)"
+            )
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.family.plain_arguments(self.options).items())
+        return (
+            f"from diffusers import {self.family.pipeline_class}\n"
+            "from scaled.attach import attach\n\n"
+            f"pipe = {self.family.pipeline_class}.from_pretrained({self.options.model_id!r})\n"
+            "pipe = attach(pipe, adapter)\n"
+            f"images = pipe(prompt, {arguments}).images"
+        )
 
     def save_adapter(self, folder: Path) -> None:
         """Write the LoRA weights and what they belong to; `folder` must be new or empty."""
