@@ -132,11 +132,17 @@ def read_adapter(folder: Path, expected: Adapter) -> Adapter:
     )
 
 
-def adapter_options(folder: Path) -> dict[str, float]:
-    """The backend options that the adapter in `folder` was trained with: rank and lora_alpha."""
+def adapter_options(folder: Path) -> dict[str, Any]:
+    """The backend options that the adapter in `folder` records: rank, lora_alpha, model_id and, by hnkit, guidance."""
     config, _ = _read_files(folder)
     rank, alpha = _lora_fields(folder, config)
-    return {"rank": rank, "lora_alpha": alpha}
+    options: dict[str, Any] = {"rank": rank, "lora_alpha": alpha}
+    base, block = config.get("base_model_name_or_path"), config.get("hnkit")
+    if isinstance(base, str) and base:
+        options["model_id"] = base
+    if isinstance(block, dict) and isinstance(block.get("guidance"), float):
+        options["guidance"] = block["guidance"]
+    return options
 
 
 def _read_files(folder: Path) -> tuple[dict[str, Any], bytes]:

@@ -68,6 +68,10 @@ class FluxFamily(Family):
         )[0]
         return self.unpack(pipe, delta, height * factor, width * factor)
 
+    def plain_arguments(self, options: PipelineOptions) -> dict[str, Any]:
+        """What a plain call needs beside its defaults."""
+        return super().plain_arguments(options) | {"max_sequence_length": options.max_sequence_length}
+
     def call_arguments(self, options: PipelineOptions, tensors: Mapping[str, Tensor], steps: int) -> dict[str, Any]:
         """Both embeddings."""
         return {

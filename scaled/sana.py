@@ -70,6 +70,15 @@ class SanaFamily(Family):
         )[0]
         return delta
 
+    def plain_arguments(self, options: SanaOptions) -> dict[str, Any]:
+        """What a plain call needs beside its defaults."""
+        arguments = super().plain_arguments(options) | {
+            "intermediate_timesteps": None,
+            "use_resolution_binning": False,
+            "max_sequence_length": options.max_sequence_length,
+        }
+        return arguments if options.instruction else arguments | {"complex_human_instruction": None}
+
     def call_arguments(self, options: SanaOptions, tensors: Mapping[str, Tensor], steps: int) -> dict[str, Any]:
         """The pipeline's own middle timestep is for two steps only, and resolution binning for a sample size of 32."""
         arguments: dict[str, Any] = {

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hnkit import InputError
+from hnkit.backend import backend_factory
 from scaled.adapter import CONFIG, WEIGHTS, adapter_options
 from scaled.twin import lora_state
 from tests.scaled import tiny
@@ -27,8 +28,6 @@ fuzz = settings(
 @pytest.fixture(scope="module")
 def saved(checkpoint, tmp_path_factory) -> Path:
     """An adapter of the tiny SANA, away from f = 0."""
-    from hnkit.backend import backend_factory
-
     factory = backend_factory("sana")
     backend = factory.load(factory.options(**tiny.options("sana", checkpoint("sana"))))
     perturb(backend)
@@ -39,8 +38,6 @@ def saved(checkpoint, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def reader(checkpoint):
-    from hnkit.backend import backend_factory
-
     factory = backend_factory("sana")
     return factory.load(factory.options(**tiny.options("sana", checkpoint("sana"))))
 
@@ -76,7 +73,10 @@ def test_what_is_written(saved, reader):
     keys = set(load_file(saved / WEIGHTS))
     assert keys == {f"base_model.model.{key}" for key in lora_state(reader._twin)}
     assert sorted(path.name for path in saved.iterdir()) == [CONFIG, WEIGHTS]
-    assert adapter_options(saved) == {"rank": 4, "lora_alpha": 8.0}
+    model = reader.options.model_id
+    assert adapter_options(saved) == {"rank": 4, "lora_alpha": 8.0, "guidance": 4.5, "model_id": model}
+    options = backend_factory("sana").adapter_options(saved)
+    assert (options.rank, options.lora_alpha, options.model_id) == (4, 8.0, model)
 
 
 def test_plain_peft_loads_it(saved, reader):

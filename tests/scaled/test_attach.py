@@ -123,3 +123,18 @@ def test_moving(checkpoint, make_backend, tmp_path):
     make_backend("sana").save_adapter(tmp_path / "a")
     with_f = attach(load(checkpoint, "sana"), tmp_path / "a")
     assert with_f.to("cpu") is with_f
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_model_cards_code_runs(name, make_backend, tmp_path):
+    backend = make_backend(name)
+    perturb(backend)
+    backend.save_adapter(tmp_path / "a")
+    scope = {"adapter": tmp_path / "a", "prompt": PROMPTS}
+    code = backend.usage().replace("pipe(prompt, ", "pipe(prompt, output_type='pt', latents=latents, ")
+    noise = noise_for(backend, 2)
+    scope["latents"] = backend.family.pack(backend.pipeline, noise)
+    exec(code, scope)
+    expected = steered(backend, noise, backend.encode(PROMPTS))
+    torch.testing.assert_close(scope["images"], expected, atol=2e-6, rtol=0)
+    assert "direct()" in backend.direct().usage()

@@ -232,7 +232,11 @@ class TestEveryBackend:
         for steps in (0, -1, 5000):
             with pytest.raises(InputError, match=f"{steps} steps"):
                 backend.generate(noise, condition, steps)
-        for prompts, message in (([], "no prompts"), ("one string", "no prompts"), (["a", " "], "prompt 2 of 2 is empty")):
+        for prompts, message in (
+            ([], "no prompts"),
+            ("one string", "no prompts"),
+            (["a", " "], "prompt 2 of 2 is empty"),
+        ):
             with pytest.raises(InputError, match=message):
                 backend.encode(prompts)
 

@@ -228,7 +228,9 @@ def test_wrong_compilers_are_refused(make_backend):
 
     def wrong(graph, inputs):
         def run(*arguments):
-            return tuple(x * 1.01 if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in graph(*arguments))
+            return tuple(
+                x * 1.01 if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in graph(*arguments)
+            )
 
         return run
 
