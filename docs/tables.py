@@ -89,7 +89,10 @@ def compare_lead() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "item-e": item_e,
     "compare-lead": compare_lead,
-    **{f"compare-{name}": _compare_table(name) for name in ("table-1", "steps", "diversity", "ranks", "losses", "l2")},
+    **{
+        f"compare-{name}": _compare_table(name)
+        for name in ("table-1", "scores", "steps", "diversity", "ranks", "losses", "l2")
+    },
 }
 
 

@@ -122,15 +122,16 @@ def evaluate(
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
             path = folder / f"{name}-steps{steps}-seed{index}-from{start}.json"
-            chunk = _read(path, part)
-            if chunk is None:
+            found = _read(path, part)
+            if found is None:
                 generator = generator_for(seed, f"compare {name}", index, start)
                 x = noise[start : start + batch].to(device)
                 outcome = method(backend, part, x, steps=steps, generator=generator)
-                chunk = _document(outcome, part, index, backend, scorer)
-                write_json(path, chunk)
-            rows += [Row(**row) for row in chunk["rows"]]
-            cost = cost + Cost(**chunk["cost"])
+                document = _document(outcome, part, index, backend, scorer)
+                write_json(path, document)
+                found = _parsed(document)
+            rows += found[0]
+            cost = cost + found[1]
             progress(name, len(rows), total)
     return Evaluation(name, steps, tuple(rows), cost)
 
@@ -149,9 +150,24 @@ def _document(outcome: Outcome, prompts: Sequence[str], seed: int, backend: Back
     return {"prompts": list(prompts), "rows": rows, "cost": asdict(outcome.cost)}
 
 
-def _read(path: Path, prompts: Sequence[str]) -> dict[str, Any] | None:
-    """A chunk of an earlier run, if it is there and about these prompts; writes are atomic, so it is whole."""
-    if not path.is_file():
+def _parsed(document: Mapping[str, Any]) -> tuple[list[Row], Cost]:
+    return [Row(**row) for row in document["rows"]], Cost(**document["cost"])
+
+
+def _read(path: Path, prompts: Sequence[str]) -> tuple[list[Row], Cost] | None:
+    """A chunk of an earlier run, if it is there, whole and about these prompts."""
+    document = read_part(path)
+    if not isinstance(document, dict) or document.get("prompts") != list(prompts):
         return None
-    document: dict[str, Any] = json.loads(path.read_text())
-    return document if document["prompts"] == list(prompts) else None
+    try:
+        return _parsed(document)
+    except (KeyError, TypeError):
+        return None
+
+
+def read_part(path: Path) -> Any:
+    """The JSON of a part of an earlier run; `None` if it is missing or damaged, and then it is made again."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

@@ -67,4 +67,7 @@ def trainable(backend: Backend) -> int:
 
 
 def _records(path: Path) -> tuple[dict[str, Any], ...]:
-    return tuple(json.loads(line) for line in path.read_text().splitlines())
+    try:
+        return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged (not JSON lines): give the adapter's folder alone") from error

@@ -87,6 +87,7 @@ def all_tables(document: Document) -> dict[str, Table]:
     """Every table, by the name of its CSV file."""
     return {
         "table-1": _methods_table(document, document["table_1"]),
+        "scores": _scores_table(document),
         "steps": _steps_table(document),
         "diversity": _diversity_table(document),
         "ranks": _ranks_table(document),
@@ -121,19 +122,7 @@ def _figure(figure: Mapping[str, float | None]) -> str:
 
 def _methods_table(document: Document, rows: Sequence[Row]) -> Table:
     score = _main_score(document)
-    others = [name for name in rows[0]["scores"] if name != score]
     categories = list(rows[0].get("categories", {}))
-    headers = (
-        "method",
-        _label(score),
-        "gain",
-        *categories,
-        *map(_label, others),
-        "s/image",
-        "NFE",
-        "gradients",
-        "trained weights",
-    )
     body: list[tuple[Cell, ...]] = []
     for row in rows:
         evaluations = row["generator_evaluations_per_image"] + row["hypernetwork_evaluations_per_image"]
@@ -143,11 +132,8 @@ def _methods_table(document: Document, rows: Sequence[Row]) -> Table:
                 _figure(row["scores"][score]),
                 _figure(row["gain"][score]),
                 *(format_number(row["categories"][name]["value"], 2) for name in categories),
-                *(_figure(row["scores"][name]) for name in others),
                 row["seconds_per_image"],
                 evaluations,
-                row["gradients_per_image"],
-                row["trained_parameters"],
             )
         )
     caption = (
@@ -155,7 +141,26 @@ def _methods_table(document: Document, rows: Sequence[Row]) -> Table:
         "every method. ± is one standard error over prompts; gain is paired with the base. NFE counts forward passes "
         "of generator and hypernetwork; seconds were measured in this run, batched."
     )
-    return Table(headers, tuple(body), caption)
+    return Table(("method", _label(score), "gain", *categories, "s/image", "NFE"), tuple(body), caption)
+
+
+def _scores_table(document: Document) -> Table:
+    rows = document["table_1"]
+    score = _main_score(document)
+    others = [name for name in rows[0]["scores"] if name != score]
+    body = tuple(
+        (
+            _NAMES.get(row["method"], row["method"]),
+            *(_figure(row["scores"][name]) for name in others),
+            row["gradients_per_image"],
+            row["reward_evaluations_per_image"],
+            row["trained_parameters"],
+        )
+        for row in rows
+    )
+    headers = ("method", *map(_label, others), "gradients", "rewards", "trained weights")
+    caption = "The other scores of the same images, and gradients and reward evaluations spent per image."
+    return Table(headers, body, caption)
 
 
 def _steps_table(document: Document) -> Table:
@@ -312,17 +317,17 @@ def _network_label(name: str) -> str:
 
 def _sections(document: Document, tables: Mapping[str, Table], pictures: Mapping[str, Picture]) -> list[Section]:
     titles = (
-        ("Table 1: what a noise hypernetwork buys", "table-1", ("grid", "gain-against-cost")),
-        ("Tables 2 and 8: more sampler steps", "steps", ()),
-        ("Figure 4: reward against independent quality", "", ("reward-against-quality",)),
-        ("Table 7: diversity", "diversity", ()),
-        ("Tables 9 and 10: LoRA rank", "ranks", ()),
-        ("How close the L2 term stays", "l2", ()),
-        ("What each loss learns", "losses", ("kl-along-training",)),
+        ("Table 1: what a noise hypernetwork buys", ("table-1", "scores"), ("grid", "gain-against-cost")),
+        ("Tables 2 and 8: more sampler steps", ("steps",), ()),
+        ("Figure 4: reward against independent quality", (), ("reward-against-quality",)),
+        ("Table 7: diversity", ("diversity",), ()),
+        ("Tables 9 and 10: LoRA rank", ("ranks",), ()),
+        ("How close the L2 term stays", ("l2",), ()),
+        ("What each loss learns", ("losses",), ("kl-along-training",)),
     )
     sections = []
-    for title, table, names in titles:
-        blocks: list[Any] = [tables[table]] if table in tables else []
+    for title, wanted, names in titles:
+        blocks: list[Any] = [tables[table] for table in wanted if table in tables]
         blocks += [pictures[name] for name in names if name in pictures]
         if blocks:
             sections.append(Section(title, tuple(blocks)))
@@ -367,7 +372,7 @@ def _grid(grid: Row, images: Mapping[str, Tensor]) -> Figure:
     from matplotlib.figure import Figure as MplFigure
 
     methods, prompts = grid["methods"], grid["prompts"]
-    figure = MplFigure(figsize=(1.25 * len(prompts) + 1.5, 1.25 * len(methods) + 0.9))
+    figure = MplFigure(figsize=(1.15 * len(prompts) + 1.4, 1.15 * len(methods) + 0.6), layout="compressed")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(methods), len(prompts), squeeze=False)
     for i, name in enumerate(methods):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,9 +24,10 @@ from hnkit.prompts import require_disjoint
 from hnkit.rewards import CallableReward, load_rewards
 from hnkit.stream import generator_for
 from hnkit.terminal import Steps, steps
+from scaled.adapter import adapter_options
 from scaled.backends import PipelineFactory
 from scaled.baselines import Base, BestOfN, HyperNoise, Method, PromptOptimisation, ReNO, TextGenerationProposer
-from scaled.compare.evaluation import Evaluation, Scorer, base_noise, category_of, evaluate
+from scaled.compare.evaluation import Evaluation, Scorer, base_noise, category_of, evaluate, read_part
 from scaled.compare.networks import Network, given, trained
 from scaled.compare.page import write_page
 from scaled.compare.plan import Plan, make_plan, plan_from_json
@@ -72,7 +74,8 @@ class Comparison:
             What report.json holds, and `run_folder`.
         """
         if resume is not None:
-            folder, settings = resume, _read_plan(resume, backend)
+            folder = resume
+            session = _Session(_read_plan(resume, backend))
         else:
             plan, others = make_plan(quick=quick, methods=methods, seeds=seeds, overrides=overrides)
             resolve_config(backend=backend, overrides=others)  # a mistake is refused before a folder is made
@@ -80,13 +83,16 @@ class Comparison:
                 raise InputError(
                     f"--adapter {adapter} is not a folder: name the folder of a trained adapter, or its run"
                 )
+            if adapter is not None:
+                adapter_options(adapter / "adapter" if (adapter / "adapter").is_dir() else adapter)
             chosen = _chosen_prompts(backend, prompts, plan, others)
             where = None if adapter is None else str(adapter.resolve())
             settings = Settings(backend, plan, where, tuple(chosen), tuple(others), quick)
+            session = _Session(settings)  # what is missing or cannot be used is refused before a folder is made
             folder = new_run_folder(out, "compare")
             write_json(folder / PLAN, settings.to_json())
         with run_lock(folder):
-            document = _Session(settings, folder).run()
+            document = session.run(folder)
         return document | {"run_folder": str(folder)}
 
 
@@ -158,8 +164,10 @@ def _interleaved(prompts: Sequence[str], category: dict[str, str]) -> list[str]:
 class _Session:
     """The parts of a comparison; each reads what is on the disk and does what is not."""
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        self.settings, self.plan, self.folder = settings, settings.plan, folder
+    folder: Path
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.plan = settings, settings.plan
         config = resolve_config(backend=settings.backend, overrides=settings.overrides)
         self.config = config
         self.base: Any = backend_factory(settings.backend).load(config.options)
@@ -172,10 +180,12 @@ class _Session:
         # the baselines climb what training maximises: the weighted sum, at weight one
         self.reward: Reward = CallableReward("reward", 1.0, rewards)
         self.networks: dict[str, Network] = {}
+        for start in range(0, len(settings.prompts), self.plan.batch):
+            self.base.encode(settings.prompts[start : start + self.plan.batch])
 
-    def run(self) -> dict[str, Any]:
-        """All parts, then the report."""
-        plan = self.plan
+    def run(self, folder: Path) -> dict[str, Any]:
+        """All parts, then the report, in the run's folder."""
+        self.folder, plan = folder, self.plan
         wanted = [name for name in plan.methods if name in ("hypernoise", "direct")]
         jobs: list[tuple[str, Callable[[], None]]] = [(f"network {n}", lambda n=n: self._network(n)) for n in wanted]  # type: ignore[misc]
         for rank in plan.ranks:
@@ -359,10 +369,11 @@ class _Session:
     def _prompt_diversity(self, name: str, index: int, metrics: dict[str, Metric]) -> dict[str, float]:
         path = self.folder / "parts" / f"diversity-{name}-{index}.json"
         prompt = self.settings.prompts[index]
-        if path.is_file():
-            saved: dict[str, Any] = json.loads(path.read_text())
-            if saved["prompt"] == prompt and set(metrics) <= set(saved["values"]):
-                return dict(saved["values"])
+        saved = read_part(path)
+        if isinstance(saved, dict) and saved.get("prompt") == prompt and isinstance(saved.get("values"), dict):
+            values: dict[str, float] = saved["values"]
+            if set(metrics) <= set(values):
+                return values
         network = self.networks.get(name)
         backend = self.base if network is None else network.backend
         noise = torch.stack(
@@ -396,8 +407,8 @@ class _Session:
         if network is None:
             return []
         path = self.folder / "parts" / "closeness.json"
-        if path.is_file():
-            saved: list[dict[str, Any]] = json.loads(path.read_text())
+        saved: list[dict[str, Any]] | None = read_part(path)
+        if isinstance(saved, list):
             return saved
         count = self.plan.measure_samples
         distinct = self.settings.prompts[: max(1, count // 4)]
@@ -428,7 +439,10 @@ class _Session:
         prompts = list(self.settings.prompts[: self.plan.grid])
         noise = base_noise(self.base, self.plan.seed, 0, len(prompts))
         path = self.folder / "parts" / "grid.safetensors"
-        images = load_file(path) if path.is_file() else {}
+        try:
+            images = load_file(path)
+        except (OSError, SafetensorError):
+            images = {}
         missing = [name for name in self.plan.methods if name not in images]
         for name in missing:
             network = self.networks.get(name)

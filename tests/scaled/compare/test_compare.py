@@ -60,7 +60,7 @@ def redness_alone():
 
 def test_every_table_is_filled(finished):
     out, document = finished
-    for name in ("table-1", "steps", "diversity", "ranks", "losses", "l2"):
+    for name in ("table-1", "scores", "steps", "diversity", "ranks", "losses", "l2"):
         assert (out / f"{name}.csv").is_file(), name
     assert {row["method"] for row in document["table_1"]} == {"base", "hypernoise", "direct", "best-of-n", "reno"}
     assert all(row["images"] == 6 for row in document["table_1"])
