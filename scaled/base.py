@@ -24,7 +24,7 @@ from hnkit.backend import Condition
 from scaled import memory
 from scaled.adapter import Adapter, read_adapter, write_adapter
 from scaled.embeddings import EmbeddingCache, cache_root, model_key
-from scaled.hub import missing_model
+from scaled.hub import local_folder, missing_model, without_bars
 from scaled.twin import LoraSpec, load_lora, lora_state, lora_targets, make_twin
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -383,14 +383,14 @@ def load_pipeline(family: Family, options: PipelineOptions) -> Any:
         InputError: the model is not there, is another pipeline's, or its files are damaged.
     """
     import diffusers
-    from diffusers.utils import logging
+    import diffusers.utils.logging
+    import transformers.utils.logging
 
     folder = find_model(options.model_id, options.local_files_only)
     _check_index(folder, family)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    bars = without_bars(diffusers.utils.logging, transformers.utils.logging)
     try:
-        with torch.random.fork_rng(devices=[]):  # models draw initial weights before the real ones are read
+        with bars, torch.random.fork_rng(devices=[]):  # models draw initial weights before the real ones are read
             pipe = getattr(diffusers, family.pipeline_class).from_pretrained(
                 folder,
                 dtype=_DTYPES[options.dtype],
@@ -401,9 +401,6 @@ def load_pipeline(family: Family, options: PipelineOptions) -> Any:
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model {options.model_id!r} does not load from {folder}: {reason}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     device = _device(options.device)
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
@@ -422,8 +419,8 @@ def find_model(model_id: str, local_files_only: bool = True) -> Path:
     Raises:
         InputError: it is neither, and downloading is off.
     """
-    folder = Path(model_id).expanduser()
-    if folder.is_dir():
+    folder = local_folder(model_id)
+    if folder is not None:
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

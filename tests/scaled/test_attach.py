@@ -68,7 +68,8 @@ def test_trained_adapter_is_the_backends_images(name, checkpoint, make_backend, 
     attributes = dict(vars(pipe))
     plain = pipe(PROMPTS, generator=seeded(), **arguments(name)).images
     with_f = attach(pipe, str(tmp_path / "trained"))
-    assert isinstance(with_f, SteeredPipeline) and with_f.vae is pipe.vae
+    assert isinstance(with_f, SteeredPipeline)
+    assert with_f.vae is pipe.vae
     latents = backend.family.pack(backend.pipeline, noise)
     scale = {"guidance_scale": backend.options.guidance}
     found = with_f(PROMPTS, latents=latents, generator=seeded(), **arguments(name, **scale)).images
@@ -76,8 +77,9 @@ def test_trained_adapter_is_the_backends_images(name, checkpoint, make_backend, 
     assert not torch.allclose(with_f(PROMPTS, generator=seeded(), **arguments(name)).images, plain, atol=1e-3)
     # The pipeline itself still makes its own images, and has nothing new on it.
     assert torch.equal(pipe(PROMPTS, generator=seeded(), **arguments(name)).images, plain)
-    assert {key for key in vars(pipe)} == set(attributes) | {k for k in vars(pipe) if k.startswith("_")}
-    assert "encode_prompt" not in vars(pipe) and "prepare_latents" not in vars(pipe)
+    assert set(vars(pipe)) == set(attributes) | {k for k in vars(pipe) if k.startswith("_")}
+    assert "encode_prompt" not in vars(pipe)
+    assert "prepare_latents" not in vars(pipe)
     embeds = pipe.encode_prompt(PROMPTS, **backend.family.encode_arguments(backend.options), device=pipe.device)
     again = with_f(
         latents=latents,
@@ -94,11 +96,12 @@ def test_negative_prompts_do_not_reach_f(checkpoint, make_backend, tmp_path):
         perturb(backend)
         backend.save_adapter(tmp_path / name)
         with_f = attach(load(checkpoint, name), tmp_path / name)
-        given = []
-        with_f.hypernetwork.register_forward_hook(lambda module, inputs, output: given.append((inputs, output)))
+        given: list[torch.Tensor] = []
+        with_f.hypernetwork.register_forward_hook(lambda module, inputs, output, to=given: to.append(output))
         for negative in ("blurry", "a different one"):
             with_f(PROMPTS, negative_prompt=[negative] * 2, generator=seeded(), **arguments(name, **extra))
-        assert torch.equal(given[0][1], given[1][1]) and given[0][1].shape[0] == 2
+        assert torch.equal(given[0], given[1])
+        assert given[0].shape[0] == 2
 
 
 def test_refusals(checkpoint, make_backend, tmp_path):

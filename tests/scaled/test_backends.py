@@ -76,12 +76,15 @@ class TestEveryBackend:
         assert isinstance(backend, Backend)
         noise, condition = noise_for(backend), backend.encode(PROMPTS)
         delta = backend.hypernetwork(noise, condition)
-        assert delta.dtype == torch.float32 and delta.shape == noise.shape
+        assert delta.dtype == torch.float32
+        assert delta.shape == noise.shape
         assert torch.equal(delta, torch.zeros_like(noise))
         for steps in (1, 2, 4):
             images = steered(backend, noise, condition, steps)
             assert torch.equal(images, plain_call(backend, PROMPTS, noise, steps)), steps
-            assert images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
+            assert images.dtype == torch.float32
+            assert images.min() >= 0
+            assert images.max() <= 1
 
     def test_conditions_matter_and_rows_are_independent(self, name, make_backend):
         backend = make_backend(name)
@@ -168,7 +171,8 @@ class TestEveryBackend:
         assert torch.equal(steered(direct, noise, condition), base)
         before, after = train(direct, lr=0.01)
         assert after > before + 0.005
-        assert torch.equal(steered(backend, noise, condition), base) and pipeline_digest(backend) == pristine
+        assert torch.equal(steered(backend, noise, condition), base)
+        assert pipeline_digest(backend) == pristine
         images = steered(direct, noise, condition)
         direct.save_adapter(tmp_path / "direct")
         again = make_backend(name).direct()
@@ -254,7 +258,8 @@ class TestEveryBackend:
         for part in ("'nobody/no-such-model'", "not in the local cache", "hf download", "folder"):
             assert part in message
         assert "\n" not in message
-        assert "not in the local cache" in factory.status() and "\n" not in factory.status()
+        assert "not in the local cache" in factory.status()
+        assert "\n" not in factory.status()
 
     def test_damaged_checkpoints(self, name, checkpoint, tmp_path):
         import shutil
@@ -303,7 +308,8 @@ def test_loading_leaves_the_global_generator_alone_and_is_reproducible(make_back
     one, two, three = make_backend("sana"), make_backend("sana"), make_backend("sana", seed=0)
     assert torch.equal(torch.get_rng_state(), state)
     for a, b, c in zip(*(list(x.hypernetwork.parameters()) for x in (one, two, three)), strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
 
 
 def test_generate_uses_its_own_randomness(make_backend):
@@ -335,9 +341,10 @@ def test_out_of_memory_says_what_helps(make_backend, monkeypatch):
     monkeypatch.setattr(backend.pipeline.vae, "decode", full)
     with pytest.warns(UserWarning, match="out of memory"), pytest.raises(InputError, match="in the decoder") as caught:
         backend.generate(noise, condition)
-    assert "vae_checkpointing" in str(caught.value) and "vae_slicing" not in str(caught.value)
+    assert "vae_checkpointing" in str(caught.value)
+    assert "vae_slicing" not in str(caught.value)
     monkeypatch.setattr(backend._twin, "forward", full)
-    with pytest.raises(InputError, match="out of memory.*hypernetwork_checkpointing.*smaller batch"):
+    with pytest.raises(InputError, match=r"out of memory.*hypernetwork_checkpointing.*smaller batch"):
         backend.hypernetwork(noise, condition)
 
 
@@ -352,7 +359,8 @@ def test_vae_tiling_is_switched_on(make_backend):
     tiled = steered(backend, noise, condition)
     backend.pipeline.vae.use_tiling = False
     whole = steered(backend, noise, condition)
-    assert not torch.equal(tiled, whole) and (tiled - whole).abs().mean() < 0.1
+    assert not torch.equal(tiled, whole)
+    assert (tiled - whole).abs().mean() < 0.1
 
 
 # --- presets against the paper ------------------------------------------------------------------------------------

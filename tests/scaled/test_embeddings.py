@@ -48,10 +48,12 @@ def test_once_in_memory_and_once_on_disk(masked, tmp_path):
         found = store.rows(order)
         assert found.keys() == expected.keys()
         for key, value in found.items():
-            assert value.dtype == expected[key].dtype and torch.equal(value, expected[key][index]), key
+            assert value.dtype == expected[key].dtype
+            assert torch.equal(value, expected[key][index]), key
         store.store(words)
     assert encoder.seen == words, "encoded again"
-    assert "abc" in cache and "xyz" not in cache
+    assert "abc" in cache
+    assert "xyz" not in cache
 
 
 def test_unknown_prompts_are_encoded_together_without_repeats(tmp_path):
@@ -111,7 +113,7 @@ def test_text_encoder_is_not_needed_after_preparing(name, make_backend, tmp_path
     assert again.prompts == tuple(PROMPTS)
     for key, value in condition.tensors.items():
         assert torch.equal(again.tensors[key], value)
-    assert getattr(second.pipeline, "text_encoder") is None
+    assert second.pipeline.text_encoder is None
     noise = noise_for(second)
     with torch.no_grad():
         assert torch.equal(second.generate(noise, again), first.generate(noise, condition))

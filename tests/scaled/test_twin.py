@@ -1,4 +1,4 @@
-"""The twin: shared tensors, LoRA where it belongs, a zero base that still learns; and f's derivatives on real classes."""
+"""The twin: shared tensors, LoRA where it belongs, a zero base that still learns; f's derivatives on real classes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ PROMPTS = tiny.PROMPTS
 def test_twin_shares_every_base_tensor(make_backend):
     backend = make_backend("sana")
     base = {id(t) for t in (*backend._base.parameters(), *backend._base.buffers())}
-    twin = [t for t in (*backend._twin.parameters(), *backend._twin.buffers())]
+    twin = [*backend._twin.parameters(), *backend._twin.buffers()]
     lora = {id(t) for t in lora_state(backend._twin).values()}
-    assert {id(t) for t in twin} == base | lora and not base & lora
+    assert {id(t) for t in twin} == base | lora
+    assert not base & lora
     modules = {id(m) for m in backend._base.modules()}
     assert not modules & {id(m) for m in backend._twin.modules()}, "a shared module would carry the zero base along"
 
@@ -32,7 +33,8 @@ def test_twin_shares_every_base_tensor(make_backend):
 def test_base_network_is_untouched_by_the_twin(make_backend):
     backend = make_backend("sana")
     assert not any("lora" in key or "base_layer" in key for key in backend._base.state_dict())
-    assert type(backend._base.proj_out) is nn.Linear and not hasattr(backend._base, "peft_config")
+    assert type(backend._base.proj_out) is nn.Linear
+    assert not hasattr(backend._base, "peft_config")
     assert backend.pipeline.transformer is backend._base
 
 
@@ -84,7 +86,9 @@ def test_zero_layers_keep_shape_and_weights(layer, zero, shape):
     weight = layer.weight.clone()
     layer.__class__ = zero
     found = layer(x)
-    assert found.shape == expected.shape and found.dtype == torch.float32 and not found.any()
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    assert not found.any()
     assert torch.equal(layer.weight, weight)
 
 
@@ -140,7 +144,8 @@ def test_exact_and_stochastic_kl_agree(make_backend):
     perturb(backend, 0.03)
     f, x = conditioned(backend, 4)
     exact = noise_kl(f, x, method="exact")
-    assert exact.value > 0 and abs(exact.error) > 1e-3 * exact.value
+    assert exact.value > 0
+    assert abs(exact.error) > 1e-3 * exact.value
     for row in range(4):  # each row with its own prompt: a condition that did not follow its row would show
         alone = noise_kl(f.select(torch.tensor([row])), x[row : row + 1], method="exact")
         assert math.isclose(alone.value, float(exact.per_sample[row]), rel_tol=1e-4)
@@ -240,9 +245,9 @@ def test_wrong_compilers_are_refused(make_backend):
     for compiler in (wrong, broken):
         if compiler.__name__ not in torch.compiler.list_backends(exclude_tags=()):
             torch._dynamo.register_backend(compiler, name=compiler.__name__)
-    with pytest.raises(InputError, match="disagrees with eager mode by a relative 0.01"):
+    with pytest.raises(InputError, match=r"disagrees with eager mode by a relative 0.01"):
         make_backend("sana", compile="wrong")
-    with pytest.raises(InputError, match="'broken' failed: .*no compiler here"):
+    with pytest.raises(InputError, match=r"'broken' failed: .*no compiler here"):
         make_backend("sana", compile="broken")
     with pytest.raises(InputError, match="compile 'nonsense': choose no or one of"):
         make_backend("sana", compile="nonsense")
