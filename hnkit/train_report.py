@@ -156,14 +156,17 @@ def model_card(config: RunConfig, evaluator: Evaluator, report: Mapping[str, Any
         f"- {report['temperature']}",
     ]
     lines += [f"- {name}: {value}" for name, value, _ in _figures(report["measurement"])]
+    options = {key: value for key, value in config.to_dict()["backend"].items() if key != "name"}
+    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
     usage = getattr(evaluator.backend, "usage", None)
-    code = usage() if usage is not None else (
-        "import torch\n"
-        "from hnkit.backend import backend_factory\n"
-        "factory = backend_factory({name!r})\n"
-        "backend = factory.load(factory.options(**{options!r}))\n"
-        "backend.load_adapter(path)"
-    ).format(name=config.backend, options=config.to_dict()["backend"] | {})  # fmt: skip
+    plain = (
+        "from pathlib import Path",
+        "from hnkit.backend import backend_factory",
+        f"factory = backend_factory({config.backend!r})",
+        f"backend = factory.load(factory.options({arguments}))",
+        'backend.load_adapter(Path("."))  # this folder',
+    )
+    code = usage() if usage is not None else "\n".join(plain)
     return "\n".join([*lines, "", "## Use", "", "```python", code, "```", ""])
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -313,10 +315,21 @@ class _Session:
         moments, numbers = optimizer_tensors(self.optimizer)
         tensors |= {f"optimizer/{name}": value for name, value in moments.items()}
         state: dict[str, Any] = {"step": self.step, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
-        return tensors, state | {"optimizer": numbers, "config": self.config.to_dict()}
+        state |= {"optimizer": numbers, "config": self.config.to_dict(), "prompts": self._prompts_digest()}
+        return tensors, state
+
+    def _prompts_digest(self) -> str:
+        lists = json.dumps([self.training_prompts, self.validation_prompts])
+        return hashlib.sha256(lists.encode()).hexdigest()
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Stand where the checkpoint was written."""
+        """Stand where the checkpoint was written.
+
+        Raises:
+            InputError: the prompts are others than they were.
+        """
+        if checkpoint.state["prompts"] != self._prompts_digest():
+            raise InputError("the prompts have changed since the checkpoint was written: restore them, or start anew")
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "average": {}, "optimizer": {}}
         for key, tensor in checkpoint.tensors.items():
             part, _, name = key.partition("/")

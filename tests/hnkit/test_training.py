@@ -357,6 +357,30 @@ def test_prompt_files_are_split_and_guarded(tmp_path, fake):
     assert held < {f"a {k}" for k in range(10)}
 
 
+def test_changed_prompts_are_refused(tmp_path, fake):
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\nthree\nfour")
+    config = fake_config(prompts=str(file), steps=2)
+    run(config, tmp_path / "run")
+    file.write_text("one\ntwo\nthree\nfive")
+    longer = fake_config(prompts=str(file), steps=3)
+    with pytest.raises(InputError, match="prompts have changed"):
+        resume(longer, tmp_path / "run")
+    file.write_text("one\ntwo\nthree\nfour")
+    assert resume(longer, tmp_path / "run").step == 3
+
+
+def test_the_code_of_a_model_card_loads_the_adapter(tmp_path, monkeypatch):
+    run(toy("steps=2", "batch=4", "measure_samples=8"), tmp_path / "run")
+    card = (tmp_path / "run/adapter/README.md").read_text()
+    monkeypatch.chdir(tmp_path / "run/adapter")
+    names: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    saved = load_file(tmp_path / "run/adapter/adapter.safetensors")
+    loaded = names["backend"].hypernetwork.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in saved.items())
+
+
 def test_direct_fine_tuning_uses_the_same_trainer(tmp_path, fake):
     report = run(fake_config(objective="direct", steps=10), tmp_path / "run").report
     assert report["measurement"] is None

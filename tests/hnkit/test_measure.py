@@ -1,0 +1,124 @@
+"""The measurement of a run against closed forms, on affine maps where every figure is known."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hnkit import measure as module
+from hnkit.measure import mean_shift_share, measure
+from hnkit.tilt import affine_coefficients
+from toy.linear_gaussian import linear_gaussian
+
+DIM = 5
+
+
+def affine(scale: float = 0.3) -> nn.Linear:
+    generator = torch.Generator().manual_seed(3)
+    layer = nn.Linear(DIM, DIM, dtype=torch.float64).requires_grad_(False)
+    matrix = torch.randn(DIM, DIM, dtype=torch.float64, generator=generator)
+    layer.weight.copy_(scale * matrix / torch.linalg.matrix_norm(matrix, 2))
+    layer.bias.copy_(0.2 * torch.randn(DIM, dtype=torch.float64, generator=generator))
+    return layer
+
+
+def noise(count: int) -> torch.Tensor:
+    return torch.randn(count, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(11))
+
+
+def truth(layer: nn.Linear) -> dict[str, float]:
+    A, b = layer.weight, layer.bias
+    slope = torch.eye(DIM, dtype=torch.float64) + A
+    covariance = slope @ slope.mT
+    kl = 0.5 * float(covariance.trace() + b @ b - DIM - torch.logdet(covariance))
+    l2 = 0.5 * float(b @ b + A.square().sum())
+    return {
+        "kl": kl,
+        "l2": l2,
+        "error": float(A.trace() - torch.logdet(slope)),
+        "relative_error": (l2 - kl) / kl,
+        "mean_shift_share": float(b @ b) / (2 * l2),
+        "symmetry_index": float((A @ A).trace() / A.square().sum()),
+        "norm": float(torch.linalg.matrix_norm(A, 2)),
+    }
+
+
+def test_every_figure_of_an_affine_map():
+    """Monte Carlo figures within five of their standard errors: false-alarm rate below 3e-6 for the four of them."""
+    layer = affine()
+    known, found = truth(layer), measure(layer, noise(4000))
+    for name in ("kl", "l2", "relative_error"):
+        value, stderr = getattr(found, name), getattr(found, f"{name}_stderr")
+        assert 0 < stderr < 0.05
+        assert abs(value - known[name]) < 5 * stderr
+    assert found.error == pytest.approx(known["error"], rel=1e-9)
+    assert found.symmetry_index == pytest.approx(known["symmetry_index"], rel=1e-9)
+    assert all(value == pytest.approx(known["norm"], rel=1e-4) for value in found.local_norm.values())
+    assert found.mean_shift_share == pytest.approx(known["mean_shift_share"], abs=0.05)
+    assert (found.method, found.injective, found.samples) == ("exact", "certified", 4000)
+    assert found.gap is None
+
+
+def test_the_error_of_the_relative_error_is_calibrated():
+    """Standard error of the ratio against the spread of 200 independent repetitions (chi-square, five sigma)."""
+    layer, repetitions = affine(), 200
+    batches = noise(64 * repetitions).split(64)
+    found = [measure(layer, batch) for batch in batches]
+    spread = torch.tensor([one.relative_error for one in found]).std()
+    claimed = torch.tensor([one.relative_error_stderr for one in found]).square().mean().sqrt()
+    assert abs(float(spread / claimed) - 1) < 5 / math.sqrt(2 * repetitions)
+
+
+def test_the_gap_is_the_distance_from_the_tilted_law():
+    problem = linear_gaussian()
+    x = torch.randn(4000, problem.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    for f in (problem.l2_map(), problem.second_order_map()):
+        found = measure(f, x, problem=problem)
+        coefficients = affine_coefficients(f, problem.dim)
+        assert coefficients is not None
+        assert found.gap is not None
+        assert found.gap_stderr is not None
+        assert abs(found.gap - problem.gap_of_affine(*coefficients)) < 5 * found.gap_stderr
+    assert abs(measure(problem.optimal_map(), x, problem=problem).gap or 1.0) < 1e-12
+
+
+def test_large_maps_are_measured_by_probes(monkeypatch):
+    monkeypatch.setattr(module, "EXACT_UP_TO", 2)
+    layer = affine()
+    found = measure(layer, noise(600), rel_error=0.05, generator=torch.Generator().manual_seed(1))
+    assert found.method == "arnoldi"
+    assert abs(found.kl - truth(layer)["kl"]) < 5 * found.kl_stderr
+    assert abs(found.error - truth(layer)["error"]) < 5 * found.error_stderr
+    steep = measure(affine(1.3), noise(64), generator=torch.Generator().manual_seed(1))
+    assert steep.method == "lanczos"
+    assert steep.local_norm["max"] == pytest.approx(1.3, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [2, 512])
+def test_before_training_everything_is_zero_and_nothing_is_divided_by_it(monkeypatch, limit):
+    monkeypatch.setattr(module, "EXACT_UP_TO", limit)
+    layer = affine()
+    layer.weight.zero_()
+    layer.bias.zero_()
+    document = measure(layer, noise(16)).to_json()
+    assert [document[name] for name in ("kl", "l2", "error")] == [0.0, 0.0, 0.0]
+    assert [document[name] for name in ("relative_error", "mean_shift_share", "symmetry_index")] == [None] * 3
+
+
+def test_mean_shift_against_all_pairs():
+    delta = noise(12) + 0.5
+    prompts = [f"p{row % 3}" for row in range(11)] + ["alone"]
+    shift = squares = 0.0
+    for prompt in ("p0", "p1", "p2"):
+        rows = [delta[row] for row in range(12) if prompts[row] == prompt]
+        pairs = [float(a @ b) for a, b in itertools.permutations(rows, 2)]
+        shift += len(rows) * sum(pairs) / len(pairs)
+        squares += sum(float(row @ row) for row in rows)
+    assert mean_shift_share(delta, prompts) == pytest.approx(shift / squares, rel=1e-12)
+    assert mean_shift_share(torch.ones(4, 2)) == pytest.approx(1.0)
+    assert math.isnan(mean_shift_share(torch.ones(1, 2)))
+    assert math.isnan(mean_shift_share(torch.zeros(4, 2)))
