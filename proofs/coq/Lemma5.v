@@ -2,9 +2,10 @@
 
     In words: let [f : V -> V] be [L]-Lipschitz with [L < 1], and [T x = x + f x].  Then
 
-    - [bilipschitz]: [(1 - L) |x - y| <= |T x - T y| <= (1 + L) |x - y|] (this one for any [L]);
-    - [bijective]: [T] is injective, and surjective because the contraction [z -> y - f z] has a fixed point;
-    - [inverse]: the inverse of [T] is [1 / (1 - L)]-Lipschitz.
+    - [residual_bilipschitz]: [(1 - L) |x - y| <= |T x - T y| <= (1 + L) |x - y|] (this one for any [L]);
+    - [residual_inj], [residual_surj]: [T] is injective, and surjective because the contraction
+      [z -> y - f z] has a fixed point;
+    - [residual_inverse]: the inverse of [T] is [1 / (1 - L)]-Lipschitz.
 
     The argument uses of the norm only that it separates points, the triangle inequality, symmetry, and that
     contractions have fixed points, so it is given once for such norms ([Section Argument]) and then used
@@ -94,7 +95,7 @@ End Argument.
 
 Section Complete.
 Variables (R : realType) (V : completeNormedModType R).
-Notation norm := (fun x : V => `|x|).
+Local Notation norm := (fun x : V => `|x|).
 
 (** A contraction of the whole space has a fixed point. *)
 Lemma contraction_fixpoint (G : V -> V) (q : R) : q < 1 -> lipschitz_for norm G q -> exists z, G z = z.

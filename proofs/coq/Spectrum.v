@@ -1,13 +1,13 @@
 (** * Eigenvalues of a complex matrix: trace, determinant, and Schur's inequality
 
-    In words: over an algebraically closed field of complex type, every n x n matrix [A] has a list [s] of eigenvalues,
-    as long as its characteristic polynomial says, such that
+    In words: over an algebraically closed field with complex conjugation, every n x n matrix [A] has a list [s] of
+    eigenvalues ([spectrum_exists]) with these properties, gathered in the record [is_spectrum]:
 
-    - [spectrum_size]: there are n of them;
+    - [spectrum_poly]: the characteristic polynomial is the product of the [X - z], so that there are n of them
+      ([spectrum_size]) and each has an eigenvector ([spectrum_eigen]);
     - [spectrum_trace]: the trace is their sum;
     - [spectrum_det]: [det (1 + A)] is the product of the [1 + z];
-    - [spectrum_eigen]: each has an eigenvector;
-    - [schur]: the sum of their [|z|^2] is at most the squared Frobenius norm [tr (A A^H)] (Schur's inequality).
+    - [schur]: the sum of the [|z|^2] is at most the squared Frobenius norm [tr (A A^H)] (Schur's inequality).
 
     The proof is by induction: a Householder reflection moves a unit eigenvector to the first coordinate, where the
     matrix becomes block triangular; reflections keep both the characteristic polynomial and the Frobenius norm. *)

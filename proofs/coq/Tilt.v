@@ -4,14 +4,17 @@
     temperature.  The tilted law of [p] by [r] has weights [p x * exp (r x / alpha) / Z].  In words:
 
     - [normaliser_push]: the normaliser is the same in noise and in output space.
-    - [prop2], [prop4]: [KL (q || tilted p) = KL (q || p) - E_q[r] / alpha + ln Z]; so over any family of laws, the
-      minimisers of the divergence from the tilted law are the minimisers of [J q = KL (q || p) - E_q[r] / alpha].
+    - [kl_tilt] (Propositions 2 and 4): [KL (q || tilted p) = KL (q || p) - E_q[r] / alpha + ln Z].
+    - [kl_tilt_minimisers]: over any family of laws, the minimisers of the divergence from the tilted law are those
+      of [J q = KL (q || p) - E_q[r] / alpha].
+    - [optimality_gap]: [J q + ln Z] is never negative, and zero exactly at the tilted law.
     - [theorem3_pushforward]: the image by [g] of the tilted noise law is the tilted output law.
     - [theorem3_minimiser]: among all noise laws [q] whose image is the tilted output law, the tilted noise law, and
       no other, minimises [KL (q || p0)].
 
-    Weights may be zero, and divergences infinite (see [FiniteKL]); [p0] need not have full support and [g] need
-    be neither injective nor surjective. *)
+    [alpha] is any real number; the paper's is positive, which the algebra does not need.  Weights may be zero, and
+    divergences infinite (see [FiniteKL]); [p0] need not have full support, and [g] need be neither injective nor
+    surjective. *)
 
 From Coq Require Import Reals.
 From mathcomp Require Import all_ssreflect all_algebra.

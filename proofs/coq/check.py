@@ -81,9 +81,9 @@ STATEMENTS = (
     Statement("frobenius_tighter", "ours (b)", "|A|_F^2 <= d L^2, so the Frobenius bound is never the looser one"),
     Statement("lemma5_bilipschitz", "Lemma 5", "(1-L)|x-y| <= |Tx-Ty| <= (1+L)|x-y| in a normed space"),
     Statement("lemma5_injective", "Lemma 5", "T = id + f is injective if L < 1, in a normed space"),
-    Statement("lemma5_bijective", "Lemma 5", "T is bijective, its inverse 1/(1-L)-Lipschitz, in a complete normed space"),
+    Statement("lemma5_bijective", "Lemma 5", "T is bijective with 1/(1-L)-Lipschitz inverse, in a complete normed space"),
     Statement("lemma5_euclidean_bilipschitz", "Lemma 5", "the bi-Lipschitz bounds for the Euclidean norm of R^d"),
-    Statement("lemma5_euclidean_bijective", "Lemma 5", "bijectivity and Lipschitz inverse for the Euclidean norm of R^d"),
+    Statement("lemma5_euclidean_bijective", "Lemma 5", "bijective, Lipschitz inverse, for the Euclidean norm of R^d"),
     Statement("gibbs", "Gibbs' inequality", "KL(q || p) >= 0, zero exactly if q = p; finite spaces, zeros allowed"),
     Statement("data_processing", "eq. 12", "KL(g_# q || g_# p) <= KL(q || p); finite spaces"),
     Statement("prop2", "Proposition 2", "KL(p_phi || p*) = J_gen(phi) + ln Z*; finite spaces"),
@@ -93,7 +93,7 @@ STATEMENTS = (
     Statement("prop4_minimisers", "Proposition 4", "KL(q || p0*) and J_noise have the same minimisers; finite spaces"),
     Statement("optimality_gap", "ours (f)", "J_noise + ln Z* >= 0, zero exactly at p0*; finite spaces"),
     Statement("theorem3_pushforward", "Theorem 3, part 1", "g_# p0* = p*; finite spaces"),
-    Statement("theorem3_minimiser", "Theorem 3, part 2", "p0* alone minimises KL(q || p0) over g_# q = p*; finite spaces"),
+    Statement("theorem3_minimiser", "Theorem 3, part 2", "p0* alone minimises KL(q || p0) among g_# q = p*; finite"),
     Statement("covariance_gap_nonneg", "ours (e)", "s - 1 - ln s >= 0 for s > 0"),
     Statement("covariance_gap_zero", "ours (e)", "s - 1 - ln s = 0 only at s = 1"),
 )
@@ -198,9 +198,7 @@ def parse_assumptions(output: str) -> list[list[str]]:
     """
     blocks: list[list[str]] = []
     for line in output.splitlines():
-        if line.startswith("Closed under the global context"):
-            blocks.append([])
-        elif re.match(r"(Axioms|Section Variables):\s*$", line):
+        if re.match(r"Closed under the global context|Axioms:\s*$", line):
             blocks.append([])
         elif line and not line[0].isspace() and blocks:
             declared = re.match(r"([\w.']+)(?:\s*:\s|\s*$)", line)
@@ -249,6 +247,7 @@ def verify(folder: Path, statements: Sequence[Statement], build: Path) -> dict[s
         start = time.perf_counter()
         coqc(build, name)
         print(f"compiled {name}.v ({time.perf_counter() - start:.1f} s)", flush=True)
+    print("asking Coq for the axioms under each theorem", flush=True)
     found = assumptions(build, [statement.theorem for statement in statements])
     refused = [
         f"{theorem} rests on {axiom}, which is not allowed"
