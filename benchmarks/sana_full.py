@@ -5,9 +5,9 @@
     python benchmarks/sana_full.py --batches 1,3,6 --out figures.json
 
 No weights are needed: transformer and DC-AE decoder have the published sizes and random entries, and the text encoder
-is left out (embeddings are random; training needs it only once). Every row is one training step, forward and backward, by
-the backend and, as the line to compare with, by a plainly written loop of the same step. Reported: images per second
-(median step) and peak memory, per batch size, without and with each memory option.
+is left out (embeddings are random; training needs it only once). Every row is one training step, forward and backward,
+by the backend and, as the line to compare with, by a plainly written loop of the same step. Reported: images per
+second (median step) and peak memory, per batch size, without and with each memory option.
 """
 
 from __future__ import annotations

@@ -122,11 +122,12 @@ def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManag
 
     Losses that need derivatives of f record it with the mathematical attention; the backward pass may run outside.
     """
+    flags: Any = torch.backends.cuda  # they hold for the CPU's kernels as well
     enabled = {
-        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
-        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
-        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
-        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+        SDPBackend.FLASH_ATTENTION: flags.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: flags.mem_efficient_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: flags.cudnn_sdp_enabled(),
+        SDPBackend.MATH: flags.math_sdp_enabled(),
     }
     return nullcontext(), _Attention([kernel for kernel, on in enabled.items() if on])
 
