@@ -229,6 +229,7 @@ def test_the_derivative_of_h_is_finite_and_right(s):
         (lambda: local_theorem7_bound(3, torch.tensor([0.1, 1.5])), r"local norm = 1.5 \(entry 1\)"),
         (lambda: log_gap(1.0), r"s = 1"),
         (lambda: singular_value_bound(torch.eye(2)), r"spectral norm = 1"),
+        (lambda: singular_value_bound(torch.diag(torch.tensor([0.1, 1.25]))), r"spectral norm = 1.25"),
         (lambda: singular_value_bound(torch.ones(2, 3)), r"shape \(2, 3\)"),
         (lambda: singular_value_bound(torch.full((2, 2), math.nan)), r"not finite"),
         (lambda: singular_value_bound(torch.zeros(2, 2, dtype=torch.complex64)), r"complex"),
