@@ -87,8 +87,9 @@ def index() -> str:
         theorems = ", ".join(f"`{theorem}`" for theorem in entry.get("coq", [])) or "no"
         functions = ", ".join(f"`{function}`" for function in entry["functions"])
         checks = ", ".join(f"`{check}`" for check in resting.get(name, [])) or "none"
+        title = entry["title"].replace("|", "\\|")
         lines.append(
-            f"| {entry['title']} | {entry['source']} | [{name}]({name}/README.md) | [check.py]({name}/check.py) "
+            f"| {title} | {entry['source']} | [{name}]({name}/README.md) | [check.py]({name}/check.py) "
             f"| {theorems} | {functions} | {checks} |"
         )
     unknown = sorted(resting.keys() - statements().keys())
