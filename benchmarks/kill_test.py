@@ -126,10 +126,10 @@ class KillTest:
         command = ["train", "--resume", str(folder)] if started else [*self.train, "--out", str(folder)]
         signum = self.random.choice(SIGNALS)
         at_write = not quiet and self.random.random() < 0.5
-        prepare = signal_at_write(self.random.randint(1, 60), signum) if at_write else lambda: None
+        prepare = signal_at_write(self.random.randint(1, 40), signum) if at_write else lambda: None
         child = spawn(command, self.log, prepare)
         if not quiet and not at_write:
-            time.sleep(self.random.uniform(0, seconds))
+            time.sleep(self.random.uniform(0, 0.4 * seconds))
             # the child is not waited for yet, so its id cannot have been given to another process
             os.kill(child, signum)
         code = exit_code(os.waitpid(child, 0)[1])

@@ -109,7 +109,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             if _digest(folder / name) != expected:
                 raise DamagedCheckpointError(f"the SHA-256 of {name} does not match: truncated or altered")
         state = json.loads((folder / STATE).read_bytes())
-        return Checkpoint(int(state["step"]), load_file(folder / TENSORS), state)
+        if not isinstance(state, dict) or type(state.get("step")) is not int:
+            raise DamagedCheckpointError(f"{STATE} is not the state of a run")
+        return Checkpoint(state["step"], load_file(folder / TENSORS), state)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"what was written is not a checkpoint: {error}") from error
     except OSError as error:
         raise DamagedCheckpointError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
 
@@ -133,6 +137,15 @@ def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | No
     if folders:
         raise InputError(f"all {len(folders)} checkpoints in {run / CHECKPOINTS} are damaged: start a new run")
     return None
+
+
+def sweep(run: Path) -> None:
+    """Remove what writes that were killed have left in a run folder; the caller holds its lock."""
+    for folder in (run / CHECKPOINTS).glob(".step-*"):
+        shutil.rmtree(folder)
+    for path in list(run.rglob(".*.tmp")):
+        if path.is_file():
+            path.unlink()
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hnkit._errors import ExpansiveMapError, InputError, NonFiniteError
 from hnkit._files import atomic_write, new_run_folder
 from hnkit.backend import Backend, ConditionedMap, Reward, backend_factory
-from hnkit.checkpoint import Checkpoint, JsonLog, newest_checkpoint, run_lock, save_checkpoint
+from hnkit.checkpoint import Checkpoint, JsonLog, newest_checkpoint, run_lock, save_checkpoint, sweep
 from hnkit.config import CONFIG_FILE, RunConfig, differing_keys
 from hnkit.evaluate import Evaluator
 from hnkit.loss import NoiseLoss
@@ -143,6 +143,7 @@ def _reopen(
     if report is not None and report["step"] == config.train.steps:
         view.say(f"{folder} is finished: {config.train.steps} steps, nothing to do")
         return TrainResult(folder, report["step"], True, 0, report["skipped"], report)
+    sweep(folder)
     atomic_write(folder / CONFIG_FILE, config.to_toml())
     return checkpoint
 

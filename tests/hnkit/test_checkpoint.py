@@ -21,6 +21,7 @@ from hnkit.checkpoint import (
     replace_folder,
     run_lock,
     save_checkpoint,
+    sweep,
 )
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(4.0), "empty": torch.zeros(0, 2)}
@@ -155,6 +156,14 @@ def test_leftovers_of_a_killed_write_are_swept(tmp_path):
     assert newest_checkpoint(tmp_path, pytest.fail).step == 1
     save(tmp_path, 3)
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
+    (tmp_path / "checkpoints" / ".step-00000003.old").mkdir()
+    (tmp_path / "samples").mkdir()
+    for name in (".report.json.abc.tmp", "samples/.step.png.abc.tmp", "report.json", ".lock"):
+        (tmp_path / name).touch()
+    sweep(tmp_path)
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoints", "report.json", "samples"]
+    assert not list((tmp_path / "samples").iterdir())
 
 
 def test_rewriting_a_step_replaces_it(tmp_path):
