@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hnkit._errors import ExpansiveMapError, InputError
 from hnkit.bounds import log_gap
-from hnkit.krylov import ArnoldiProcess, LanczosProcess, Operator, phi_column, phi_corner, spectral_norm
+from hnkit.krylov import ArnoldiProcess, LanczosProcess, Operator, phi_column, spectral_norm
 
 Probe = Literal["rademacher", "gaussian", "spherical"]
 PROBES: tuple[Probe, ...] = ("rademacher", "gaussian", "spherical")
@@ -243,7 +243,7 @@ def arnoldi(
     Source: `proofs/arnoldi_bias`.
     """
     process = arnoldi_process(operator, probe, steps=steps, tolerance=tolerance)
-    return _arnoldi_form(process, phi_corner(process.space.hessenberg[:, :-1]), lipschitz)
+    return _arnoldi_form(process, lipschitz)
 
 
 def arnoldi_process(operator: Operator, probe: Tensor, *, steps: int | None, tolerance: float) -> ArnoldiProcess:
@@ -258,14 +258,15 @@ def arnoldi_process(operator: Operator, probe: Tensor, *, steps: int | None, tol
             size = (process.scale.square() * H[:, :2, 0].square().sum(1)).sum() / 2
             if float(process.truncation().sum()) <= tolerance * float(size):
                 break
-    refuse_norm(spectral_norm(process.space.hessenberg), "arnoldi")
     return process
 
 
-def _arnoldi_form(process: ArnoldiProcess, corner: Tensor, lipschitz: float | None) -> QuadraticForm:
+def _arnoldi_form(process: ArnoldiProcess, lipschitz: float | None) -> QuadraticForm:
     space, m = process.space, process.steps
     H, scale = space.hessenberg, space.scale.square()
     norm = spectral_norm(H)
+    refuse_norm(norm, "arnoldi")
+    corner = phi_column(H[:, :-1], float(norm.max()))[:, 0]
     first = H[:, :2, 0]
     bound = torch.full_like(corner, torch.nan)
     if lipschitz is not None and lipschitz < 1:
@@ -398,7 +399,7 @@ def xtrace(
     if group < 2 or group > dim or rows % group:
         raise InputError(f"xtrace with {group} probes at dimension {dim}: give 2 or more probes, at most the dimension")
     first = arnoldi_process(operator, probe, steps=steps, tolerance=tolerance)
-    form = _arnoldi_form(first, phi_corner(first.space.hessenberg[:, :-1]), lipschitz)
+    form = _arnoldi_form(first, lipschitz)
     Y = _apply_phi(first).reshape(points, group, dim).mT
     V = probe.reshape(points, group, dim).mT
     Q, R = torch.linalg.qr(Y)
@@ -433,7 +434,9 @@ def xtrace(
 def _apply_phi(process: ArnoldiProcess) -> Tensor:
     """`phi(J^T) v` in the Krylov space of v, `(rows, d)`."""
     space = process.space
-    column = phi_column(space.hessenberg[:, :-1]) * space.scale[:, None]
+    norm = spectral_norm(space.hessenberg)
+    refuse_norm(norm, "arnoldi")
+    column = phi_column(space.hessenberg[:, :-1], float(norm.max())) * space.scale[:, None]
     return torch.bmm(column[:, None, :], space.basis[:, :-1])[:, 0]
 
 

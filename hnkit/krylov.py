@@ -67,13 +67,14 @@ class ArnoldiProcess:
         self._operator = operator
         self.scale = probe.norm(dim=1)
         rows, dim = probe.shape
-        self._basis = probe.new_zeros(rows, 9, dim)
+        self._basis = probe.new_empty(rows, 9, dim)
         self._basis[:, 0] = probe / self.scale[:, None]
         self._columns = probe.new_zeros(rows, 9, 8)
         self.steps = 0
         self.alive = torch.ones_like(self.scale, dtype=torch.bool)
         self.work = torch.zeros_like(self.scale)
         self.descent = torch.ones_like(self.scale)
+        self._estimate: tuple[int, Tensor] = (0, torch.full_like(self.scale, torch.inf))
 
     def advance(self) -> None:
         """One more transposed product."""
@@ -82,14 +83,14 @@ class ArnoldiProcess:
             self._basis = torch.nn.functional.pad(self._basis, (0, 0, 0, m))
             self._columns = torch.nn.functional.pad(self._columns, (0, m, 0, m))
         self.work += self.alive
-        vector = self._operator.vjp(self._basis[:, m]) * self.alive[:, None]
+        vector = self._operator.vjp(self._basis[:, m])
         length = vector.norm(dim=1)
         known = self._basis[:, : m + 1]
         rest = length
         for _ in range(2):
-            overlap = torch.bmm(known, vector[:, :, None])
-            vector = torch.baddbmm(vector[:, :, None], known.mT, overlap, alpha=-1)[:, :, 0]
-            self._columns[:, : m + 1, m] += overlap[:, :, 0]
+            overlap = torch.bmm(vector[:, None], known.mT)
+            vector = torch.baddbmm(vector[:, None], overlap, known, alpha=-1)[:, 0]
+            self._columns[:, : m + 1, m] += overlap[:, 0]
             before, rest = rest, vector.norm(dim=1)
             if bool((rest >= 0.5 * before).all()):
                 break
@@ -97,7 +98,8 @@ class ArnoldiProcess:
         rest = torch.where(self.alive, rest, torch.zeros_like(rest))
         self.descent = self.descent * rest
         self._columns[:, m + 1, m] = rest
-        self._basis[:, m + 1] = torch.where(self.alive[:, None], vector / rest[:, None], torch.zeros_like(vector))
+        inverse = torch.where(self.alive, 1 / rest, torch.zeros_like(rest))
+        torch.mul(vector, inverse[:, None], out=self._basis[:, m + 1])
         self.steps = m + 1
 
     @property
@@ -115,19 +117,22 @@ class ArnoldiProcess:
         fooled by two values that agree by accident; the second knows how slowly things converge at a norm near 1.
         """
         m = self.steps
+        if self._estimate[0] == m:
+            return self._estimate[1]
         H = self._columns[:, :m, :m]
         row = H[:, 0, :]
         walks = row[:, -1].abs() / (m + 1)
         for k in range(2, m + 1):
             row = torch.bmm(row[:, None, :], H)[:, 0]
             walks = walks + row[:, -1].abs() / (m + k)
-        corners = [phi_corner(H[:, :k, :k], 1e-6) for k in range(max(1, m - 2), m + 1)]
+        norm = float(spectral_norm(H).max())
+        corners = [phi_column(H[:, :k, :k], norm, 1e-6)[:, 0] for k in range(max(1, m - 2), m + 1)]
         corners = [torch.zeros_like(self.scale)] * (3 - len(corners)) + corners
         last, previous = (corners[2] - corners[1]).abs(), (corners[1] - corners[0]).abs()
         decay = min(float(last.sum()) / max(float(previous.sum()), 1e-300), 0.95)
         series = last * decay / (1 - decay)
-        estimate: Tensor = self.scale.square() * torch.maximum(self.descent * walks, series * self.alive)
-        return estimate
+        self._estimate = (m, self.scale.square() * torch.maximum(self.descent * walks, series * self.alive))
+        return self._estimate[1]
 
 
 class LanczosProcess:
@@ -223,7 +228,7 @@ class LanczosProcess:
         return extended
 
 
-def phi_column(H: Tensor, tolerance: float = 1e-15) -> Tensor:
+def phi_column(H: Tensor, norm: float, tolerance: float = 1e-15) -> Tensor:
     """`phi(H) e_1`, `phi(z) = z - log(1 + z)`, of matrices of norm below 1, accurate for tiny H.
 
     `phi(H) = int_0^1 t (I + tH)^-1 H^2 dt` by Gauss-Legendre quadrature; nothing of first order is formed, and no
@@ -231,6 +236,7 @@ def phi_column(H: Tensor, tolerance: float = 1e-15) -> Tensor:
 
     Args:
         H: `(rows, m, m)`.
+        norm: the largest `|H|_2` of the rows, or more; below 1.
         tolerance: relative error of the quadrature.
 
     Returns:
@@ -238,7 +244,6 @@ def phi_column(H: Tensor, tolerance: float = 1e-15) -> Tensor:
 
     Source: `proofs/resolvent`.
     """
-    norm = float(spectral_norm(H).max())
     if norm == 0.0:
         return H.new_zeros(H.shape[:2])
     nodes, weights = gauss_nodes(norm, tolerance)
@@ -253,11 +258,6 @@ def phi_column(H: Tensor, tolerance: float = 1e-15) -> Tensor:
         solved = torch.linalg.solve(shifted, square.expand(t.numel(), -1, -1, -1))[..., 0]
         result += torch.einsum("t,tri->ri", w * t, solved)
     return result
-
-
-def phi_corner(H: Tensor, tolerance: float = 1e-15) -> Tensor:
-    """`e_1^T phi(H) e_1` as `phi_column`, `(rows,)`."""
-    return phi_column(H, tolerance)[:, 0]
 
 
 def spectral_norm(H: Tensor) -> Tensor:

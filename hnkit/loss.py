@@ -14,7 +14,7 @@ from hnkit._errors import InputError
 from hnkit.backend import NoiseMap, select_rows
 from hnkit.estimators import PROBES, Probe, dot, draw_probes, ratio, refuse_norm
 from hnkit.jacobian import RowJacobian, check_batch, evaluate, recording
-from hnkit.krylov import ArnoldiProcess, KrylovSpace, phi_corner, spectral_norm
+from hnkit.krylov import ArnoldiProcess, KrylovSpace, phi_column, spectral_norm
 from hnkit.logdet import log_det_error
 
 KLTerm = Literal["l2", "second-order", "arnoldi", "exact"]
@@ -183,7 +183,7 @@ class NoiseLoss:
         space = process.space
         norm = spectral_norm(space.hessenberg)
         refuse_norm(norm, "arnoldi")
-        value = space.scale**2 * phi_corner(space.hessenberg[:, :-1])
+        value = space.scale**2 * phi_column(space.hessenberg[:, :-1], float(norm.max()))[:, 0]
         coefficients, residual = _gmres(space)
         weight = torch.bmm(coefficients[:, None, :], space.basis[:, :-1])[:, 0]
         # sigma_min(I + J) >= 1 - |J|_2; the norm known here is a lower bound, so this is an estimate.

@@ -126,4 +126,3 @@ def plan_for_budget(
     if settings.variance_reduction == "xtrace":
         probes = min(probes, x[0].numel())
     return Plan(replace(settings, probes=probes, steps=steps), samples, jvp, vjp)
-

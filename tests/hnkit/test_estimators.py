@@ -272,7 +272,7 @@ def test_probes_follow_their_generator() -> None:
 @pytest.mark.parametrize("norm", [0.0, 1e-9, 0.5, 0.95, 0.999])
 def test_phi_of_small_matrices(kind: str, norm: float) -> None:
     H = matrix(kind, norm, 6)
-    found = phi_column(H[None])[0]
+    found = phi_column(H[None], norm)[0]
     assert float((found - phi_matrix(H)[:, 0]).abs().max()) <= 1e-12 * size(H)
 
 
