@@ -1,4 +1,4 @@
-"""The checker of the Coq proofs refuses every planted gap, and its committed record is that of the committed sources."""
+"""The checker of the Coq proofs refuses every planted gap, and its record is that of the committed sources."""
 
 from __future__ import annotations
 
