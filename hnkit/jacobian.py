@@ -190,11 +190,11 @@ class RowJacobian:
             (product,) = torch.autograd.grad(
                 self.output, self._x, cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
             )
-        if product is None:
+            result = None if product is None else product.reshape(self.rows, self.dim).double()
+        if result is None:
             self._require_constant()
             return torch.zeros_like(u, dtype=torch.float64)
-        check_finite(product.detach().reshape(self.rows, -1), "a vector-Jacobian product", self._samples)
-        result = product.reshape(self.rows, self.dim).double()
+        check_finite(result.detach(), "a vector-Jacobian product", self._samples)
         return result if create_graph else result.detach()
 
     def jvp(self, v: Tensor) -> Tensor:

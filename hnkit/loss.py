@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from hnkit._errors import InputError
 from hnkit.backend import NoiseMap, select_rows
 from hnkit.estimators import PROBES, Probe, dot, draw_probes, ratio, refuse_norm
-from hnkit.jacobian import RowJacobian, check_batch, evaluate, recording
+from hnkit.jacobian import RowJacobian, check_batch, dense_jacobian, evaluate, recording, rows_per_pass
 from hnkit.krylov import ArnoldiProcess, KrylovSpace, phi_column, spectral_norm
 from hnkit.logdet import log_det_error
 
@@ -134,7 +134,7 @@ class NoiseLoss:
             operator = RowJacobian(f, x, twice=True)
             delta = operator.output
             if self.kl == "exact":
-                extra = log_det_error(_dense_with_graph(operator, f, x))
+                extra = _exact_error(operator, f, x)
             else:
                 extra, solve_error = self._probed_error(operator, f, x, generator)
         moved = delta.to(torch.promote_types(delta.dtype, torch.float32))
@@ -208,10 +208,64 @@ def _gmres(space: KrylovSpace) -> tuple[Tensor, Tensor]:
     return coefficients, ratio(residual.norm(dim=1), right.norm(dim=1))
 
 
-def _dense_with_graph(operator: RowJacobian, f: NoiseMap, x: Tensor) -> Tensor:
-    """The Jacobian of every row, `(n, d, d)`, differentiable in the parameters of f; d rows per sample at once."""
-    n, dim = operator.rows, operator.dim
-    index = torch.arange(n, device=x.device).repeat_interleave(dim)
-    replicated = RowJacobian(select_rows(f, index), x[index], samples=index, twice=True)
-    basis = torch.eye(dim, dtype=torch.float64, device=x.device).repeat(n, 1)
-    return replicated.vjp(basis, create_graph=True).reshape(n, dim, dim)
+def _exact_error(operator: RowJacobian, f: NoiseMap, x: Tensor) -> Tensor:
+    """E(J) of every row, from dense Jacobians; differentiable in the parameters of f, in bounded memory.
+
+    The value needs no graph. Its gradient is `sum_k d<M^T e_k, J e_k>`, `M = J (I + J)^-1`: the backward pass rebuilds
+    the graphs of a few basis vectors at a time and lets each go.
+    """
+    J = dense_jacobian(f, x)
+    value: Tensor = _ExactError.apply(f, x, J, *_leaves(operator.output))  # type: ignore[no-untyped-call]
+    return value
+
+
+def _leaves(output: Tensor) -> list[Tensor]:
+    """The tensors that `output` was computed from and that collect gradients, but for the noise itself."""
+    found: dict[int, Tensor] = {}
+    seen = set()
+    pending = [output.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found[id(variable)] = variable
+        pending += [parent for parent, _ in node.next_functions]
+    return list(found.values())
+
+
+class _ExactError(torch.autograd.Function):
+    """E(J) with the gradient of its parameters recomputed, chunk by chunk, in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, f: NoiseMap, x: Tensor, J: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.f, ctx.leaves = f, leaves
+        ctx.save_for_backward(x, J)
+        return log_det_error(J)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, J = ctx.saved_tensors
+        n, dim = J.shape[:2]
+        identity = torch.eye(dim, dtype=J.dtype, device=J.device)
+        # Row k of w is M^T e_k = (I + J^T)^-1 J^T e_k, weighted by what the loss does with this sample.
+        w = torch.linalg.solve(identity + J.mT, J.mT).mT * grads[0][:, None, None]
+        rows = torch.arange(n, device=x.device).repeat_interleave(dim)
+        columns = torch.arange(dim, device=x.device).repeat(n)
+        total: list[Tensor | None] = [None] * len(ctx.leaves)
+        width = rows_per_pass(dim, x.device)
+        for start in range(0, n * dim, width):
+            index, column = rows[start : start + width], columns[start : start + width]
+            operator = RowJacobian(select_rows(ctx.f, index), x[index], samples=index, twice=True)
+            pulled = operator.vjp(w[index, column], create_graph=True)
+            if not pulled.requires_grad:
+                continue
+            weight = torch.zeros_like(pulled).scatter_(1, column[:, None], 1.0)
+            parts = torch.autograd.grad(pulled, ctx.leaves, weight, allow_unused=True, retain_graph=True)
+            total = [
+                part if old is None else old if part is None else old + part
+                for old, part in zip(total, parts, strict=True)
+            ]
+        return (None, None, None, *total)

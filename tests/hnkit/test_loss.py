@@ -312,6 +312,27 @@ def test_a_non_finite_map_is_named(kl) -> None:
         NoiseLoss(kl)(lambda z: 0.1 * z.sqrt(), x, identity, no_reward)
 
 
+def test_the_exact_term_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    f, x = MAPS["attention"](), noise()
+    whole = gradient(f, (WEIGHTS * NoiseLoss("exact")(f, x, identity, linear_reward).total).sum())
+    monkeypatch.setattr(hnkit.loss, "rows_per_pass", lambda dim, device: 3)
+    pieces = gradient(f, (WEIGHTS * NoiseLoss("exact")(f, x, identity, linear_reward).total).sum())
+    torch.testing.assert_close(pieces, whole)
+
+
+def test_exact_gradients_reach_parameters_behind_a_computation() -> None:
+    # The map's weight is itself computed: the gradient must arrive at the tensor it was computed from.
+    raw = torch.full((D, D), 0.1, dtype=torch.float64, requires_grad=True)
+    weight = torch.tanh(raw) + 0.2 * torch.eye(D, dtype=torch.float64)
+    terms = NoiseLoss("exact")(lambda z: z @ weight, noise(), identity, no_reward)
+    (terms.kl - (noise() @ weight).square().sum(1) / 2).sum().backward()
+    assert raw.grad is not None
+    found, raw.grad = raw.grad, None
+    A = (torch.tanh(raw) + 0.2 * torch.eye(D, dtype=torch.float64)).T
+    (5 * (A.trace() - torch.linalg.slogdet(torch.eye(D, dtype=torch.float64) + A).logabsdet)).backward()
+    torch.testing.assert_close(found, raw.grad)
+
+
 def test_the_exact_term_is_log_det_error_of_the_dense_jacobian() -> None:
     f, x = mlp(), noise()
     terms = NoiseLoss("exact")(f, x, identity, no_reward)
