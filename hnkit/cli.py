@@ -21,6 +21,8 @@ from hnkit._errors import InputError
 OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 NEWEST = "newest"
 """What a bare `--resume` stands for: the run in `--out`, or the newest run of `runs/`."""
+_LONGEST = 600
+"""Characters of an error's line."""
 
 
 class _Interrupted(Exception):  # noqa: N818 - not an error
@@ -57,7 +59,7 @@ class _Commands(TyperGroup):
 
 def describe_error(error: BaseException) -> tuple[str, int]:
     """One line for a user, and the exit code, for anything a command may raise."""
-    text = " ".join(str(error).split())
+    text = _shortened(" ".join(str(error).split()))
     name = type(error).__name__
     if isinstance(error, InputError):
         return text, BAD_INPUT
@@ -67,7 +69,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     if usage is not None:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "hnkit"
-        return f"{' '.join(usage().split())} (see {command} --help)", BAD_INPUT
+        return f"{_shortened(' '.join(usage().split()))} (see {command} --help)", BAD_INPUT
     if isinstance(error, BrokenPipeError):
         return "the reader of the output has gone", BAD_INPUT
     if isinstance(error, OSError):
@@ -79,9 +81,15 @@ def describe_error(error: BaseException) -> tuple[str, int]:
             errno.EROFS: "write elsewhere with --out",
         }.get(error.errno or 0, "run again with --debug for where it happened")
         return f"{(error.strerror or text).lower()}{where}: {cure}", BAD_INPUT
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "not enough memory" in text:
+    no_memory = isinstance(error, MemoryError) or name == "OutOfMemoryError"
+    if no_memory or "not enough memory" in text or "allocate memory" in text:
         return "out of memory: use fewer --samples, a smaller batch, or --method arnoldi instead of exact", BAD_INPUT
     return f"internal error, {name}: {text[:300]} (run again with --debug for the traceback)", BAD_INPUT
+
+
+def _shortened(text: str) -> str:
+    """The beginning and the end of a line that a huge value has made long: what was given, and what to do."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 200]} ... {text[-190:]}"
 
 
 def _with_resume_value(arguments: Sequence[str]) -> list[str]:
@@ -166,7 +174,9 @@ def verify_bound_command(
     adapter: Adapter = None,
     prompts: Prompts = None,
     method: Annotated[Method | None, typer.Option(help="How E(J) is computed; default: exact where it can be.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Noise samples; default 2048 for toys, 256 for a map.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Noise samples; default 2048 for a toy, 256 to 32 for a map, by dimension.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of noise and probes.")] = 0,
     alpha: Annotated[float | None, typer.Option(help="Temperature of the tilt; default: the toy's own.")] = None,
     probes: Annotated[int | None, typer.Option(help="Probes per sample of a stochastic method.")] = None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,8 @@ def verify(
     named = [flag for flag, given in subjects.items() if given]
     if len(named) > 1:
         raise InputError(f"{' and '.join(named)} together: name one thing to verify")
-    if alpha is not None and not alpha > 0:
-        raise InputError(f"--alpha {alpha:g}: give a positive temperature")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise InputError(f"--alpha {alpha:g}: give a finite positive temperature")
     for flag, given, needs in (
         ("--shape", shape is not None, "--map"),
         ("--adapter", adapter is not None, "--backend"),
@@ -85,6 +87,12 @@ def _refuse_existing(out: Path | None) -> None:
     """Say so before the work, not after it; the folder itself is made when there is something to write."""
     if out is not None and (out.exists() or out.is_symlink()):
         raise InputError(f"--out {out} exists already and is never overwritten: name a new folder")
+    for above in out.absolute().parents if out is not None else ():
+        if above.exists() or above.is_symlink():
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                reason = "is read-only" if above.is_dir() else "is not a folder"
+                raise InputError(f"--out {out} cannot be created, {above} {reason}: name another folder")
+            return
 
 
 def parse_shape(text: str | None) -> tuple[int, ...]:
@@ -95,7 +103,7 @@ def parse_shape(text: str | None) -> tuple[int, ...]:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"--shape {text}: write positive integers with commas, such as 3,16,16") from None
-    if any(size < 1 for size in shape) or not 1 <= torch.Size(shape).numel() <= 2**24:
+    if any(size < 1 for size in shape) or math.prod(shape) > 2**24:
         raise InputError(f"--shape {text}: give positive sizes, at most {2**24} entries in all, such as 3,16,16")
     return shape
 
@@ -252,6 +260,7 @@ def generate(
 ) -> None:
     """Write base and steered images of every prompt from the same noise; see `hnkit.generation`."""
     from hnkit.generation import GenerateSettings, generate_pairs, require_images
+    from hnkit.layouts import prompt_records
 
     name = _named_backend(backend)
     settings = GenerateSettings(count=count, steps=steps, seed=seed, batch=batch, layout=layout)
@@ -263,9 +272,10 @@ def generate(
         raise InputError("--prompt is empty: write a prompt")
     loaded, _ = load_trained(name, adapter, overrides)
     texts = default_prompts(loaded) if texts is None else texts
-    require_images(loaded, texts[0], settings)
+    require_images(loaded, texts, settings)
     folder = new_run_folder(out, "generate")
-    document = generate_pairs(loaded, texts, settings, folder, steered=adapter is not None)
+    records = prompt_records(prompts)
+    document = generate_pairs(loaded, texts, settings, folder, steered=adapter is not None, records=records)
     if as_json:
         terminal.print_json({**document, "run_folder": str(folder)})
     else:

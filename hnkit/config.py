@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from hnkit._errors import InputError
 from hnkit.backend import BackendFactory, backend_factory, installed_names
+from hnkit.prompts import is_unicode
 
 Scalar = bool | int | float | str
 CONFIG_FILE = "config.toml"
@@ -84,7 +85,7 @@ class TrainConfig:
     noise: Literal["fresh", "fixed"] = "fresh"
     generator_steps: int = _in_range(1, least=1)
     steps: int = _in_range(1000, least=1)
-    batch: int = _in_range(16, least=1)
+    batch: int = _in_range(16, least=1, below=2**24)
     accumulate: int = _in_range(1, least=1)
     optimizer: Literal["sgd", "adamw", "adamw8bit"] = "adamw"
     lr: float = _in_range(1e-3, above=0)
@@ -99,13 +100,13 @@ class TrainConfig:
     seed: int = _in_range(0, least=0, below=2**63)
     max_skipped: int = _in_range(20, least=1)
     measure_every: int = _in_range(0, least=0)
-    measure_samples: int = _in_range(256, least=2)
+    measure_samples: int = _in_range(256, least=2, below=2**24)
     measure_method: Literal["auto", "exact", "arnoldi", "lanczos", "power", "roulette", "second-order"] = "auto"
     measure_rel_error: float = _in_range(0.05, above=0, below=1)
     checkpoint_every: int = _in_range(100, least=1)
     keep: int = _in_range(3, least=1)
     validate_every: int = _in_range(0, least=0)
-    validate_samples: int = _in_range(16, least=1)
+    validate_samples: int = _in_range(16, least=1, below=2**24)
     prompts: str = ""
     validation_prompts: str = ""
     validation_share: float = _in_range(0.1, least=0, below=1)
@@ -193,9 +194,14 @@ def resolve_config(
         sources.append((str(resume / CONFIG_FILE), read_tables(resume / CONFIG_FILE)))
     if config_file is not None:
         sources.append((str(config_file), read_tables(config_file)))
-    for _, tables in sources:
-        backend = backend or tables.get("backend", {}).get("name")
-    if not isinstance(backend, str):
+    for where, tables in sources:
+        named = tables.get("backend", {}).get("name", backend)
+        if named is not None and not isinstance(named, str):
+            raise InputError(f"{where}: [backend] name = {_show(named)}: accepted is a string")
+        if backend is not None and named != backend:
+            raise InputError(f"{where} is for backend {named!r}, not {backend!r}: leave its name out, or use another")
+        backend = named
+    if backend is None:
         raise InputError(f"no backend given: use --backend with one of {', '.join(installed_names('hnkit.backends'))}")
     factory = backend_factory(backend)
     presets = [] if resume is not None else _preset_tables(factory, preset)
@@ -310,6 +316,8 @@ def _override_tables(overrides: Sequence[str], factory: BackendFactory) -> dict[
         table, dot, key = dotted.strip().partition(".")
         if not equals or not dot or table not in tables:
             raise InputError(f"--set {override!r}: write TABLE.KEY=VALUE, TABLE one of {', '.join(tables)}")
+        if (table, key) == ("backend", "name"):
+            raise InputError(f"--set {override!r}: the backend is named with --backend")
         records: dict[str, type[Any]] = {"train": TrainConfig, "backend": factory.options}
         annotation = _annotations(records[table]).get(key) if table in records else None
         tables[table][key] = _parse_text(text.strip(), annotation)
@@ -406,7 +414,7 @@ def _coerce(value: Any, annotation: Any) -> Any:
         return Path(value)
     if annotation is float and _is_finite_number(value):
         return float(value)
-    if annotation is str and isinstance(value, str) and not _is_unicode(value):
+    if annotation is str and isinstance(value, str) and not is_unicode(value):
         raise TypeError
     if annotation is type(None) and value is None:
         return None
@@ -417,11 +425,6 @@ def _coerce(value: Any, annotation: Any) -> Any:
 
 def _is_finite_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether text can be written as UTF-8; bytes of a command line that were not UTF-8 arrive as lone surrogates."""
-    return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 
 def _describe(annotation: Any) -> str:

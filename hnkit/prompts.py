@@ -26,11 +26,19 @@ def read_prompts(source: str | Path) -> list[str]:
         InputError: the file is missing, damaged, of another format, or holds no prompt.
     """
     text = str(source)
-    found = _from_hub(text) if text.startswith("hf:") else _from_file(Path(text).expanduser())
+    found = _from_hub(text) if text.startswith("hf:") else _from_file(Path(text))
     prompts = list(dict.fromkeys(stripped for prompt in found if (stripped := " ".join(prompt.split()))))
     if not prompts:
         raise InputError(f"{source} holds no prompt: give at least one")
+    for number, prompt in enumerate(prompts, start=1):
+        if not is_unicode(prompt):
+            raise InputError(f"{source}: prompt {number} holds half a surrogate pair ({prompt[:60]!r}): mend it")
     return prompts
+
+
+def is_unicode(text: str) -> bool:
+    """Whether text can be written as UTF-8; bytes of a command line that were not UTF-8 arrive as lone surrogates."""
+    return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 
 def split_prompts(prompts: Sequence[str], held_out: int) -> tuple[list[str], list[str]]:
@@ -48,7 +56,7 @@ def split_prompts(prompts: Sequence[str], held_out: int) -> tuple[list[str], lis
     """
     if not 0 <= held_out < len(prompts):
         raise InputError(
-            f"{held_out} prompts to hold out of {len(prompts)}: give a number from 0 to {len(prompts) - 1}, or more prompts"
+            f"{held_out} prompts to hold out of {len(prompts)}: give 0 to {len(prompts) - 1}, or more prompts"
         )
     by_hash = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
     kept_out = set(by_hash[:held_out])
@@ -80,11 +88,12 @@ def _from_file(path: Path) -> list[str]:
             f"prompts {path}: format {path.suffix or 'without a suffix'!r} is not read; accepted are {FORMATS}"
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"prompts {path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"prompts {path}: cannot be read ({error.strerror}): give an existing file") from error
+    except (OSError, ValueError, RuntimeError) as error:  # also a NUL in the name, and the home of no user
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"prompts {path}: cannot be read ({reason}): give an existing file") from error
     return readers[path.suffix](path, text)
 
 

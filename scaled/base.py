@@ -71,6 +71,8 @@ class PipelineOptions:
         for name in ("size", "max_sequence_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"backend.{name} {getattr(self, name)}: it is 1 or more")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"backend.seed {self.seed}: it is a whole number from 0 to 2^63 - 1")
 
 
 class Family(ABC):

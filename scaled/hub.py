@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,15 +15,37 @@ from hnkit._errors import InputError
 Loaded = TypeVar("Loaded")
 
 
+def local_folder(source: str) -> Path | None:
+    """The folder that `source` names, `None` if it names none."""
+    try:
+        folder = Path(source).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL in it, the home of no user
+        return None
+
+
 def missing_model(what: str, source: str, cause: BaseException) -> InputError:
     """The one line for a model that is neither a readable folder nor in the cache nor reachable."""
     reason = str(cause).strip().splitlines()[0][:160] if str(cause).strip() else type(cause).__name__
-    if Path(source).expanduser().exists():
+    if local_folder(source) is not None:
         return InputError(f"{what}: the folder {source} is not a readable model ({reason}): give a complete folder")
     return InputError(
         f"{what}: {source!r} is not a local folder, not in the local cache, and could not be fetched ({reason}): run "
         f"'hf download {source}' where there is a network, or give the path of a folder that holds it"
     )
+
+
+@contextmanager
+def without_bars(*libraries: Any) -> Iterator[None]:
+    """Inside, the libraries whose `logging` modules are given show no progress bars: the commands have their own."""
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def pretrained(load: Callable[..., Loaded], source: str, *, what: str, **kwargs: Any) -> Loaded:
@@ -37,8 +60,11 @@ def pretrained(load: Callable[..., Loaded], source: str, *, what: str, **kwargs:
     Raises:
         InputError: nothing could be loaded from there.
     """
+    from transformers.utils import logging
+
     try:
-        return load(source, **kwargs)
+        with without_bars(logging):
+            return load(source, **kwargs)
     except (OSError, ValueError, KeyError, HfHubHTTPError, HFValidationError) as error:
         raise missing_model(what, source, error) from error
 
@@ -49,8 +75,8 @@ def hub_file(source: str, filename: str, *, what: str) -> Path:
     Raises:
         InputError: it is in neither place.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = local_folder(source)
+    if folder is not None:
         if not (folder / filename).is_file():
             raise InputError(f"{what}: the folder {source} has no file {filename}: give a folder that holds it")
         return folder / filename

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hnkit._errors import InputError
 from scaled.digits.checkpoint import CANVAS, CLIP_FOLDER, LEGIBILITY_FILE, verified_folder
 from scaled.digits.scenes import CELL, CELLS, MIN_CONTRAST, split_cells
+from scaled.hub import pretrained
 
 PRESENCE_THRESHOLD = 0.35
 PRESENCE_WIDTH = 0.05
@@ -189,5 +190,6 @@ def scorer(folder: Path | None = None) -> Scorer:
     from transformers import CLIPModel, CLIPTokenizer
 
     folder = (verified_folder() if folder is None else folder) / CLIP_FOLDER
-    model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    return Scorer(model, CLIPTokenizer.from_pretrained(folder, local_files_only=True))
+    source, what = str(folder), "the scorer of digits"
+    model = pretrained(CLIPModel.from_pretrained, source, what=what, local_files_only=True, use_safetensors=True)
+    return Scorer(model, pretrained(CLIPTokenizer.from_pretrained, source, what=what, local_files_only=True))
