@@ -163,7 +163,7 @@ def test_exact_and_stochastic_kl_agree(make_backend):
 def test_loss_gradients_agree_with_finite_differences(kl, make_backend):
     """Backward through a forward-mode product of a network with LayerNorm is silently wrong by 10 to 20 per cent.
 
-    Steps are small because SANA's attention has ReLUs: J jumps where one of them switches.
+    SANA's attention has ReLUs: J jumps where one of them switches, so the smallest of several steps' errors counts.
     """
     backend = make_backend("sana")
     perturb(backend, 0.03)
@@ -186,13 +186,16 @@ def test_loss_gradients_agree_with_finite_differences(kl, make_backend):
     gradients = torch.autograd.grad(value(), parameters)
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
     start = [p.detach().clone() for p in parameters]
-    h, values = 1e-4, []
-    for sign in (1, -1):
-        with torch.no_grad():
-            for parameter, before, gradient in zip(parameters, start, gradients, strict=True):
-                parameter.copy_(before + sign * h * gradient / norm)
-        values.append(float(value().detach()))
-    assert math.isclose((values[0] - values[1]) / (2 * h), norm, rel_tol=0.02)
+    errors = []
+    for h in (1e-3, 3e-4, 1e-4, 3e-5):
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for parameter, before, gradient in zip(parameters, start, gradients, strict=True):
+                    parameter.copy_(before + sign * h * gradient / norm)
+            values.append(float(value().detach()))
+        errors.append(abs((values[0] - values[1]) / (2 * h) - norm) / norm)
+    assert min(errors) < 0.01, errors
 
 
 def test_losses_with_derivatives_of_f_pass_through_checkpointing(make_backend):
