@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hnkit._errors import InputError
 from hnkit._files import atomic_write, write_json
-from hnkit.backend import Backend, ConditionedMap, NoiseMap, installed_names, load_installed
+from hnkit.backend import Backend, ConditionedMap, NoiseMap
+from hnkit.layouts import Records, check_layout, write_layout
 from hnkit.plots import GREY, new_canvas, style, to_png
 from hnkit.report import Picture, Section, Table, Text, write_html
 from hnkit.stream import generator_for
@@ -32,7 +33,7 @@ class GenerateSettings:
         steps: sampler steps.
         seed: of the noise.
         batch: images generated together.
-        layout: name of a folder layout that a scorer reads (entry-point group `hnkit.layouts`), or `None`.
+        layout: name of a folder layout that a scorer reads (see `hnkit.layouts`), or `None`.
     """
 
     count: int = 4
@@ -45,13 +46,18 @@ class GenerateSettings:
         for key, least in (("count", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
             if getattr(self, key) < least:
                 raise InputError(f"--{key} {getattr(self, key)}: give an integer of {least} or more")
-        if self.layout is not None and self.layout not in installed_names("hnkit.layouts"):
-            accepted = ", ".join(installed_names("hnkit.layouts")) or "none installed"
-            raise InputError(f"unknown layout {self.layout!r}: accepted are {accepted}")
+        if self.layout is not None:
+            check_layout(self.layout, (), self.count)
 
 
 def generate_pairs(
-    backend: Backend, prompts: Sequence[str], settings: GenerateSettings, folder: Path, *, steered: bool = True
+    backend: Backend,
+    prompts: Sequence[str],
+    settings: GenerateSettings,
+    folder: Path,
+    *,
+    steered: bool = True,
+    records: Records | None = None,
 ) -> dict[str, Any]:
     """Write base and steered images side by side, and what was done.
 
@@ -61,6 +67,7 @@ def generate_pairs(
         settings: of the run.
         folder: an existing, empty run folder.
         steered: write steered images too; false for a backend without an adapter.
+        records: what a prompt file says of its prompts besides their text, for a scorer's layout.
 
     Returns:
         What `report.json` holds.
@@ -68,9 +75,6 @@ def generate_pairs(
     Raises:
         InputError: outputs that are no images.
     """
-    layout: Callable[..., None] | None = None
-    if settings.layout is not None:
-        layout = load_installed("hnkit.layouts", settings.layout)
     sheets: dict[str, dict[str, list[Tensor]]] = {}
     kinds = ["base", "steered"] if steered else ["base"]
     written = 0
@@ -90,8 +94,8 @@ def generate_pairs(
         atomic_write(place / "prompt.txt", prompt + "\n")
     sheet = contact_sheet(sheets)
     atomic_write(folder / "contact-sheet.png", sheet)
-    if layout is not None:
-        layout(folder, list(prompts), settings.count, kinds)
+    if settings.layout is not None:
+        write_layout(settings.layout, folder, kinds, prompts, settings.count, records or {})
     document = {
         "backend": backend.name, "images": written, "prompts": list(prompts), "kinds": kinds, **asdict(settings),
     }  # fmt: skip
@@ -106,9 +110,11 @@ def generate_pairs(
     return document
 
 
-def require_images(backend: Backend, prompt: str, settings: GenerateSettings) -> None:
-    """Make one image and refuse a backend whose outputs are none, before anything is written."""
-    _pair(backend, prompt, _noise(backend, settings.seed, range(1)), settings.steps, steered=False)
+def require_images(backend: Backend, prompts: Sequence[str], settings: GenerateSettings) -> None:
+    """Refuse prompts that the layout cannot hold, and, by making one image, a backend whose outputs are none."""
+    if settings.layout is not None:
+        check_layout(settings.layout, prompts, settings.count)
+    _pair(backend, prompts[0], _noise(backend, settings.seed, range(1)), settings.steps, steered=False)
 
 
 def _noise(backend: Backend, seed: int, rows: range) -> Tensor:

@@ -1,7 +1,7 @@
 """A map under test: everything measured on it once, so that each check is a few lines.
 
 Quantities are computed when first asked for, from one set of noise samples; those that need dense Jacobians use as
-many of the samples as `DENSE_ENTRIES` allows.
+many of the samples as `DENSE_ENTRIES` and `DENSE_PRODUCTS` allow.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ DENSE_DIM = 1024
 """Above so many dimensions a map is measured by stochastic methods unless told otherwise."""
 
 DENSE_ENTRIES = 4 * 10**7
-"""Entries of dense Jacobians that the checks hold at a time, at most: 64 samples at d = 768."""
+"""Entries of dense Jacobians that the checks hold at a time, at most."""
+
+DENSE_PRODUCTS = 2**14
+"""Products that the checks spend on dense Jacobians of their own, at most; a quarter of them for a map of images."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,21 @@ class Subject:
         """`noise_kl` in the Stein form; under a budget it may stop after the first samples."""
         return noise_kl(self.f, self.x, method=self.method, generator=self.generator("kl"), check=False, **self.options)  # type: ignore[arg-type]
 
+    @property
+    def _dense_count(self) -> int:
+        """How many of the samples get dense Jacobians besides those of `noise_kl`."""
+        products = DENSE_PRODUCTS if self.dim <= 16 else DENSE_PRODUCTS // 4
+        return min(len(self.x), max(1, min(DENSE_ENTRIES // self.dim, products) // self.dim))
+
     @cached_property
     def change(self) -> Tensor:
-        """The integrand in the change-of-variables form, for as many samples as `stein` has."""
-        if self.method == "exact":
-            return noise_kl(self.f, self.x, method="exact", form="change-of-variables", check=False).per_sample
+        """The exact integrand in the change-of-variables form, computed as such, at the first samples."""
+        f, x = self.first(self._dense_count)
+        return noise_kl(f, x, method="exact", form="change-of-variables", check=False).per_sample
+
+    @cached_property
+    def change_from_stein(self) -> Tensor:
+        """The same integrand from that of `stein` and `x . f - tr J`, for as many samples as `stein` has."""
         count = len(self.stein.per_sample)
         return self.stein.per_sample + self.alignment[:count] - self.traces[:count]
 
@@ -128,12 +141,16 @@ class Subject:
     @property
     def passes(self) -> tuple[Tensor, ...]:
         """The samples' numbers, in as many parts as go through a network together."""
-        rows = rows_per_pass(self.dim, self.x.device)
-        return torch.split(torch.arange(len(self.x), device=self.x.device), rows)
+        return torch.split(torch.arange(len(self.x), device=self.x.device), self.pass_rows)
+
+    @property
+    def pass_rows(self) -> int:
+        """How many samples go through the network together."""
+        return rows_per_pass(self.dim, self.x.device)
 
     def first(self, count: int) -> tuple[NoiseMap, Tensor]:
-        """The map and the noise of the first samples: `count`, or fewer if one pass holds no more."""
-        index = self.passes[0][:count]
+        """The map and the noise of the first `count` samples."""
+        index = torch.arange(min(count, len(self.x)), device=self.x.device)
         return select_rows(self.f, index), self.x[index]
 
     @cached_property
@@ -177,7 +194,7 @@ class Subject:
         """Statistics of the dense Jacobians of the first samples; `None` in too many dimensions."""
         if self.dim > DENSE_DIM:
             return None
-        count = min(len(self.x), max(1, DENSE_ENTRIES // self.dim**2))
+        count = self._dense_count
         width = max(1, 2**23 // self.dim**2)
         parts = []
         for index in torch.split(torch.arange(count, device=self.x.device), width):

@@ -26,7 +26,7 @@ from hnkit.toy_checks import TOY_CHECKS, Tilted, contraction
 from hnkit.verify import Check, Quantity, Report
 from hnkit.verify_plots import map_plots, toy_plots
 
-TOY_SAMPLES, MAP_SAMPLES = 2048, 256
+TOY_SAMPLES = 2048
 _PROMPTS_SHOWN = 12
 
 Say = Callable[[str], None]
@@ -37,7 +37,7 @@ class VerifySettings:
     """What a run of `verify-bound` is told, whatever it is run on.
 
     Attributes:
-        samples: noise samples; `None`: 2048 for a toy, 256 for a map.
+        samples: noise samples; `None`: 2048 for a toy, 256 down to 32 for a map, by its dimension.
         seed: of the noise and of every probe.
         method: of `noise_kl`; `None`: exact up to 1024 dimensions, Arnoldi above.
         certify: enclose E(A) and its bounds in ball arithmetic at some samples.
@@ -59,6 +59,10 @@ class VerifySettings:
             raise InputError("--certify needs the package python-flint: pip install 'hnkit[certify]' adds it")
         if self.method is not None and self.method not in METHODS:
             raise InputError(f"unknown method {self.method!r}: accepted are {', '.join(METHODS)}")
+
+    def samples_for(self, dim: int) -> int:
+        """Samples of a map in so many dimensions: 256, and fewer, down to 32, where each costs d products."""
+        return self.samples or min(256, max(32, 2**13 // dim))
 
     def method_for(self, dim: int) -> str:
         """The method that is used in so many dimensions."""
@@ -187,7 +191,7 @@ def _subject(name: str, f: NoiseMap, x: Tensor, settings: VerifySettings, module
     dim = x[0].numel()
     method = settings.method_for(dim)
     options = dict(settings.options)
-    return Subject(name, f, x, settings.seed, method, options, module, ascent_steps=25 if dim <= DENSE_DIM else 5)
+    return Subject(name, f, x, settings.seed, method, options, module, ascent_steps=25 if dim <= 64 else 5)
 
 
 def _headline(subject: Subject) -> list[Quantity]:
@@ -219,7 +223,7 @@ def verify_map(f: NoiseMap, shape: tuple[int, ...], settings: VerifySettings, *,
     """Measure and check one map; see `hnkit.verify_bound`."""
     if not shape or any(size < 1 for size in shape):
         raise InputError(f"shape {shape}: give positive sizes, such as 3,16,16")
-    samples = settings.samples or MAP_SAMPLES
+    samples = settings.samples_for(math.prod(shape))
     x = torch.randn(samples, *shape, dtype=torch.float64, generator=generator_for(settings.seed, "noise"))
     device, dtype = _home(f)
     subject = _subject(name, f, x.to(device, dtype), settings)
@@ -275,7 +279,7 @@ def map_figures(subject: Subject) -> list[Quantity]:
     }[kl.injective]
     figures = [
         Quantity("KL (Stein form)", kl.value, name, kl.stderr, kl.bias_bound, note=what),
-        _mean("KL (change of variables)", subject.change, name, "eq. 53"),
+        _mean("KL (change of variables)", subject.change_from_stein, name, "eq. 53"),
         _mean("L2 term", subject.half_square, name, "E|f|²/2"),
         _mean("E(J)", error, name, "E[tr J - log|det(I+J)|], what the L2 term leaves out"),
         Quantity("relative error of L2", 100 * relative, name, 100 * relative_stderr, unit="%", note="(L2 - KL) / KL"),
@@ -383,7 +387,7 @@ def verify_backend(
         settings: of the run.
         alpha: temperature it was trained at, for the optimality gap of a backend whose tilted law is known.
     """
-    per_prompt = max(1, (settings.samples or MAP_SAMPLES) // len(prompts))
+    per_prompt = max(1, settings.samples_for(math.prod(backend.noise_shape)) // len(prompts))
     rows = [prompt for prompt in prompts for _ in range(per_prompt)]
     network = backend.hypernetwork.eval()
     parameter = next(iter(network.parameters()), torch.zeros(()))

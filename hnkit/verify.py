@@ -404,7 +404,7 @@ def verify_bound(
     f: NoiseMap,
     shape: tuple[int, ...],
     *,
-    samples: int = 256,
+    samples: int | None = None,
     seed: int = 0,
     method: str | None = None,
     name: str = "map",
@@ -416,7 +416,7 @@ def verify_bound(
     Args:
         f: batch-first map `x -> delta`, rows independent, differentiable; `x` of shape `(n, *shape)`.
         shape: noise shape of one row.
-        samples: how many noise samples; standard errors come from them.
+        samples: how many noise samples; standard errors come from them. `None`: 256, fewer in many dimensions.
         seed: of the noise and of every probe.
         method: of `noise_kl`; `None` takes "exact" up to 1024 dimensions, "arnoldi" above.
         name: how the report calls the map.

@@ -27,7 +27,7 @@ def map_plots(subject: Subject) -> list[Plot]:
     plots = []
     rows = subject.rows_or_none
     if rows is not None and bool((rows.norm > 0).any()):
-        J = dense_jacobian(*subject.first(_MATRICES)).cpu()
+        J = dense_jacobian(*subject.first(_MATRICES if subject.dim <= 64 else 4)).cpu()
         plots.append(_bounds_plot(J, f"the Jacobians of {subject.name}, scaled to norm L"))
     plots.append(_scatter(subject))
     plots.append(_split([subject]))
@@ -164,4 +164,3 @@ def _pushed_density(f: NoiseMap, grid: np.ndarray) -> np.ndarray:
     mass = norm.cdf(np.interp(edges, moved, x.numpy(), left=-np.inf, right=np.inf))
     density: np.ndarray = np.diff(mass) / (2 * half)
     return density
-

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from hnkit import _files, plots
-from hnkit.generation import GenerateSettings, contact_sheet, image_png
+from hnkit import InputError, _files, plots
+from hnkit.backend import Condition
+from hnkit.generation import GenerateSettings, contact_sheet, generate_pairs, image_png, require_images
+from hnkit.layouts import check_layout
 from hnkit.report import (
     Code,
     Picture,
@@ -231,3 +233,60 @@ def test_contact_sheet_takes_any_prompt():
 def test_generate_settings():
     with pytest.raises(ValueError, match="--count 0"):
         GenerateSettings(count=0)
+
+
+class Painter:
+    """A backend whose images are its noise, and whose delta is 0.1."""
+
+    name = "painter"
+    noise_shape = (3, 4, 4)
+
+    def __init__(self):
+        self.hypernetwork = torch.nn.Identity()
+        self.hypernetwork.forward = lambda noise, condition: torch.full_like(noise, 0.1)
+
+    def encode(self, prompts):
+        return Condition(tuple(prompts))
+
+    def generate(self, noise, condition, steps=1):
+        return noise.sigmoid()
+
+
+@pytest.mark.parametrize("layout", ["geneval", "t2i-compbench", "dpg-bench"])
+def test_generated_folders(layout, tmp_path):
+    prompts = ["a red bench", "two cups"]
+    settings = GenerateSettings(count=4, batch=3, layout=layout)
+    records = {"two cups": {"prompt": "two cups", "tag": "counting", "item_id": "whoops/../7"}}
+    generate_pairs(Painter(), prompts, settings, tmp_path, records=records)
+    one, two = ((tmp_path / f"prompt-00{k}" / "base-01.png").read_bytes() for k in (0, 1))
+    assert one == two  # image k of every prompt starts from the same noise
+    assert (tmp_path / "prompt-000" / "steered-01.png").read_bytes() != one
+    assert json.loads((tmp_path / "report.json").read_text())["images"] == 16
+    for kind in ("base", "steered"):
+        place = tmp_path / f"{layout}-{kind}"
+        files = sorted(str(path.relative_to(place)) for path in place.rglob("*.png"))
+        if layout == "geneval":
+            assert files == [f"0000{p}/samples/0000{k}.png" for p in (0, 1) for k in range(4)]
+            assert json.loads((place / "00001" / "metadata.jsonl").read_text())["tag"] == "counting"
+            assert json.loads((place / "00000" / "metadata.jsonl").read_text()) == {"prompt": "a red bench"}
+        elif layout == "t2i-compbench":
+            names = [f"{prompt}_{4 * p + k:06d}.png" for p, prompt in enumerate(prompts) for k in range(4)]
+            assert files == sorted(f"samples/{name}" for name in names)
+        else:
+            assert files == ["00000.png", "whoops____7.png"]
+
+
+def test_layouts_refuse_what_they_cannot_hold():
+    for name, prompts, count in (
+        ("nonesuch", [], 4), ("dpg-bench", ["a"], 3), ("t2i-compbench", ["a/b"], 1), ("t2i-compbench", ["a_b"], 1),
+        ("t2i-compbench", ["é" * 101], 1),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="--layout"):
+            check_layout(name, prompts, count)
+
+
+def test_outputs_that_are_no_images_are_refused():
+    painter = Painter()
+    painter.generate = lambda noise, condition, steps=1: noise[:, 0, 0]
+    with pytest.raises(InputError, match="not images"):
+        require_images(painter, ["a"], GenerateSettings())
