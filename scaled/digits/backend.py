@@ -44,20 +44,6 @@ class DigitsOptions(SanaOptions):
         return verified_folder(Path(self.model_id) if self.model_id else None)
 
 
-@dataclass
-class ScorerReward:
-    """The bundled contrastive scorer as a reward."""
-
-    scorer: Any
-    name: str = "digits-clip"
-    weight: float = 1.0
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores `(n,)`, higher is better."""
-        scores: Tensor = self.scorer(images, prompts)
-        return scores
-
-
 class DigitsBackend(PipelineBackend):
     """`PipelineBackend` on the miniature; its prompts are sentences of a small grammar."""
 
@@ -76,9 +62,7 @@ class DigitsBackend(PipelineBackend):
         """The bundled contrastive scorer."""
         from scaled.digits.rewards import scorer
 
-        reward = scorer(Path(self.options.model_id))
-        reward.model.to(self.device)
-        return ScorerReward(reward)
+        return scorer(Path(self.options.model_id), device=str(self.device))
 
     def judge(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """1 where the independent judge finds what the sentence asks for, else 0; `(n,)`."""

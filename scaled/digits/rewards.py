@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +17,12 @@ from torch import Tensor, nn
 from hnkit._errors import InputError
 from scaled.digits.checkpoint import CANVAS, CLIP_FOLDER, LEGIBILITY_FILE, verified_folder
 from scaled.digits.scenes import CELL, CELLS, MIN_CONTRAST, split_cells
-from scaled.hub import pretrained
+from scaled.rewards.clip import ClipReward, clipscore
 
 PRESENCE_THRESHOLD = 0.35
 PRESENCE_WIDTH = 0.05
 SOFTNESS = 0.05
 NOT_A_DIGIT = 10
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class InkClassifier(nn.Module):
@@ -130,66 +127,21 @@ def legibility(folder: Path | None = None) -> Legibility:
     return Legibility(classifier)
 
 
-class Scorer:
-    """The bundled CLIP: s = exp(logit_scale) cos(image, text), the score of CLIPScore and PickScore.
-
-    Source: A. Radford et al., arXiv:2103.00020.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        """Use a trained model.
-
-        Args:
-            model: A transformers ``CLIPModel``, frozen here.
-            tokenizer: Its ``CLIPTokenizer``.
-        """
-        self.model = model.float().eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images.
-
-        Args:
-            images: (n, 3, 32, 32) in [0, 1].
-            prompts: n sentences.
-
-        Returns:
-            (n,) float32.
-
-        Raises:
-            InputError: Wrong shapes.
-        """
-        _check(images, prompts)
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        mean, std = images.new_tensor(CLIP_MEAN).view(3, 1, 1), images.new_tensor(CLIP_STD).view(3, 1, 1)
-        out = self.model(
-            pixel_values=((images - mean) / std).float(),
-            input_ids=tokens.input_ids.to(images.device),
-            attention_mask=tokens.attention_mask.to(images.device),
-        )
-        cosine = (out.image_embeds * out.text_embeds).sum(-1)
-        score: Tensor = self.model.logit_scale.exp() * cosine
-        return score
-
-
-def scorer(folder: Path | None = None) -> Scorer:
-    """The bundled contrastive scorer.
+def scorer(folder: Path | None = None, *, weight: float = 1.0, device: str = "cpu") -> ClipReward:
+    """The bundled contrastive scorer: CLIPScore by a small CLIP trained on scenes and sentences.
 
     Args:
         folder: A verified model folder; by default the bundled one, verified here.
+        weight: Its weight in a sum of rewards.
+        device: Where it runs.
 
     Returns:
-        The reward, on the CPU.
+        The reward `exp(logit_scale) cos(image, sentence)`.
 
     Raises:
         InputError: A bundled file is missing or damaged.
     """
-    from transformers import CLIPModel, CLIPTokenizer
-
-    folder = (verified_folder() if folder is None else folder) / CLIP_FOLDER
-    source, what = str(folder), "the scorer of digits"
-    model = pretrained(CLIPModel.from_pretrained, source, what=what, local_files_only=True, use_safetensors=True)
-    return Scorer(model, pretrained(CLIPTokenizer.from_pretrained, source, what=what, local_files_only=True))
+    folder = verified_folder() if folder is None else folder
+    reward = clipscore(weight=weight, model_id=str(folder / CLIP_FOLDER), device=device)
+    reward.name = "digits-clip"
+    return reward

@@ -37,12 +37,9 @@ def redness(*, weight: float = 1.0) -> Reward:
 
 def digits_clip(*, weight: float = 1.0, device: str = "cpu") -> Reward:
     """CLIPScore by the contrastive scorer that is bundled with the digits miniature."""
-    from scaled.digits.checkpoint import CLIP_FOLDER, verified_folder
-    from scaled.rewards.clip import clipscore
+    from scaled.digits import rewards
 
-    reward = clipscore(weight=weight, model_id=str(verified_folder() / CLIP_FOLDER), device=device)
-    reward.name = "digits-clip"
-    return reward
+    return rewards.scorer(weight=weight, device=device)
 
 
 def legibility(*, weight: float = 1.0) -> Reward:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from hnkit._errors import InputError
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def check_images(name: str, images: Tensor, prompts: Sequence[str]) -> None:
+    """Refuse anything but RGB images with one prompt each."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(f"reward {name!r} takes images (n, 3, H, W) in [0, 1], not {tuple(images.shape)}")
+    if len(prompts) != len(images):
+        raise InputError(f"reward {name!r} takes one prompt per image: got {len(prompts)} for {len(images)} images")
 
 
 def preprocess(images: Tensor, size: int) -> Tensor:

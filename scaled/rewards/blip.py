@@ -13,7 +13,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from hnkit._errors import InputError
 from scaled.hub import hub_file, pretrained
-from scaled.rewards._preprocess import preprocess
+from scaled.rewards._preprocess import check_images, preprocess
 from scaled.rewards._weights import load_strict, read_state_dict
 
 REPOSITORY = "THUDM/ImageReward"
@@ -42,6 +42,7 @@ class ImageReward(nn.Module):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores of `images` `(n, 3, H, W)` in [0, 1] for `prompts`: `(n,)` float32. Prompts are cut at 35 tokens."""
+        check_images(self.name, images, prompts)
         tokens = self._tokenizer(
             list(prompts),
             padding="max_length",

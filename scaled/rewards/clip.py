@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from hnkit._errors import InputError
 from scaled.hub import hub_file, pretrained
-from scaled.rewards._preprocess import preprocess
+from scaled.rewards._preprocess import check_images, preprocess
 from scaled.rewards._weights import load_strict, read_state_dict
 
 LAION_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -44,6 +44,7 @@ class ClipReward(nn.Module):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores of `images` `(n, 3, H, W)` in [0, 1] for `prompts`: `(n,)` float32. Prompts are cut at 77 tokens."""
+        check_images(self.name, images, prompts)
         tokens = self._tokenizer(
             list(prompts),
             padding="max_length",
@@ -73,8 +74,9 @@ class LinearHeadReward(nn.Module):
         self.head = head.requires_grad_(False).float()
         self._size = int(model.config.vision_config.image_size)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:  # noqa: ARG002
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores of `images` `(n, 3, H, W)` in [0, 1]: `(n,)` float32."""
+        check_images(self.name, images, prompts)
         with torch.autocast(images.device.type, enabled=False):
             pooled = self.vision(pixel_values=preprocess(images, self._size)).pooler_output
             embedding = nn.functional.normalize(self.projection(pooled), dim=-1)

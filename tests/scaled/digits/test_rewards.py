@@ -10,13 +10,14 @@ import torch
 from hnkit import InputError
 from scaled.digits import scenes
 from scaled.digits.checkpoint import CLIP_FOLDER, model_folder
-from scaled.digits.rewards import Legibility, Scorer, legibility, scorer
+from scaled.digits.rewards import Legibility, legibility, scorer
+from scaled.rewards.clip import ClipReward
 
 PROMPTS = scenes.all_prompts()
 
 
 @pytest.fixture(scope="module")
-def clip() -> Scorer:
+def clip() -> ClipReward:
     return scorer(model_folder())
 
 
@@ -35,7 +36,7 @@ def pictures(n: int, seed: int, *, spoiled: bool = False) -> tuple[torch.Tensor,
     return images, [p.text for p in prompts]
 
 
-def test_scorer_is_scaled_cosine_of_the_processors_input(clip: Scorer) -> None:
+def test_scorer_is_scaled_cosine_of_the_processors_input(clip: ClipReward) -> None:
     from transformers import CLIPTokenizer
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -50,7 +51,7 @@ def test_scorer_is_scaled_cosine_of_the_processors_input(clip: Scorer) -> None:
         assert torch.allclose(clip(images, texts), expected, atol=2e-4)
 
 
-def test_scorer_prefers_the_true_sentence(clip: Scorer) -> None:
+def test_scorer_prefers_the_true_sentence(clip: ClipReward) -> None:
     images, texts = pictures(300, 2)
     with torch.no_grad():
         right, wrong = clip(images, texts), clip(images, texts[1:] + texts[:1])
@@ -98,7 +99,7 @@ def test_rows_are_independent_and_order_kept(name: str, request: pytest.FixtureR
 @pytest.mark.parametrize("name", ["clip", "legible"])
 def test_wrong_shapes(name: str, request: pytest.FixtureRequest) -> None:
     reward = request.getfixturevalue(name)
-    with pytest.raises(InputError, match="32, 32"):
-        reward(torch.zeros(1, 3, 16, 16), ["a three"])
+    with pytest.raises(InputError, match=r"takes images \(n, 3, "):
+        reward(torch.zeros(1, 1, 32, 32), ["a three"])
     with pytest.raises(InputError, match="one prompt per image"):
         reward(torch.zeros(2, 3, 32, 32), ["a three"])
