@@ -192,8 +192,8 @@ def jacobian(module, x):
 ACTIVATIONS = [
     nn.ReLU(), nn.ReLU6(), nn.Tanh(), nn.Sigmoid(), nn.LogSigmoid(), nn.Softsign(), nn.Tanhshrink(), nn.Softshrink(),
     nn.Hardtanh(), nn.Hardsigmoid(), nn.Hardswish(), nn.SiLU(), nn.Mish(), nn.SELU(), nn.CELU(0.5), nn.GELU(),
-    nn.GELU(approximate="tanh"), nn.LeakyReLU(0.2), nn.LeakyReLU(-3.0), nn.PReLU(init=-1.5), nn.ELU(), nn.ELU(2.5),
-    nn.Softplus(), nn.Softplus(beta=3.0),
+    nn.GELU(approximate="tanh"), nn.LeakyReLU(0.2), nn.LeakyReLU(2.0), nn.LeakyReLU(-3.0), nn.PReLU(init=-1.5),
+    nn.ELU(), nn.ELU(2.5), nn.Softplus(), nn.Softplus(beta=3.0),
 ]  # fmt: skip
 
 
@@ -208,6 +208,7 @@ def test_slopes_of_activations_are_bounds_and_sharp(module):
     assert bounds.lower <= float(slope.min())
     assert float(slope.max()) <= bounds.upper * (1 + 1e-14)
     assert bounds.norm == pytest.approx(float(slope.abs().max()), rel=1e-6)
+    assert (bounds.lower, bounds.upper) == pytest.approx((float(slope.min()), float(slope.max())), abs=3e-3)
 
 
 def test_smooth_activation_constants_in_30_digits():
@@ -364,6 +365,52 @@ def test_spectral_norm_is_rounded_outward():
         A = noise(12, 9, seed=seed)
         exact = max(mpmath.svd_r(mpmath.matrix(A.tolist()), compute_uv=False))
         assert exact <= spectral_norm_bound(A) <= exact * (1 + 1e-12)
+
+
+def test_operator_norms_scale_with_the_weights():
+    for scale in (1e-12, 1e-3, 1e6):
+        weight = noise(3, 2, 3, 3)
+        bound = convolution_norm_bound(weight, (1, 1), (1, 1))
+        assert convolution_norm_bound(scale * weight, (1, 1), (1, 1)) == pytest.approx(scale * bound, rel=1e-12)
+        assert spectral_norm_bound(scale * weight[:, 0, 0]) <= scale * spectral_norm_bound(weight[:, 0, 0]) * 1.000001
+    assert spectral_norm_bound(torch.full((1, 1), -3.0)) == pytest.approx(3.0)
+    assert spectral_norm_bound(torch.zeros(0, 3)) == 0.0
+    assert convolution_norm_bound(torch.zeros(2, 2, 3), (1,), (1,)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("module", "norm", "lower", "upper"),
+    [
+        (nn.Identity(), 1, 1, 1),
+        (nn.Dropout().eval(), 1, 1, 1),
+        (nn.Sequential(), 1, 1, 1),
+        (nn.PixelShuffle(2), 1, -1, 1),
+        (Scaled(nn.Tanh(), -2.0), 2, -2, 0),
+        (Sum(nn.Identity(), Scaled(nn.Sigmoid(), 4.0)), 2, 1, 2),
+        (nn.AvgPool2d(3, stride=2, ceil_mode=True), 2, -2, 2),
+        (nn.AvgPool2d(4), 0.25, -0.25, 0.25),
+        (nn.MaxPool1d(3, stride=2), math.sqrt(2), -math.sqrt(2), math.sqrt(2)),
+        (nn.MaxPool1d(3, dilation=2), math.sqrt(3), -math.sqrt(3), math.sqrt(3)),
+        (nn.Upsample(scale_factor=(2, 3)), math.sqrt(8), -math.sqrt(8), math.sqrt(8)),
+        (nn.Conv1d(1, 1, 1, padding=1, padding_mode="reflect"), math.sqrt(3), -math.sqrt(3), math.sqrt(3)),
+        (nn.Conv1d(1, 1, 1, padding=2, padding_mode="replicate"), math.sqrt(5), -math.sqrt(5), math.sqrt(5)),
+        (nn.Conv1d(1, 1, 1, padding=2, padding_mode="circular"), math.sqrt(3), -math.sqrt(3), math.sqrt(3)),
+    ],
+    ids=str,
+)
+def test_stated_constants(module, norm, lower, upper):
+    for parameter in module.parameters():
+        nn.init.ones_(parameter)
+    bounds = certified_bounds(module)
+    assert (bounds.norm, bounds.lower, bounds.upper) == pytest.approx((norm, lower, upper), rel=1e-9, abs=1e-300)
+
+
+def test_the_range_of_a_linear_layer_is_that_of_its_symmetric_part():
+    for A in (noise(5, 5), noise(5, 5) + 6 * torch.eye(5, dtype=F64)):
+        bounds, values = certified_bounds(layer(A)), torch.linalg.eigvalsh((A + A.T) / 2)
+        assert (bounds.lower, bounds.upper) == pytest.approx((float(values[0]), float(values[-1])), rel=1e-12)
+        assert bounds.lower < float(values[0])
+        assert bounds.upper > float(values[-1])
 
 
 @pytest.mark.parametrize(
