@@ -26,9 +26,10 @@ _ROUNDING = 1e-9
 @MAP_CHECKS.add("stein-identity", "E[x·f(x)] = E[tr J(x)]", proof="lemma_6_stein", kind="statistical")
 def stein_identity(subject: Subject) -> Finding:
     """The residual `x·f - tr J` has mean zero; its z-score is in the note."""
-    finding = mean_finding(subject.alignment - subject.traces, 0.0, floor=_ROUNDING)
-    stderr = float((subject.alignment - subject.traces).std()) / math.sqrt(len(subject.x))
-    score = finding.measured / stderr if stderr > 0 else 0.0
+    residual = subject.alignment - subject.traces
+    finding = mean_finding(residual, 0.0, floor=_ROUNDING)
+    mean, stderr = mean_and_stderr(residual)
+    score = mean / stderr if stderr > 0 else 0.0
     return Finding(finding.measured, 0.0, finding.tolerance, note=f"z = {score:.2f} over {len(subject.x)} samples")
 
 
@@ -369,10 +370,10 @@ def arnoldi(subject: Subject) -> Finding:
         raise NotApplicable(f"local norm {float(subject.rows.norm[:count].max()):.3g} is not below 1")
     estimate = noise_kl(f, x, method="arnoldi", probes=2, generator=subject.generator("arnoldi"), check=False)
     difference = estimate.per_sample - subject.stein.per_sample[:count]
-    stderr = float(difference.std()) / math.sqrt(count)
+    mean, stderr = mean_and_stderr(difference)
     bias = max(estimate.bias_estimate, estimate.bias_bound or 0.0)
     radius = confidence_radius(stderr, count) + bias + _ROUNDING
-    return Finding(float(difference.mean()), 0.0, radius, note=f"{estimate.num_vjp / count:.3g} products per sample")
+    return Finding(mean, 0.0, radius, note=f"{estimate.num_vjp / count:.3g} products per sample")
 
 
 def _normal_masses(edges: Tensor) -> Tensor:

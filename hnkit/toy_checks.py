@@ -556,10 +556,10 @@ def _bounded_functions(tilted: Tilted, y: Tensor) -> list[Callable[[Tensor], Ten
     """Bounded test functions of outputs: of the reward, and of random projections, each at its natural scale."""
     flat = y.flatten(1)
     reward = tilted.problem.reward(y)
-    centre, width = reward.median(), reward.std() + 1e-12
+    centre, width = reward.median(), reward.std(correction=0) + 1e-12
     functions: list[Callable[[Tensor], Tensor]] = [lambda u: torch.tanh((tilted.problem.reward(u) - centre) / width)]
     generator = tilted.generator("projections")
-    middle, spread = flat.mean(0), flat.std(0) + 1e-12
+    middle, spread = flat.mean(0), flat.std(0, correction=0) + 1e-12
     for _ in range(3):
         direction = torch.randn(flat.shape[1], dtype=torch.float64, generator=generator) / math.sqrt(flat.shape[1])
         for wave in (torch.sin, torch.cos):

@@ -52,7 +52,7 @@ def toy_plots(subjects: Sequence[Subject], tilts: Sequence[Tilted]) -> list[Plot
 
 def _spread(subject: Subject) -> float:
     """How much there is to see in the scatter: the spread of the integrand and of the L2 term's error."""
-    return float(subject.error.std()) if subject.dim > 1 else -1.0
+    return float(subject.error.std(correction=0)) if subject.dim > 1 else -1.0
 
 
 def _bounds_plot(J: Tensor, what: str) -> Plot:
