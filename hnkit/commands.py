@@ -215,6 +215,8 @@ def train(
         resume=folder,
     )
     result = run_training(config, out=out if folder is None else None, resume=folder)
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
+        return result.exit_code
     if as_json:
         document = {
             "run_folder": str(result.folder), "step": result.step, "finished": result.finished,
