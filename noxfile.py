@@ -12,7 +12,7 @@ nox.options.sessions = ["lint", "types", "tests"]
 nox.options.error_on_missing_interpreters = False
 
 PINS = "constraints.txt"
-TEST_TOOLS = ("pytest", "pytest-benchmark", "pytest-cov", "pytest-timeout", "mpmath", "sympy")
+TEST_TOOLS = ("pytest", "pytest-benchmark", "pytest-cov", "pytest-timeout", "pytest-xdist", "mpmath", "sympy")
 PROVER = (
     "coq",
     "libcoq-mathcomp",
@@ -60,7 +60,8 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The whole test suite, with coverage."""
     _install(session, "scaled,testing,certify,docs", *TEST_TOOLS)
-    session.run("pytest", "-q", "--cov", "--cov-report=term:skip-covered", *session.posargs)
+    session.env.update(OMP_NUM_THREADS="1")  # the workers share the cores
+    session.run("pytest", "-q", "-n", "auto", "--cov", "--cov-report=term:skip-covered", *session.posargs)
 
 
 @nox.session
