@@ -575,6 +575,7 @@ def _projected(
 
 def _same_law(tilted: Tilted, one: Tensor, other: Tensor, weights: Tensor | None) -> Finding:
     """Two samples, the second with weights of mean one, by the test function whose means differ most."""
+    confidence_radius(0.0, min(len(one), len(other)))  # one sample has no standard error: refused here
     functions = _bounded_functions(tilted, other)
     worst: Finding | None = None
     largest = -1.0

@@ -302,3 +302,11 @@ def test_bad_settings(options):
 def test_bad_shapes(shape):
     with pytest.raises(InputError, match="shape"):
         verify_bound(contraction(2), shape)
+
+
+@pytest.mark.parametrize("toy", ["linear-gaussian-low-rank", "folding"])
+def test_one_sample_is_enough_for_a_report(toy):
+    report = verify_toys([PROBLEMS[toy]()], VerifySettings(samples=1), references=["rotation"])
+    assert report.ok, [check for check in report.checks if check.verdict == "fails"]
+    statistical = [check for check in report.checks if check.kind == "statistical" and check.name != "log-z-sampling"]
+    assert {check.verdict for check in statistical} == {"not applicable"}
