@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -74,9 +75,32 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Strict types of the three packages."""
+    """Strict types of the three packages, and the pins and licences of what they need."""
     _install(session, "scaled,testing,certify", "mypy")
     session.run("mypy")
+    session.run("python", "docs/audit.py")  # everything is installed here already
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Known vulnerabilities of the pinned versions where the data can be reached; pins and licences always."""
+    _install(session, "scaled,testing,certify,docs", "pip-audit")
+    report = Path(session.create_tmp()) / "audit.json"
+    report.unlink(missing_ok=True)
+    session.run(
+        "pip-audit", "--requirement", str(Path(PINS).resolve()), "--no-deps", "--disable-pip", "--timeout", "20",
+        "--progress-spinner", "off", "--format", "json", "--output", str(report),
+        success_codes=range(256), silent=True,
+    )  # fmt: skip
+    found = json.loads(report.read_text()) if report.exists() and report.stat().st_size else None
+    session.run("python", "docs/audit.py")
+    if found is None:
+        session.warn("the data on vulnerabilities could not be reached: pins and licences alone were audited")
+        return
+    known = [(p["name"], p["version"], v["id"]) for p in found["dependencies"] for v in p.get("vulns", ())]
+    if known:
+        session.error("known vulnerabilities: " + "; ".join(" ".join(entry) for entry in known))
+    session.log(f"no known vulnerability in {len(found['dependencies'])} pinned packages")
 
 
 @nox.session

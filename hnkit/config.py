@@ -216,7 +216,7 @@ def resolve_config(
             elif table in ("train", "backend"):
                 accepted = TrainConfig if table == "train" else factory.options
                 known = {key: value for key, value in entries.items() if (table, key) != ("backend", "name")}
-                merged[table] |= _coerce_table(known, accepted, f"{where}: [{table}]")
+                merged[table] |= typed_values(known, accepted, f"{where}: [{table}]")
     for table, flags in (("rewards", rewards), ("heldout", heldout)):
         if flags:
             merged[table] = dict(parse_reward_flag(flag, f"--{table.removesuffix('s')}") for flag in flags)
@@ -258,7 +258,7 @@ def parse_options(overrides: Sequence[str], record: type[Any], table: str) -> di
         if not equals:
             raise InputError(f"--set {override!r}: write {table}.KEY=VALUE")
         entries[key] = _parse_text(text.strip(), _annotations(record).get(key))
-    return _coerce_table(entries, record, f"--set {table}")
+    return typed_values(entries, record, f"--set {table}")
 
 
 def differing_keys(one: Mapping[str, Mapping[str, Any]], two: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -365,7 +365,17 @@ def _annotations(record: type[Any]) -> dict[str, Any]:
     return {item.name: hints[item.name] for item in dataclasses.fields(record) if item.init}
 
 
-def _coerce_table(entries: Mapping[str, Any], record: type[Any], where: str) -> dict[str, Any]:
+def typed_values(entries: Mapping[str, Any], record: type[Any], where: str) -> dict[str, Any]:
+    """The values of a table as the fields of a dataclass ask for them.
+
+    Args:
+        entries: from TOML, JSON or flags.
+        record: the dataclass.
+        where: the source, for messages.
+
+    Raises:
+        InputError: an unknown key or a value of another type.
+    """
     annotations = _annotations(record)
     checked: dict[str, Any] = {}
     for key, value in entries.items():

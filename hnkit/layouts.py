@@ -77,10 +77,10 @@ def check_layout(name: str, prompts: Sequence[str], count: int) -> None:
         )
     if name == "t2i-compbench":
         for prompt in prompts:
-            if "/" in prompt or "_" in prompt or len(prompt.encode()) > _LONGEST_NAME:
+            if "/" in prompt or "_" in prompt or not prompt.isprintable() or len(prompt.encode()) > _LONGEST_NAME:
                 raise InputError(
                     f"--layout t2i-compbench names files by their prompt, which {prompt[:40]!r} cannot be: leave out "
-                    f"'/' and '_' and keep below {_LONGEST_NAME} bytes"
+                    f"'/', '_' and control characters and keep below {_LONGEST_NAME} bytes"
                 )
 
 
@@ -111,7 +111,10 @@ def _dpg(place: Path, prompts: Sequence[str], images: Images, records: Records) 
 
     for number, (prompt, paths) in enumerate(zip(prompts, images, strict=True)):
         item = str(records.get(prompt, {}).get("item_id", f"{number:05d}"))
-        name = "".join(character if character.isalnum() or character in "-_" else "_" for character in item)
+        safe = "".join(character if character.isalnum() or character in "-_" else "_" for character in item)
+        name = safe.encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore")
+        if (place / f"{name}.png").exists():
+            raise InputError(f"--layout dpg-bench: two prompts have the item_id {item[:40]!r}: give each its own")
         one, two, three, four = (imread(path)[..., :3] for path in paths)
         grid = np.concatenate([np.concatenate([one, two], axis=1), np.concatenate([three, four], axis=1)], axis=0)
         buffer = io.BytesIO()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hnkit._errors import InputError
@@ -400,7 +401,7 @@ def load_pipeline(family: Family, options: PipelineOptions) -> Any:
                 use_safetensors=True,
                 **family.load_arguments,
             )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model {options.model_id!r} does not load from {folder}: {reason}") from error
     device = _device(options.device)

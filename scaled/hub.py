@@ -5,14 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
 
 from hnkit._errors import InputError
 
 Loaded = TypeVar("Loaded")
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+    UnpicklingError,
+    HfHubHTTPError,
+    HFValidationError,
+)
+"""What the libraries raise at a missing or damaged file, and at pickled weights that are more than tensors."""
 
 
 def local_folder(source: str) -> Path | None:
@@ -65,7 +80,7 @@ def pretrained(load: Callable[..., Loaded], source: str, *, what: str, **kwargs:
     try:
         with without_bars(logging):
             return load(source, **kwargs)
-    except (OSError, ValueError, KeyError, HfHubHTTPError, HFValidationError) as error:
+    except _UNREADABLE as error:
         raise missing_model(what, source, error) from error
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hnkit._errors import InputError
-from hnkit.config import parse_options
+from hnkit.config import parse_options, typed_values
 
 METHODS = ("base", "hypernoise", "direct", "best-of-n", "reno", "prompt-optimisation")
 
@@ -137,5 +137,4 @@ def plan_from_json(document: Any) -> Plan:
     names = {field.name for field in dataclasses.fields(Plan)}
     if not isinstance(document, dict) or set(document) != names:
         raise InputError("plan.json is not the plan of a comparison: start a new one with --out")
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in document.items()}
-    return Plan(**values)
+    return Plan(**typed_values(document, Plan, "plan.json"))

@@ -128,6 +128,9 @@ def _read_plan(folder: Path, backend: str) -> Settings:
             tuple(document["overrides"]),
             document["quick"],
         )
+        texts = [settings.backend, settings.adapter or "", *settings.prompts, *settings.overrides]
+        if not settings.prompts or not all(isinstance(text, str) for text in texts):
+            raise ValueError("not text where text belongs")
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
