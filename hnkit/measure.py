@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hnkit._stats import mean_and_stderr
+from hnkit._stats import mean_and_stderr, ratio_and_stderr
 from hnkit.backend import NoiseMap, select_rows
 from hnkit.checkpoint import finite
 from hnkit.kl import Method, noise_kl
@@ -115,7 +115,9 @@ def measure(
     half_norms = 0.5 * delta.square().sum(1)
     l2, l2_stderr = mean_and_stderr(half_norms)
     error, error_stderr = mean_and_stderr(estimate.per_sample.to(half_norms) - half_norms)
-    relative, relative_stderr = _ratio(-(estimate.per_sample.to(half_norms) - half_norms), estimate.per_sample)
+    relative, relative_stderr = ratio_and_stderr(
+        -(estimate.per_sample.to(half_norms) - half_norms), estimate.per_sample
+    )
     quantiles = torch.quantile(norms, torch.tensor(_QUANTILES, dtype=norms.dtype)).tolist()
     gap = optimality_gap(problem, f, x.double(), method="exact") if problem is not None else None
     return Measurement(
@@ -167,16 +169,6 @@ def mean_shift_share(delta: Tensor, prompts: Sequence[str] | None = None) -> flo
         shift += (float(part.sum(0).square().sum()) - squares) / (count - 1)
         total += squares
     return shift / total if total > 0 else math.nan
-
-
-def _ratio(top: Tensor, bottom: Tensor) -> tuple[float, float]:
-    """Ratio of two means of paired samples, and its standard error to first order."""
-    top, bottom = top.double().cpu(), bottom.double().cpu()
-    mean = float(bottom.mean())
-    if mean == 0:
-        return math.nan, math.nan
-    ratio = float(top.mean()) / mean
-    return ratio, mean_and_stderr((top - ratio * bottom) / mean)[1]
 
 
 @torch.no_grad()
