@@ -8,7 +8,7 @@ python proofs/run.py --write-index      write proofs/README.md
 from __future__ import annotations
 
 import argparse
-import re
+import json
 import sys
 import time
 import tomllib
@@ -59,9 +59,9 @@ def run(name: str) -> Outcome:
 
 
 def machine_checked() -> set[str]:
-    """Names of the theorems that proofs/coq lists and whose source contains them."""
-    sources = "\n".join(path.read_text() for path in sorted((ROOT / "coq").glob("*.v")))
-    return set(re.findall(r"^\s*(?:Theorem|Lemma|Corollary|Proposition)\s+(\w+)", sources, re.MULTILINE))
+    """Names of the theorems that the prover has checked, by the record that `proofs/coq/check.py` writes and verifies."""
+    record = json.loads((ROOT / "coq" / "machine_checked.json").read_text())
+    return {entry["theorem"] for entry in record["theorems"]}
 
 
 def index() -> str:
@@ -83,7 +83,9 @@ def index() -> str:
     for name, entry in statements().items():
         missing = [theorem for theorem in entry.get("coq", []) if theorem not in proved]
         if missing:
-            raise SystemExit(f"statements.toml: {name} names {missing[0]}, which no file of proofs/coq proves")
+            raise SystemExit(
+                f"statements.toml: {name} names {missing[0]}, which proofs/coq/machine_checked.json does not list"
+            )
         theorems = ", ".join(f"`{theorem}`" for theorem in entry.get("coq", [])) or "no"
         functions = ", ".join(f"`{function}`" for function in entry["functions"])
         checks = ", ".join(f"`{check}`" for check in resting.get(name, [])) or "none"
