@@ -59,7 +59,7 @@ def run(name: str) -> Outcome:
 
 
 def machine_checked() -> set[str]:
-    """Names of the theorems that the prover has checked, by the record that `proofs/coq/check.py` writes and verifies."""
+    """Names of the theorems that the prover has checked, by the record that `proofs/coq/check.py` verifies."""
     record = json.loads((ROOT / "coq" / "machine_checked.json").read_text())
     return {entry["theorem"] for entry in record["theorems"]}
 
