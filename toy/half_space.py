@@ -92,7 +92,8 @@ class HalfSpace(Toy):
 
     def reward(self, y: Tensor) -> Tensor:
         """`height` inside, 0 outside, `(n,)`; its gradient vanishes wherever it exists."""
-        return self.height * (y @ self.normal.to(y) >= self.threshold).to(y)
+        side = y @ self.normal.to(y)
+        return self.height * (side >= self.threshold).to(y) + 0 * side  # the zero gradient, as part of the graph
 
     def log_z(self) -> float:
         """`log(Phi(t) + e^(c/alpha) Phi(-t))`."""
