@@ -384,12 +384,16 @@ def typed_values(entries: Mapping[str, Any], record: type[Any], where: str) -> d
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             accepted = ", ".join(sorted(annotations)) or "none"
             raise InputError(f"{where} has the unknown key {key!r}{hint}: accepted are {accepted}")
-        try:
-            checked[key] = _coerce(value, annotations[key])
-        except TypeError:
-            expected = _describe(annotations[key])
-            raise InputError(f"{where} {key} = {_show(value)}: accepted is {expected}") from None
+        checked[key] = typed_value(value, annotations[key], f"{where} {key}")
     return checked
+
+
+def typed_value(value: Any, annotation: Any, name: str) -> Any:
+    """`value` as a type annotation asks for it; `InputError` names it and what is accepted."""
+    try:
+        return _coerce(value, annotation)
+    except TypeError:
+        raise InputError(f"{name} = {_show(value)}: accepted is {_describe(annotation)}") from None
 
 
 def _is_union(annotation: Any) -> bool:

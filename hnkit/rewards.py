@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hnkit._errors import InputError
 from hnkit.backend import Reward, load_installed
-from hnkit.config import RewardSpec
+from hnkit.config import RewardSpec, typed_value
 
 
 def import_object(path: str, flag: str) -> Any:
@@ -74,9 +75,21 @@ def load_reward(name: str, spec: RewardSpec, device: torch.device) -> Reward:
     options = dict(spec.options)
     if "device" in accepted:
         options.setdefault("device", str(device))
-    for key in options:
+    try:
+        hints = typing.get_type_hints(factory)
+    except (NameError, TypeError):  # names that exist for type checkers alone: nothing to check against
+        hints = {}
+    for key, value in options.items():
         if key not in accepted:
             raise InputError(f"reward {name!r} has no option {key!r}: accepted are {', '.join(accepted)}")
+        if key in hints:
+            options[key] = typed_value(value, hints[key], f"option {key!r} of reward {name!r}")
+    if "device" in options:
+        try:
+            torch.empty(0, device=options["device"])
+        except (RuntimeError, AssertionError) as error:
+            device_name = options["device"]
+            raise InputError(f"reward {name!r}: device {device_name!r} cannot be used: choose cpu or cuda") from error
     reward: Reward = factory(weight=spec.weight, **options)
     return reward
 

@@ -165,12 +165,19 @@ class Trackers:
             tracker.finish()
 
 
-def _tracker(name: str, folder: Path) -> Any:
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers whose packages are not installed; `InputError` names the first."""
     from accelerate import tracking
 
     available = {"tensorboard": tracking.is_tensorboard_available, "wandb": tracking.is_wandb_available}
-    if not available[name]():
-        raise InputError(f"train.trackers names {name!r}, whose package is not installed: pip install {name}")
+    for name in names:
+        if not available[name]():
+            raise InputError(f"train.trackers names {name!r}, whose package is not installed: pip install {name}")
+
+
+def _tracker(name: str, folder: Path) -> Any:
+    from accelerate import tracking
+
     tracker = (
         tracking.TensorBoardTracker(folder.name, logging_dir=folder)
         if name == "tensorboard"

@@ -42,7 +42,7 @@ from hnkit.prompts import read_prompts, require_disjoint, split_prompts
 from hnkit.rewards import load_rewards
 from hnkit.stream import SampleStream, seed_global
 from hnkit.train_report import finish_run, finished_report
-from hnkit.train_view import StopSignals, Trackers, TrainView
+from hnkit.train_view import StopSignals, Trackers, TrainView, require_trackers
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
@@ -183,6 +183,12 @@ class _Session:
                 raise InputError(f"train.objective = 'direct': backend {config.backend!r} has no direct fine-tuning")
             backend = direct()
         self.backend: Backend = backend
+        most: int | None = getattr(backend, "max_steps", None)
+        if most is not None and settings.generator_steps > most:
+            raise InputError(
+                f"train.generator_steps = {settings.generator_steps}: backend {config.backend!r} takes 1 to {most}"
+            )
+        require_trackers(settings.trackers)
         self.network: nn.Module = backend.hypernetwork
         self.parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         if not self.parameters:

@@ -87,6 +87,8 @@ class Family(ABC):
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     load_arguments: ClassVar[Mapping[str, Any]] = {}
     max_steps: ClassVar[int] = 1000
+    multiple: ClassVar[int] = 8
+    """What divides every image side that the pipeline takes."""
 
     @abstractmethod
     def noise_shape(self, pipe: Any, size: int) -> tuple[int, ...]:
@@ -186,6 +188,8 @@ class PipelineBackend:
         self.options = options
         self.objective = objective
         self.family = family
+        if options.size % family.multiple:
+            raise InputError(f"backend.size {options.size}: {name} takes a multiple of {family.multiple}")
         self.noise_shape = family.noise_shape(pipe, options.size)
         self._encoder_pipe = pipe
         self._base: nn.Module = getattr(pipe, family.network)
@@ -193,6 +197,11 @@ class PipelineBackend:
         self._cache = cache or EmbeddingCache(self._encode_now, self._cache_folder())
         spec = LoraSpec(options.rank, options.lora_alpha, lora_targets(self._base))
         self.hypernetwork = self._install(spec)
+
+    @property
+    def max_steps(self) -> int:
+        """The most sampler steps that the pipeline's scheduler takes."""
+        return self.family.max_steps
 
     @property
     def device(self) -> torch.device:

@@ -30,6 +30,7 @@ class FluxFamily(Family):
     pipeline_class: ClassVar[str] = "FluxPipeline"
     network: ClassVar[str] = "transformer"
     last_layer: ClassVar[str] = "proj_out"
+    multiple: ClassVar[int] = 16
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
 
     def noise_shape(self, pipe: Any, size: int) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ class SanaFamily(Family):
     pipeline_class: ClassVar[str] = "SanaSprintPipeline"
     network: ClassVar[str] = "transformer"
     last_layer: ClassVar[str] = "proj_out"
+    multiple: ClassVar[int] = 32
 
     def noise_shape(self, pipe: Any, size: int) -> tuple[int, ...]:
         """`(channels, side, side)`, 32 x 32 x 32 at 1024 px."""

@@ -97,9 +97,11 @@ class ToyBackend:
         problem: the problem, at its own temperature; `problem.with_alpha` gives it at the training run's.
         default_reward: its reward.
         noise_dtype: the toys work in float64.
+        max_steps: their generators have one step.
     """
 
     noise_dtype = torch.float64
+    max_steps = 1
 
     def __init__(self, options: ToyOptions) -> None:
         self.name = "toy"

@@ -53,6 +53,10 @@ class DigitsBackend(PipelineBackend):
             prompts = [validate_prompt(prompt).text for prompt in prompts]
         return super().encode(prompts)
 
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode a set of sentences into the cache; `InputError` for one outside the grammar."""
+        super().prepare([validate_prompt(prompt).text for prompt in prompts])
+
     def prompts(self) -> tuple[list[str], list[str]]:
         """Training sentences and held-out ones, disjoint."""
         return list(train_prompts()), list(eval_prompts())
