@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
 from hnkit._errors import InputError
 from hnkit.backend import NoiseMap, select_rows
-from hnkit.estimators import PROBES, Probe, dot, draw_probes, ratio, refuse_norm
+from hnkit.estimators import PROBES, Probe, dot, draw_probes, ratio
 from hnkit.jacobian import RowJacobian, check_batch, dense_jacobian, evaluate, recording, rows_per_pass
 from hnkit.krylov import ArnoldiProcess, KrylovSpace, phi_column, spectral_norm
 from hnkit.logdet import log_det_error
@@ -51,7 +53,8 @@ class NoiseLoss:
     of `E(J)` up to the truncation of a Krylov space ("arnoldi"), or `E(J)` itself ("exact": d products per sample, for
     small d). "arnoldi" and "second-order" compute value and gradient apart: the value is the estimator's, the gradient
     that of `<w, dJ v>` with `(I + J^T) w = J^T v` (w = J^T v for second order), whose mean over probes is
-    `tr[J (I + J)^-1 dJ] = dE(J)`. Backward passes are reverse over reverse.
+    `tr[J (I + J)^-1 dJ] = dE(J)`. That needs `I + J` invertible, not a norm below 1: rows with a local norm of 1 or
+    more are trained on as the others, only without a bound of the truncation. Backward passes are reverse over reverse.
 
     Args:
         kl: "l2", "second-order", "arnoldi" or "exact".
@@ -120,7 +123,7 @@ class NoiseLoss:
             generator: of the probes.
 
         Raises:
-            InputError: a map or reward of the wrong shape; a local norm of at least 1 under "arnoldi".
+            InputError: a map or reward of the wrong shape.
             NonFiniteError: f or a product is not finite; the sample is named.
         """
         check_batch(x)
@@ -181,13 +184,41 @@ class NoiseLoss:
             if self.steps is None and bool((_gmres(process.space)[1] <= self.tolerance).all()):
                 break
         space = process.space
+        H = space.hessenberg[:, :-1]
         norm = spectral_norm(space.hessenberg)
-        refuse_norm(norm, "arnoldi")
-        value = space.scale**2 * phi_column(space.hessenberg[:, :-1], float(norm.max()))[:, 0]
+        inside = norm < 1
+        corner = torch.empty_like(norm)
+        corner[inside] = phi_column(H[inside], _largest(norm[inside]))[:, 0]
+        corner[~inside] = _phi_corner_by_logarithm(H[~inside])
         coefficients, residual = _gmres(space)
         weight = torch.bmm(coefficients[:, None, :], space.basis[:, :-1])[:, 0]
-        # sigma_min(I + J) >= 1 - |J|_2; the norm known here is a lower bound, so this is an estimate.
-        return value, weight, residual / (1 - norm)
+        # sigma_min(I + J) >= 1 - |J|_2; the norm known here is a lower bound, and an expansive row has only the small
+        # system's own smallest singular value to go by: either way an estimate.
+        margin = torch.where(inside, 1 - norm, _smallest_singular_value(space.hessenberg))
+        return space.scale**2 * corner, weight, residual / margin
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
+
+
+def _phi_corner_by_logarithm(H: Tensor) -> Tensor:
+    """`e_1^T (H - Re log(I + H)) e_1` of small matrices `(rows, m, m)` of any norm with `I + H` invertible, `(rows,)`.
+
+    The real part of the principal logarithm has the trace `log|det(I + H)|` also where eigenvalues of `I + H` are
+    negative. By the Schur-Parlett logarithm, row by row: such rows are rare.
+    """
+    identity = np.eye(H.shape[-1])
+    logarithms = [scipy.linalg.logm(identity + matrix)[0, 0].real for matrix in H.cpu().numpy()]
+    return H[:, 0, 0] - torch.as_tensor(logarithms, dtype=H.dtype, device=H.device)
+
+
+def _smallest_singular_value(hessenberg: Tensor) -> Tensor:
+    """Of `I + H` with its last row, `(rows,)`."""
+    system = hessenberg.clone()
+    system.diagonal(dim1=-2, dim2=-1).add_(1)
+    values: Tensor = torch.linalg.svdvals(system)
+    return values[:, -1]
 
 
 def _gmres(space: KrylovSpace) -> tuple[Tensor, Tensor]:

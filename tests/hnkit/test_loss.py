@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import hnkit.loss
 from hnkit import InputError, NoiseLoss, NonFiniteError, log_det_error
-from hnkit.jacobian import math_attention
+from hnkit.jacobian import RowJacobian, math_attention
 from hnkit.loss import KL_TERMS
 from tests.hnkit.operator_zoo import matrix
 
@@ -299,9 +299,39 @@ def test_bad_rewards_and_maps() -> None:
         NoiseLoss("arnoldi")(lambda x: x[:, :1], noise(), identity, no_reward)
 
 
-def test_an_expansive_map_is_refused_by_arnoldi() -> None:
-    with pytest.raises(InputError, match="local norm"):
-        NoiseLoss("arnoldi")(lambda x: 1.5 * x, noise(), identity, no_reward)
+@pytest.mark.parametrize("determinant", ["positive", "negative"])
+def test_arnoldi_on_expansive_maps(determinant) -> None:
+    """Averaged over all sign vectors, value and gradient are those of the dense log-determinant, whatever the norm."""
+    torch.manual_seed(3)
+    eye = torch.eye(4, dtype=torch.float64)
+    A = torch.randn(4, 4, dtype=torch.float64)
+    A = 2.5 * A / torch.linalg.matrix_norm(A, 2)
+    if torch.linalg.det(eye + A) * (1 if determinant == "positive" else -1) < 0:
+        A[0] = -2 * eye[0] - A[0]  # negates the first row of I + A
+    assert float(torch.linalg.matrix_norm(A, 2)) > 1.5
+    assert (float(torch.linalg.det(eye + A)) > 0) == (determinant == "positive")
+    weight = A.clone().requires_grad_()
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=4)), dtype=torch.float64)
+    operator = RowJacobian(lambda x: x @ weight.T, torch.randn(16, 4, dtype=torch.float64), twice=True)
+    value, w, error = NoiseLoss("arnoldi", tolerance=1e-12)._value_and_weight(operator, signs)
+    dense = log_det_error(weight)
+    torch.testing.assert_close(value.mean(), dense.detach(), rtol=1e-8, atol=1e-8)
+    surrogate = (operator.vjp(w, create_graph=True) * signs).sum(1).mean()
+    (found,) = torch.autograd.grad(surrogate, weight)
+    (expected,) = torch.autograd.grad(dense, weight)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    assert bool((error < 1e-6).all())
+
+
+def test_arnoldi_trains_a_batch_in_which_one_row_expands() -> None:
+    x = torch.tensor([[0.1, 0.2], [2.0, -2.0]], dtype=torch.float64)
+    scale = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    f = lambda z: scale * z * z.abs()  # noqa: E731 (local norm 0.8 max|z|: below 1 in the first row only)
+    terms = NoiseLoss("arnoldi")(f, x, identity, no_reward, generator=torch.Generator().manual_seed(0))
+    expected = [float((f(r).detach() ** 2).sum() / 2 + log_det_error(torch.diag(0.8 * r.abs()))) for r in x]
+    torch.testing.assert_close(terms.kl.detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8)
+    terms.total.sum().backward()
+    assert math.isfinite(float(scale.grad))
 
 
 @pytest.mark.parametrize("kl", ["arnoldi", "second-order", "exact"])
