@@ -215,9 +215,11 @@ def _is_module(node: ast.expr) -> bool:
 
 
 def _is_text(node: ast.AST) -> bool:
-    """Docstrings, warnings and `__all__`."""
+    """Docstrings, warnings, `__all__`, and what only type checkers read."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return True
     if isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "__all__" for target in node.targets):
+        return True
+    if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
         return True
     return isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "warn"

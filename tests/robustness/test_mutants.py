@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,3 +68,9 @@ def test_the_sign_of_a_factorisation_with_swaps(order):
     value, sign = log_det_error_((identity[order] - identity).clone())
     assert float(sign) == pytest.approx(float(torch.linalg.det(identity[order])))
     assert float(value) == pytest.approx(float((identity[order] - identity).trace()))
+
+
+def test_no_truncation_is_not_printed():
+    estimate = noise_kl(lambda x: 0.1 * x, torch.zeros(3, 2, dtype=torch.float64))
+    assert "truncation" not in str(replace(estimate, bias_bound=None, bias_estimate=0.0))
+    assert "truncation about 0.5" in str(replace(estimate, bias_bound=None, bias_estimate=0.5))
