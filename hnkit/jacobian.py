@@ -182,20 +182,26 @@ class RowJacobian:
         Raises:
             NonFiniteError: the product is not finite; the message names the sample.
         """
+        product = self.pull(u, create_graph=create_graph)
+        with recording():
+            result = product.reshape(self.rows, self.dim).double()
+        return result if create_graph else result.detach()
+
+    def pull(self, u: Tensor, *, create_graph: bool = False) -> Tensor:
+        """As `vjp`, in the shape and precision of x."""
         self.num_vjp += self.rows
         if self._constant:
-            return torch.zeros_like(u, dtype=torch.float64)
+            return torch.zeros_like(self._x)
         cotangent = u.to(self.output).reshape(self.output.shape)
         with recording():
             (product,) = torch.autograd.grad(
                 self.output, self._x, cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
             )
-            result = None if product is None else product.reshape(self.rows, self.dim).double()
-        if result is None:
+        if product is None:
             self._require_constant()
-            return torch.zeros_like(u, dtype=torch.float64)
-        check_finite(result.detach(), "a vector-Jacobian product", self._samples)
-        return result if create_graph else result.detach()
+            return torch.zeros_like(self._x)
+        check_finite(product.detach().flatten(1), "a vector-Jacobian product", self._samples)
+        return product
 
     def jvp(self, v: Tensor) -> Tensor:
         """`J v` for every row; `v` and the result are `(rows, d)`, the result float64.
@@ -345,7 +351,7 @@ def _fill_reverse(
     for start in range(0, dim, replicas):
         basis = _basis_block(operator.output, count, replicas, start, dim)
         stop = min(dim, start + replicas)
-        pulled = operator.vjp(basis.reshape(-1, dim)).reshape(count, replicas, dim)
+        pulled = operator.pull(basis.reshape(-1, dim)).reshape(count, replicas, dim)
         out[:, start:stop] = pulled[:, : stop - start]
         if progress is not None:
             progress((stop - start) * count)

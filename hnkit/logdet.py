@@ -16,6 +16,8 @@ from hnkit.bounds import log_gap
 
 # Below this Frobenius norm every leading block of I + A is well conditioned, so that elimination needs no pivoting.
 _SMALL = 0.5
+# From this dimension on a loop over matrices costs nothing beside their factorisation.
+_IN_PLACE_DIM = 64
 
 
 def log_det_error(A: Tensor) -> Tensor:
@@ -58,22 +60,38 @@ class _LogDetError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A: Tensor) -> Tensor:
         ctx.save_for_backward(A)
-        flat = A.reshape(-1, *A.shape[-2:])
-        small = torch.linalg.matrix_norm(flat) < _SMALL
-        value = flat.new_empty(flat.shape[0])
-        if bool(small.any()):
-            value[small] = _by_elimination(flat[small])
-        if not bool(small.all()):
-            large = flat[~small]
-            trace = large.diagonal(dim1=-2, dim2=-1).sum(-1)
-            value[~small] = trace - torch.linalg.slogdet(_plus_identity(large)).logabsdet
-        return value.reshape(A.shape[:-2])
+        return _error_and_sign(A.reshape(-1, *A.shape[-2:]))[0].reshape(A.shape[:-2])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (A,) = ctx.saved_tensors
         gradient: Tensor = grads[0][..., None, None] * torch.linalg.solve(_plus_identity(A).mT, A.mT)
         return gradient
+
+
+def _error_and_sign(A: Tensor) -> tuple[Tensor, Tensor]:
+    """`E(A)` and the sign of `det(I + A)` of `(b, d, d)` matrices."""
+    small = torch.linalg.matrix_norm(A) < _SMALL
+    value, sign = A.new_empty(A.shape[0]), A.new_ones(A.shape[0])
+    if bool(small.any()):
+        value[small] = _by_elimination(A[small])  # of norm below 1: the determinant is positive
+    if not bool(small.all()):
+        large = A[~small]
+        sign[~small], log_det = torch.linalg.slogdet(_plus_identity(large))
+        value[~small] = large.diagonal(dim1=-2, dim2=-1).sum(-1) - log_det
+    return value, sign
+
+
+def log_det_errors_(A: Tensor) -> tuple[Tensor, Tensor]:
+    """`E(A)` and the sign of `det(I + A)` of `(b, d, d)` float64 matrices, which may be overwritten.
+
+    Large matrices are factored in place, one after the other, so that no copy is made.
+    """
+    if A.shape[-1] < _IN_PLACE_DIM:
+        return _error_and_sign(A)
+    small = torch.linalg.matrix_norm(A) < _SMALL
+    pairs = [_error_and_sign(A[i : i + 1]) if small[i] else log_det_error_(A[i]) for i in range(A.shape[0])]
+    return torch.stack([value.reshape(()) for value, _ in pairs]), torch.stack([sign.reshape(()) for _, sign in pairs])
 
 
 def _plus_identity(A: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from hnkit.estimators import (
     xtrace,
 )
 from hnkit.jacobian import RowJacobian, check_finite, evaluate, fill_dense_jacobian, rows_per_pass
-from hnkit.logdet import log_det_error, log_det_error_
+from hnkit.logdet import log_det_errors_
 
 Progress = Callable[[int, int], None]
 VarianceReduction = Literal["none", "xtrace"]
@@ -118,7 +118,7 @@ def dense_moments(f: NoiseMap, x: Tensor, chunk: int | None, progress: Progress 
         fill_dense_jacobian(J, select_rows(f, index), x[index], chunk=chunk, samples=index, progress=report)
         trace = J.diagonal(dim1=-2, dim2=-1).sum(-1)
         square, frobenius = _square_and_frobenius(J)
-        error, sign = _error_and_sign(J)
+        error, sign = log_det_errors_(J)
         if not bool(torch.isfinite(error).all()):
             sample = int(index[~torch.isfinite(error)][0])
             raise NonFiniteError(f"I + J is singular at sample {sample}: its log-determinant is minus infinity there")
@@ -139,21 +139,6 @@ def _square_and_frobenius(J: Tensor) -> tuple[Tensor, Tensor]:
         square += (rows * J[:, :, start : start + block].mT).sum((1, 2))
         frobenius += rows.square().sum((1, 2))
     return square, frobenius
-
-
-def _error_and_sign(J: Tensor) -> tuple[Tensor, Tensor]:
-    """`E(J)` and the sign of `det(I + J)`; may overwrite J."""
-    norm = torch.linalg.vector_norm(J.flatten(1), dim=1)
-    if J.shape[0] == 1 and J.numel() >= _IN_PLACE_ENTRIES // 2 and float(norm) >= 0.5:
-        error, sign = log_det_error_(J[0])
-        return error[None], sign[None]
-    error = log_det_error(J)
-    sign = torch.ones_like(error)  # |J|_2 < 1 leaves no other
-    large = norm >= 1
-    if bool(large.any()):
-        identity = torch.eye(J.shape[1], dtype=J.dtype, device=J.device)
-        sign[large] = torch.linalg.slogdet(identity + J[large]).sign
-    return error, sign
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,7 @@ def test_injectivity_is_certified_by_a_proved_constant() -> None:
     with torch.no_grad():
         small[0].weight.copy_(matrix("gaussian", 0.5, 4))
     assert noise_kl(small, noise(3, 4)).injective == "certified"
+    assert noise_kl(small, noise(3, 4), certify=False).injective == "unknown"
 
 
 def test_injectivity_is_unknown_without_one() -> None:
