@@ -51,8 +51,8 @@ class VerifySettings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.samples is not None and self.samples < 1:
-            raise InputError(f"{self.samples} samples: give at least 1, and 2 or more for error bars")
+        if self.samples is not None and not 1 <= self.samples < 2**40:
+            raise InputError(f"{self.samples} samples: give at least 1, and 2 or more for error bars, below 2^40")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed {self.seed}: give an integer from 0 to 2^63 - 1")
         if self.certify and find_spec("flint") is None:

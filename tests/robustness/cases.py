@@ -148,6 +148,7 @@ MAPS = (
 )  # fmt: skip
 # 0 means "at least one", "-1" is below every range
 COUNTS = (*NOT_INTEGERS, "0", "-1")
+HUGE = (*COUNTS, str(2**63), str(10**30))
 
 TRAIN = ("train", "--backend", "toy", "--set", "train.steps=1", "--set", "train.batch=2",
          "--set", "train.measure_samples=2")  # fmt: skip
@@ -166,13 +167,13 @@ FLAGS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
                                                          "run-cut", "run-foreign", "run-key", "run-code")),
     (("verify-bound", "--backend", "toy", "--adapter", "folder"), "--prompts", PROMPT_FILES),
     (VERIFY, "--method", ("", "nonesuch", "EXACT", "0")),
-    (("verify-bound", "--toy", "extremal"), "--samples", COUNTS),
+    (("verify-bound", "--toy", "extremal"), "--samples", HUGE),
     (VERIFY, "--seed", (*NOT_INTEGERS, "-1", str(2**63))),
     (VERIFY, "--alpha", (*NOT_NUMBERS, "0", "-1")),
-    (KL_MAP, "--probes", COUNTS),
-    (KL_MAP, "--steps", COUNTS),
+    (KL_MAP, "--probes", HUGE),
+    (KL_MAP, "--steps", HUGE),
     (KL_MAP, "--rel-error", (*NOT_NUMBERS, "0", "-0.1", "1")),
-    (KL_MAP, "--budget", COUNTS),
+    (KL_MAP, "--budget", HUGE),
     (("verify-bound", "--backend", "toy", "--adapter", "folder"), "--set", ("", "x", "train.steps=1", "backend.x=1")),
     (VERIFY, "--out", ("folder", "precious.txt", "precious.txt/below", "loop", "loop/below", "dangling", LONG, "")),
     (("train",), "--backend", ("", "nonesuch", "toy.backend:FACTORY", "TOY", LONG)),

@@ -122,6 +122,14 @@ def test_a_memory_that_does_not_suffice_is_named(here, capsys, monkeypatch):
     assert not (here / "new").exists()
 
 
+@pytest.mark.parametrize(("toy", "alpha"), [("half-space", "1e-3"), ("folding", "1e-3")])
+def test_a_temperature_beyond_floating_point_is_named(toy, alpha, here, capsys, monkeypatch):
+    code, out, err = run(["verify-bound", "--toy", toy, "--samples", "8", "--alpha", alpha], capsys, monkeypatch)
+    assert (code, out) == (2, "")
+    assert "--alpha" in err
+    assert "internal error" not in err
+
+
 @pytest.mark.parametrize("out", ["precious.txt/below", "loop/below", "folder"])
 def test_an_impossible_out_is_refused_before_the_work(out, here, capsys, monkeypatch):
     def work(*_, **__):
