@@ -13,7 +13,7 @@ from hnkit._stats import mean_and_stderr
 from hnkit.bounds import singular_value_bound, theorem7_bound
 from hnkit.logdet import log_det_error, log_det_error_
 from hnkit.tilt import affine_coefficients, kl_gaussians, optimality_gap
-from toy import PROBLEMS
+from toy import PROBLEMS, Folding
 
 
 def f64(*rows):
@@ -74,3 +74,40 @@ def test_no_truncation_is_not_printed():
     estimate = noise_kl(lambda x: 0.1 * x, torch.zeros(3, 2, dtype=torch.float64))
     assert "truncation" not in str(replace(estimate, bias_bound=None, bias_estimate=0.0))
     assert "truncation about 0.5" in str(replace(estimate, bias_bound=None, bias_estimate=0.5))
+
+
+def test_the_alternatives_of_folding_have_the_entropy_of_their_signs():
+    """KL to p0* is that of the signs to independent fair ones, summed over the sign patterns."""
+    problem = PROBLEMS["folding"]()
+    assert problem.dim == 2
+    patterns = {
+        "folded": [1.0, 0.0, 0.0, 0.0],
+        "first sign": [0.45, 0.45, 0.05, 0.05],
+        "all signs": [0.5, 0.0, 0.0, 0.5],
+    }
+    laws = problem.alternatives()
+    assert len(laws) == len(patterns)
+    for law, (name, shares) in zip(laws, patterns.items(), strict=True):
+        assert law.name.startswith(name)
+        excess = sum(share * math.log(4 * share) for share in shares if share)
+        assert law.kl - problem.kl_optimal() == pytest.approx(excess, rel=1e-12)
+
+
+def test_one_entry_pulled_to_the_fold_makes_the_gap_infinite():
+    assert Folding(f64(0.6, -0.3), f64(0.25, 1.0), 0.5).l2_gap() == math.inf
+
+
+@pytest.mark.parametrize("law", ["log_p_base", "log_p_star"])
+def test_the_density_of_folding_is_continuous_at_the_fold(law):
+    problem = PROBLEMS["folding"]()
+    at, near, off = (getattr(problem, law)(f64([value, 0.5])) for value in (0.0, 1e-9, -1e-9))
+    torch.testing.assert_close(at, near, rtol=1e-7, atol=1e-7)
+    assert float(off) == -math.inf
+
+
+def test_the_alternatives_of_a_low_rank_generator():
+    """On the kernel p0* is N(0, 1): a shift by 1 costs 1/2, a scale c costs (c^2 - 1)/2 - log c."""
+    problem = PROBLEMS["linear-gaussian-low-rank"]()
+    costs = [0.5, *((c * c - 1) / 2 - math.log(c) for c in (0.5, 2.0))]
+    found = [law.kl - problem.kl_optimal() for law in problem.alternatives()]
+    assert found == pytest.approx(costs, rel=1e-9)
