@@ -100,12 +100,12 @@ def draw(readings: list[Reading], warm_up: int, grown: float) -> bytes:
     with style():
         figure, (memory, files) = new_figure(7.6, 5.2, rows=2)
         memory.plot(minutes, [reading.resident_mib for reading in readings], "o-", color=BLUE, ms=3)
-        memory.set(ylabel="resident memory, MiB", ylim=(0, None))
+        memory.set(ylabel="resident memory, MiB", ylim=(0, 1.2 * max(reading.resident_mib for reading in readings)))
         memory.set_title(f"{len(readings)} rounds; fitted growth after warm-up {grown:+.1f} MiB")
         files.plot(minutes, [reading.descriptors for reading in readings], "s-", color=VERMILION, ms=3)
         files.set(xlabel="minutes", ylabel="open file descriptors", ylim=(0, None))
         for axis in (memory, files):
-            axis.axvspan(0, minutes[warm_up], color=GREY, alpha=0.15, lw=0)
+            axis.axvspan(0, minutes[max(warm_up - 1, 0)], color=GREY, alpha=0.15, lw=0)
         return to_png(figure)
 
 
