@@ -4,8 +4,8 @@
     python benchmarks/bench_exact.py                   measure and write docs/results/bench-exact.json
 
 `naive` is `vmap(jacrev(f))` followed by `slogdet`; `products` are n d bare vector-Jacobian products at the batch size
-that is fastest for them. Each is measured in a process of its own: CPU seconds (the better of two calls), and the growth of
-the peak resident memory in the first call.
+that is fastest for them. Each is measured in a process of its own: CPU seconds (the better of two calls), and the
+growth of the peak resident memory in the first call.
 """
 
 from __future__ import annotations

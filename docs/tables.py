@@ -86,7 +86,87 @@ def compare_lead() -> str:
     return lead(_document("compare")) + "\n"
 
 
+def bench_exact() -> str:
+    """The exact KL against naive code and against its products alone."""
+    document = _document("bench-exact")
+    rows: list[tuple[Cell, ...]] = []
+    for case in document["cases"].values():
+        runs = case["runs"]
+        rows.append(
+            (
+                case["title"],
+                f"{runs['hnkit']['seconds']:.2f} s",
+                f"{case['time_over_naive']:.2f}",
+                f"{case['memory_over_naive']:.2f}",
+                f"{case['time_over_products']:.2f}",
+            )
+        )
+    headers = ("map", "`noise_kl`", "time / naive", "memory / naive", "time / bare products")
+    return to_markdown(Table(headers, tuple(rows), f"Measured on: {document['machine']}."))
+
+
+def bench_logdet() -> str:
+    """Error of Arnoldi after 64 products, and the variance of the best alternative over it."""
+    document = _document("bench-logdet")
+    rows: list[tuple[Cell, ...]] = [
+        (
+            name,
+            case["exact"],
+            case["symmetry_index"],
+            f"{case['relative_at_64']:.2%}",
+            f"{case['best_relative_at_64']:.2%}",
+            f"{case['scaled_at_64']:.2%}",
+            f"{case['variance_ratio']:,.3g}",
+        )
+        for group in ("zoo", "networks")
+        for name, case in document[group].items()
+    ]
+    headers = ("J", "E(J)", "symmetry index", "error after 64 products / E", "with XTrace", "error / (|J|_F² / 2)",
+               "variance of the best alternative")  # fmt: skip
+    caption = (
+        "Root-mean-square errors of one point after 64 products; last column: variance of the best log-det-alone "
+        f"estimator over Arnoldi's at equal products. {document['probes']} probes each; {document['machine']}."
+    )
+    return to_markdown(Table(headers, tuple(rows), caption))
+
+
+def bench_products() -> str:
+    """What a product costs beside a bare one."""
+    document = _document("bench-logdet")
+    rows: list[tuple[Cell, ...]] = [(name, f"{cost:.2f}") for name, cost in document["product_cost"].items()]
+    return to_markdown(Table(("network", "time per product / bare batched product"), tuple(rows), ""))
+
+
+def bench_sana() -> str:
+    """The SANA-Sprint transformer with random weights."""
+    run = _document("bench-sana-logdet")
+    configuration = "small layers of the same classes" if run["tiny"] else "the published 0.6B configuration"
+    agreement = (
+        f"{format_estimate(run['point_error'], run['point_probe_stderr'])} against the exact {run['exact_error']:.4g}"
+    )
+    rows: list[tuple[Cell, ...]] = [
+        ("transformer", f"{configuration}, random weights, {run['dtype'].removeprefix('torch.')}"),
+        ("measured on", run["machine"]),
+        ("d", f"{run['dim']:,}"),
+        ("local norm at the first point", run["local_norm"]),
+        ("KL, " + str(run["samples"]) + " points", format_estimate(run["kl"], run["kl_stderr"])),
+        ("E(J), mean", run["error"]),
+        ("symmetry index", run["symmetry_index"]),
+        ("Krylov steps", run["steps"]),
+        ("products per second", run["products_per_second"]),
+        ("E(J) at the first point, Arnoldi", agreement),
+        ("seconds for the exact log-determinant there", run["exact_seconds"]),
+    ]
+    if "peak_gib" in run:
+        rows.append(("peak memory of the device, GiB", run["peak_gib"]))
+    return to_markdown(Table(("", "measured"), tuple(rows), ""))
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    "bench-exact": bench_exact,
+    "bench-logdet": bench_logdet,
+    "bench-products": bench_products,
+    "bench-sana": bench_sana,
     "item-e": item_e,
     "compare-lead": compare_lead,
     **{
