@@ -86,7 +86,7 @@ def load_reward(name: str, spec: RewardSpec, device: torch.device) -> Reward:
             options[key] = typed_value(value, hints[key], f"option {key!r} of reward {name!r}")
     if "device" in options:
         try:
-            torch.empty(0, device=options["device"])
+            torch.empty(0, device=str(options["device"]))
         except (RuntimeError, AssertionError) as error:
             device_name = options["device"]
             raise InputError(f"reward {name!r}: device {device_name!r} cannot be used: choose cpu or cuda") from error

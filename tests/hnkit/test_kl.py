@@ -67,7 +67,7 @@ def test_gaussian_kl_without_sampling_error(form) -> None:
 def test_the_example_of_one_dimension(form) -> None:
     # f(x) = 0.2 sin 3x, L = 0.6: KL 0.114620 nats, L2 term 0.0100000, by the trapezoidal rule (exponentially exact).
     x = torch.linspace(-10, 10, 2001, dtype=torch.float64)[:, None]
-    w = torch.exp(-x[:, 0] ** 2 / 2) * 0.01 / math.sqrt(2 * math.pi)
+    w = torch.exp(-(x[:, 0] ** 2) / 2) * 0.01 / math.sqrt(2 * math.pi)
 
     def f(z: Tensor) -> Tensor:
         return 0.2 * torch.sin(3 * z)

@@ -117,5 +117,5 @@ def test_split_refuses(held_out):
 
 def test_disjoint():
     require_disjoint(["a red three"], ["a blue three"])
-    with pytest.raises(InputError, match="1 evaluation prompts .* 'A  Red three'"):
+    with pytest.raises(InputError, match=r"1 evaluation prompts .* 'A  Red three'"):
         require_disjoint(["a red three"], ["two fours", "A  Red three"])
