@@ -138,6 +138,16 @@ def log_z_two_routes(tilted: Tilted) -> Finding:
     return Finding(tilted.problem.log_z(), expected, error + 1e-9 * (1 + abs(expected)))
 
 
+def _importance_weights(tilted: Tilted, outputs: Tensor) -> tuple[Tensor, float]:
+    """`exp(r(y)/alpha - log Z*)` of base outputs, and how many equally weighted samples they are worth."""
+    weights = tilted.log_tilt(outputs).exp()
+    total = float(weights.sum())
+    effective = total**2 / float(weights.square().sum()) if total > 0 else 0.0
+    if not effective >= 50:  # a strong tilt: all weights underflow, or one of them is everything
+        raise NotApplicable(f"only {effective:.0f} effective samples: the tilt is too strong for base samples")
+    return weights, effective
+
+
 @TOY_CHECKS.add(
     "log-z-sampling",
     "E[exp(r(g(x))/α - log Z*)] = 1 under base noise",
@@ -146,10 +156,7 @@ def log_z_two_routes(tilted: Tilted) -> Finding:
 )
 def log_z_sampling(tilted: Tilted) -> Finding:
     """The importance weights of the tilt have mean one."""
-    weights = tilted.log_tilt(tilted.problem.generate(tilted.noise("weights"))).exp()
-    effective = float(weights.sum() ** 2 / weights.square().sum())
-    if effective < 50:
-        raise NotApplicable(f"only {effective:.0f} effective samples: the weights have heavy tails")
+    weights, effective = _importance_weights(tilted, tilted.problem.generate(tilted.noise("weights")))
     return mean_finding(weights, 1.0, floor=1e-12, note=f"{effective:.0f} effective of {len(weights)} samples")
 
 
@@ -188,10 +195,7 @@ def tilted_output_density(tilted: Tilted) -> Finding:
 def theorem_3_pushforward(tilted: Tilted) -> Finding:
     """Test functions of g(x), x ~ p0*, against their means under eq. 3, by reweighting base outputs."""
     base = tilted.problem.generate(tilted.noise("pushforward/base", 4 * tilted.samples))
-    weights = tilted.log_tilt(base).exp()
-    effective = float(weights.sum() ** 2 / weights.square().sum())
-    if effective < 50:
-        raise NotApplicable(f"only {effective:.0f} effective samples: the weights have heavy tails")
+    weights, _ = _importance_weights(tilted, base)
     steered = tilted.problem.generate(tilted.tilted_noise)
     return _same_law(tilted, steered, base, weights)
 
