@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from hnkit.backend import Reward as Reward
     from hnkit.bounds import field_of_values_bounds as field_of_values_bounds
     from hnkit.bounds import frobenius_bound as frobenius_bound
-    from hnkit.bounds import leading_singular_value_bound as leading_singular_value_bound
-    from hnkit.bounds import local_theorem7_bound as local_theorem7_bound
     from hnkit.bounds import second_order_remainder_bound as second_order_remainder_bound
     from hnkit.bounds import singular_value_bound as singular_value_bound
     from hnkit.bounds import theorem7_bound as theorem7_bound
@@ -54,8 +52,6 @@ _HOME = {
     "Reward": "backend",
     "field_of_values_bounds": "bounds",
     "frobenius_bound": "bounds",
-    "leading_singular_value_bound": "bounds",
-    "local_theorem7_bound": "bounds",
     "second_order_remainder_bound": "bounds",
     "singular_value_bound": "bounds",
     "theorem7_bound": "bounds",

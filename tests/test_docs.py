@@ -56,7 +56,7 @@ def test_the_site_builds_and_its_links_lead_somewhere(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     for page in (tmp_path / "site").rglob("*.html"):
-        for target in re.findall(r'(?:href|src)="([^"#:]+)', page.read_text()):
+        for target in re.findall(r'(?:href|src)="([^"#:]+)(?:#[^"]*)?"', page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
