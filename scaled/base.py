@@ -415,6 +415,8 @@ def load_pipeline(family: Family, options: PipelineOptions) -> Any:
         raise InputError(f"model {options.model_id!r} does not load from {folder}: {reason}") from error
     device = _device(options.device)
     for name, component in pipe.components.items():
+        if name.startswith("tokenizer"):
+            memory.drop_word_cache(component)
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
             if name not in family.encoders:

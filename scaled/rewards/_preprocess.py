@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from hnkit._errors import InputError
 
@@ -19,6 +21,12 @@ def check_images(name: str, images: Tensor, prompts: Sequence[str]) -> None:
         raise InputError(f"reward {name!r} takes images (n, 3, H, W) in [0, 1], not {tuple(images.shape)}")
     if len(prompts) != len(images):
         raise InputError(f"reward {name!r} takes one prompt per image: got {len(prompts)} for {len(images)} images")
+
+
+def tokenise(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], length: int, images: Tensor) -> Any:
+    """`input_ids` and `attention_mask`, `(n, length)` each, where `images` are; prompts are cut or padded to `length`."""
+    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return tokens.to(images.device)
 
 
 def preprocess(images: Tensor, size: int) -> Tensor:

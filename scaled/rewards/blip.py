@@ -13,7 +13,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from hnkit._errors import InputError
 from scaled.hub import hub_file, pretrained
-from scaled.rewards._preprocess import check_images, preprocess
+from scaled.rewards._preprocess import check_images, preprocess, tokenise
 from scaled.rewards._weights import load_strict, read_state_dict
 
 REPOSITORY = "THUDM/ImageReward"
@@ -43,13 +43,7 @@ class ImageReward(nn.Module):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores of `images` `(n, 3, H, W)` in [0, 1] for `prompts`: `(n,)` float32. Prompts are cut at 35 tokens."""
         check_images(self.name, images, prompts)
-        tokens = self._tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=self._max_length,
-            return_tensors="pt",
-        ).to(images.device)
+        tokens = tokenise(self._tokenizer, prompts, self._max_length, images)
         with torch.autocast(images.device.type, enabled=False):
             patches = self.vision(pixel_values=preprocess(images, self._size)).last_hidden_state
             state = self.text(

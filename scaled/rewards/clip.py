@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from hnkit._errors import InputError
 from scaled.hub import hub_file, pretrained
-from scaled.rewards._preprocess import check_images, preprocess
+from scaled.rewards._preprocess import check_images, preprocess, tokenise
 from scaled.rewards._weights import load_strict, read_state_dict
 
 LAION_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -45,13 +45,7 @@ class ClipReward(nn.Module):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores of `images` `(n, 3, H, W)` in [0, 1] for `prompts`: `(n,)` float32. Prompts are cut at 77 tokens."""
         check_images(self.name, images, prompts)
-        tokens = self._tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=self._max_length,
-            return_tensors="pt",
-        ).to(images.device)
+        tokens = tokenise(self._tokenizer, prompts, self._max_length, images)
         # never under autocast: in bfloat16 a score near 0.28 moves in steps of 0.002
         with torch.autocast(images.device.type, enabled=False):
             output = self.model(
