@@ -47,8 +47,8 @@ def explained(hint: str) -> Iterator[None]:
 def drop_word_cache(tokenizer: Any) -> None:
     """Let a fast tokenizer keep no cache of what it has split; slow ones have none.
 
-    A tokenizer that does not split on spaces, as Gemma's, stores whole prompts, per thread, and tokenizers 0.23 does not
-    free them with the tokenizer. Prompts are encoded once here, so that cache is never read.
+    A tokenizer that does not split on spaces, as Gemma's, stores whole prompts, and tokenizers 0.23 does not free them
+    with it. Prompts are encoded once here, so that cache is never read.
     """
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if resize := getattr(model, "_resize_cache", None):

@@ -24,7 +24,7 @@ def check_images(name: str, images: Tensor, prompts: Sequence[str]) -> None:
 
 
 def tokenise(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], length: int, images: Tensor) -> Any:
-    """`input_ids` and `attention_mask`, `(n, length)` each, where `images` are; prompts are cut or padded to `length`."""
+    """`input_ids` and `attention_mask`, `(n, length)`, on the images' device; prompts are cut or padded to `length`."""
     tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return tokens.to(images.device)
 
