@@ -4,8 +4,9 @@ The packages and tests are copied to a temporary folder, the test files collecte
 process of its own: the functions of the imported modules get the code of the mutated source, then the tests that reach
 the changed statement run, cheapest first, until one fails. A mutant that outlasts its processor time counts as killed.
 
-    python benchmarks/mutate.py                                  every module, 20 mutants of each drawn at random
-    python benchmarks/mutate.py bounds toy/folding --sample 0    every mutant of two modules
+    python benchmarks/mutate.py                                  every mutant of every module: hours
+    python benchmarks/mutate.py --sample 20                      20 mutants of each drawn at random
+    python benchmarks/mutate.py bounds toy/folding               every mutant of two modules
     python benchmarks/mutate.py --survivors                      those that survived last time, and no others
     python benchmarks/mutate.py --page                           only write docs/mutation.md from the figures
 
@@ -42,7 +43,7 @@ PAGE = ROOT / "docs/mutation.md"
 EQUIVALENT = ROOT / "benchmarks/equivalent_mutants.toml"
 KEPT = ("hnkit", "toy", "scaled", "proofs", "tests", "pyproject.toml")
 TOYS = ["tests/toy/test_problems.py", "tests/toy/test_linear_gaussian.py", "tests/toy/test_shapes_of_rewards.py"]
-MUTANTS_TESTS = "tests/robustness/test_mutants.py"
+MUTANTS_TESTS = "tests/robustness/mutants"
 TESTS = {
     "hnkit/bounds": ["tests/hnkit/test_bounds.py"],
     "hnkit/lipschitz": ["tests/hnkit/test_lipschitz.py"],
@@ -270,7 +271,8 @@ def tally(rows: list[dict[str, Any]]) -> str:
 
 
 def files_of(name: str, chosen: list[str]) -> list[str]:
-    return [path for path in chosen or [*TESTS[name], MUTANTS_TESTS] if (ROOT / path).exists()]
+    own = f"{MUTANTS_TESTS}/test_{Path(name).name.removeprefix('_')}_mutants.py"
+    return [path for path in chosen or [*TESTS[name], own] if (ROOT / path).exists()]
 
 
 def read_figures() -> dict[str, Any]:
@@ -358,7 +360,7 @@ def share(counts: list[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("modules", nargs="*", help=f"out of {', '.join(TESTS)}; hnkit/ may be left out")
-    parser.add_argument("--sample", type=int, default=20, help="mutants of each module; 0: all")
+    parser.add_argument("--sample", type=int, default=0, help="mutants of each module, drawn at random; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--survivors", action="store_true", help="only those that survived last time")
     parser.add_argument("--tests", nargs="*", default=[], help="with --survivors: only these files, new tests say")
