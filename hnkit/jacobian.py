@@ -309,16 +309,15 @@ def fill_dense_jacobian(
     width = chunk or rows_per_pass(dim, x.device)
     for start in range(0, n, width):
         rows = torch.arange(start, min(n, start + width), device=x.device)
-        block = _fill_forward if mode == "forward" else _fill_reverse
         arguments = (out[rows[0] : rows[-1] + 1], f, x, rows, width, samples, progress)
         try:
-            block(*arguments)
+            _fill(*arguments, forward=mode == "forward")
         except InputError:
             raise
         except (RuntimeError, NotImplementedError):
             if mode != "auto":
                 raise
-            _fill_forward(*arguments)
+            _fill(*arguments, forward=True)
 
 
 def _replicas(dim: int, rows: int, width: int) -> int:
@@ -335,7 +334,7 @@ def _basis_block(like: Tensor, rows: int, replicas: int, start: int, dim: int) -
     return block
 
 
-def _fill_reverse(
+def _fill(
     out: Tensor,
     f: NoiseMap,
     x: Tensor,
@@ -343,41 +342,24 @@ def _fill_reverse(
     width: int,
     samples: Tensor | None,
     progress: Callable[[int], None] | None,
+    forward: bool,
 ) -> None:
+    """The Jacobians of one pass of `rows`: their rows by vector-Jacobian products, or their columns if `forward`."""
     count, dim = rows.numel(), x[0].numel()
     replicas = _replicas(dim, count, width)
     index = rows.repeat_interleave(replicas)
-    operator = RowJacobian(select_rows(f, index), x[index], samples=index if samples is None else samples[index])
+    inner, points, names = select_rows(f, index), x[index], index if samples is None else samples[index]
+    operator = None if forward else RowJacobian(inner, points, samples=names)
+    target = out.mT if forward else out
     for start in range(0, dim, replicas):
-        basis = _basis_block(operator.output, count, replicas, start, dim)
         stop = min(dim, start + replicas)
-        pulled = operator.pull(basis.reshape(-1, dim)).reshape(count, replicas, dim)
-        out[:, start:stop] = pulled[:, : stop - start]
-        if progress is not None:
-            progress((stop - start) * count)
-
-
-def _fill_forward(
-    out: Tensor,
-    f: NoiseMap,
-    x: Tensor,
-    rows: Tensor,
-    width: int,
-    samples: Tensor | None,
-    progress: Callable[[int], None] | None,
-) -> None:
-    count, dim = rows.numel(), x[0].numel()
-    replicas = _replicas(dim, count, width)
-    index = rows.repeat_interleave(replicas)
-    names = index if samples is None else samples[index]
-    inner, points = select_rows(f, index), x[index]
-    for start in range(0, dim, replicas):
-        basis = _basis_block(points, count, replicas, start, dim)
-        stop = min(dim, start + replicas)
-        pushed = forward_product(inner, points, basis.reshape(points.shape)).reshape(-1, dim)
-        check_finite(pushed, "a Jacobian-vector product", names)
-        columns = pushed.reshape(count, replicas, dim)[:, : stop - start]
-        out[:, :, start:stop] = columns.transpose(1, 2)
+        basis = _basis_block(points, count, replicas, start, dim).reshape(points.shape)
+        if operator is not None:
+            products = operator.pull(basis)
+        else:
+            products = forward_product(inner, points, basis)
+            check_finite(products.flatten(1), "a Jacobian-vector product", names)
+        target[:, start:stop] = products.reshape(count, replicas, dim)[:, : stop - start]
         if progress is not None:
             progress((stop - start) * count)
 
