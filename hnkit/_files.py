@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -38,6 +39,41 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, document: Mapping[str, Any] | list[Any]) -> None:
     """Write a JSON document atomically. NaN and infinity are refused: use `None` for "not known"."""
     atomic_write(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_sealed(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
+    """Write a JSON document atomically with the SHA-256 of what it says, for `read_sealed`."""
+    write_json(path, {"sha256": _digest(content), "content": content})
+
+
+def read_sealed(path: Path) -> Any:
+    """What `write_sealed` was given.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or was not written by `write_sealed`.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        content = document["content"]
+        whole = document["sha256"] == _digest(content)
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} has no content with a SHA-256") from error
+    if not whole:
+        raise ValueError(f"{path}: the SHA-256 of its content does not match: truncated or altered")
+    return content
+
+
+def _digest(content: Any) -> str:
+    """Of the document as it is read back: tuples are lists and keys text."""
+    read_back = json.loads(json.dumps(content, allow_nan=False))
+    return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def new_run_folder(out: Path | None, kind: str) -> Path:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hnkit._errors import InputError
+from hnkit._files import file_digest
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 CHECKPOINTS = "checkpoints"
@@ -75,7 +76,7 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], state: 
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error), str(temporary / TENSORS)) from error
         (temporary / STATE).write_bytes(_canonical(state))
-        files = {name: _digest(temporary / name) for name in (TENSORS, STATE)}
+        files = {name: file_digest(temporary / name) for name in (TENSORS, STATE)}
         (temporary / MANIFEST).write_bytes(_manifest(files))
         for name in (TENSORS, STATE, MANIFEST, "."):
             _sync(temporary / name)
@@ -106,7 +107,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         if not whole or set(files) != {TENSORS, STATE}:
             raise DamagedCheckpointError(f"{MANIFEST} is truncated or altered")
         for name, expected in files.items():
-            if _digest(folder / name) != expected:
+            if file_digest(folder / name) != expected:
                 raise DamagedCheckpointError(f"the SHA-256 of {name} does not match: truncated or altered")
         state = json.loads((folder / STATE).read_bytes())
         if not isinstance(state, dict) or type(state.get("step")) is not int:
@@ -265,11 +266,6 @@ def _canonical(document: Mapping[str, Any]) -> bytes:
 def _manifest(files: Mapping[str, str]) -> bytes:
     own = hashlib.sha256(_canonical(files)).hexdigest()
     return _canonical({"files": files, "sha256": own})
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

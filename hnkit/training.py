@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import math
+import operator
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,7 +139,8 @@ def _reopen(
         raise InputError(f"--resume {folder}: {error.strerror}: make the folder writable") from error
     checkpoint = newest_checkpoint(folder, view.warn)
     if checkpoint is not None:
-        _require_same(checkpoint.state["config"], config, folder)
+        with _written_here(folder):
+            _require_same(checkpoint.state["config"], config, folder)
     report = finished_report(folder)
     if report is not None and report["step"] == config.train.steps:
         view.say(f"{folder} is finished: {config.train.steps} steps, nothing to do")
@@ -146,6 +148,19 @@ def _reopen(
     sweep(folder)
     atomic_write(folder / CONFIG_FILE, config.to_toml())
     return checkpoint
+
+
+@contextlib.contextmanager
+def _written_here(folder: Path) -> Iterator[None]:
+    """A whole checkpoint that lacks what this version writes is refused in one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"--resume {folder}: its checkpoint is not one that this version writes ({error!r}): start a new run"
+        ) from error
 
 
 def _require_same(saved: dict[str, Any], config: RunConfig, folder: Path) -> None:
@@ -345,8 +360,8 @@ class _Session:
         if self.average is not None:
             self.average.average = {name: value.to(self.device) for name, value in parts["average"].items()}
         load_optimizer(self.optimizer, parts["optimizer"], checkpoint.state["optimizer"])
-        self.step, self.skipped = checkpoint.state["step"], checkpoint.state["skipped"]
-        self.skipped_in_row = checkpoint.state["skipped_in_row"]
+        counts = ("step", "skipped", "skipped_in_row")
+        self.step, self.skipped, self.skipped_in_row = (operator.index(checkpoint.state[name]) for name in counts)
 
     def memory_advice(self) -> str:
         """What reduces memory, of the options that this run has."""
@@ -387,7 +402,8 @@ def _run(
     """The loop: step, measure, validate, checkpoint, until the last step or a signal."""
     processes, view, settings = session.processes, session.view, session.config.train
     if start is not None:
-        session.restore(start)
+        with _written_here(folder):
+            session.restore(start)
     recorder = _Recorder(session, folder, start, stack) if processes.main else None
     count = sum(parameter.numel() for parameter in session.parameters.values())
     view.start(settings, session.config.backend, session.dim, count, session.step, folder)
@@ -429,7 +445,8 @@ class _Recorder:
             (folder / METRICS).unlink(missing_ok=True)
             self.log = JsonLog(folder / METRICS)
         else:
-            self.log = JsonLog.resume(folder / METRICS, start.state["metrics"], session.view.warn)
+            with _written_here(folder):
+                self.log = JsonLog.resume(folder / METRICS, start.state["metrics"], session.view.warn)
         stack.callback(self.log.close)
         self.timings = stack.enter_context((folder / TIMINGS).open("a", encoding="utf-8"))
         self.trackers = Trackers(session.config.train.trackers, folder, session.config.to_dict())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hnkit._files import write_json
+from hnkit._files import read_sealed, write_sealed
 from hnkit.backend import Backend
 from hnkit.rewards import RewardSum
 from hnkit.stream import generator_for
@@ -128,7 +127,7 @@ def evaluate(
                 x = noise[start : start + batch].to(device)
                 outcome = method(backend, part, x, steps=steps, generator=generator)
                 document = _document(outcome, part, index, backend, scorer)
-                write_json(path, document)
+                write_sealed(path, document)
                 found = _parsed(document)
             rows += found[0]
             cost = cost + found[1]
@@ -166,8 +165,8 @@ def _read(path: Path, prompts: Sequence[str]) -> tuple[list[Row], Cost] | None:
 
 
 def read_part(path: Path) -> Any:
-    """The JSON of a part of an earlier run; `None` if it is missing or damaged, and then it is made again."""
+    """What an earlier run found out; `None` if it is missing or damaged, and then it is found out again."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_sealed(path)
+    except (OSError, ValueError):
         return None

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hnkit._errors import InputError
-from hnkit._files import new_run_folder, write_json
+from hnkit._files import atomic_write, file_digest, new_run_folder, read_sealed, write_json, write_sealed
 from hnkit._stats import mean_and_stderr
 from hnkit.backend import Backend, ConditionedMap, Reward, backend_factory
 from hnkit.checkpoint import run_lock
@@ -90,7 +88,7 @@ class Comparison:
             settings = Settings(backend, plan, where, tuple(chosen), tuple(others), quick)
             session = _Session(settings)  # what is missing or cannot be used is refused before a folder is made
             folder = new_run_folder(out, "compare")
-            write_json(folder / PLAN, settings.to_json())
+            write_sealed(folder / PLAN, settings.to_json())
         with run_lock(folder):
             document = session.run(folder)
         return document | {"run_folder": str(folder)}
@@ -119,7 +117,7 @@ class Settings:
 
 def _read_plan(folder: Path, backend: str) -> Settings:
     try:
-        document = json.loads((folder / PLAN).read_text())
+        document = read_sealed(folder / PLAN)
         settings = Settings(
             document["backend"],
             plan_from_json(document["plan"]),
@@ -135,7 +133,7 @@ def _read_plan(folder: Path, backend: str) -> Settings:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"--resume {folder}: no comparison is there ({PLAN} cannot be read): name its folder"
+            f"--resume {folder}: no comparison is there ({PLAN} is missing or damaged): name its folder"
         ) from error
     if settings.backend != backend:
         raise InputError(f"--resume {folder} compares backend {settings.backend!r}, not {backend!r}")
@@ -392,7 +390,7 @@ class _Session:
         scenes: Callable[[Tensor], Sequence[Any]] | None = getattr(self.base, "scenes", None)
         if scenes is not None:
             values["distinct_scenes"] = len(set(scenes(images))) / len(images)
-        write_json(path, {"prompt": prompt, "values": values})
+        write_sealed(path, {"prompt": prompt, "values": values})
         return values
 
     def _images(self, method: Method, backend: Backend, prompts: Sequence[str], noise: Tensor) -> Tensor:
@@ -427,7 +425,7 @@ class _Session:
                 found.append(figures)
             # beside the exact figure a stochastic one: Arnoldi's where it applies, else Golub and Kahan's
             method = "arnoldi" if figures["local_norm"]["max"] < 1 else "lanczos"
-        write_json(path, found)
+        write_sealed(path, found)
         return found
 
     def _training(self) -> dict[str, list[dict[str, Any]]]:
@@ -446,10 +444,10 @@ class _Session:
         prompts = list(self.settings.prompts[: self.plan.grid])
         noise = base_noise(self.base, self.plan.seed, 0, len(prompts))
         path = self.folder / "parts" / "grid.safetensors"
-        try:
+        seal = path.with_suffix(".json")
+        images: dict[str, Tensor] = {}
+        if path.is_file() and read_part(seal) == {"sha256": file_digest(path)}:
             images = load_file(path)
-        except (OSError, SafetensorError):
-            images = {}
         missing = [name for name in self.plan.methods if name not in images]
         for name in missing:
             network = self.networks.get(name)
@@ -457,9 +455,8 @@ class _Session:
             images[name] = self._images(self._method(name), backend, prompts, noise)
         if missing:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            save_file({name: tensor.contiguous() for name, tensor in images.items()}, temporary)
-            temporary.replace(path)
+            atomic_write(path, save({name: tensor.contiguous() for name, tensor in images.items()}))
+            write_sealed(seal, {"sha256": file_digest(path)})
         judge = self.scorer.judge
         verdicts = {} if judge is None else {name: judge(images[name], prompts).tolist() for name in self.plan.methods}
         return {"prompts": prompts, "methods": list(self.plan.methods), "correct": verdicts}

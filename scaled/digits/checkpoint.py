@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from hnkit._errors import InputError
+from hnkit._files import file_digest
 
 CHECKSUMS = "SHA256SUMS"
 CLIP_FOLDER = "clip"
@@ -23,11 +23,6 @@ def model_folder() -> Path:
         ``scaled/digits/model``; it is a diffusers pipeline folder with the scorer, the judge and the figures beside.
     """
     return Path(__file__).resolve().parent / "model"
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
@@ -66,7 +61,7 @@ def write_checksums(folder: Path) -> None:
         folder: A model folder.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
-    lines = [f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
+    lines = [f"{file_digest(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -88,7 +83,7 @@ def verified_folder(folder: Path | None = None) -> Path:
     for name, expected in read_checksums(folder).items():
         path = folder / name
         try:
-            found = sha256(path)
+            found = file_digest(path)
         except OSError:
             message = f"the digits model is incomplete: {path} is missing or unreadable; reinstall hnkit"
             raise InputError(message) from None

@@ -107,7 +107,7 @@ def test_no_checkpoint_yet_and_none_whole(tmp_path):
         newest_checkpoint(tmp_path, lambda _: None)
 
 
-FAULTS = ["save_file", "_digest", "_sync", "os.rename"]
+FAULTS = ["save_file", "file_digest", "_sync", "os.rename"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hnkit import InputError, cli
+from hnkit._files import file_digest, write_sealed
 from hnkit.backend import backend_factory
 from hnkit.checkpoint import (
     CHECKPOINTS,
@@ -26,6 +28,8 @@ from hnkit.checkpoint import (
     TENSORS,
     DamagedCheckpointError,
     JsonLog,
+    _canonical,
+    _manifest,
     load_checkpoint,
     newest_checkpoint,
 )
@@ -242,25 +246,52 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, which, f
     shutil.rmtree(run)
 
 
+def forge(folder: Path, state: Any) -> None:
+    """Give a checkpoint another state, its checksums right."""
+    (folder / STATE).write_bytes(_canonical(state))
+    (folder / MANIFEST).write_bytes(_manifest({name: file_digest(folder / name) for name in (TENSORS, STATE)}))
+
+
 @fuzz
 @given(state=documents | st.dictionaries(st.sampled_from(["step", "config", "skipped"]), documents))
 def test_a_forged_checkpoint_is_damaged(state, finished, tmp_path):
     """Its checksums are right, and its content is not what a run writes."""
-    from hnkit.checkpoint import _canonical, _digest, _manifest
-
     folder = tmp_path / "step-00000009"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(checkpoints(finished)[-1], folder)
     try:
-        (folder / STATE).write_bytes(_canonical(state))
+        forge(folder, state)
     except ValueError:
         return  # not JSON: a NaN in it
-    (folder / MANIFEST).write_bytes(_manifest({name: _digest(folder / name) for name in (TENSORS, STATE)}))
     if isinstance(state, dict) and type(state.get("step")) is int:
         assert load_checkpoint(folder).step == state["step"]
         return
     with pytest.raises(DamagedCheckpointError):
         load_checkpoint(folder)
+
+
+STATE_KEYS = ("config", "metrics", "optimizer", "prompts", "skipped", "skipped_in_row")
+
+
+@pytest.mark.parametrize("value", [None, {}, [], "text", -1.5, "missing"], ids=repr)
+@pytest.mark.parametrize("key", STATE_KEYS)
+def test_resuming_from_a_forged_state(key, value, run_folder):
+    """One entry is gone or something else: it is refused in one line, or it does not matter."""
+    for folder in checkpoints(run_folder)[1:]:
+        shutil.rmtree(folder)
+    (run_folder / REPORT).unlink()
+    [folder] = checkpoints(run_folder)
+    state = json.loads((folder / STATE).read_text())
+    assert set(STATE_KEYS) <= set(state)
+    state[key] = value
+    if value == "missing":
+        del state[key]
+    forge(folder, state)
+    config = resolve_config(resume=run_folder)
+    message = one_line(lambda: train(config, resume=run_folder))
+    assert message is None or "\n" not in message
+    if key in ("config", "prompts") or value == "missing":
+        assert message is not None
 
 
 @fuzz
@@ -333,10 +364,18 @@ def test_resuming_a_damaged_run(name, damage, run_folder, capsys, monkeypatch):
 
 
 @fuzz
-@given(data=st.binary(max_size=100) | documents.map(lambda document: json.dumps(document).encode()))
+@given(data=st.binary(max_size=100) | documents)
 def test_plans_and_parts_of_comparisons(data, tmp_path):
+    """Random bytes; and random JSON, plain and with a right checksum."""
+    content = data if isinstance(data, bytes) else json.dumps(data).encode()
     for name in ("plan.json", "part.json", "metrics.jsonl"):
-        (tmp_path / name).write_bytes(data)
+        (tmp_path / name).write_bytes(content)
+    one_line(lambda: _read_plan(tmp_path, "digits"))
+    assert read_part(tmp_path / "part.json") is None
+    if not isinstance(data, bytes):
+        for name in ("plan.json", "part.json"):
+            with contextlib.suppress(ValueError):  # not JSON: a NaN in it
+                write_sealed(tmp_path / name, data)
     one_line(lambda: _read_plan(tmp_path, "digits"))
     read_part(tmp_path / "part.json")
     assert _read(tmp_path / "part.json", ["a three"]) is None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -92,7 +94,7 @@ def test_an_interrupted_comparison_ends_as_an_uninterrupted_one(finished, overri
     from scaled.compare import evaluation
 
     written = 0
-    write = evaluation.write_json
+    write = evaluation.write_sealed
 
     def interrupt(path, content):
         nonlocal written
@@ -101,15 +103,43 @@ def test_an_interrupted_comparison_ends_as_an_uninterrupted_one(finished, overri
             raise KeyboardInterrupt
         write(path, content)
 
-    monkeypatch.setattr(evaluation, "write_json", interrupt)
+    monkeypatch.setattr(evaluation, "write_sealed", interrupt)
     methods = ["base", "hypernoise", "direct", "best-of-n", "reno"]
     with pytest.raises(KeyboardInterrupt):
         COMPARISON("sana", methods=methods, prompts=PROMPTS, seeds=2, overrides=overrides, out=tmp_path / "run")
-    monkeypatch.setattr(evaluation, "write_json", write)
+    monkeypatch.setattr(evaluation, "write_sealed", write)
     resumed = COMPARISON("sana", resume=tmp_path / "run")
     for one, two in zip(document["table_1"], resumed["table_1"], strict=True):
         assert one["scores"] == two["scores"]
         assert one["gain"] == two["gain"]
+
+
+def test_damaged_parts_are_found_out_again(finished, tmp_path):
+    """One digit changed in each kind of part, and one bit of the grid: all come back as they were."""
+    out, document = finished
+    run = tmp_path / "run"
+    shutil.copytree(out, run, copy_function=shutil.copyfile)
+    damaged = [next((run / "parts").glob(f"{kind}*.json")) for kind in ("base-", "reno-", "diversity-", "closeness")]
+    before = {path: path.read_bytes() for path in [*damaged, run / "parts" / "grid.safetensors"]}
+    for path in damaged:
+        altered = re.sub(r"\.\d", lambda found: f".{9 - int(found[0][1])}", path.read_text(), count=1)
+        assert altered.encode() != before[path]
+        path.write_text(altered)
+    grid = bytearray(before[run / "parts" / "grid.safetensors"])
+    grid[-9] ^= 16
+    (run / "parts" / "grid.safetensors").write_bytes(grid)
+    again = COMPARISON("sana", resume=run)
+    assert again["table_1"][0]["scores"] == document["table_1"][0]["scores"]
+    assert again["l2"] == document["l2"]
+    for path, content in before.items():
+        if not path.name.startswith(("base-", "reno-")):  # these hold seconds as well
+            assert path.read_bytes() == content, path.name
+
+
+def test_a_damaged_plan_is_refused(finished, tmp_path):
+    (tmp_path / "plan.json").write_text((finished[0] / "plan.json").read_text().replace('"seeds": 2', '"seeds": 3'))
+    with pytest.raises(InputError, match=r"plan\.json is missing or damaged"):
+        COMPARISON("sana", resume=tmp_path)
 
 
 @pytest.mark.parametrize(
