@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
 
 import pytest
 import torch
 
+import hnkit
+import toy
 from hnkit import _stats as stats
 from hnkit import bounds, cli, estimators, kl, lipschitz, logdet, loss, moments, tilt
 from hnkit.verify import Report
 from toy.linear_gaussian import LinearGaussian
+
+# A module first imported while an error is planted would keep it for good.
+for package in (hnkit, toy):
+    for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        if not found.name.endswith(".__main__"):
+            importlib.import_module(found.name)
 
 
 def plant(monkeypatch, home, name, wrong):
