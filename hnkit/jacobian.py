@@ -164,7 +164,7 @@ class RowJacobian:
         self._constant = True
 
     def _checked(self, product: Tensor, what: str) -> Tensor:
-        result = product.detach().reshape(self.rows, self.dim).double()
+        result = product.reshape(self.rows, self.dim).double()
         check_finite(result, what, self._samples)
         return result
 
@@ -246,7 +246,7 @@ class RowJacobian:
 
 
 def forward_product(f: NoiseMap, x: Tensor, tangent: Tensor) -> Tensor:
-    """`J_f(x) tangent` by forward-mode differentiation; all three of shape `(rows, *shape)`."""
+    """`J_f(x) tangent` by forward-mode differentiation, detached; all three of shape `(rows, *shape)`."""
     with torch.inference_mode(False), torch.no_grad(), math_attention(), forward_ad.dual_level():
         dual = forward_ad.make_dual(x.detach(), tangent.to(x))  # type: ignore[no-untyped-call]
         unpacked = forward_ad.unpack_dual(evaluate(f, dual))  # type: ignore[no-untyped-call]
@@ -255,7 +255,7 @@ def forward_product(f: NoiseMap, x: Tensor, tangent: Tensor) -> Tensor:
         if not is_constant_at(f, x):
             raise InputError(_NO_GRADIENT)
         return torch.zeros_like(x)
-    return product
+    return product.detach()  # a map may switch gradients on
 
 
 def dense_jacobian(f: NoiseMap, x: Tensor, *, mode: Mode = "auto", chunk: int | None = None) -> Tensor:

@@ -142,6 +142,21 @@ def test_the_callers_gradient_mode_does_not_matter(context) -> None:
         torch.testing.assert_close(dense_jacobian(f, points()), expected)
 
 
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_products_carry_no_graph_even_of_a_map_that_switches_gradients_on(mode: str) -> None:
+    layer = nn.Linear(4, 4).double()
+
+    @torch.enable_grad()
+    def f(x: Tensor) -> Tensor:
+        return layer(x).tanh()
+
+    x = points(3, shape=(4,)).requires_grad_()
+    assert not dense_jacobian(f, x, mode=mode).requires_grad
+    operator = RowJacobian(f, x)
+    assert not operator.vjp(x).requires_grad
+    assert not operator.jvp(x).requires_grad
+
+
 def test_parameters_are_left_alone() -> None:
     f = attention()
     dense_jacobian(f, points())
