@@ -48,8 +48,8 @@ class Enclosure:
         if not ball.is_finite():
             return cls(-math.inf, math.inf, ball)
         return cls(
-            math.nextafter(float(ball.lower()), -math.inf) if ball != 0 else 0.0,
-            math.nextafter(float(ball.upper()), math.inf) if ball != 0 else 0.0,
+            0.0 if ball == 0 else math.nextafter(float(ball.lower()), -math.inf),
+            0.0 if ball == 0 else math.nextafter(float(ball.upper()), math.inf),
             ball,
         )
 
@@ -195,9 +195,11 @@ def _certify(
     log_det, log_det_symmetric = _log_abs_det(flint, A), _log_abs_det(flint, symmetric)
     error, error_symmetric = trace - log_det, trace - log_det_symmetric
 
-    gram = _eigenvalues(flint, A.transpose() * A, matrix.T @ matrix)
-    sigma = [_root(arb, value) for value in reversed(gram)]
-    least = _eigenvalues(flint, symmetric, (matrix + matrix.T) / 2)[0]
+    # In units of a power of two near the largest entry, exactly: squares of squares neither overflow nor vanish.
+    unit = arb(2) ** math.frexp(float(matrix.abs().max()))[1]
+    gram = _eigenvalues(flint, (A / unit).transpose() * (A / unit))
+    sigma = [unit * _root(arb, value) for value in reversed(gram)]
+    least = unit * _eigenvalues(flint, symmetric / unit)[0]
     L = sigma[0] if lipschitz is None else arb(lipschitz)
     largest = "the spectral norm" if lipschitz is None else "the larger of |A|_2 and the claimed constant"
     below = _hypothesis(arb.max(sigma[0], L) < 1, arb.max(sigma[0], L) >= 1, f"{largest} below 1")
@@ -285,19 +287,21 @@ def _ratio(arb: Any, s: Any) -> Any:
     return total + tail.union(arb(0))
 
 
-def _eigenvalues(flint: Any, M: Any, approximate: Tensor) -> list[Any]:
+def _eigenvalues(flint: Any, M: Any) -> list[Any]:
     """Proved enclosures of the eigenvalues of a symmetric matrix of balls, ascending.
 
     For any nonsingular Q, the sorted eigenvalues of `N = Q'MQ` are `theta_i lambda_i(M)` with theta_i between the
     extreme eigenvalues of `Q'Q` (Ostrowski), and they differ from the sorted diagonal of N by at most the Frobenius
-    norm of the rest (Weyl). So Q need not be exact: it is numpy's eigenvector matrix, refined by Newton steps.
+    norm of the rest (Weyl). So Q need not be exact: it is the eigenvector matrix in double precision, refined by
+    Newton steps.
 
     Source:
         A. Ostrowski, PNAS 45 (1959), DOI 10.1073/pnas.45.5.740; refinement: T. Ogita and K. Aishima, JJIAM 35 (2018),
         DOI 10.1007/s13160-018-0310-3.
     """
     arb, d = flint.arb, M.nrows()
-    Q = _refined(flint, M, flint.arb_mat(torch.linalg.eigh(approximate)[1].tolist()))
+    nearby = torch.tensor([[float(M[i, j]) for j in range(d)] for i in range(d)], dtype=torch.float64)
+    Q = _refined(flint, M, flint.arb_mat(torch.linalg.eigh(nearby)[1].tolist()))
     N, R = Q.transpose() * M * Q, _defect(flint, Q)
     radius, defect = (_root(arb, arb(square)).upper() for square in (_rest_square(N), _square_sum(R)))
     if not defect < 1:

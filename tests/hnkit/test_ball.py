@@ -164,6 +164,28 @@ def test_tiny_matrices_raise_the_precision_by_themselves():
     assert 0 < abs(c.error.upper) < 1e-79
 
 
+def test_an_enclosure_that_reaches_both_sides_of_zero_is_no_point():
+    """lambda_min of `[[1/2, b], [b, 1/2]]` is `2^-54` for `b = 1/2 - 2^-54`, which 40 bits cannot tell from 0."""
+    b = 0.5 - 2.0**-54
+    c = certify_bounds(torch.tensor([[0.5, b], [b, 0.5]], dtype=F64), max_precision=40)
+    assert c.lambda_min.lower < 0 < 2.0**-54 < c.lambda_min.upper
+
+
+@pytest.mark.parametrize("norm", [1e-300, 1e-160, 1e-80, 1e80, 1e155, 1e300])
+@pytest.mark.parametrize("kind", ["general", "low rank"])
+def test_no_size_of_the_entries_is_too_small_or_too_large(kind, norm):
+    """Squares of squares of these norms overflow or vanish in double precision."""
+    one, c = (certify_bounds(random_matrix(kind, 3, size), max_precision=128) for size in (1.0, norm))
+    M = mpmath.matrix(random_matrix(kind, 3, norm).tolist())
+    truths = max(mpmath.svd_r(M / norm, compute_uv=False)), min(mpmath.eigsy((M + M.T) / (2 * norm), eigvals_only=True))
+    for found, usual, truth in zip(
+        (c.spectral_norm, c.lambda_min), (one.spectral_norm, one.lambda_min), truths, strict=True
+    ):
+        assert found.lower <= truth * norm <= found.upper
+        assert found.upper - found.lower <= 1e-15 * norm
+        assert float(found.ball.rad()) <= 16 * norm * float(usual.ball.rad())
+
+
 def test_clusters_and_moderate_size():
     d = 40
     g = torch.Generator().manual_seed(0)
@@ -184,7 +206,7 @@ def test_eigenvalues_closer_than_a_float_can_tell_keep_their_order():
     with flint.ctx.workprec(256):
         exact = [flint.arb(1) + k * flint.arb(2) ** -100 for k in (2, 0, 3, 1)]
         M = flint.arb_mat(4, 4, [exact[i] if i == j else 0 for i in range(4) for j in range(4)])
-        found = _eigenvalues(flint, M, torch.eye(4, dtype=F64))
+        found = _eigenvalues(flint, M)
         for k, value in enumerate(found):
             assert value.contains(flint.arb(1) + k * flint.arb(2) ** -100)
             assert value.rad() < flint.arb(2) ** -200
