@@ -73,6 +73,7 @@ class Subject:
         options: further options of `noise_kl`.
         module: what a Lipschitz certificate may walk through; `None`: `f` itself.
         smooth: `f` has no kinks, so finite differences of it converge everywhere.
+        continuous: `f` is known to be so, as the optimal map of a problem is.
         ascent_steps: of the ascended Lipschitz estimate.
     """
 
@@ -84,6 +85,7 @@ class Subject:
     options: Mapping[str, Any] = field(default_factory=dict)
     module: NoiseMap | None = None
     smooth: bool = True
+    continuous: bool = False
     ascent_steps: int = 25
 
     def validate(self) -> None:

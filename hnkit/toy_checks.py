@@ -17,6 +17,7 @@ from hnkit.backend import NoiseMap
 from hnkit.jacobian import dense_jacobian
 from hnkit.kl import noise_kl
 from hnkit.loss import KLTerm, NoiseLoss
+from hnkit.resolution import explained_by_steps
 from hnkit.stream import generator_for
 from hnkit.tilt import GapEstimate, NoiseLaw, TiltedProblem, log_standard_normal, optimality_gap
 from hnkit.verify import Finding, NotApplicable, Registry, confidence_radius, mean_finding
@@ -345,7 +346,8 @@ def loss_of_optimum(tilted: Tilted) -> Finding:
     """`NoiseLoss(kl="exact")`, as it is trained, against the problem's log Z*."""
     tilted.need("optimal_map")
     tilted.require_smooth("optimal_map")
-    return mean_finding(_loss(tilted, "exact", tilted.optimum).double(), -tilted.problem.log_z(), floor=1e-6)
+    finding = mean_finding(_loss(tilted, "exact", tilted.optimum).double(), -tilted.problem.log_z(), floor=1e-6)
+    return explained_by_steps(finding, tilted.optimum, tilted.x, continuous=True)
 
 
 # --- what each loss learns (item e) -----------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def verify_toys(
         tilted = Tilted(problem, samples, settings.seed)
         tilts.append(tilted)
         notes.append((problem.name, problem.statement))
-        subject = replace(_subject(problem.name, tilted.optimum, tilted.x, settings), smooth=False)
+        subject = replace(_subject(problem.name, tilted.optimum, tilted.x, settings), smooth=False, continuous=True)
         subjects.append(subject)
         checks += TOY_CHECKS.run(tilted, problem.name)
         checks += MAP_CHECKS.run(subject, problem.name)

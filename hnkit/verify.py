@@ -110,6 +110,12 @@ class Finding:
     certified: bool = True
     kind: Kind | None = None
 
+    @property
+    def slack(self) -> float:
+        """What is left of the tolerance: negative, or NaN, where the statement fails."""
+        difference = self.measured - self.expected
+        return self.tolerance - {"=": abs(difference), "<=": difference, ">=": -difference}[self.relation]
+
 
 class NotApplicable(Exception):  # noqa: N818 - it is a verdict, not an error
     """Raised inside a check whose hypothesis is not met; the message names the hypothesis."""
@@ -132,17 +138,14 @@ class Statement:
             found = self.measure(subject)
         except (NotApplicable, InputError) as reason:  # InputError: the map lacks something that this check needs
             return replace(blank, note=str(reason))
-        difference = found.measured - found.expected
-        excess = {"=": abs(difference), "<=": difference, ">=": -difference}[found.relation]
-        slack = found.tolerance - excess
         # Written so that a NaN anywhere fails.
-        verdict: Verdict = "fails" if not slack >= 0 else "holds" if found.certified else "not certified"
+        verdict: Verdict = "fails" if not found.slack >= 0 else "holds" if found.certified else "not certified"
         return replace(
             blank,
             measured=found.measured,
             expected=found.expected,
             tolerance=found.tolerance,
-            slack=slack,
+            slack=found.slack,
             verdict=verdict,
             note=found.note,
             relation=found.relation,
