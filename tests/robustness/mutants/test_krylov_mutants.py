@@ -1,0 +1,218 @@
+"""Small errors in `hnkit/krylov.py` that no other test noticed, found by benchmarks/mutate.py."""
+
+from __future__ import annotations
+
+import cmath
+
+import pytest
+import torch
+from torch import Tensor
+
+from hnkit import krylov
+from hnkit.krylov import ArnoldiProcess, LanczosProcess, gauss_nodes, phi_column, spectral_norm
+from tests.hnkit.operator_zoo import MatrixOperator, matrix, phi_matrix
+
+DIM = 8
+
+
+def hessenberg(norms: list[float], seed: int) -> Tensor:
+    """Random Hessenberg matrices with a positive subdiagonal, of these spectral norms."""
+    generator = torch.Generator().manual_seed(seed)
+    upper = torch.randn(len(norms), DIM, DIM, generator=generator, dtype=torch.float64).triu()
+    below = 1 + torch.rand(len(norms), DIM - 1, generator=generator, dtype=torch.float64)
+    H = upper + torch.diag_embed(below, offset=-1)
+    wanted = torch.tensor(norms, dtype=torch.float64) / torch.linalg.matrix_norm(H, ord=2)
+    return H * wanted[:, None, None]
+
+
+def loop(length: int) -> Tensor:
+    """Steps of 0.95 from each coordinate to the next, and back to the first from the coordinate `length`."""
+    H = torch.diag(torch.full((DIM - 1,), 0.95, dtype=torch.float64), -1)
+    H[0, length - 1] = 0.95
+    return H
+
+
+def scales(rows: int) -> Tensor:
+    return torch.arange(1, rows + 1, dtype=torch.float64)
+
+
+def arnoldi_of(H: Tensor, steps: int) -> ArnoldiProcess:
+    """Arnoldi's process on `J^T = H` from a multiple of e_1: its basis is the standard one, its matrix H itself."""
+    probe = torch.zeros(H.shape[0], DIM, dtype=torch.float64)
+    probe[:, 0] = scales(H.shape[0])
+    process = ArnoldiProcess(MatrixOperator(H.mT, H.shape[0]), probe)
+    for _ in range(steps):
+        process.advance()
+    return process
+
+
+def unseen_walks(H: Tensor, m: int) -> Tensor:
+    """Walks down to `e_(m+1)` times walks back that start at `e_m`, with the weights of the logarithm's series."""
+    down = torch.stack([H[:, j + 1, j] for j in range(m)]).prod(0)
+    power, back = torch.eye(m, dtype=torch.float64).expand(H.shape[0], m, m), torch.zeros(H.shape[0])
+    for k in range(1, m + 1):
+        power = power @ H[:, :m, :m]
+        back = back + power[:, 0, m - 1].abs() / (m + k)
+    return scales(H.shape[0]).square() * down * back
+
+
+def continued_series(H: Tensor, m: int) -> Tensor:
+    """The last two changes of `e_1^T phi(H_k) e_1` continued with one ratio; the value of no step is 0."""
+    zero = torch.zeros(H.shape[0], dtype=torch.float64)
+    values = [zero, zero, *(torch.stack([phi_matrix(h[:k, :k])[0, 0] for h in H]) for k in range(1, m + 1))]
+    last, previous = (values[-1] - values[-2]).abs(), (values[-2] - values[-3]).abs()
+    ratio = 0.95 if m == 1 else min(float(last.sum() / previous.sum()), 0.95)
+    return scales(H.shape[0]).square() * sum(last * ratio**k for k in range(1, 1500))
+
+
+@pytest.mark.parametrize("m", range(1, 7))
+def test_truncation_continues_the_last_changes_where_they_say_more(m):
+    H = hessenberg([0.97, 0.6, 0.9], seed=0)
+    series = continued_series(H, m)
+    assert bool((series > unseen_walks(H, m)).sum() >= 2)
+    expected = torch.maximum(series, unseen_walks(H, m))
+    torch.testing.assert_close(arnoldi_of(H, m).truncation(), expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("m", range(1, 7))
+def test_truncation_counts_unseen_walks_where_the_values_have_settled(m, seed):
+    H = hessenberg([0.4, 0.3, 0.2], seed)
+    H[:, 0, 0] *= 0.01
+    # A row that changes at the last step but one, and hardly at the last, makes the common ratio small.
+    H = torch.cat([H, loop(max(1, m - 1))[None]]) if m > 1 else H
+    walks = unseen_walks(H, m)
+    assert bool((walks >= continued_series(H, m))[:3].all())
+    torch.testing.assert_close(arnoldi_of(H, m).truncation()[:3], walks[:3], rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_arnoldi_basis_is_orthonormal_at_every_size_of_the_operator(scale):
+    """Clustered eigenvalues, where one pass of orthogonalisation is not enough."""
+    values = torch.cat([torch.linspace(0.5, 0.5 + 1e-7, 20), torch.tensor([0.1, 0.9])]).double()
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(22, 22, generator=generator, dtype=torch.float64)).Q
+    probe = torch.randn(3, 22, generator=generator, dtype=torch.float64)
+    process = ArnoldiProcess(MatrixOperator(scale * (Q * values) @ Q.T, 3), probe)
+    for _ in range(6):
+        process.advance()
+    basis = process.space.basis
+    alive = (basis.norm(dim=2) > 0.5).double()
+    assert float((basis @ basis.mT - torch.diag_embed(alive)).abs().max()) < 1e-12
+
+
+def test_an_exhausted_arnoldi_space_continues_with_zeros():
+    A = torch.stack([matrix("low-rank", 0.9), matrix("gaussian", 0.9)])
+    probe = torch.randn(2, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    process = ArnoldiProcess(MatrixOperator(A, 2), probe)
+    for _ in range(6):
+        process.advance()
+    assert process.alive.tolist() == [False, True]  # rank 2: three vectors span everything
+    assert not process.space.basis[0, 3:].any()
+    assert not process.space.hessenberg[0, :, 3:].any()
+    assert not process.space.hessenberg[0, 3:].any()
+
+
+def test_arnoldi_keeps_at_most_twice_the_vectors_it_needs():
+    process = ArnoldiProcess(MatrixOperator(matrix("gaussian", 0.9, 40), 1), torch.ones(1, 40, dtype=torch.float64))
+    for m in range(1, 31):
+        process.advance()
+        space = process.space
+        needed = max(m + 1, 9)
+        assert space.basis.untyped_storage().nbytes() <= 2 * needed * 40 * 8
+        assert space.hessenberg.untyped_storage().nbytes() <= 4 * needed**2 * 8
+
+
+def lanczos_of(A: Tensor, probe: Tensor, steps: int) -> LanczosProcess:
+    process = LanczosProcess(MatrixOperator(A, probe.shape[0]), probe)
+    for _ in range(steps):
+        process.advance()
+    return process
+
+
+def test_lanczos_counts_the_products_of_every_row():
+    """One more than two a step, until nothing is left to find: a multiple of the identity takes one step."""
+    Q = torch.linalg.qr(matrix("gaussian", 1.0, DIM)).Q
+    spectra = [[0.0] * 8, [-0.5] * 8, [0.5] * 4 + [-0.5] * 4, [0.1, 0.2, 0.3, 0.4, -0.1, -0.2, -0.3, -0.4]]
+    A = torch.stack([(Q * torch.tensor(values, dtype=torch.float64)) @ Q.T for values in spectra])
+    probe = Q.sum(1).expand(4, DIM)
+    assert lanczos_of(A, probe, 5).work.tolist() == [3.0, 3.0, 5.0, 11.0]
+
+
+def test_lanczos_norm_is_the_largest_stretch_of_its_own_unit_vectors():
+    A = torch.stack([matrix("low-rank", 0.9), matrix("gaussian", 0.8), matrix("nilpotent", 0.7)])
+    probe = torch.randn(3, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    process = lanczos_of(A, probe, 6)
+    for row in range(3):
+        M = A[row] + A[row].T + A[row].T @ A[row]
+        krylov_vectors = torch.stack([torch.linalg.matrix_power(M, k) @ probe[row] for k in range(6)], 1)
+        # The rank-2 matrix leaves the probe, its image under J and two directions of J^T: five dimensions at most.
+        size = int(torch.linalg.matrix_rank(krylov_vectors, rtol=1e-10))
+        units = torch.linalg.qr(krylov_vectors[:, :size]).Q
+        assert float(process.norm[row]) == pytest.approx(float((A[row] @ units).norm(dim=0).max()), rel=1e-8)
+    assert process.alive.tolist() == [False, True, True]
+
+
+def test_an_exhausted_lanczos_space_continues_with_zeros():
+    A = torch.stack([0.3 * torch.eye(12, dtype=torch.float64), matrix("gaussian", 0.8)])
+    A[0, 0, 1] = 0.0
+    process = lanczos_of(A, torch.ones(2, 12, dtype=torch.float64), 4)
+    torch.testing.assert_close(process.diagonal[0], torch.tensor([0.69, 0.0, 0.0, 0.0], dtype=torch.float64))
+    assert process.beside[0].tolist() == [0.0] * 4
+    assert float(process.norm[0]) == pytest.approx(0.3)
+
+
+def shapes_solved(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of all systems solved from now on."""
+    seen: list[torch.Size] = []
+    solve = torch.linalg.solve
+
+    def watched(A: Tensor, B: Tensor) -> Tensor:
+        seen.append(A.shape)
+        return solve(A, B)
+
+    monkeypatch.setattr(torch.linalg, "solve", watched)
+    return seen
+
+
+@pytest.mark.parametrize(("rows", "together"), [(2, 2), (3, 1), (9, 1)])
+def test_quadrature_solves_as_many_shifted_matrices_together_as_its_memory_holds(monkeypatch, rows, together):
+    H = matrix("gaussian", 0.9, 4).expand(rows, 4, 4)
+    monkeypatch.setattr(krylov, "_QUADRATURE_ENTRIES", 64)  # four 4 x 4 matrices
+    shapes = shapes_solved(monkeypatch)
+    found = phi_column(H, 0.9)
+    assert max(shape[0] for shape in shapes) == together
+    assert sum(shape[0] for shape in shapes) == len(gauss_nodes(0.9)[0])
+    torch.testing.assert_close(found, phi_matrix(H[0])[:, 0].expand(rows, 4))
+
+
+def test_quadrature_holds_16_mebibytes_of_shifted_matrices(monkeypatch):
+    shapes = shapes_solved(monkeypatch)
+    found = phi_column(torch.full((2**18, 1, 1), -0.3, dtype=torch.float64), 0.3)
+    assert max(shape.numel() for shape in shapes) * 8 == 16 * 2**20
+    assert float(found.min()) == pytest.approx(-0.3 - cmath.log(0.7).real, rel=1e-13)
+
+
+def test_functions_of_no_matrices():
+    """As when no row of a batch has a norm below 1, or before the first step."""
+    assert phi_column(torch.zeros(0, 3, 3), 0.0).shape == (0, 3)
+    assert spectral_norm(torch.zeros(0, 3, 2)).shape == (0,)
+    assert spectral_norm(torch.zeros(3, 1, 0)).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("h", [-0.75, 0.5, 3.0])
+def test_spectral_norm_of_a_number_is_its_modulus(h):
+    assert spectral_norm(torch.tensor([[[h]]], dtype=torch.float64)).tolist() == [abs(h)]
+
+
+def test_quadrature_is_accurate_to_rounding_unless_told_otherwise():
+    nodes, weights = gauss_nodes(0.9)
+    z = -0.9
+    value = sum(w * t * z * z / (1 + t * z) for t, w in zip(nodes, weights, strict=True))
+    assert value == pytest.approx((z - cmath.log(1 + z)).real, rel=1e-13)
+
+
+@pytest.mark.parametrize("gap", [1e-6, 1e-8, 0.0])
+def test_the_number_of_nodes_stays_bounded_at_a_norm_of_one(gap):
+    """rho = 1 + 0.002 at a norm of 1 - 1e-6, and no less nearer to 1: log(2) / 0.004 nodes for an error of a half."""
+    assert len(gauss_nodes(1 - gap, tolerance=0.5)[0]) < 180
