@@ -25,6 +25,7 @@ MAX_DIM = 256
 _BITS = 128
 _MAX_BITS = 1024
 _NEWTON_STEPS = 12  # each doubles the digits of the eigenvectors
+_APART = 1024  # Newton steps are below 1/1024: nearer to 1 their squares stop them before a pair is resolved
 _ROUNDS = 8  # of splitting clusters, each sixteen digits finer
 
 
@@ -333,17 +334,22 @@ def _refined(flint: Any, M: Any, Q: Any) -> Any:
 
 
 def _newton(flint: Any, M: Any, Q: Any) -> tuple[Any, float, list[list[int]]]:
-    """Newton steps while they help; the vectors, the square of what is left, and the clusters not resolved."""
-    best, least, unresolved = Q, math.inf, []
+    """Newton steps while they help; the vectors, the square of what is left, and the clusters not resolved.
+
+    A step between near eigenvalues may add to what is left before the next one takes it away, so two must fail.
+    """
+    best, least, unresolved, failed = Q, math.inf, [], 0
     for _ in range(_NEWTON_STEPS):
         N, R = (Q.transpose() * M * Q).mid(), _defect(flint, Q).mid()
         rest, defect, scale = float(_rest_square(N)), float(_square_sum(R)), float(_square_sum(N))
         size = defect + rest / scale if scale > 0 else 0.0
-        if not size < 0.25 * least:
+        failed = 0 if size < 0.25 * least else failed + 1
+        if failed > 1:
             break
-        threshold = 2 * (math.sqrt(rest) + math.sqrt(scale * defect))
+        threshold = _APART * (math.sqrt(rest) + math.sqrt(scale * defect))
         step, clusters = _newton_step(flint, N, R, threshold)
-        best, least, unresolved = Q, size, clusters
+        if not failed:
+            best, least, unresolved = Q, size, clusters
         if size == 0:
             break
         Q = (Q + Q * step).mid()
