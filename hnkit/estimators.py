@@ -26,6 +26,8 @@ Probe = Literal["rademacher", "gaussian", "spherical"]
 PROBES: tuple[Probe, ...] = ("rademacher", "gaussian", "spherical")
 
 _MAX_STEPS = 64
+# The largest proved L that gives Lanczos a bracket: (1 - L)^2 = 1e-12 stands above the rounding of its matrices.
+_MAX_BRACKET = 1 - 1e-6
 
 
 @dataclass(frozen=True)
@@ -308,7 +310,8 @@ def lanczos(
     With `M = J + J^T + J^T J = B^T B - I` and its tridiagonal `T_m`, the form is
     `|v|^2 e_1^T phi(T_m) e_1 / 2 - |J v|^2 / 2`, which has no first-order part. Gauss quadrature bounds it from below;
     with `|J|_2 <= L < 1` proved, Gauss-Radau quadrature with the node `(1 - L)^2 - 1` bounds it from above, and the
-    value is the middle of the bracket, `bound` its half width. No norm is needed: it goes on where L >= 1.
+    value is the middle of the bracket, `bound` its half width. No norm is needed: it goes on where L >= 1. An L within
+    1e-6 of 1 gives no bracket, for rounding does not tell its node from -1.
 
     Args:
         operator: J.
@@ -322,9 +325,9 @@ def lanczos(
     process = LanczosProcess(operator, probe)
     limit = min(operator.dim, _MAX_STEPS if steps is None else steps)
     node = None
-    if lipschitz is not None and lipschitz < 1:
+    if lipschitz is not None and lipschitz <= _MAX_BRACKET:
         # (1 - L)^2 - 1, moved outwards by more than rounding, so that no eigenvalue of T_m meets it.
-        node = lipschitz * (lipschitz - 2) - 1e-8 * min(lipschitz, (1 - lipschitz) ** 2) - 1e-300
+        node = lipschitz * (lipschitz - 2) - 1e-8 * min(lipschitz, max((1 - lipschitz) ** 2, 1e-6)) - 1e-300
     gauss = radau = truncation = torch.zeros_like(process.scale)
     while process.steps < limit and bool(process.alive.any()):
         process.advance()

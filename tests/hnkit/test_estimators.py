@@ -234,6 +234,26 @@ def test_lanczos_goes_on_where_the_norm_exceeds_one() -> None:
     assert float(value.mean()) == pytest.approx(exact_error(A), abs=4 * float(value.std()) / math.sqrt(4000))
 
 
+@pytest.mark.parametrize("gap", [1.2e-4, 3e-5, 4e-5, 7e-5, 1e-5, 1.1e-6])
+def test_lanczos_keeps_its_bracket_where_the_norm_nears_one(gap: float) -> None:
+    # J = -L I: the node of the bracket is the eigenvalue of T_1, but for rounding.
+    constant = 1 - gap
+    A = -constant * torch.eye(4, dtype=torch.float64)
+    result = lanczos(MatrixOperator(A, 1), torch.ones(1, 4, dtype=torch.float64), lipschitz=constant)
+    rounding = 1e-15 / gap**2
+    assert float(result.value) == pytest.approx(4 * (-constant - math.log(gap)), rel=1e-9, abs=4 * rounding)
+    assert 0 <= float(result.bound) < 4 * rounding
+
+
+@pytest.mark.parametrize("gap", [9e-7, 1e-8, 1e-16])
+@pytest.mark.parametrize("steps", [2, 5, DIM, None])
+def test_lanczos_has_no_bracket_where_rounding_hides_its_node(gap: float, steps: int | None) -> None:
+    A, v = matrix("gaussian", 0.5), probes()
+    result = lanczos(MatrixOperator(A, ROWS), v, steps=steps, lipschitz=1 - gap)
+    assert torch.equal(result.value, lanczos(MatrixOperator(A, ROWS), v, steps=steps).value)
+    assert bool(result.bound.isnan().all())
+
+
 def test_lanczos_at_a_singular_point_is_infinite() -> None:
     # I + A = 0 in one direction: log det is minus infinity.
     A = torch.diag(torch.tensor([-1.0, 0.2, 0.3], dtype=torch.float64))
