@@ -107,8 +107,9 @@ class HalfSpace(Toy):
             tilt = self.log_tilt((s * direction)[None])
             return math.exp(float(tilt) - 0.5 * s * s) / math.sqrt(2 * math.pi)
 
-        edge = max(-11.0, min(11.0, t))
-        parts = [quad(integrand, low, high, epsabs=0, epsrel=1e-11) for low, high in ((-12.0, edge), (edge, 12.0))]
+        edge = max(t, -12.0)  # the tilted mass below -12 is under 1e-32 of the whole
+        sides = ((-12.0, min(edge, 12.0)), (edge, max(edge, 0.0) + 12.0))
+        parts = [quad(integrand, low, high, epsabs=0, epsrel=1e-11) for low, high in sides]
         total = float(sum(part[0] for part in parts))
         return math.log(total), float(sum(part[1] for part in parts)) / total + 1e-13
 

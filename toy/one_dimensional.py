@@ -211,8 +211,8 @@ class OneDimensional(Toy):
         index = torch.where(
             left,
             torch.searchsorted(below, wanted, right=True) - 1,
-            len(edges) - 1 - torch.searchsorted(above.flip(0), wanted, right=False),
-        ).clamp(0, len(edges) - 2)
+            len(edges) - 1 - torch.searchsorted(above.flip(0), wanted, right=True),
+        )
         low, high = edges[index], edges[index + 1]
         base = torch.where(left, below[index], above[index + 1])
 
@@ -231,7 +231,7 @@ class OneDimensional(Toy):
             )
             return value, density
 
-        return solve_increasing(excess, low, high)
+        return solve_increasing(excess, low, high).clamp(low, high)  # a rounding outside may have no density
 
     def optimal_map(self) -> NoiseMap:
         """The increasing transport `T = F*^-1 o Phi`."""
@@ -352,7 +352,7 @@ def _lower_hull(x: np.ndarray, y: np.ndarray) -> list[int]:
 
 
 def one_dimensional(alpha: float = 0.4) -> OneDimensional:
-    """The default: a tilted law with two modes behind `y = asinh(x)`."""
+    """The default: a tilted law with three modes behind `y = asinh(x)`."""
     return OneDimensional(
         reward_function=lambda y: 0.5 * torch.cos(4 * y - 1),
         generator_function=torch.asinh,
