@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,115 +17,13 @@ from hnkit.jacobian import dense_jacobian
 from hnkit.kl import noise_kl
 from hnkit.loss import KLTerm, NoiseLoss
 from hnkit.resolution import explained_by_steps
-from hnkit.stream import generator_for
-from hnkit.tilt import GapEstimate, NoiseLaw, TiltedProblem, log_standard_normal, optimality_gap
+from hnkit.tilt import NoiseLaw, log_standard_normal, optimality_gap
+from hnkit.tilted import Tilted
 from hnkit.verify import Finding, NotApplicable, Registry, confidence_radius, mean_finding
 
 TOY_CHECKS = Registry()
 
 _EXACT = 1e-8
-
-
-def contraction(dim: int, lipschitz: float = 0.5, *, width: int = 16, seed: int = 0) -> nn.Sequential:
-    """A smooth map with a certified constant: two linear layers of spectral norm `sqrt(L)` around tanh, in float64."""
-    generator = generator_for(seed, "verify/contraction", dim)
-    sizes = ((dim, width), (width, dim))
-    layers = [nn.utils.skip_init(nn.Linear, *size, dtype=torch.float64) for size in sizes]  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        for layer in layers:
-            weight = torch.randn(layer.weight.shape, dtype=torch.float64, generator=generator)
-            layer.weight.copy_(weight * (math.sqrt(lipschitz) / torch.linalg.matrix_norm(weight, 2)))
-            layer.bias.copy_(0.3 * torch.randn(layer.bias.shape, dtype=torch.float64, generator=generator))
-    return nn.Sequential(layers[0], nn.Tanh(), layers[1]).requires_grad_(False)
-
-
-@dataclass
-class Tilted:
-    """A problem and the noise it is tested on; what several checks need is computed once.
-
-    Args:
-        problem: the generator, reward and temperature.
-        samples: how many noise samples.
-        seed: of every draw.
-    """
-
-    problem: TiltedProblem
-    samples: int
-    seed: int = 0
-
-    def generator(self, purpose: str) -> torch.Generator:
-        """A generator for one purpose, a function of the seed alone."""
-        return generator_for(self.seed, f"verify/{self.problem.name}/{purpose}")
-
-    def noise(self, purpose: str, count: int | None = None) -> Tensor:
-        """`count` draws of the base noise, of their own for each purpose."""
-        shape = (count or self.samples, *self.problem.noise_shape)
-        return torch.randn(shape, dtype=torch.float64, generator=self.generator(purpose))
-
-    @cached_property
-    def x(self) -> Tensor:
-        """The noise of the maps' checks."""
-        return self.noise("x")
-
-    @property
-    def dim(self) -> int:
-        """Noise dimensions d."""
-        return math.prod(self.problem.noise_shape)
-
-    def need(self, *members: str) -> None:
-        """A check does not apply to a problem that lacks one of these members."""
-        for member in members:
-            if member in self.problem.unavailable:
-                raise NotApplicable(f"the problem has no {member}")
-
-    def log_tilt(self, y: Tensor) -> Tensor:
-        """`r(y)/alpha - log Z*` per row of outputs."""
-        return self.problem.reward(y) / self.problem.alpha - self.problem.log_z()
-
-    @cached_property
-    def tilted_noise(self) -> Tensor:
-        """Draws of `p0*`."""
-        self.need("sample_p0_star")
-        return self.problem.sample_p0_star(self.samples, self.generator("p0*"))
-
-    @cached_property
-    def optimum(self) -> NoiseMap:
-        """The map that reaches `p0*`."""
-        self.need("optimal_map")
-        return self.problem.optimal_map()
-
-    @cached_property
-    def proximal(self) -> NoiseMap:
-        """The map that the L2 loss learns."""
-        self.need("l2_map")
-        return self.problem.l2_map()
-
-    @cached_property
-    def reference(self) -> NoiseMap:
-        """A contraction with a certified constant, the same for every problem of this dimension."""
-        if len(self.problem.noise_shape) != 1:
-            raise NotApplicable("tried on problems whose noise is a vector")
-        return contraction(self.dim)
-
-    @cached_property
-    def gap_of_optimum(self) -> GapEstimate:
-        """Optimality gap of the optimal map."""
-        return optimality_gap(self.problem, self.optimum, self.x)
-
-    @cached_property
-    def gap_of_proximal(self) -> GapEstimate:
-        """Optimality gap of the L2 map."""
-        return optimality_gap(self.problem, self.proximal, self.x)
-
-    @cached_property
-    def gap_of_reference(self) -> GapEstimate:
-        """Optimality gap of the reference map."""
-        return optimality_gap(self.problem, self.reference, self.x)
-
-    def require_smooth(self, member: str) -> None:
-        """A check that differentiates a map does not apply where the map jumps."""
-        if member in self.problem.discontinuous:
-            raise NotApplicable(f"{member} is not differentiable almost everywhere on this problem")
 
 
 # --- the tilted laws --------------------------------------------------------------------------------------------
@@ -141,9 +38,10 @@ def log_z_two_routes(tilted: Tilted) -> Finding:
 
 def _importance_weights(tilted: Tilted, outputs: Tensor) -> tuple[Tensor, float]:
     """`exp(r(y)/alpha - log Z*)` of base outputs, and how many equally weighted samples they are worth."""
-    weights = tilted.log_tilt(outputs).exp()
-    total = float(weights.sum())
-    effective = total**2 / float(weights.square().sum()) if total > 0 else 0.0
+    logs = tilted.log_tilt(outputs)
+    weights = logs.exp()
+    # of the weights over the largest, since all of them, or their squares, may underflow
+    effective = float(torch.exp(2 * logs.logsumexp(0) - (2 * logs).logsumexp(0)).nan_to_num())
     if not effective >= 50:  # a strong tilt: all weights underflow, or one of them is everything
         raise NotApplicable(f"only {effective:.0f} effective samples: the tilt is too strong for base samples")
     return weights, effective
@@ -333,7 +231,7 @@ def kl_of_optimum(tilted: Tilted) -> Finding:
     """The exact estimate against the closed form or quadrature of the problem."""
     tilted.need("kl_optimal")
     estimate = noise_kl(tilted.optimum, tilted.x, method="exact", form="change-of-variables", check=False)
-    return mean_finding(estimate.per_sample, tilted.problem.kl_optimal(), floor=1e-7)
+    return tilted.divergence(estimate.per_sample, floor=1e-7)
 
 
 @TOY_CHECKS.add(
@@ -499,8 +397,7 @@ def data_processing_equality(tilted: Tilted) -> Finding:
     """The output divergence by its densities against the noise divergence in closed form."""
     tilted.need("log_p_star", "log_p_base", "kl_optimal")
     y = tilted.problem.generate(tilted.tilted_noise)
-    divergence = tilted.problem.log_p_star(y) - tilted.problem.log_p_base(y)
-    return mean_finding(divergence, tilted.problem.kl_optimal(), floor=1e-8)
+    return tilted.divergence(tilted.problem.log_p_star(y) - tilted.problem.log_p_base(y), floor=1e-8)
 
 
 @TOY_CHECKS.add(

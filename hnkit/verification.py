@@ -22,7 +22,8 @@ from hnkit.measure import mean_shift_share
 from hnkit.stream import generator_for
 from hnkit.subject import DENSE_DIM, Subject
 from hnkit.tilt import TiltedProblem, optimality_gap
-from hnkit.toy_checks import TOY_CHECKS, Tilted, contraction
+from hnkit.tilted import Tilted, contraction
+from hnkit.toy_checks import TOY_CHECKS
 from hnkit.verify import Check, Quantity, Report
 from hnkit.verify_plots import map_plots, toy_plots
 

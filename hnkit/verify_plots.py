@@ -16,7 +16,7 @@ from hnkit.jacobian import dense_jacobian
 from hnkit.logdet import log_det_error
 from hnkit.plots import Plot, densities, error_against_lipschitz, exact_against_l2, kl_split
 from hnkit.subject import Subject
-from hnkit.toy_checks import Tilted, contraction
+from hnkit.tilted import Tilted, contraction
 
 _LEVELS = np.linspace(0.02, 0.98, 49)
 _MATRICES = 16

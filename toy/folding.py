@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from scipy.integrate import quad
@@ -94,20 +95,24 @@ class Folding(Toy):
 
     def log_z_check(self) -> tuple[float, float]:
         """Adaptive quadrature over the whole line, one integral for each entry, through generator and reward."""
-        total = error = 0.0
-        for i in range(self.dim):
-            single = Folding(self.slope[i : i + 1], self.curvature[i : i + 1], self.alpha)
+        entries = [Folding(q[None], Q[None], self.alpha) for q, Q in zip(self.slope, self.curvature, strict=True)]
+        values, errors = zip(*(entry._log_z_by_quadrature() for entry in entries), strict=True)
+        return sum(values), sum(errors)
 
-            def integrand(x: float, single: Folding = single) -> float:
-                tilt = float(single.log_tilt(torch.tensor([[x]], dtype=torch.float64)))
-                return math.exp(tilt - 0.5 * x * x - _HALF_LOG_2PI)
+    def _log_z_by_quadrature(self) -> tuple[float, float]:
+        """Logarithm of Z* of a problem of one entry, and its error."""
+        b, _, s = (float(part) for part in self._tilt)
+        peak = max(0.0, b * s)  # the integrand is largest at both signs of it, and may be narrow there
 
-            reach = 12 * max(1.0, float(self._tilt[2][i])) + abs(float(self._tilt[0][i] * self._tilt[2][i]))
-            parts = [quad(integrand, low, high, epsabs=0, epsrel=1e-11) for low, high in ((-reach, 0.0), (0.0, reach))]
-            value = float(sum(part[0] for part in parts))
-            total += math.log(value)
-            error += float(sum(part[1] for part in parts)) / value + 1e-13
-        return total, error
+        def exponent(x: float) -> float:
+            return float(self.log_tilt(torch.tensor([[x]], dtype=torch.float64))) - 0.5 * x * x - _HALF_LOG_2PI
+
+        top = exponent(peak)
+        reach = 12 * max(math.sqrt(s), s) + peak
+        cuts = sorted({-reach, -peak, 0.0, peak, reach})
+        parts = [quad(lambda x: math.exp(exponent(x) - top), *ends, epsabs=0, epsrel=1e-11) for ends in pairwise(cuts)]
+        value = sum(part[0] for part in parts)
+        return top + math.log(value), sum(part[1] for part in parts) / value + 1e-13
 
     def _log_density(self, x: Tensor) -> Tensor:
         """Log density of each entry of the tilted noise law."""

@@ -23,6 +23,7 @@ from hnkit.tilt import log_standard_normal
 from toy._numerics import monotone_transport, normal_cdf
 from toy._problem import Toy, float64, require_alpha, standard_normal
 
+_MOST_NATS = 700.0  # exp(709.8) overflows
 _INSIDE = 1e-12
 
 
@@ -61,6 +62,11 @@ class HalfSpace(Toy):
             raise InputError("the normal of the half-space is 0: give a direction")
         if not (math.isfinite(self.height) and self.height > 0):
             raise InputError(f"height is {self.height}: give a positive one, and reverse the normal for a penalty")
+        if self.height / self.alpha > _MOST_NATS:
+            raise InputError(
+                f"alpha = {self.alpha:g} at height {self.height:g}: exp(height/alpha) overflows: give alpha of "
+                f"{self.height / _MOST_NATS:.3g} or more"
+            )
 
     @property
     def statement(self) -> str:

@@ -15,7 +15,8 @@ from hnkit import InputError, noise_kl, verify_bound
 from hnkit.certified_checks import CERTIFIED_CHECKS, Certified
 from hnkit.map_checks import MAP_CHECKS
 from hnkit.subject import Subject
-from hnkit.toy_checks import TOY_CHECKS, Tilted, contraction
+from hnkit.tilted import Tilted, contraction
+from hnkit.toy_checks import TOY_CHECKS
 from hnkit.verification import VerifySettings, reference_maps, verify_toys
 from hnkit.verify import (
     FALSE_ALARM,

@@ -131,6 +131,7 @@ def test_one_dimension_even_reward_jumps_at_the_middle():
         (lambda: HalfSpace(torch.zeros(2, 2), torch.zeros(2), torch.ones(2), 0.0, 1.0), "invertible"),
         (lambda: HalfSpace(torch.eye(2), torch.zeros(2), torch.zeros(2), 0.0, 1.0), "normal"),
         (lambda: HalfSpace(torch.eye(2), torch.zeros(2), torch.ones(2), 0.0, -1.0), "height"),
+        (lambda: HalfSpace(torch.eye(2), torch.zeros(2), torch.ones(2), 0.0, 1.0, alpha=1e-3), "alpha of 0.00143"),
         (lambda: Mixture(torch.ones(2), torch.zeros(2, 2, 2), torch.zeros(2, 3), torch.eye(3)), "weights"),
         (lambda: Mixture(-torch.ones(1), torch.zeros(1, 2, 2), torch.zeros(1, 2), torch.eye(2)), "positive"),
         (lambda: Mixture(torch.ones(1), -torch.eye(2)[None], torch.zeros(1, 2), torch.eye(2)), "infinite"),
@@ -207,3 +208,12 @@ def test_half_space_projects_onto_the_boundary():
     expected = torch.tensor([[1.0, 0.3], [-0.5, 0.3], [1.5, 0.3], [1.0, 2.0]], dtype=torch.float64)
     torch.testing.assert_close(T, expected, rtol=0, atol=1e-11)
     assert float(problem.reward(T)[0]) == 0.5
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 1e-2, 1.0, 100.0])
+def test_quadrature_of_the_fold_at_any_temperature(alpha):
+    """Neither a weight of exp(800) nor a peak of width 0.03 is lost."""
+    problem = Folding(torch.tensor([1.3, -0.4]), torch.tensor([1.0, 0.5]), alpha)
+    value, error = problem.log_z_check()
+    assert value == pytest.approx(problem.log_z(), rel=1e-10, abs=1e-10)
+    assert error < 1e-8
