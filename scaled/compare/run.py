@@ -81,11 +81,13 @@ class Comparison:
                 raise InputError(
                     f"--adapter {adapter} is not a folder: name the folder of a trained adapter, or its run"
                 )
+            files = {}
             if adapter is not None:
-                adapter_options(adapter / "adapter" if (adapter / "adapter").is_dir() else adapter)
+                adapter_options(_weights_folder(adapter))
+                files = _digests(adapter)
             chosen = _chosen_prompts(backend, prompts, plan, others)
             where = None if adapter is None else str(adapter.resolve())
-            settings = Settings(backend, plan, where, tuple(chosen), tuple(others), quick)
+            settings = Settings(backend, plan, where, files, tuple(chosen), tuple(others), quick)
             session = _Session(settings)  # what is missing or cannot be used is refused before a folder is made
             folder = new_run_folder(out, "compare")
             write_sealed(folder / PLAN, settings.to_json())
@@ -101,6 +103,8 @@ class Settings:
     backend: str
     plan: Plan
     adapter: str | None
+    adapter_files: dict[str, str]
+    """SHA-256 of the adapter's files: parts made with one adapter are not mixed with another's."""
     prompts: tuple[str, ...]
     overrides: tuple[str, ...]
     quick: bool
@@ -122,6 +126,7 @@ def _read_plan(folder: Path, backend: str) -> Settings:
             document["backend"],
             plan_from_json(document["plan"]),
             document["adapter"],
+            dict(document["adapter_files"]),
             tuple(document["prompts"]),
             tuple(document["overrides"]),
             document["quick"],
@@ -137,7 +142,22 @@ def _read_plan(folder: Path, backend: str) -> Settings:
         ) from error
     if settings.backend != backend:
         raise InputError(f"--resume {folder} compares backend {settings.backend!r}, not {backend!r}")
+    if settings.adapter is not None and _digests(Path(settings.adapter)) != settings.adapter_files:
+        raise InputError(
+            f"--resume {folder}: its adapter {settings.adapter} is gone or has changed since: restore it, or compare "
+            f"the new one in a new folder"
+        )
     return settings
+
+
+def _weights_folder(adapter: Path) -> Path:
+    """Where an adapter's files are: in the folder that is named, or in that run's folder `adapter`."""
+    return adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
+
+
+def _digests(adapter: Path) -> dict[str, str]:
+    folder = _weights_folder(adapter)
+    return {path.name: file_digest(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
 def _chosen_prompts(backend: str, prompts: Sequence[str] | None, plan: Plan, overrides: Sequence[str]) -> list[str]:

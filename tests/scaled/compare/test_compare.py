@@ -136,6 +136,25 @@ def test_damaged_parts_are_found_out_again(finished, tmp_path):
             assert path.read_bytes() == content, path.name
 
 
+def test_parts_made_with_another_adapter_are_not_mixed_in(finished, overrides, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(finished[0] / "runs" / "hypernoise" / "adapter", adapter)
+    few = [*overrides, "compare.ranks=[]", "compare.losses=[]", "compare.steps=[1]"]
+    run = tmp_path / "run"
+    document = COMPARISON(
+        "sana", methods=["base", "hypernoise"], adapter=adapter, prompts=PROMPTS, seeds=1, overrides=few, out=run
+    )
+    again = COMPARISON("sana", resume=run)
+    assert again["table_1"] == document["table_1"]
+    weights = next(adapter.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x3f")
+    with pytest.raises(InputError, match="is gone or has changed since"):
+        COMPARISON("sana", resume=run)
+    shutil.rmtree(adapter)
+    with pytest.raises(InputError, match="is gone or has changed since"):
+        COMPARISON("sana", resume=run)
+
+
 def test_a_damaged_plan_is_refused(finished, tmp_path):
     (tmp_path / "plan.json").write_text((finished[0] / "plan.json").read_text().replace('"seeds": 2', '"seeds": 3'))
     with pytest.raises(InputError, match=r"plan\.json is missing or damaged"):
