@@ -135,9 +135,9 @@ def _down(value: float) -> float:
     return -_up(-value)
 
 
-def _times(a: float, b: float) -> float:
-    """A product of non-negative bounds, rounded up unless it is exact."""
-    return a * b if a in (0.0, 1.0) or b in (0.0, 1.0) else _up(a * b)
+def _times(a: float, b: float, toward: float = math.inf) -> float:
+    """A product rounded up (down for `toward=-inf`) unless it is exact; one that is not 0 never becomes 0."""
+    return a * b if a in (0.0, 1.0) or b in (0.0, 1.0) else math.nextafter(a * b, toward)
 
 
 class _UncertifiedError(InputError):
@@ -201,6 +201,12 @@ def _number(value: Any, what: str) -> float:
     if not math.isfinite(number):
         raise InputError(f"its {what} returned {number}: a finite number is needed")
     return number
+
+
+def _setting(value: float, name: str) -> float:
+    if not math.isfinite(value):
+        raise InputError(f"its {name} is {value}: a finite number is needed")
+    return float(value)
 
 
 def _require_plain(module: nn.Module) -> None:
@@ -309,9 +315,9 @@ def _gradient_form(parts: list[tuple[nn.Module, JacobianBounds]]) -> tuple[float
     W, V = first.weight.detach(), last.weight.detach()
     if W.shape != V.T.shape:
         return None
-    square = _up(parts[0][1].norm ** 2)
+    square = _times(parts[0][1].norm, parts[0][1].norm)
     slopes = parts[1][1]
-    low, high = _down(min(slopes.lower, 0.0) * square), _up(max(slopes.upper, 0.0) * square)
+    low, high = _times(min(slopes.lower, 0.0), square, -math.inf), _times(max(slopes.upper, 0.0), square)
     if torch.equal(V, W.T):
         return low, high
     return (-high, -low) if torch.equal(V, -W.T) else None
@@ -330,12 +336,14 @@ def _sum(module: Sum, visit: Visit) -> JacobianBounds:
 
 @register(Scaled)
 def _scaled(module: Scaled, visit: Visit) -> JacobianBounds:
-    if not math.isfinite(module.factor):
-        raise InputError(f"its factor is {module.factor}: a finite number is needed")
-    part, c = visit(module.module, "module"), module.factor
-    low, high = sorted((c * part.lower, c * part.upper))
+    part, c = visit(module.module, "module"), _setting(module.factor, "factor")
+    least, most = (part.lower, part.upper) if c >= 0 else (part.upper, part.lower)
     return JacobianBounds(
-        _times(abs(c), part.norm), _down(low), _up(high), elementwise=part.elementwise, how=f"{c:g} * {part.how}"
+        _times(abs(c), part.norm),
+        _times(c, least, -math.inf),
+        _times(c, most),
+        elementwise=part.elementwise,
+        how=f"{c:g} * {part.how}",
     )
 
 
@@ -412,7 +420,6 @@ _SLOPES: Mapping[type[nn.Module], tuple[float, float]] = {
     nn.SiLU: (-0.09983932013, 1.09983932013),
     nn.Mish: (-0.1125261224, 1.0884981613),
     nn.SELU: (0.0, 1.7580993409),
-    nn.CELU: (0.0, 1.0),
 }
 
 
@@ -432,7 +439,7 @@ def _gelu(module: nn.GELU, visit: Visit) -> JacobianBounds:  # noqa: ARG001
 
 @register(nn.LeakyReLU)
 def _leaky_relu(module: nn.LeakyReLU, visit: Visit) -> JacobianBounds:  # noqa: ARG001
-    slope = float(module.negative_slope)
+    slope = _setting(module.negative_slope, "negative_slope")
     return JacobianBounds.from_slopes(min(slope, 1.0), max(slope, 1.0))
 
 
@@ -444,13 +451,20 @@ def _prelu(module: nn.PReLU, visit: Visit) -> JacobianBounds:  # noqa: ARG001
 
 @register(nn.ELU)
 def _elu(module: nn.ELU, visit: Visit) -> JacobianBounds:  # noqa: ARG001
-    alpha = float(module.alpha)
+    alpha = _setting(module.alpha, "alpha")
     return JacobianBounds.from_slopes(min(0.0, alpha), max(1.0, alpha))
+
+
+@register(nn.CELU)
+def _celu(module: nn.CELU, visit: Visit) -> JacobianBounds:  # noqa: ARG001
+    if _setting(module.alpha, "alpha") <= 0:
+        raise InputError(f"alpha {module.alpha}: its slope exp(x / alpha) is unbounded at -inf; use alpha > 0")
+    return JacobianBounds.from_slopes(0.0, 1.0)
 
 
 @register(nn.Softplus)
 def _softplus(module: nn.Softplus, visit: Visit) -> JacobianBounds:  # noqa: ARG001
-    if module.threshold < 20 or module.beta <= 0:
+    if not (module.threshold >= 20 and module.beta > 0):
         raise InputError(
             f"beta {module.beta}, threshold {module.threshold}: it jumps; use beta > 0 and threshold >= 20"
         )

@@ -405,6 +405,18 @@ def test_stated_constants(module, norm, lower, upper):
     assert (bounds.norm, bounds.lower, bounds.upper) == pytest.approx((norm, lower, upper), rel=1e-9, abs=1e-300)
 
 
+def test_bounds_that_vanish_in_floating_point_are_not_zero():
+    """The slopes of -1e-400 tanh lie in [-1e-400, 0], which no float but 0 is nearest to."""
+    bounds = certified_bounds(Scaled(Scaled(nn.Tanh(), 1e-200), -1e-200))
+    assert bounds.norm > 0 > bounds.lower
+    tiny = layer(torch.full((1, 1), 1e-170, dtype=F64))
+    assert certified_bounds(nn.Sequential(tiny, nn.Tanh(), layer(tiny.weight.T))).upper > 0
+    assert certified_bounds(Scaled(nn.ReLU(), 0.3)).lower == 0
+    assert certified_bounds(Scaled(nn.ReLU(), 0.0)) == JacobianBounds(
+        0, 0, 0, elementwise=True, how="0 * ReLU 'module' 1"
+    )
+
+
 def test_the_range_of_a_linear_layer_is_that_of_its_symmetric_part():
     for A in (noise(5, 5), noise(5, 5) + 6 * torch.eye(5, dtype=F64)):
         bounds, values = certified_bounds(layer(A)), torch.linalg.eigvalsh((A + A.T) / 2)
@@ -429,6 +441,11 @@ def test_the_range_of_a_linear_layer_is_that_of_its_symmetric_part():
         (nn.Hardshrink(), r"Hardshrink: no rule"),
         (nn.Bilinear(2, 2, 2), r"Bilinear: no rule"),
         (nn.Softplus(threshold=1.0), r"Softplus: .*threshold"),
+        (nn.Softplus(beta=0.0), r"Softplus: .*beta 0.0"),
+        (nn.Softplus(beta=math.nan), r"Softplus: .*beta nan"),
+        (nn.CELU(-0.5), r"CELU: .*use alpha > 0"),
+        (nn.ELU(math.nan), r"ELU: its alpha is nan"),
+        (nn.LeakyReLU(math.inf), r"LeakyReLU: its negative_slope is inf"),
         (nn.Upsample(scale_factor=2, mode="bilinear"), r"Upsample: .*nearest"),
         (nn.Flatten(0), r"Flatten: .*batch dimension"),
         (Sum(nn.Identity(), nn.ReLU(inplace=True)), r"Sum: .*in place"),
