@@ -8,6 +8,7 @@ the changed statement run, cheapest first, until one fails. A mutant that outlas
     python benchmarks/mutate.py --sample 20                      20 mutants of each drawn at random
     python benchmarks/mutate.py bounds toy/folding               every mutant of two modules
     python benchmarks/mutate.py --survivors                      those that survived last time, and no others
+    python benchmarks/mutate.py --new                            those that have no outcome yet: of changed statements
     python benchmarks/mutate.py --page                           only write docs/mutation.md from the figures
 
 Figures go to docs/results/mutation.json and from there to docs/mutation.md. Survivors that no test can kill are listed
@@ -152,10 +153,15 @@ class Laboratory:
         mutants = find_mutants(source)
         old = read_figures().get(name, {})
         size = self.options.sample or len(mutants)
+        # what is known of mutants that the source still has; what was drawn before is forgotten
+        known = {mutant.key for mutant in mutants}
+        rows = {row["key"]: row for row in old.get("mutants", []) if row["key"] in known}
         if self.options.survivors:
-            wanted = {row["key"] for row in old.get("mutants", []) if row["status"] == "survived"}
-            sample = [mutant for mutant in mutants if mutant.key in wanted]
+            sample = [mutant for mutant in mutants if rows.get(mutant.key, {}).get("status") == "survived"]
+        elif self.options.new:
+            sample = [mutant for mutant in mutants if mutant.key not in rows]
         else:
+            rows = {}
             sample = random.Random(f"{self.options.seed} {name}").sample(mutants, min(size, len(mutants)))
         functions = live_functions(str(self.work / f"{name}.py"))
         outcomes = []
@@ -164,9 +170,9 @@ class Laboratory:
             outcomes.append(outcome)
             if outcome.status != "killed":
                 print(f"  {outcome.status}: {name}:{mutant.line} {mutant.key}", flush=True)
-            rows = {row["key"]: row for row in old.get("mutants", [])} if self.options.survivors else {}
-            rows |= {outcome.key: asdict(outcome) for outcome in outcomes}
-            record(name, {"all": len(mutants), "seed": self.options.seed, "mutants": list(rows.values())})
+            rows[outcome.key] = asdict(outcome)
+            record(name, {"all": len(known), "seed": self.options.seed, "mutants": list(rows.values())})
+        record(name, {"all": len(known), "seed": self.options.seed, "mutants": list(rows.values())})
         print(f"{name}: {tally([asdict(outcome) for outcome in outcomes])} of {len(mutants)} mutants", flush=True)
 
     def run(
@@ -290,8 +296,9 @@ def record(name: str, figures: dict[str, Any]) -> None:
 def write_page() -> None:
     """docs/mutation.md from the figures and the reasons."""
     figures, reasons = read_figures(), tomllib.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
-    rows, survivors, totals = [], [], [0, 0, 0, 0, 0, 0]
-    for name, module in figures.items():
+    rows, survivors, equivalents, totals = [], [], [], [0, 0, 0, 0, 0, 0]
+    for name in (name for name in TESTS if name in figures):
+        module = figures[name]
         mutants = module["mutants"]
         status = [row["status"] for row in mutants]
         known = reasons.get(name, {})
@@ -300,52 +307,50 @@ def write_page() -> None:
                   status.count("not covered")]  # fmt: skip
         totals = [total + count for total, count in zip(totals, counts, strict=True)]
         rows.append(f"| `{name}` | " + " | ".join(map(str, counts)) + f" | {share(counts)} |")
-        for row in mutants:
-            if row["status"] != "killed":
-                reason = known.get(row["key"], "no test notices it" if row["status"] == "survived" else "not covered")
-                where, statement, change = (
-                    row["key"].split(" | ", 2) if row["key"].count(" | ") == 2 else ("", "", row["key"])
-                )
-                shown = statement if len(statement) < 90 else statement[:87] + "..."
-                text = " | ".join(part for part in (where, shown, change) if part).replace("|", "\\|")
-                survivors.append(f"| `{name}:{row['line']}` | `{text}` | {reason} |")
+        for row in sorted(mutants, key=lambda row: row["line"]):
+            if row["status"] == "killed":
+                continue
+            function, statement, change = row["key"].split(" | ", 2)
+            statement = statement if len(statement) < 90 else statement[:87] + "..."
+            text = " \\| ".join((function, statement.replace("|", "\\|"), change.replace("|", "\\|")))
+            where = f"| `{name}:{row['line']}` | `{text}`"
+            if row["key"] in known:
+                equivalents.append(f"{where} | {known[row['key']].replace('|', chr(92) + '|')} |")
+            else:
+                survivors.append(f"{where} | {row['status']} |")
     rows.append("| **all** | " + " | ".join(map(str, totals)) + f" | {share(totals)} |")
-    sampled, killed, equal = totals[1], totals[2], totals[4]
-    judged = max(1, sampled - equal)
+    everything, run, killed, _, equal, _ = totals
+    judged = max(1, run - equal)
     late = sum(row["by"].startswith(MUTANTS_TESTS) for module in figures.values() for row in module["mutants"])
-    p = (killed - late) / judged
-    error = 1.96 * math.sqrt(p * (1 - p) / judged)
-    unseen = ", ".join(f"`{name}`" for name in TESTS if name not in figures) or "none"
     PAGE.write_text(
         f"""# Would a test notice?
 
 `python benchmarks/mutate.py` changes the mathematical modules in one small place at a time (an operator, a constant, a
 comparison, a dropped minus, `abs`, `sqrt` or transpose, `min` for `max`, `sum` for `mean`, `vjp` for `jvp`, ...) and
 runs the tests of that module. A mutant is *killed* when a test fails, or when the change makes the tests outlast three
-times their usual processor time. Mutants are drawn at random with a fixed seed out of all that exist; messages,
-docstrings, annotations and class attributes are left alone. *Equivalent* mutants survive because they change nothing
-that can be observed, or only a tolerance; the last table says why for each. They stay out of the share of killed ones;
-those that no test reaches count against it.
+times their usual processor time; messages, docstrings, annotations and class attributes are left alone. *Equivalent*
+mutants survive because they change nothing that can be observed, or only a tolerance; the last table says why for each.
+They stay out of the share of killed ones; those that no test reaches count against it.
 
-Killed: {killed} of {judged} ({100 * killed / judged:.1f}%). {late} of these are killed by `{MUTANTS_TESTS}`, whose
-tests were written for survivors of this very sample. Without it the share is {100 * p:.1f}%, give or take
-{100 * error:.1f}
-points (95%, from drawing a sample): that estimates how many of all mutants of these modules the tests would notice.
-Modules not run yet: {unseen}. Where few were run, the share of that module says little.
+{run} of the {everything} mutants of these modules were run. **Killed: {killed} of {judged}
+({100 * killed / judged:.1f}%).** Of these, {late} fell to tests in `{MUTANTS_TESTS}`, which were written
+for mutants that had survived the others; the quickest tests run first, so some would have fallen to the others as well.
 
 | module | mutants that exist | run | killed | survived | of these equivalent | not covered | killed, % |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {chr(10).join(rows)}
 
-Memory and open files over many rounds of `train`, `verify-bound` and `generate` in one process are watched by
-`python benchmarks/soak.py --minutes 30`; the figures kept here are in [soak.json](results/soak.json), with their true
-length, and drawn in [soak.png](results/soak.png).
+## Survivors that a test should notice
 
-## The survivors
+| where | function, statement, column, change | |
+| --- | --- | --- |
+{chr(10).join(survivors) or "| none | | |"}
+
+## Equivalent mutants
 
 | where | function, statement, column, change | why |
 | --- | --- | --- |
-{chr(10).join(survivors)}
+{chr(10).join(equivalents)}
 """,
         encoding="utf-8",
     )
@@ -363,6 +368,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=0, help="mutants of each module, drawn at random; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--survivors", action="store_true", help="only those that survived last time")
+    parser.add_argument("--new", action="store_true", help="only those that have no outcome yet")
     parser.add_argument("--tests", nargs="*", default=[], help="with --survivors: only these files, new tests say")
     parser.add_argument("--page", action="store_true", help="only write the page")
     options = parser.parse_args()
