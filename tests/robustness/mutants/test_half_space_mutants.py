@@ -29,6 +29,12 @@ def test_a_height_that_is_not_positive_and_finite_is_refused(height):
         line(0.5, height)
 
 
+def test_a_tilt_of_up_to_700_nats_is_accepted():
+    assert line(0.0, 350.0, 0.5).log_z() == pytest.approx(700 - math.log(2), rel=1e-15)
+    with pytest.raises(InputError, match="overflows"):
+        line(0.0, 350.1, 0.5)
+
+
 def test_the_reward_is_finite_where_the_coordinate_across_the_boundary_is_0():
     y = torch.tensor([[0.0], [0.5], [2.0]], dtype=torch.float64)
     assert line(1.0, 1.2).reward(y).tolist() == [0.0, 0.0, 1.2]

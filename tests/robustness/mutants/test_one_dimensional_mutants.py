@@ -39,7 +39,9 @@ def truncation(at, rising):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_tilted_law_that_reaches_40_within_60_nats_of_its_peak_is_refused(sign):
     """Under a linear reward the law is N(slope, 1), and 60 nats below its peak is 10.954 off it."""
-    assert OneDimensional(lambda y: sign * 29.0 * y).log_z() == pytest.approx(0.5 * 29.0**2, rel=1e-12)
+    for slope in (29.0, 29.04):
+        problem = OneDimensional(lambda y, slope=slope: sign * slope * y)
+        assert problem.log_z() == pytest.approx(0.5 * slope**2, rel=1e-12)
     with pytest.raises(InputError, match="beyond"):
         OneDimensional(lambda y: sign * 29.06 * y).log_z()
 
@@ -189,6 +191,18 @@ def test_the_l2_optimum_jumps_at_the_double_tangent(tilt, centre, mirrored):
         v = sign * (here - centre)
         assert sign * (12 * v**3 - 4 * v + 0.75 * v**2 + tilt) == pytest.approx(float(point), abs=1e-10)
     assert u[0] < u[1] < u[2] < u[3]
+
+
+def test_both_ends_of_a_jump_are_exact_where_one_starts_exact():
+    """`psi = (v - a)^2 (v - b)^2 (1 + 2500 (v - b)^2) >= 0` touches 0 at `a = -1`, on the grid, and at `b = 1.0045`."""
+    a, b = -1.0, 1.0045
+    problem = OneDimensional(
+        lambda y: 0.5 * y.square() - ((y - a) * (y - b)).square() * (1 + 2500 * (y - b).square()),
+    )
+    x = column(-1e-13, 1e-13)
+    with torch.no_grad():
+        u = (x + problem.l2_map()(x))[:, 0].tolist()
+    assert u == pytest.approx([a, b], abs=1e-11)
 
 
 def test_a_jump_over_less_than_two_steps_of_the_grid_is_found():
