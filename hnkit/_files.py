@@ -43,7 +43,12 @@ def write_json(path: Path, document: Mapping[str, Any] | list[Any]) -> None:
 
 def write_sealed(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
     """Write a JSON document atomically with the SHA-256 of what it says, for `read_sealed`."""
-    write_json(path, {"sha256": _digest(content), "content": content})
+    write_json(path, sealed(content))
+
+
+def sealed(content: Mapping[str, Any] | list[Any]) -> dict[str, Any]:
+    """The document of `write_sealed`. It shows damage; it does not show who wrote it."""
+    return {"sha256": _digest(content), "content": content}
 
 
 def read_sealed(path: Path) -> Any:

@@ -15,11 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from hnkit._files import sealed
 from hnkit.backend import backend_factory
 from hnkit.config import TrainConfig
 from scaled.compare.plan import Plan
 
 BACKENDS = ("toy", "digits", "sana", "sd-turbo", "flux")
+
+PLAN: dict[str, Any] = {
+    "backend": "digits", "plan": Plan().to_json(), "adapter": None, "adapter_files": {}, "prompts": ["a three"],
+    "overrides": [], "quick": True,
+}  # fmt: skip
 
 FILES: dict[str, str | bytes] = {
     "precious.txt": "kept\n",
@@ -65,12 +71,15 @@ FILES: dict[str, str | bytes] = {
     "run-code/config.toml": '[backend]\nname = "toy"\n[rewards]\n"os:system" = 1.0\n',
     "plan-cut/plan.json": '{"backend": "digits", ',
     "plan-list/plan.json": "[]",
-    "plan-type/plan.json": json.dumps(
-        {"backend": "digits", "plan": 3, "adapter": None, "prompts": [], "overrides": [], "quick": True}
-    ),
+    "plan-unsealed/plan.json": json.dumps(PLAN),
+    "plan-type/plan.json": json.dumps(sealed(PLAN | {"plan": 3})),
+    "plan-prompts/plan.json": json.dumps(sealed(PLAN | {"prompts": [3]})),
+    "plan-empty/plan.json": json.dumps(sealed(PLAN | {"prompts": []})),
+    "plan-adapter/plan.json": json.dumps(sealed(PLAN | {"adapter": "absent", "adapter_files": {"w": "0"}})),
 }
 """What lies in the working directory, beside an empty folder, a symbolic link to itself and one to nowhere."""
 
+PLANS = tuple(name.partition("/")[0] for name in FILES if name.startswith("plan-"))
 LONG = "x" * 300
 NONE_SUCH = ("absent", "folder", "loop", "dangling", LONG, "")
 
@@ -209,7 +218,7 @@ FLAGS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (("compare", *DIGITS), "--adapter", (*NONE_SUCH, "precious.txt")),
     (("compare", *DIGITS), "--prompts", PROMPT_FILES),
     (("compare", *DIGITS), "--seeds", COUNTS),
-    (("compare", *DIGITS), "--resume", (*NONE_SUCH, "plan-cut", "plan-list", "plan-type", "precious.txt")),
+    (("compare", *DIGITS), "--resume", (*NONE_SUCH, "precious.txt", *PLANS)),
     (("compare", *DIGITS), "--set", (*(s for s in SETS), "compare", "compare.=1", "compare.nonesuch=1")),
     (("compare", *DIGITS), "--out", ("folder", "precious.txt", "loop", "loop/below", "dangling", "precious.txt/b")),
 ]  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from hnkit import InputError, cli
-from hnkit._files import atomic_write, new_run_folder
+from hnkit._files import atomic_write, new_run_folder, write_sealed
 from hnkit.backend import backend_factory
 from hnkit.commands import load_trained
 from hnkit.config import resolve_config
@@ -27,13 +27,12 @@ from hnkit.layouts import LAYOUTS, check_layout
 from hnkit.prompts import read_prompts
 from hnkit.report import Code, Picture, Section, Table, Text, render_html
 from hnkit.training import train
-from scaled.compare.plan import Plan
 from scaled.compare.run import COMPARISON
 from scaled.embeddings import EmbeddingCache
 from scaled.hub import pretrained
 from scaled.rewards._weights import read_state_dict
 from tests.hnkit.fake_backend import FakeBackend, Options
-from tests.robustness.cases import BACKENDS
+from tests.robustness.cases import BACKENDS, PLAN
 from tests.scaled import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,10 +225,10 @@ def test_a_run_folder_cannot_name_code(command, evil, capsys, monkeypatch):
 
 def test_a_plan_cannot_name_code(evil, capsys, monkeypatch):
     Path("run").mkdir()
-    plan = {"backend": "digits", "plan": Plan().to_json(), "adapter": None, "prompts": ["a three"], "quick": True}
     for override in ("rewards.evil:r=1", "backend.name=evil:F"):
-        Path("run/plan.json").write_text(json.dumps(plan | {"overrides": [override]}))
-        refused(["compare", "--backend", "digits", "--resume", "run"], capsys, monkeypatch)
+        write_sealed(Path("run/plan.json"), PLAN | {"overrides": [override]})
+        message = refused(["compare", "--backend", "digits", "--resume", "run"], capsys, monkeypatch)
+        assert "damaged" not in message
     assert not evil.exists()
 
 
