@@ -271,16 +271,24 @@ def spectral_norm(H: Tensor) -> Tensor:
 
 
 def gauss_nodes(norm: float, tolerance: float = 1e-15) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Gauss-Legendre nodes and weights on [0, 1], enough for `int_0^1 t A^2 (I + tA)^-1 dt` at `|A|_2 <= norm < 1`.
+    """Nodes and weights on [0, 1], enough for `int_0^1 t A^2 (I + tA)^-1 dt` at `|A|_2 <= norm < 1`.
 
-    The integrand is analytic in `|t| < 1/norm`, which contains the Bernstein ellipse of [0, 1] through `1/norm`, of
-    parameter `rho = s + sqrt(s^2 - 1)`, `s = 2/norm - 1`; n nodes leave a relative error of the order `rho^(-2n)`.
+    The integrand is analytic in `|t| < 1/norm`. The interval is cut into K panels so that the distances of their ends
+    from `1/norm` fall by one factor `g = (1 - norm)^(-1/K)`. The Bernstein ellipse of each through `1/norm` has the
+    parameter `rho = (sqrt(g) + 1)/(sqrt(g) - 1)`; n Gauss-Legendre nodes in each leave a relative error of the order
+    `rho^(-2n)`. K is about `-log(1 - norm)/2`, which needs the fewest nodes: 1 up to a norm of 0.95.
 
     Source: Trefethen, Approximation Theory and Approximation Practice, Theorem 19.3; `proofs/resolvent`.
     """
-    s = 2 / min(max(norm, 1e-3), 1 - 1e-6) - 1
-    rho = s + math.sqrt(s * s - 1)
-    return _legendre(max(3, math.ceil(-math.log(tolerance) / (2 * math.log(rho))) + 2))
+    norm = min(max(norm, 1e-3), 1 - 2**-53)
+    panels = max(1, round(-math.log1p(-norm) / 2))
+    shrink = (1 - norm) ** (-1 / panels)
+    rho = (math.sqrt(shrink) + 1) / (math.sqrt(shrink) - 1)
+    nodes, weights = _legendre(max(3, math.ceil(-math.log(tolerance) / (2 * math.log(rho))) + 2))
+    ends = (1 - shrink ** -np.arange(panels + 1.0)) / norm
+    ends[-1] = 1.0
+    widths = np.diff(ends)[:, None]
+    return (ends[:-1, None] + widths * nodes).ravel(), (widths * weights).ravel()
 
 
 @lru_cache(maxsize=64)

@@ -296,7 +296,7 @@ def test_phi_of_small_matrices(kind: str, norm: float) -> None:
     assert float((found - phi_matrix(H)[:, 0]).abs().max()) <= 1e-12 * size(H)
 
 
-@pytest.mark.parametrize("norm", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("norm", [0.1, 0.5, 0.9, 0.99, 1 - 1e-4, 1 - 1e-6, 1 - 1e-7, 1 - 1e-9, 1 - 1e-12])
 def test_quadrature_reaches_its_tolerance(norm: float) -> None:
     # Scalar case, all arguments of modulus `norm`: z - log(1 + z) = int t z^2 / (1 + t z) dt.
     for tolerance in (1e-4, 1e-8, 1e-14):
@@ -308,6 +308,16 @@ def test_quadrature_reaches_its_tolerance(norm: float) -> None:
 
             exact = z - cmath.log(1 + z)
             assert abs(value - exact) <= 20 * tolerance * abs(exact) + 1e-15 / (1 - norm)
+
+
+@pytest.mark.parametrize("gap", [1e-4, 1e-6, 1e-7, 1e-9, 1e-12])
+def test_arnoldi_close_to_a_norm_of_one(gap: float) -> None:
+    # J = -(1 - gap) I, exhausted at once: the bound is 0 and the value must be exact, up to the rounding of 1 - gap.
+    A = (gap - 1) * torch.eye(3, dtype=torch.float64)
+    v = torch.tensor([[1.0, 2.0, -2.0]], dtype=torch.float64)
+    result = arnoldi(MatrixOperator(A, 1), v, lipschitz=1 - gap)
+    assert float(result.bound) == 0.0
+    assert float(result.value) == pytest.approx(9 * (-1 + gap - math.log(gap)), rel=1e-13 + 1e-15 / gap)
 
 
 def test_spectral_norm_of_small_matrices() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import cmath
+import math
 
 import pytest
 import torch
+from scipy.special import roots_legendre
 from torch import Tensor
 
 from hnkit import krylov
@@ -212,7 +214,19 @@ def test_quadrature_is_accurate_to_rounding_unless_told_otherwise():
     assert value == pytest.approx((z - cmath.log(1 + z)).real, rel=1e-13)
 
 
-@pytest.mark.parametrize("gap", [1e-6, 1e-8, 0.0])
-def test_the_number_of_nodes_stays_bounded_at_a_norm_of_one(gap):
-    """rho = 1 + 0.002 at a norm of 1 - 1e-6, and no less nearer to 1: log(2) / 0.004 nodes for an error of a half."""
-    assert len(gauss_nodes(1 - gap, tolerance=0.5)[0]) < 180
+@pytest.mark.parametrize("gap", [0.1, 1e-2, 1e-3, 1e-6, 1e-9, 1e-12, 0.0])
+def test_the_number_of_nodes_grows_with_the_logarithm_of_the_distance_to_a_norm_of_one(gap):
+    """A panel for every factor of e^2, of 25 nodes for an error of 1e-15: rho = (e + 1)/(e - 1) = e^0.772."""
+    nodes, weights = gauss_nodes(1 - gap)
+    assert len(nodes) <= 13 * (1 - math.log(max(gap, 2**-53)))
+    assert bool(((nodes > 0) & (nodes <= 1)).all())
+    assert float(weights.sum()) == pytest.approx(1.0, rel=1e-14)
+    assert float(weights @ nodes**2) == pytest.approx(1 / 3, rel=1e-14)
+
+
+def test_one_panel_below_a_norm_of_095():
+    """Plain Gauss-Legendre: s = 2/0.9 - 1, rho = 1.925, 27 nodes by the rate and two more."""
+    nodes, weights = gauss_nodes(0.9)
+    expected = roots_legendre(29)
+    assert nodes == pytest.approx((expected[0] + 1) / 2, rel=1e-14)
+    assert weights == pytest.approx(expected[1] / 2, rel=1e-14)
