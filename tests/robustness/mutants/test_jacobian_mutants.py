@@ -200,6 +200,11 @@ def test_rows_may_be_coupled_by_rounding_and_no_more(dtype, rounding, coupling):
         check_map(lambda x: x + coupling * x.mean(0), x)
 
 
+def test_rows_coupled_through_what_a_constant_shift_leaves_alone_are_seen():
+    with pytest.raises(InputError, match="couples rows"):
+        check_map(lambda x: x + 0.1 * nn.functional.layer_norm(x, (3,)).mean(0), points())
+
+
 def test_a_derivative_that_overflows_is_refused():
     with pytest.raises(NonFiniteError, match="vector-Jacobian product is not finite at sample 0"):
         check_map(lambda x: x + (x - x.detach()) * 1e30 * 1e30, points(dtype=SINGLE))
