@@ -157,7 +157,7 @@ class Laboratory:
         known = {mutant.key for mutant in mutants}
         rows = {row["key"]: row for row in old.get("mutants", []) if row["key"] in known}
         if self.options.survivors:
-            sample = [mutant for mutant in mutants if rows.get(mutant.key, {}).get("status") == "survived"]
+            sample = [m for m in mutants if rows.get(m.key, {}).get("status") in ("survived", "not covered")]
         elif self.options.new:
             sample = [mutant for mutant in mutants if mutant.key not in rows]
         else:
@@ -184,7 +184,7 @@ class Laboratory:
         everywhere = mutant.function == "module"
         tests = [test for test, seen in reached.items() if everywhere or statement.intersection(seen["lines"])]
         if not tests:
-            status = "survived" if self.options.survivors else "not covered"
+            status = "survived" if self.options.tests else "not covered"
             return Outcome(mutant.key, mutant.line, mutant.change, status, "", 0.0)
         tests.sort(key=lambda test: (reached[test]["seconds"] + 0.05) / (1 + self.kills.get(test, 0)))
         limit = 10 + 3 * sum(reached[test]["seconds"] for test in tests)

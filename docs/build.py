@@ -25,6 +25,7 @@ PAGES = (
     ("docs/estimators.md", "Estimators"),
     ("docs/benchmarks-logdet.md", "Benchmarks"),
     ("docs/numerics.md", "Numerics"),
+    ("docs/robustness.md", "Robustness"),
     ("docs/mutation.md", "Mutation"),
     ("proofs/README.md", "Proofs"),
 )
