@@ -211,8 +211,8 @@ def test_slopes_of_activations_are_bounds_and_sharp(module):
     assert (bounds.lower, bounds.upper) == pytest.approx((float(slope.min()), float(slope.max())), abs=3e-3)
 
 
-def test_smooth_activation_constants_in_30_digits():
-    mpmath.mp.dps = 30
+def test_smooth_activation_constants_in_30_digits(monkeypatch):
+    monkeypatch.setattr(mpmath.mp, "dps", 30)
     c = mpmath.mpf("0.044715")
     cases = [  # function, near its steepest rise, near its steepest fall
         (nn.SiLU(), lambda x: x / (1 + mpmath.exp(-x)), 2.4, -2.4),
