@@ -230,3 +230,11 @@ def test_one_panel_below_a_norm_of_095():
     expected = roots_legendre(29)
     assert nodes == pytest.approx((expected[0] + 1) / 2, rel=1e-14)
     assert weights == pytest.approx(expected[1] / 2, rel=1e-14)
+
+
+@pytest.mark.parametrize(("norm", "panels"), [(0.99, 2), (0.999, 3)])
+def test_panels_come_nearer_to_the_singularity_by_one_factor(norm, panels):
+    """1/norm - t falls to 1 - norm of itself over [0, 1]: by a factor of 10 a panel, for its ends and all its nodes."""
+    distances = 1 / norm - gauss_nodes(norm)[0].reshape(panels, -1)
+    for k in range(1, panels):
+        assert distances[k - 1] == pytest.approx(10 * distances[k], rel=1e-11)
