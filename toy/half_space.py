@@ -147,9 +147,8 @@ class HalfSpace(Toy):
     def optimal_map(self) -> NoiseMap:
         """`T` moves `s` by `F*^-1 o Phi`; it is continuous, with a kink where it reaches the boundary."""
         direction, t = self._direction
-        _, above, z = self._masses
-        weight = math.exp(self.height / self.alpha)
-        kept = weight * above / z
+        below, above, z = self._masses
+        weight, extra = math.exp(self.height / self.alpha), math.expm1(self.height / self.alpha)
 
         def log_density(s: Tensor) -> Tensor:
             return -0.5 * s.square() - 0.5 * math.log(2 * math.pi) + (s >= t) * math.log(weight) - math.log(z)
@@ -159,9 +158,10 @@ class HalfSpace(Toy):
             s = x @ normal
             with torch.no_grad():
                 lower, upper = normal_cdf(s), normal_cdf(-s)
-                T = torch.where(
-                    upper > kept, ndtri((z * lower).clamp(max=1.0)), -ndtri((z / weight * upper).clamp(max=1.0))
-                )
+                short = torch.where(s < 0, z * lower < below, z * upper > weight * above)  # T is below the boundary
+                down = torch.where(short, z * lower, (z * lower + extra * below) / weight)  # Phi(T)
+                up = torch.where(short, (z * upper - extra * above).clamp(min=above), z / weight * upper)  # Phi(-T)
+                T = torch.where(down < up, ndtri(down), -ndtri(up))  # from the smaller, which is exact in its tail
             return (monotone_transport(s, T, log_density, torch.neg) - s)[:, None] * normal
 
         return f

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 
@@ -59,7 +60,10 @@ def exact_log_z(b, h):
         def exponent(x):
             return b * x - x * x / (2 * s)
 
-        cuts = sorted({mpmath.mpf(0), peak, *(peak + k * width for k in (-8, -2, 2, 8, 20) if peak + k * width > 0)})
+        width = min(width, 1 / abs(mpmath.mpf(b))) if b < 0 else width
+        cuts = sorted(
+            {mpmath.mpf(0), peak, *(peak + k * width for k in (-8, -2, 2, 8, 20, 80) if peak + k * width > 0)}
+        )
         total = mpmath.quad(lambda x: mpmath.exp(exponent(x) - exponent(peak)), cuts)
         return float(exponent(peak) + mpmath.log(2 * total / mpmath.sqrt(2 * mpmath.pi)))
 
@@ -92,6 +96,20 @@ def test_log_z_and_its_quadrature_at_narrow_wide_and_far_laws(b, h):
     assert problem.log_z() == pytest.approx(exact, rel=1e-13, abs=1e-13)
     assert abs(value - exact) <= error + 1e-14 * abs(exact)
     assert 0 < error < 3e-11
+
+
+@pytest.mark.parametrize(("b", "h"), [(0.6, 0.25), (3.0, 0.0), (-0.6, 0.25), (0.2, 99.0)])
+def test_no_range_of_the_quadrature_has_the_fold_or_a_mode_inside(b, h, monkeypatch):
+    """The ranges follow one another; the tilted density has its modes at `+-b/(1 + h)` if `b > 0`."""
+    ranges = []
+    monkeypatch.setattr(
+        sys.modules[Folding.__module__], "quad", lambda _, low, high, **__: ranges.append((low, high)) or (1.0, 0.0)
+    )
+    one(b, h).log_z_check()
+    ranges.sort()
+    for point in (0.0, b / (1 + h), -b / (1 + h)) if b > 0 else (0.0,):
+        assert not any(low + 1e-12 < point < high - 1e-12 for low, high in ranges)
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(ranges))
 
 
 @pytest.mark.parametrize("claimed", [0.0, 1e-3])

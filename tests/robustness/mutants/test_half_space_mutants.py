@@ -92,6 +92,37 @@ def test_points_that_the_l2_map_moves_get_the_reward(threshold):
     assert float((moved @ across - t).abs().max()) < 1e-11 * (1 + abs(t))
 
 
+@pytest.mark.parametrize(
+    ("threshold", "height"),
+    [
+        (0.84, 1.5),
+        (-3.0, 4.0),
+        (-6.0, 1.0),
+        (5.0, 10.0),
+        (8.0, 1.0),
+        (12.0, 1.0),
+        (25.0, 5.0),
+        (-8.0, 9.0),
+        (9.0, 30.0),
+    ],
+)
+def test_the_optimal_map_has_the_tilted_quantiles_in_both_tails(threshold, height):
+    """`F*(T) = Phi(s)`, solved with 250 digits; far below the boundary, above it, and where the two sides meet."""
+    points = [-12.0, -8.0, -3.0, -0.5, 0.0, 0.4, 1.0, 3.0, 5.5, 7.0, 8.5, 10.0, 13.0, 20.0]
+    with mpmath.workdps(250):
+        t, weight = mpmath.mpf(threshold), mpmath.exp(mpmath.mpf(height))
+        z = mpmath.ncdf(t) + weight * mpmath.ncdf(-t)
+        expected = []
+        for point in points:
+            lower = mpmath.ncdf(point)
+            inside = z * lower < mpmath.ncdf(t)
+            level = z * lower if inside else 1 - z / weight * (1 - lower)
+            expected.append(float(mpmath.sqrt(2) * mpmath.erfinv(2 * level - 1)))
+    s = torch.tensor(points, dtype=torch.float64)[:, None]
+    T = s + line(threshold, height).optimal_map()(s)
+    assert T[:, 0].tolist() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+
+
 def test_points_on_the_boundary_stay():
     x = torch.tensor([[0.5], [0.5 + 1e-9]], dtype=torch.float64)
     assert line(0.5, 1.0).l2_map()(x).tolist() == [[0.0], [0.0]]

@@ -194,15 +194,35 @@ def test_the_l2_optimum_jumps_at_the_double_tangent(tilt, centre, mirrored):
 
 
 def test_both_ends_of_a_jump_are_exact_where_one_starts_exact():
-    """`psi = (v - a)^2 (v - b)^2 (1 + 2500 (v - b)^2) >= 0` touches 0 at `a = -1`, on the grid, and at `b = 1.0045`."""
-    a, b = -1.0, 1.0045
+    """`psi = (v - a)^2 (v - b)^2 (1 + 1e6 (v - b)^2) >= 0` touches 0 at `a = -1`, on the grid, and at `b`."""
+    a, b = -1.0, 1.0052
     problem = OneDimensional(
-        lambda y: 0.5 * y.square() - ((y - a) * (y - b)).square() * (1 + 2500 * (y - b).square()),
+        lambda y: 0.5 * y.square() - ((y - a) * (y - b)).square() * (1 + 1e6 * (y - b).square()),
     )
     x = column(-1e-13, 1e-13)
     with torch.no_grad():
         u = (x + problem.l2_map()(x))[:, 0].tolist()
     assert u == pytest.approx([a, b], abs=1e-11)
+
+
+@pytest.mark.parametrize("centre", [0.003, -0.0041, 0.0])
+def test_a_branch_of_one_grid_point_has_both_its_jumps(centre):
+    """`psi = u^2/2 - 8 exp(-(u - m)^2/(2 0.05^2))`: a sharp well in a parabola, and a jump on either side of it."""
+
+    def psi(u):
+        return u * u / 2 - 8 * mpmath.exp(-((u - centre) ** 2) / (2 * mpmath.mpf("0.05") ** 2))
+
+    problem = OneDimensional(lambda y: 8 * torch.exp(-(y - centre).square() / (2 * 0.05**2)))
+    for sign in (-1, 1):
+        # off the well psi is u^2/2: the tangent of slope f touches it at f, and the well at e
+        e, f = mpmath.findroot(
+            lambda e, f: [mpmath.diff(psi, e) - f, psi(e) + f * (f - e) - f * f / 2], (centre + 0.001 * sign, 4 * sign)
+        )
+        f = float(f)
+        x = column(f - 1e-9, f + 1e-9)
+        with torch.no_grad():
+            u = (x + problem.l2_map()(x))[:, 0].tolist()
+        assert u == pytest.approx(sorted((float(e), f)), abs=1e-8)
 
 
 def test_a_jump_over_less_than_two_steps_of_the_grid_is_found():
