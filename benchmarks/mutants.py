@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ast
 import copy
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Path_ = tuple[tuple[str, int | None], ...]
@@ -76,11 +77,13 @@ class Mutant:
     after: str
     change: str
     new: ast.AST
+    repeat: int = 1
 
     @property
     def key(self) -> str:
-        """What names the mutant when lines move: function, statement, column and change."""
-        return f"{self.function} | {self.statement} | {self.column}: {self.before} -> {self.after}"
+        """What names the mutant when lines move: function, statement, column and change, and which one of several."""
+        which = f" ({self.repeat})" if self.repeat > 1 else ""
+        return f"{self.function} | {self.statement} | {self.column}: {self.before} -> {self.after}{which}"
 
     def apply(self, tree: ast.Module) -> ast.Module:
         """A copy of the tree with the change made."""
@@ -106,7 +109,12 @@ def find_mutants(source: str) -> list[Mutant]:
     for mutant in _Finder().walk(ast.parse(source)):
         if mutant.before != mutant.after:
             found.setdefault((mutant.path, mutant.after), mutant)
-    return list(found.values())
+    seen: Counter[str] = Counter()
+    mutants = []
+    for mutant in found.values():
+        seen[mutant.key] += 1
+        mutants.append(replace(mutant, repeat=seen[mutant.key]))
+    return mutants
 
 
 class _Finder:
