@@ -148,6 +148,7 @@ STATED = {
     "prelu above 1": (prelu(3.0, 4.0), 4, 1, 4),
     "prelu below 1": (prelu(0.25, 0.5), 1, 0.25, 1),
     "average pool in space": (nn.AvgPool3d(2), 1 / ROOT8, -1 / ROOT8, 1 / ROOT8),
+    "max pool in the plane": (nn.MaxPool2d(3, stride=2), 2, -2, 2),
     "max pool in space": (nn.MaxPool3d(2, stride=1), ROOT8, -ROOT8, ROOT8),
     "average pool on a line, ragged": (nn.AvgPool1d(3, stride=2, ceil_mode=True), 2**0.5, -(2**0.5), 2**0.5),
     "average pool, padded on one axis": (nn.AvgPool2d(3, 1, (1, 0), count_include_pad=False), 3, -3, 3),
