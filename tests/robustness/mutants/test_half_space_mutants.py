@@ -107,7 +107,7 @@ def test_points_that_the_l2_map_moves_get_the_reward(threshold):
     ],
 )
 def test_the_optimal_map_has_the_tilted_quantiles_in_both_tails(threshold, height):
-    """`F*(T) = Phi(s)`, solved with 250 digits; far below the boundary, above it, and where the two sides meet."""
+    """`F*(T) = Phi(s)` at alpha = 1/2, solved with 250 digits, on either side of the boundary."""
     points = [-12.0, -8.0, -3.0, -0.5, 0.0, 0.4, 1.0, 3.0, 5.5, 7.0, 8.5, 10.0, 13.0, 20.0]
     with mpmath.workdps(250):
         t, weight = mpmath.mpf(threshold), mpmath.exp(mpmath.mpf(height))
@@ -119,7 +119,7 @@ def test_the_optimal_map_has_the_tilted_quantiles_in_both_tails(threshold, heigh
             level = z * lower if inside else 1 - z / weight * (1 - lower)
             expected.append(float(mpmath.sqrt(2) * mpmath.erfinv(2 * level - 1)))
     s = torch.tensor(points, dtype=torch.float64)[:, None]
-    T = s + line(threshold, height).optimal_map()(s)
+    T = s + line(threshold, 0.5 * height, alpha=0.5).optimal_map()(s)
     assert T[:, 0].tolist() == pytest.approx(expected, rel=1e-10, abs=1e-12)
 
 
