@@ -95,6 +95,7 @@ class Laboratory:
 
     def pytest_runtestloop(self, session: Any) -> bool:
         self.items = {item.nodeid: item for item in session.items}
+        load_forward_mode()
         for name in self.modules:
             print(f"{name}: measuring which tests reach which lines", flush=True)
             reached = self.reached(name)
@@ -213,6 +214,15 @@ class Laboratory:
         self.kills[by] = self.kills.get(by, 0) + 1
         fate = "survived" if status == 0 else "killed"
         return Outcome(mutant.key, mutant.line, mutant.change, fate, by, round(time.perf_counter() - start, 2))
+
+
+def load_forward_mode() -> None:
+    """The first forward-mode product of a process takes a second; what it loads is left to all forks."""
+    import torch
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        forward_ad.make_dual(torch.ones(1), torch.ones(1))
 
 
 def fork_quiet() -> int:

@@ -231,6 +231,7 @@ class RowJacobian:
                 y = evaluate(self._f, x)
                 u = torch.zeros_like(y, requires_grad=True)
                 (pulled,) = torch.autograd.grad(y, x, u, create_graph=True)
+                require_differentiable_again(pulled)
                 torch.autograd.grad(pulled, u, torch.zeros_like(pulled), retain_graph=True)
         except RuntimeError as error:
             raise InputError(
@@ -243,6 +244,26 @@ class RowJacobian:
             return result
 
         return product
+
+
+def require_differentiable_again(gradient: Tensor) -> None:
+    """Refuse a gradient some part of which is the work of a `once_differentiable` function.
+
+    torch puts a node that raises behind that part, with no edge to its inputs. A second derivative with respect to
+    these passes the node over, and is silently that of the other parts alone.
+
+    Raises:
+        RuntimeError: as torch does where it meets such a node.
+    """
+    waiting, seen = [gradient.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("a function in it is marked with once_differentiable")
+        seen.add(node)
+        waiting += [parent for parent, _ in node.next_functions]
 
 
 def forward_product(f: NoiseMap, x: Tensor, tangent: Tensor) -> Tensor:

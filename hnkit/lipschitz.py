@@ -15,7 +15,15 @@ from torch import Tensor
 from hnkit._errors import InputError
 from hnkit.backend import NoiseMap, select_rows
 from hnkit.certify import InjectivityCertificate, JacobianBounds, certified_bounds, certify_injective, register
-from hnkit.jacobian import RowJacobian, check_batch, dense_jacobian, evaluate, math_attention, recording
+from hnkit.jacobian import (
+    RowJacobian,
+    check_batch,
+    dense_jacobian,
+    evaluate,
+    math_attention,
+    recording,
+    require_differentiable_again,
+)
 
 __all__ = [
     "InjectivityCertificate",
@@ -344,7 +352,7 @@ def _ascend(f: NoiseMap, x: Tensor, norms: LocalNorms, index: Tensor, steps: int
     """Largest norm met on monotone ascent paths from the rows of `x`, whose norms are `norms` at `index`."""
     value, left, right = norms.value[index], norms.left[index], norms.right[index]
     length = torch.full_like(value, 0.5)  # noise entries have unit variance
-    gradient = _norm_gradient(f, x, left, right)
+    gradient = _norm_gradient(f, x, left, right, first=True)
     for _ in range(steps):
         if not bool(gradient.any()):
             break
@@ -361,7 +369,7 @@ def _ascend(f: NoiseMap, x: Tensor, norms: LocalNorms, index: Tensor, steps: int
     return float(value.max())
 
 
-def _norm_gradient(f: NoiseMap, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _norm_gradient(f: NoiseMap, x: Tensor, left: Tensor, right: Tensor, *, first: bool = False) -> Tensor:
     """Unit directions of `grad_x u' J(x) v`, `(n, d)`; zero where the Jacobian is locally constant."""
     with recording(), math_attention():
         point = x.detach().clone().requires_grad_()
@@ -370,10 +378,13 @@ def _norm_gradient(f: NoiseMap, x: Tensor, left: Tensor, right: Tensor) -> Tenso
         if not y.requires_grad:
             return zero
         try:
-            (pulled,) = torch.autograd.grad(y, point, left.to(y).reshape(y.shape), create_graph=True, allow_unused=True)
+            cotangent = left.to(y).reshape(y.shape).detach().clone().requires_grad_()
+            (pulled,) = torch.autograd.grad(y, point, cotangent, create_graph=True, allow_unused=True)
             if pulled is None or not pulled.requires_grad:
                 return zero
             norm = (pulled * right.to(pulled).reshape(pulled.shape)).sum()
+            if first:
+                require_differentiable_again(norm)
             (gradient,) = torch.autograd.grad(norm, point, allow_unused=True)
         except RuntimeError as error:
             raise InputError(

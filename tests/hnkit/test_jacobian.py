@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import jacrev, vmap
 
 from hnkit import InputError, NonFiniteError, RowJacobian, dense_jacobian
@@ -298,3 +299,40 @@ def test_a_compiled_map_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "compile", lambda f, backend: lambda x: f(x) + 0.01 * x)
     with pytest.raises(InputError, match="differs"):
         compile_map(attention(), points())
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_double_backward_does_not_leave_out_a_part_of_the_map(share):
+    """Half of the map here has neither forward mode nor a second derivative: J v would be that of the other half."""
+
+    class OnceSine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, g):
+            return g * ctx.saved_tensors[0].cos()
+
+    class NoForwardMode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    def f(x):
+        rest = torch.sin(NoForwardMode.apply(x))
+        return rest if share == 0 else share * OnceSine.apply(x) + (1 - share) * rest
+
+    x, v = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3), torch.ones(2, 3, dtype=torch.float64)
+    if share == 0:
+        torch.testing.assert_close(RowJacobian(f, x).jvp(v), x.cos())
+    else:
+        with pytest.raises(InputError, match=r"neither forward mode nor double backward .*once_differentiable"):
+            RowJacobian(f, x).jvp(v)
+    torch.testing.assert_close(RowJacobian(f, x).vjp(v), x.cos())

@@ -8,6 +8,7 @@ import mpmath
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from hnkit import InputError
 from hnkit.certify import Scaled, Sum, certified_bounds
@@ -594,3 +595,37 @@ def test_negative_slopes_are_not_monotone():
     f = nn.Sequential(layer(W), nn.SiLU(), layer(W.T))
     assert certified_bounds(f).lower == pytest.approx(-16 * 0.09983932013)
     assert certify_injective(f).status == "unknown"
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_gradient_that_cannot_be_differentiated_again_is_refused(share):
+    """Also where a part of the map alone is so: the ascent would follow the other part."""
+
+    class OnceSine(torch.autograd.Function):
+        """sin with a forward mode, and a gradient that torch will not differentiate again."""
+
+        @staticmethod
+        def forward(x):
+            return x.sin()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, g):
+            return g * ctx.saved_tensors[0].cos()
+
+        @staticmethod
+        def jvp(ctx, tangent):
+            return tangent * ctx.saved_tensors[0].cos()
+
+    def f(x):
+        return share * OnceSine.apply(x) + (1 - share) * torch.sin(x)
+
+    x = 0.8 * torch.ones(2, 3, dtype=torch.float64)
+    with pytest.raises(InputError, match=r"no second derivatives .*once_differentiable.* use ascent_steps=0"):
+        lipschitz_lower(f, x)
+    assert lipschitz_lower(f, x, ascent_steps=0).value == pytest.approx(math.cos(0.8), rel=1e-6)
