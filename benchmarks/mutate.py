@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -221,7 +222,7 @@ def load_forward_mode() -> None:
     import torch
     from torch.autograd import forward_ad
 
-    with forward_ad.dual_level():
+    with warnings.catch_warnings(action="ignore"), forward_ad.dual_level():
         forward_ad.make_dual(torch.ones(1), torch.ones(1))
 
 

@@ -378,7 +378,7 @@ def _norm_gradient(f: NoiseMap, x: Tensor, left: Tensor, right: Tensor, *, first
         if not y.requires_grad:
             return zero
         try:
-            cotangent = left.to(y).reshape(y.shape).detach().clone().requires_grad_()
+            cotangent = left.to(y).reshape(y.shape).clone().requires_grad_()
             (pulled,) = torch.autograd.grad(y, point, cotangent, create_graph=True, allow_unused=True)
             if pulled is None or not pulled.requires_grad:
                 return zero
