@@ -343,9 +343,9 @@ times their usual processor time; messages, docstrings, annotations and class at
 mutants survive because they change nothing that can be observed, or only a tolerance; the last table says why for each.
 They stay out of the share of killed ones; those that no test reaches count against it.
 
-{run} of the {everything} mutants of these modules were run; an outcome is kept until its statement
-changes. **Killed: {killed} of {judged} ({100 * killed / judged:.1f}%).** Of these, {late} fell to tests in `{MUTANTS_TESTS}`, which were written
-for mutants that had survived the others; the quickest tests run first, so some would have fallen to the others as well.
+{run} of the {everything} mutants of these modules were run; an outcome is kept until its statement changes. **Killed:
+{killed} of {judged} ({100 * killed / judged:.1f}%).** Of these, {late} fell to tests in `{MUTANTS_TESTS}`, which were
+written for mutants that had survived the others; the quickest tests run first, so some would have fallen to the others as well.
 
 | module | mutants that exist | run | killed | survived | of these equivalent | not covered | killed, % |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
