@@ -345,7 +345,7 @@ They stay out of the share of killed ones; those that no test reaches count agai
 
 {run} of the {everything} mutants of these modules were run; an outcome is kept until its statement changes. **Killed:
 {killed} of {judged} ({100 * killed / judged:.1f}%).** Of these, {late} fell to tests in `{MUTANTS_TESTS}`, which were
-written for mutants that had survived the others; the quickest tests run first, so some would have fallen to the others as well.
+written for mutants that had survived the others. The quickest tests run first: some would have fallen to others too.
 
 | module | mutants that exist | run | killed | survived | of these equivalent | not covered | killed, % |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
