@@ -29,6 +29,7 @@ from hnkit.verify_plots import map_plots, toy_plots
 
 TOY_SAMPLES = 2048
 _PROMPTS_SHOWN = 12
+_ALPHAS = (1e-3, 1e4)
 
 Say = Callable[[str], None]
 
@@ -92,8 +93,13 @@ def chosen_problems(names: Sequence[str], alpha: float | None = None) -> list[Ti
     Names of reference maps are accepted and passed over.
 
     Raises:
-        InputError: an unknown name, or a temperature that is not positive.
+        InputError: an unknown name, or a temperature outside 1e-3 to 1e4.
     """
+    if alpha is not None and not _ALPHAS[0] <= alpha <= _ALPHAS[1]:
+        raise InputError(
+            f"--alpha {alpha:g}: closed forms in double precision keep the digits that the checks need from "
+            f"{_ALPHAS[0]:g} to {_ALPHAS[1]:g}: give a temperature between"
+        )
     installed = installed_problems()
     for name in names:
         if name not in installed and name not in reference_maps():

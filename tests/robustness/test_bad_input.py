@@ -113,7 +113,7 @@ def test_values_are_named_even_when_they_are_huge(here, capsys, monkeypatch):
 
 def test_a_memory_that_does_not_suffice_is_named(here, capsys, monkeypatch):
     code, _, err = run(
-        ["train", "--backend", "toy", "--out", "new", f"--set=backend.width={10**8}", "--set=backend.hypernetwork=mlp"],
+        ["train", "--backend", "toy", "--out", "new", f"--set=backend.width={10**7}", "--set=backend.hypernetwork=mlp"],
         capsys,
         monkeypatch,
     )
@@ -122,12 +122,19 @@ def test_a_memory_that_does_not_suffice_is_named(here, capsys, monkeypatch):
     assert not (here / "new").exists()
 
 
-@pytest.mark.parametrize(("toy", "alpha"), [("half-space", "1e-3"), ("folding", "1e-3")])
-def test_a_temperature_beyond_floating_point_is_named(toy, alpha, here, capsys, monkeypatch):
+@pytest.mark.parametrize("toy", ["half-space", "folding", "linear-gaussian", "one-dimensional"])
+@pytest.mark.parametrize("alpha", ["1e-300", "0.00099", "10001", "1e300", "inf"])
+def test_a_temperature_beyond_double_precision_is_named(toy, alpha, here, capsys, monkeypatch):
     code, out, err = run(["verify-bound", "--toy", toy, "--samples", "8", "--alpha", alpha], capsys, monkeypatch)
     assert (code, out) == (2, "")
     assert "--alpha" in err
     assert "internal error" not in err
+
+
+def test_a_temperature_at_which_a_toy_overflows_is_named(here, capsys, monkeypatch):
+    code, out, err = run(["verify-bound", "--toy", "half-space", "--alpha", "0.0015"], capsys, monkeypatch)
+    assert (code, out) == (2, "")
+    assert "give alpha of 0.00171 or more" in err
 
 
 @pytest.mark.parametrize("out", ["precious.txt/below", "loop/below", "folder"])
