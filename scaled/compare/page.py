@@ -409,6 +409,8 @@ def _wrapped(prompt: str, width: int = 15) -> str:
 
 
 def _gain_against_cost(document: Document) -> Figure:
+    from matplotlib.patheffects import withStroke
+
     score = _main_score(document)
     figure, (axes,) = new_figure()
     for row in document["table_1"]:
@@ -429,11 +431,14 @@ def _gain_against_cost(document: Document) -> Figure:
             xytext=(8, 6),
             textcoords="offset points",
             fontsize=9,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+            zorder=5,
         )
     axes.set(
         xscale="log", xlabel="seconds per image", ylabel=_label(score), title="What an image costs, and what it gets"
     )
     axes.margins(x=0.18)
+    axes.set_xlim(right=2.5 * axes.get_xlim()[1])  # labels stand to the right of their points
     return figure
 
 
