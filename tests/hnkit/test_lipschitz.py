@@ -8,7 +8,6 @@ import mpmath
 import pytest
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from hnkit import InputError
 from hnkit.certify import Scaled, Sum, certified_bounds
@@ -24,6 +23,7 @@ from hnkit.lipschitz import (
     local_norms,
     register,
 )
+from tests.hnkit.functions import Once
 
 F64 = torch.float64
 
@@ -601,29 +601,8 @@ def test_negative_slopes_are_not_monotone():
 def test_a_gradient_that_cannot_be_differentiated_again_is_refused(share):
     """Also where a part of the map alone is so: the ascent would follow the other part."""
 
-    class OnceSine(torch.autograd.Function):
-        """sin with a forward mode, and a gradient that torch will not differentiate again."""
-
-        @staticmethod
-        def forward(x):
-            return x.sin()
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs)
-            ctx.save_for_forward(*inputs)
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, g):
-            return g * ctx.saved_tensors[0].cos()
-
-        @staticmethod
-        def jvp(ctx, tangent):
-            return tangent * ctx.saved_tensors[0].cos()
-
     def f(x):
-        return share * OnceSine.apply(x) + (1 - share) * torch.sin(x)
+        return share * Once.apply(x) + (1 - share) * torch.sin(x)
 
     x = 0.8 * torch.ones(2, 3, dtype=torch.float64)
     with pytest.raises(InputError, match=r"no second derivatives .*once_differentiable.* use ascent_steps=0"):

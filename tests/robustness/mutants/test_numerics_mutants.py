@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 from hnkit import InputError
+from tests.hnkit.functions import NoForwardMode
 from toy._numerics import (
     antiderivative,
     derivatives,
@@ -48,25 +49,12 @@ def test_a_function_of_its_parameters_alone_has_no_derivatives():
     torch.testing.assert_close(torch.stack(found), f64([3.0, 3.0], [0.0, 0.0], [0.0, 0.0]), rtol=0, atol=0)
 
 
-class Square(torch.autograd.Function):
-    """t^2 with derivatives of every order, and no forward mode."""
-
-    @staticmethod
-    def forward(ctx, t):
-        ctx.save_for_backward(t)
-        return t.square()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * ctx.saved_tensors[0] * grad
-
-
 def test_forward_mode_passes_by_the_functions_of_a_transport():
     """N(0, 1) to N(1, 4) is 1 + 2 s, whose derivative is 2."""
     s, v = f64(0.5, -2.0), f64(3.0, 1.0)
 
     def log_density(y):
-        return -Square.apply((y - 1) / 2) / 2 - math.log(2 * math.sqrt(2 * math.pi))
+        return -NoForwardMode.apply((y - 1) / 2) / 2 - math.log(2 * math.sqrt(2 * math.pi))
 
     def score(y):
         return derivatives(log_density, y, 1)[1]
