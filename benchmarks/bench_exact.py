@@ -163,7 +163,7 @@ def main() -> None:
         return
     found = measure()
     show(found)
-    from hnkit._files import write_json
+    from hnkit.internal.files import write_json
 
     write_json(RESULT, found)
 

@@ -28,10 +28,19 @@ import torch
 from torch import Tensor, nn
 
 from hnkit import RowJacobian, dense_jacobian, log_det_error
-from hnkit._files import atomic_write, write_json
-from hnkit.estimators import QuadraticForm, arnoldi, draw_probes, lanczos, power_series, roulette, second_order, xtrace
+from hnkit.internal.files import atomic_write, write_json
 from hnkit.jacobian import rows_per_pass
-from hnkit.krylov import LanczosProcess
+from hnkit.kl.estimators import (
+    QuadraticForm,
+    arnoldi,
+    draw_probes,
+    lanczos,
+    power_series,
+    roulette,
+    second_order,
+    xtrace,
+)
+from hnkit.linalg.krylov import LanczosProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -327,7 +336,7 @@ def show(document: dict[str, Any]) -> None:
 
 def draw(cases: Mapping[str, Any], title: str) -> bytes:
     """Error against products, one panel per case."""
-    from hnkit import plots
+    from hnkit.output import plots
 
     colours = (plots.BLUE, plots.SKY, plots.GREEN, plots.PURPLE, plots.INK, plots.GREY, plots.VERMILION,
                plots.ORANGE, "#8c510a")  # fmt: skip

@@ -55,7 +55,7 @@ def read(number: int, begun: float) -> Reading:
 
 def command(arguments: list[str], log: Path) -> None:
     """Run one command of `hnkit` in this process; an exit code other than the expected ones ends the test."""
-    from hnkit.cli import app
+    from hnkit.cli.app import app
 
     code = 0
     with log.open("a") as stream, redirect_stdout(stream), redirect_stderr(stream):
@@ -94,7 +94,7 @@ def growth(readings: list[Reading]) -> float:
 
 def draw(readings: list[Reading], warm_up: int, grown: float) -> bytes:
     """Memory and descriptors against time."""
-    from hnkit.plots import BLUE, GREY, VERMILION, new_figure, style, to_png
+    from hnkit.output.plots import BLUE, GREY, VERMILION, new_figure, style, to_png
 
     minutes = [reading.seconds / 60 for reading in readings]
     with style():

@@ -9,9 +9,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from hnkit._files import write_json
 from hnkit.config import resolve_config
-from hnkit.training import train
+from hnkit.internal.files import write_json
+from hnkit.training.run import train
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LOSSES = ("l2", "second-order", "arnoldi", "exact")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hnkit.report import Cell, Table, format_estimate, format_number
+from hnkit.output.page import Cell, Table, format_estimate, format_number
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -72,7 +72,7 @@ def item_e() -> str:
 
 def _compare_table(name: str) -> Callable[[], str]:
     def table() -> str:
-        from scaled.compare.page import all_tables
+        from hnkit.scaled.compare.page import all_tables
 
         return to_markdown(all_tables(_document("compare"))[name])
 
@@ -81,7 +81,7 @@ def _compare_table(name: str) -> Callable[[], str]:
 
 def compare_lead() -> str:
     """What the comparison found, in words generated from its figures."""
-    from scaled.compare.page import lead
+    from hnkit.scaled.compare.page import lead
 
     return lead(_document("compare")) + "\n"
 

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hnkit._errors import InputError as InputError
-    from hnkit._errors import NonFiniteError as NonFiniteError
     from hnkit.backend import Backend as Backend
     from hnkit.backend import Condition as Condition
     from hnkit.backend import ConditionedMap as ConditionedMap
@@ -24,15 +22,17 @@ if TYPE_CHECKING:
     from hnkit.bounds import second_order_remainder_bound as second_order_remainder_bound
     from hnkit.bounds import singular_value_bound as singular_value_bound
     from hnkit.bounds import theorem7_bound as theorem7_bound
+    from hnkit.errors import InputError as InputError
+    from hnkit.errors import NonFiniteError as NonFiniteError
     from hnkit.jacobian import RowJacobian as RowJacobian
     from hnkit.jacobian import dense_jacobian as dense_jacobian
-    from hnkit.kl import KLEstimate as KLEstimate
-    from hnkit.kl import noise_kl as noise_kl
-    from hnkit.lipschitz import LipschitzEstimate as LipschitzEstimate
-    from hnkit.lipschitz import certify_injective as certify_injective
-    from hnkit.lipschitz import lipschitz_lower as lipschitz_lower
-    from hnkit.lipschitz import lipschitz_upper as lipschitz_upper
-    from hnkit.lipschitz import local_lipschitz as local_lipschitz
+    from hnkit.kl.divergence import KLEstimate as KLEstimate
+    from hnkit.kl.divergence import noise_kl as noise_kl
+    from hnkit.lipschitz.certify import certify_injective as certify_injective
+    from hnkit.lipschitz.local import LipschitzEstimate as LipschitzEstimate
+    from hnkit.lipschitz.local import lipschitz_lower as lipschitz_lower
+    from hnkit.lipschitz.local import lipschitz_upper as lipschitz_upper
+    from hnkit.lipschitz.local import local_lipschitz as local_lipschitz
     from hnkit.logdet import log_det_error as log_det_error
     from hnkit.loss import LossTerms as LossTerms
     from hnkit.loss import NoiseLoss as NoiseLoss
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from hnkit.verify import verify_bound as verify_bound
 
 _HOME = {
-    "InputError": "_errors",
-    "NonFiniteError": "_errors",
+    "InputError": "errors",
+    "NonFiniteError": "errors",
     "Backend": "backend",
     "Condition": "backend",
     "ConditionedMap": "backend",
@@ -57,13 +57,13 @@ _HOME = {
     "theorem7_bound": "bounds",
     "RowJacobian": "jacobian",
     "dense_jacobian": "jacobian",
-    "KLEstimate": "kl",
-    "noise_kl": "kl",
-    "LipschitzEstimate": "lipschitz",
-    "certify_injective": "lipschitz",
-    "lipschitz_lower": "lipschitz",
-    "lipschitz_upper": "lipschitz",
-    "local_lipschitz": "lipschitz",
+    "KLEstimate": "kl.divergence",
+    "noise_kl": "kl.divergence",
+    "LipschitzEstimate": "lipschitz.local",
+    "certify_injective": "lipschitz.certify",
+    "lipschitz_lower": "lipschitz.local",
+    "lipschitz_upper": "lipschitz.local",
+    "local_lipschitz": "lipschitz.local",
     "log_det_error": "logdet",
     "LossTerms": "loss",
     "NoiseLoss": "loss",

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from hnkit._errors import InputError
+from hnkit.errors import InputError
 
 NoiseMap = Callable[[Tensor], Tensor]
 """A batch-first map `f(x) -> delta`: `x` of shape `(n, *shape)`, rows independent, differentiable."""

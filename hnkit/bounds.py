@@ -2,7 +2,8 @@
 
 All rest on one scalar function, `h(s) = -log(1 - s) - s = sum_{k>=2} s^k / k`, because
 `|Re z - log|1 + z|| <= h(|z|)` for complex `|z| < 1`. It is evaluated without cancellation: every bound here has full
-relative accuracy down to `L = 0`. Values are rounded to nearest, not outward; `hnkit.ball` gives enclosures.
+relative accuracy down to `L = 0`. Values are rounded to nearest, not outward; enclosures are in
+`hnkit.linalg.enclosures`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TypeAlias, overload
 import torch
 from torch import Tensor
 
-from hnkit._errors import InputError
+from hnkit.errors import InputError
 
 Number: TypeAlias = float | Tensor
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hnkit._errors import InputError
 from hnkit.backend import BackendFactory, backend_factory, installed_names
+from hnkit.errors import InputError
 from hnkit.prompts import is_unicode
 
 Scalar = bool | int | float | str

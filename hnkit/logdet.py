@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hnkit._errors import InputError, NonFiniteError
 from hnkit.bounds import log_gap
+from hnkit.errors import InputError, NonFiniteError
 
 # Below this Frobenius norm every leading block of I + A is well conditioned, so that elimination needs no pivoting.
 _SMALL = 0.5

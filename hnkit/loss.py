@@ -12,11 +12,11 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from hnkit._errors import InputError
 from hnkit.backend import NoiseMap, select_rows
-from hnkit.estimators import PROBES, Probe, dot, draw_probes, ratio
+from hnkit.errors import InputError
 from hnkit.jacobian import RowJacobian, check_batch, dense_jacobian, evaluate, recording, rows_per_pass
-from hnkit.krylov import ArnoldiProcess, KrylovSpace, phi_column, spectral_norm
+from hnkit.kl.estimators import PROBES, Probe, dot, draw_probes, ratio
+from hnkit.linalg.krylov import ArnoldiProcess, KrylovSpace, phi_column, spectral_norm
 from hnkit.logdet import log_det_error
 
 KLTerm = Literal["l2", "second-order", "arnoldi", "exact"]

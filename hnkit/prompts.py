@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hnkit._errors import InputError
+from hnkit.errors import InputError
 
 FORMATS = ".txt (a prompt a line), .json (a list or dict of strings), .jsonl (field 'prompt'), hf:NAME[:split[:column]]"
 

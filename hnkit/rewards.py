@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hnkit._errors import InputError
 from hnkit.backend import Reward, load_installed
 from hnkit.config import RewardSpec, typed_value
+from hnkit.errors import InputError
 
 
 def import_object(path: str, flag: str) -> Any:

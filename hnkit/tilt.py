@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hnkit._errors import InputError, NonFiniteError
-from hnkit._stats import mean_and_stderr
 from hnkit.backend import NoiseMap
+from hnkit.errors import InputError, NonFiniteError
+from hnkit.internal.stats import mean_and_stderr
 
 if TYPE_CHECKING:
-    from hnkit.kl import Form, Method
+    from hnkit.kl.divergence import Form, Method
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def optimality_gap(
     Source:
         THEORY items f and g; arXiv 2508.09968, Proposition 4 and eq. 53.
     """
-    from hnkit.kl import noise_kl
+    from hnkit.kl.divergence import noise_kl
 
     if x.dim() == 0 or tuple(x.shape[1:]) != problem.noise_shape or x.shape[0] == 0:
         raise InputError(

@@ -17,10 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hnkit._errors import InputError
-from hnkit._files import atomic_write, write_json
-from hnkit.plots import Plot
-from hnkit.report import (
+from hnkit.errors import InputError
+from hnkit.internal.files import atomic_write, write_json
+from hnkit.output.page import (
     Cell,
     Code,
     Picture,
@@ -30,6 +29,7 @@ from hnkit.report import (
     format_estimate,
     write_html,
 )
+from hnkit.output.plots import Plot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,9 +179,9 @@ class Registry:
 
 def checks_by_proof() -> dict[str, list[str]]:
     """Folder in `proofs/` and the checks of `verify-bound` whose statements are derived there."""
-    from hnkit.certified_checks import CERTIFIED_CHECKS
-    from hnkit.map_checks import MAP_CHECKS
-    from hnkit.toy_checks import TOY_CHECKS
+    from hnkit.checks.maps import MAP_CHECKS
+    from hnkit.checks.matrices import CERTIFIED_CHECKS
+    from hnkit.checks.problems import TOY_CHECKS
 
     found: dict[str, list[str]] = {}
     for registry in (MAP_CHECKS, TOY_CHECKS, CERTIFIED_CHECKS):
@@ -208,7 +208,7 @@ def mean_finding(
     Raises:
         NotApplicable: fewer than two samples: their error is not known.
     """
-    from hnkit._stats import mean_and_stderr
+    from hnkit.internal.stats import mean_and_stderr
 
     mean, stderr = mean_and_stderr(samples)
     return Finding(mean, expected, confidence_radius(stderr, samples.numel()) + floor, relation, note)
@@ -436,7 +436,7 @@ def verify_bound(
     Source:
         arXiv 2508.09968, Theorem 7, Lemmas 5 and 6, eqs. 53 and 55.
     """
-    from hnkit.verification import VerifySettings, verify_map
+    from hnkit.checks.runs import VerifySettings, verify_map
 
     return verify_map(f, tuple(shape), VerifySettings(samples, seed, method, certify, options), name=name)
 

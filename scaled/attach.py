@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hnkit.scaled.lora.adapter import Adapter, adapter_options, read_adapter
+from hnkit.scaled.lora.twin import LoraSpec, load_lora, lora_targets, make_twin
+from hnkit.scaled.pipelines import memory
+from hnkit.scaled.pipelines.backend import Family, HyperNetwork
+from hnkit.scaled.pipelines.families.flux import FluxFamily
+from hnkit.scaled.pipelines.families.sana import SanaFamily
+from hnkit.scaled.pipelines.families.sd_turbo import SDTurboFamily
 from torch import Tensor
 
-from hnkit._errors import InputError
 from hnkit.backend import Condition
-from scaled import memory
-from scaled.adapter import Adapter, adapter_options, read_adapter
-from scaled.base import Family, HyperNetwork
-from scaled.flux import FluxFamily
-from scaled.sana import SanaFamily
-from scaled.sd_turbo import SDTurboFamily
-from scaled.twin import LoraSpec, load_lora, lora_targets, make_twin
+from hnkit.errors import InputError
 
 FAMILIES: tuple[Family, ...] = (SanaFamily(), SDTurboFamily(), FluxFamily())
 _GUIDANCE = {"sana": 4.5}

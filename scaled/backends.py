@@ -13,13 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hnkit._errors import InputError
-from scaled.adapter import adapter_options
-from scaled.base import Family, PipelineBackend, PipelineOptions, find_model, load_pipeline
-from scaled.digits.backend import DigitsBackend, DigitsOptions
-from scaled.flux import FluxFamily, FluxOptions
-from scaled.sana import SanaFamily, SanaOptions
-from scaled.sd_turbo import SDTurboFamily, SDTurboOptions
+from hnkit.scaled.digits.backend import DigitsBackend, DigitsOptions
+from hnkit.scaled.lora.adapter import adapter_options
+from hnkit.scaled.pipelines.backend import Family, PipelineBackend, PipelineOptions, find_model, load_pipeline
+from hnkit.scaled.pipelines.families.flux import FluxFamily, FluxOptions
+from hnkit.scaled.pipelines.families.sana import SanaFamily, SanaOptions
+from hnkit.scaled.pipelines.families.sd_turbo import SDTurboFamily, SDTurboOptions
+
+from hnkit.errors import InputError
 
 Preset = Mapping[str, Any]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import hnkit
-import toy
+from hnkit import toy
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -15,12 +15,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.integrate import quad
-from torch import Tensor
-
-from hnkit._errors import InputError
-from hnkit.backend import NoiseMap
-from toy._numerics import (
+from hnkit.toy.numerics import (
     Panels,
     antiderivative,
     derivatives,
@@ -30,7 +25,12 @@ from toy._numerics import (
     solve_increasing,
     with_derivatives,
 )
-from toy._problem import Toy, require_alpha, standard_normal
+from hnkit.toy.problem import Toy, require_alpha, standard_normal
+from scipy.integrate import quad
+from torch import Tensor
+
+from hnkit.backend import NoiseMap
+from hnkit.errors import InputError
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _STEP = 0.01

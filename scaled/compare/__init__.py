@@ -1,5 +1,5 @@
 """`hnkit compare`: the paper's tables and figures for a backend, and what it could not show, in one resumable run."""
 
-from scaled.compare.run import COMPARISON
+from hnkit.scaled.compare.run import COMPARISON
 
 __all__ = ["COMPARISON"]

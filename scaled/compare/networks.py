@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hnkit._errors import InputError
 from hnkit.backend import Backend, backend_factory
-from hnkit.commands import load_trained
+from hnkit.cli.commands import load_trained
 from hnkit.config import CONFIG_FILE, resolve_config
-from hnkit.training import METRICS, train
+from hnkit.errors import InputError
+from hnkit.training.run import METRICS, train
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hnkit._files import atomic_write
-from hnkit.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILION, Plot, new_figure
-from hnkit.report import Cell, Picture, Section, Table, Text, format_estimate, format_number, write_html
+from hnkit.internal.files import atomic_write
+from hnkit.output.page import Cell, Picture, Section, Table, Text, format_estimate, format_number, write_html
+from hnkit.output.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILION, Plot, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

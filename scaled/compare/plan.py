@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hnkit._errors import InputError
 from hnkit.config import parse_options, typed_values
+from hnkit.errors import InputError
 
 METHODS = ("base", "hypernoise", "direct", "best-of-n", "reno", "prompt-optimisation")
 

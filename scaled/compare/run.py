@@ -8,29 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hnkit.scaled.backends import PipelineFactory
+from hnkit.scaled.compare.baselines import (
+    Base,
+    BestOfN,
+    HyperNoise,
+    Method,
+    PromptOptimisation,
+    ReNO,
+    TextGenerationProposer,
+)
+from hnkit.scaled.compare.diversity import DinoSimilarity, Lpips, Metric, pixel_distance
+from hnkit.scaled.compare.evaluation import Evaluation, Scorer, base_noise, category_of, evaluate, read_part
+from hnkit.scaled.compare.networks import Network, given, trained
+from hnkit.scaled.compare.page import write_page
+from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
+from hnkit.scaled.compare.tables import method_row
+from hnkit.scaled.lora.adapter import adapter_options
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hnkit._errors import InputError
-from hnkit._files import atomic_write, file_digest, new_run_folder, read_sealed, write_json, write_sealed
-from hnkit._stats import mean_and_stderr
 from hnkit.backend import Backend, ConditionedMap, Reward, backend_factory
-from hnkit.checkpoint import run_lock
 from hnkit.config import resolve_config
-from hnkit.measure import measure
+from hnkit.errors import InputError
+from hnkit.figures import measure
+from hnkit.internal.files import atomic_write, file_digest, new_run_folder, read_sealed, write_json, write_sealed
+from hnkit.internal.stats import mean_and_stderr
+from hnkit.output.terminal import Steps, steps
 from hnkit.prompts import require_disjoint
 from hnkit.rewards import CallableReward, load_rewards
-from hnkit.stream import generator_for
-from hnkit.terminal import Steps, steps
-from scaled.adapter import adapter_options
-from scaled.backends import PipelineFactory
-from scaled.baselines import Base, BestOfN, HyperNoise, Method, PromptOptimisation, ReNO, TextGenerationProposer
-from scaled.compare.evaluation import Evaluation, Scorer, base_noise, category_of, evaluate, read_part
-from scaled.compare.networks import Network, given, trained
-from scaled.compare.page import write_page
-from scaled.compare.plan import Plan, make_plan, plan_from_json
-from scaled.compare.tables import method_row
-from scaled.diversity import DinoSimilarity, Lpips, Metric, pixel_distance
+from hnkit.training.checkpoint import run_lock
+from hnkit.training.data import generator_for
 
 PLAN = "plan.json"
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from hnkit.scaled.digits.checkpoint import CANVAS, GUIDANCE_SCALE, JUDGE_FILE, MAX_SEQUENCE_LENGTH, verified_folder
+from hnkit.scaled.digits.propose import propose
+from hnkit.scaled.digits.scenes import eval_prompts, train_prompts, validate_prompt
+from hnkit.scaled.pipelines.backend import PipelineBackend
+from hnkit.scaled.pipelines.families.sana import SanaOptions
 from torch import Tensor
 
 from hnkit.backend import Condition, Reward
-from scaled.base import PipelineBackend
-from scaled.digits.checkpoint import CANVAS, GUIDANCE_SCALE, JUDGE_FILE, MAX_SEQUENCE_LENGTH, verified_folder
-from scaled.digits.propose import propose
-from scaled.digits.scenes import eval_prompts, train_prompts, validate_prompt
-from scaled.sana import SanaOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class DigitsBackend(PipelineBackend):
     @cached_property
     def default_reward(self) -> Reward:
         """The bundled contrastive scorer."""
-        from scaled.digits.rewards import scorer
+        from hnkit.scaled.digits.rewards import scorer
 
         return scorer(Path(self.options.model_id), device=str(self.device))
 
@@ -90,6 +90,6 @@ class DigitsBackend(PipelineBackend):
 
     @cached_property
     def _judge(self) -> Any:
-        from scaled.digits.judge import Judge
+        from hnkit.scaled.digits.judge import Judge
 
         return Judge.load(Path(self.options.model_id) / JUDGE_FILE)

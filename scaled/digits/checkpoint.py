@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hnkit._errors import InputError
-from hnkit._files import file_digest
+from hnkit.errors import InputError
+from hnkit.internal.files import file_digest
 
 CHECKSUMS = "SHA256SUMS"
 CLIP_FOLDER = "clip"

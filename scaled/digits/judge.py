@@ -14,10 +14,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from hnkit.scaled.digits.scenes import (
+    CELL,
+    CELLS,
+    EMPTY,
+    KINDS,
+    PALETTE,
+    Kind,
+    normalise_ink,
+    split_cells,
+    validate_prompt,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-from scaled.digits.scenes import CELL, CELLS, EMPTY, KINDS, PALETTE, Kind, normalise_ink, split_cells, validate_prompt
 
 ILLEGIBLE = 10
 MIN_PEAK = 0.35

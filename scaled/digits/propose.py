@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
-from scaled.digits.scenes import Prompt, all_prompts, validate_prompt
+from hnkit.scaled.digits.scenes import Prompt, all_prompts, validate_prompt
 
 
 def rewordings(text: str) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnkit._errors import InputError
+from hnkit.errors import InputError
 
 Kind = Literal["single", "two", "counting", "colours", "position", "attribution"]
 Split = Literal["generator", "scorer", "judge"]

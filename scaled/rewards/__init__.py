@@ -37,13 +37,13 @@ def redness(*, weight: float = 1.0) -> Reward:
 
 def digits_clip(*, weight: float = 1.0, device: str = "cpu") -> Reward:
     """CLIPScore by the contrastive scorer that is bundled with the digits miniature."""
-    from scaled.digits import rewards
+    from hnkit.scaled.digits import rewards
 
     return rewards.scorer(weight=weight, device=device)
 
 
 def legibility(*, weight: float = 1.0) -> Reward:
-    """How clearly the miniature's digits can be read; see `scaled.digits.rewards.Legibility`."""
-    from scaled.digits import rewards
+    """How clearly the miniature's digits can be read; see `hnkit.scaled.digits.rewards.Legibility`."""
+    from hnkit.scaled.digits import rewards
 
     return CallableReward("legibility", weight, rewards.legibility())

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hnkit import InputError
-from hnkit.ball import Enclosure, certify_bounds
 from hnkit.bounds import frobenius_bound, singular_value_bound, theorem7_bound
+from hnkit.linalg.enclosures import Enclosure, certify_bounds
 
 pytest.importorskip("flint")
 F64 = torch.float64
@@ -201,7 +201,7 @@ def test_clusters_and_moderate_size():
 def test_eigenvalues_closer_than_a_float_can_tell_keep_their_order():
     import flint
 
-    from hnkit.ball import _eigenvalues
+    from hnkit.linalg.enclosures import _eigenvalues
 
     with flint.ctx.workprec(256):
         exact = [flint.arb(1) + k * flint.arb(2) ** -100 for k in (2, 0, 3, 1)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hnkit import noise_kl
-from hnkit._stats import mean_and_stderr
+from hnkit.internal.stats import mean_and_stderr
 
 DIM, REPETITIONS, SAMPLES = 12, 400, 40
 NORMAL_COVERAGE = {1: 0.6767, 2: 0.9476}  # of Student's law with 39 degrees of freedom

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hnkit import InputError
-from hnkit import checkpoint as module
-from hnkit.checkpoint import (
+from hnkit.training import checkpoint as module
+from hnkit.training.checkpoint import (
     DamagedCheckpointError,
     JsonLog,
     load_checkpoint,
@@ -136,7 +136,7 @@ def test_a_write_that_really_runs_out_of_room(tmp_path):
     script = f"""
 import resource, signal, torch
 from pathlib import Path
-from hnkit.checkpoint import save_checkpoint
+from hnkit.training.checkpoint import save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 try:
@@ -176,7 +176,7 @@ def test_rewriting_a_step_replaces_it(tmp_path):
 def test_one_process_to_a_folder(tmp_path):
     script = f"""
 from pathlib import Path
-from hnkit.checkpoint import run_lock
+from hnkit.training.checkpoint import run_lock
 try:
     with run_lock(Path({str(tmp_path)!r})):
         print("locked")

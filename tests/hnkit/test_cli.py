@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hnkit import cli
-from hnkit._errors import InputError
+from hnkit.cli import app as cli
+from hnkit.errors import InputError
 
 MAPS = """
 import torch
@@ -306,7 +306,7 @@ def test_every_error_becomes_one_line(error, code, words, monkeypatch, capsys):
     def fail(**_):
         raise error
 
-    monkeypatch.setattr("hnkit.commands.verify", fail)
+    monkeypatch.setattr("hnkit.cli.commands.verify", fail)
     found, out, err = run(capsys, "verify-bound")
     assert found == code
     assert out == ""
@@ -322,7 +322,7 @@ def test_debug_shows_the_traceback(here, capsys):
 
 
 def test_failing_check_is_exit_1(monkeypatch, here, capsys):
-    from hnkit import map_checks
+    from hnkit.checks import maps as map_checks
 
     wrong = map_checks.theorem7_bound
     monkeypatch.setattr(map_checks, "theorem7_bound", lambda dim, L: 1e-3 * wrong(dim, L))

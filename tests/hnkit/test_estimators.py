@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hnkit import InputError
-from hnkit.estimators import PROBES, arnoldi, draw_probes, lanczos, power_series, roulette, second_order, xtrace
-from hnkit.krylov import ArnoldiProcess, LanczosProcess, gauss_nodes, phi_column, spectral_norm
+from hnkit.kl.estimators import PROBES, arnoldi, draw_probes, lanczos, power_series, roulette, second_order, xtrace
+from hnkit.linalg.krylov import ArnoldiProcess, LanczosProcess, gauss_nodes, phi_column, spectral_norm
 from tests.hnkit.operator_zoo import KINDS, NORMS, MatrixOperator, exact_error, form, matrix, phi_matrix
 
 DIM = 12

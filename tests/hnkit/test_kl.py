@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hnkit import InputError, NonFiniteError, noise_kl
 from hnkit.backend import Condition, ConditionedMap
-from hnkit.kl import FORMS, METHODS
+from hnkit.kl.divergence import FORMS, METHODS
 from tests.hnkit.operator_zoo import exact_error, matrix
 
 STOCHASTIC = ("arnoldi", "lanczos", "power", "roulette", "second-order")
@@ -419,11 +419,11 @@ def test_progress_reaches_the_end() -> None:
 
 
 def test_large_matrices_take_the_in_place_route(monkeypatch: pytest.MonkeyPatch) -> None:
-    import hnkit.moments
+    import hnkit.kl.moments
 
     f, x = Linear(matrix("gaussian", 0.9, 40)), noise(3, 40)
     usual = noise_kl(f, x)
-    monkeypatch.setattr(hnkit.moments, "_IN_PLACE_ENTRIES", 64)
+    monkeypatch.setattr(hnkit.kl.moments, "_IN_PLACE_ENTRIES", 64)
     streamed = noise_kl(f, x)
     torch.testing.assert_close(streamed.per_sample, usual.per_sample, rtol=1e-11, atol=0)
     assert streamed.symmetry_index == pytest.approx(usual.symmetry_index)

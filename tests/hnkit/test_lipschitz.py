@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from hnkit import InputError
-from hnkit.certify import Scaled, Sum, certified_bounds
-from hnkit.convolution import convolution_norm_bound, spectral_norm_bound
 from hnkit.jacobian import RowJacobian
+from hnkit.linalg.convolution import convolution_norm_bound, spectral_norm_bound
 from hnkit.lipschitz import (
     JacobianBounds,
     certify_injective,
@@ -23,6 +22,7 @@ from hnkit.lipschitz import (
     local_norms,
     register,
 )
+from hnkit.lipschitz.certify import Scaled, Sum, certified_bounds
 from tests.hnkit.functions import Once
 
 F64 = torch.float64
@@ -352,7 +352,7 @@ def test_the_reshaped_kernel_would_not_be_a_bound():
 @pytest.mark.parametrize("density", [32, 16, 8, 4])
 def test_coarser_grids_keep_the_bound(density, monkeypatch):
     """Between grid points the symbol may be larger: the correction factor must cover it at every density."""
-    monkeypatch.setattr("hnkit.convolution._grid", lambda degrees, work: [max(1, density * n) for n in degrees])
+    monkeypatch.setattr("hnkit.linalg.convolution._grid", lambda degrees, work: [max(1, density * n) for n in degrees])
     for seed in range(20):
         weight = noise(2, 2, 5, seed=seed)
         symbol = torch.fft.fft(weight, n=4096).permute(2, 0, 1)

@@ -10,7 +10,7 @@ from torch import nn
 
 from hnkit import InputError
 from hnkit.config import TrainConfig
-from hnkit.optimize import (
+from hnkit.training.optimize import (
     WeightAverage,
     build_optimizer,
     learning_rate,

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from hnkit import InputError, _files, plots
+from hnkit import InputError
 from hnkit.backend import Condition
-from hnkit.generation import GenerateSettings, contact_sheet, generate_pairs, image_png, require_images
-from hnkit.layouts import check_layout
-from hnkit.report import (
+from hnkit.generate import GenerateSettings, contact_sheet, generate_pairs, image_png, require_images
+from hnkit.internal import files as _files
+from hnkit.output import plots
+from hnkit.output.layouts import check_layout
+from hnkit.output.page import (
     Code,
     Picture,
     Section,

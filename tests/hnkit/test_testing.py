@@ -230,7 +230,7 @@ def test_assert_theorem7(monkeypatch):
         assert_theorem7(f, x, lipschitz=0.59)
     with pytest.raises(InputError, match=r"local norm = 1\.2"):
         assert_theorem7(lambda x: 1.2 * x, x)
-    monkeypatch.setattr("hnkit.assertions.log_det_error", lambda A: 1.001 * log_det_error(A))
+    monkeypatch.setattr("hnkit.testing.assertions.log_det_error", lambda A: 1.001 * log_det_error(A))
     with pytest.raises(AssertionError, match="with L the local norm"):
         assert_theorem7(f, x)
 
@@ -256,7 +256,7 @@ def test_assert_bounds(name, message, monkeypatch):
         value = true(*arguments)
         return (value[0], 0.999 * value[1]) if isinstance(value, tuple) else 0.999 * value
 
-    monkeypatch.setattr(f"hnkit.assertions.{name}", shrunk)
+    monkeypatch.setattr(f"hnkit.testing.assertions.{name}", shrunk)
     with pytest.raises(AssertionError, match=message + r".* nats \(matrix 0\)"):
         assert_bounds(A)
 
@@ -266,7 +266,9 @@ def test_assert_bounds_checks_the_lower_side(monkeypatch):
 
     rotation = 0.01 * torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=F64)
     assert_bounds(rotation)
-    monkeypatch.setattr("hnkit.assertions.field_of_values_bounds", lambda A: (0.0, field_of_values_bounds(A)[1]))
+    monkeypatch.setattr(
+        "hnkit.testing.assertions.field_of_values_bounds", lambda A: (0.0, field_of_values_bounds(A)[1])
+    )
     with pytest.raises(AssertionError, match=r"field of values, lower = 0 exceeds E\(A\)"):
         assert_bounds(rotation)
 

@@ -7,6 +7,7 @@ import math
 import mpmath
 import pytest
 import torch
+from hnkit.toy import PROBLEMS, LinearGaussian
 from torch import nn
 
 from hnkit import InputError, NonFiniteError
@@ -17,7 +18,6 @@ from hnkit.tilt import (
     log_z_monte_carlo,
     optimality_gap,
 )
-from toy import PROBLEMS, LinearGaussian
 
 
 def f64(*rows):

@@ -19,10 +19,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import hnkit.config
-import hnkit.training
-from hnkit import InputError, checkpoint
+import hnkit.training.run
+from hnkit import InputError
 from hnkit.config import RunConfig, TrainConfig, resolve_config
-from hnkit.training import TrainResult, train
+from hnkit.training import checkpoint
+from hnkit.training.run import TrainResult, train
 from tests.hnkit.fake_backend import FakeBackend, FakeFactory
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -65,7 +66,7 @@ def records(folder: Path) -> list[dict]:
 @pytest.fixture
 def fake(monkeypatch) -> FakeFactory:
     factory = FakeFactory()
-    for module in (hnkit.config, hnkit.training):
+    for module in (hnkit.config, hnkit.training.run):
         monkeypatch.setattr(module, "backend_factory", lambda name: factory)
     return factory
 
@@ -103,7 +104,7 @@ def test_each_loss_learns_its_own_law(tmp_path, kl, nats, tolerance):
 
 
 def interrupt_after(monkeypatch, step: int, signum: int) -> None:
-    take_step = hnkit.training._Session.take_step
+    take_step = hnkit.training.run._Session.take_step
 
     def interrupted(session):
         record = take_step(session)
@@ -111,7 +112,7 @@ def interrupt_after(monkeypatch, step: int, signum: int) -> None:
             os.kill(os.getpid(), signum)
         return record
 
-    monkeypatch.setattr(hnkit.training._Session, "take_step", interrupted)
+    monkeypatch.setattr(hnkit.training.run._Session, "take_step", interrupted)
 
 
 VARIANTS = [
@@ -205,7 +206,7 @@ def test_folders_that_are_no_run_or_in_use_or_taken(tmp_path):
 def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch, code):
     config = small()
     run(config, tmp_path / "whole")
-    save, calls = hnkit.training.save_checkpoint, []
+    save, calls = hnkit.training.run.save_checkpoint, []
 
     def failing(*arguments):
         calls.append(arguments)
@@ -213,7 +214,7 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch, code):
             raise OSError(code, os.strerror(code), str(tmp_path / "run"))
         return save(*arguments)
 
-    monkeypatch.setattr(hnkit.training, "save_checkpoint", failing)
+    monkeypatch.setattr(hnkit.training.run, "save_checkpoint", failing)
     with pytest.raises(InputError, match="older checkpoints are intact") as raised:
         run(config, tmp_path / "run")
     assert os.strerror(code) in str(raised.value)
@@ -290,7 +291,7 @@ def test_two_processes_train_as_one(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(
         "import sys, io\nfrom pathlib import Path\nfrom rich.console import Console\n"
-        "from hnkit.config import resolve_config\nfrom hnkit.training import train\n"
+        "from hnkit.config import resolve_config\nfrom hnkit.training.run import train\n"
         f"c = resolve_config(backend='toy', preset='item-e', overrides=[f'train.{{o}}' for o in {options!r}])\n"
         "train(c, out=Path(sys.argv[1]), console=Console(file=io.StringIO()))\n"
     )
@@ -309,12 +310,12 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def test_batches_that_do_not_divide(tmp_path, fake, monkeypatch):
-    class Three(hnkit.training.Processes):
+    class Three(hnkit.training.run.Processes):
         def __init__(self, **options) -> None:
             super().__init__(**options)
             self.count = 3
 
-    monkeypatch.setattr(hnkit.training, "Processes", Three)
+    monkeypatch.setattr(hnkit.training.run, "Processes", Three)
     with pytest.raises(InputError, match="give a multiple of 3"):
         run(fake_config(), tmp_path / "run")
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hnkit._files import sealed
+from hnkit.scaled.compare.plan import Plan
+
 from hnkit.backend import backend_factory
 from hnkit.config import TrainConfig
-from scaled.compare.plan import Plan
+from hnkit.internal.files import sealed
 
 BACKENDS = ("toy", "digits", "sana", "sd-turbo", "flux")
 
@@ -60,7 +61,7 @@ FILES: dict[str, str | bytes] = {
     "code-heldout.toml": '[heldout]\n"os:system" = 1.0\n',
     "backend-number.toml": "[backend]\nname = 3\n",
     "backend-unknown.toml": '[backend]\nname = "os"\n',
-    "backend-path.toml": '[backend]\nname = "toy.backend:FACTORY"\n',
+    "backend-path.toml": '[backend]\nname = "hnkit.toy.backend:FACTORY"\n',
     "weird.py": "def f(x):\n    return x * float('nan')\ndef r(images, prompts):\n    return images\nnumber = 3\n",
     "adapter-empty/adapter.json": "",
     "adapter-list/adapter.json": "[]",
@@ -130,7 +131,7 @@ REWARD_FLAGS = (
 )  # fmt: skip
 SETS = (
     "", "=", "x", "train", "train.", "train.=1", ".=1", "train.steps", "train.nonesuch=1", "nonesuch.key=1",
-    "backend.nonesuch=1", "backend.name=toy.backend:FACTORY", "rewards.os:system=1", "heldout.os:system=1",
+    "backend.nonesuch=1", "backend.name=hnkit.toy.backend:FACTORY", "rewards.os:system=1", "heldout.os:system=1",
     "rewards.nonesuch=1", "rewards.redness=x", "rewards.redness=nan", "rewards.redness.weight=x",
     "rewards.redness.nonesuch=1", "rewards.redness.size=[1]", "rewards.=1", "heldout.redness=inf",
     "heldout.redness.weight=none", "rewards.redness.=1", "heldout.nonesuch=1", "rewards.redness.__class__=1",
@@ -171,7 +172,7 @@ FLAGS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (("verify-bound",), "--toy", ("", "nonesuch", "toy:PROBLEMS", "linear-gaussian ", "línea", "*", LONG)),
     (("verify-bound", "--shape", "3"), "--map", MAPS),
     (("verify-bound", "--map", "torch:sin"), "--shape", SHAPES),
-    (("verify-bound", "--adapter", "folder"), "--backend", ("", "nonesuch", "toy.backend:FACTORY", LONG)),
+    (("verify-bound", "--adapter", "folder"), "--backend", ("", "nonesuch", "hnkit.toy.backend:FACTORY", LONG)),
     (("verify-bound", "--backend", "toy"), "--adapter", (*NONE_SUCH, "adapter-empty", "adapter-list", "adapter-path",
                                                          "run-cut", "run-foreign", "run-key", "run-code")),
     (("verify-bound", "--backend", "toy", "--adapter", "folder"), "--prompts", PROMPT_FILES),
@@ -185,7 +186,7 @@ FLAGS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (KL_MAP, "--budget", HUGE),
     (("verify-bound", "--backend", "toy", "--adapter", "folder"), "--set", ("", "x", "train.steps=1", "backend.x=1")),
     (VERIFY, "--out", ("folder", "precious.txt", "precious.txt/below", "loop", "loop/below", "dangling", LONG, "")),
-    (("train",), "--backend", ("", "nonesuch", "toy.backend:FACTORY", "TOY", LONG)),
+    (("train",), "--backend", ("", "nonesuch", "hnkit.toy.backend:FACTORY", "TOY", LONG)),
     (TRAIN, "--config", TOML_FILES),
     (TRAIN, "--preset", ("", "nonesuch", "DEFAULT")),
     (TRAIN, "--kl", ("", "nonesuch", "L2", "0")),

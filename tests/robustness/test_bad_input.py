@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from hnkit.scaled.compare.plan import Plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hnkit import cli
 from hnkit.backend import backend_factory
+from hnkit.cli import app as cli
 from hnkit.config import TrainConfig
-from scaled.compare.plan import Plan
 from tests.robustness.cases import BACKENDS, FLAGS, Case, all_cases, fields, sample, write_files
 
 CASES = all_cases()
@@ -142,7 +142,7 @@ def test_an_impossible_out_is_refused_before_the_work(out, here, capsys, monkeyp
     def work(*_, **__):
         raise AssertionError("the work began")
 
-    monkeypatch.setattr("hnkit.commands.verify_toys", work)
+    monkeypatch.setattr("hnkit.cli.commands.verify_toys", work)
     code, _, err = run(["verify-bound", "--toy", "extremal", "--out", out], capsys, monkeypatch)
     assert code == 2
     assert out in err

@@ -14,14 +14,23 @@ from typing import Any
 
 import pytest
 import torch
+from hnkit.scaled.compare.evaluation import _read, read_part
+from hnkit.scaled.compare.networks import _records
+from hnkit.scaled.compare.plan import Plan, plan_from_json
+from hnkit.scaled.compare.run import _read_plan
+from hnkit.scaled.digits.checkpoint import CHECKSUMS, read_checksums
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hnkit import InputError, cli
-from hnkit._files import file_digest, write_sealed
+from hnkit import InputError
 from hnkit.backend import backend_factory
-from hnkit.checkpoint import (
+from hnkit.cli import app as cli
+from hnkit.cli.commands import parse_shape
+from hnkit.config import CONFIG_FILE, RunConfig, parse_reward_flag, resolve_config
+from hnkit.internal.files import file_digest, write_sealed
+from hnkit.prompts import read_prompts
+from hnkit.training.checkpoint import (
     CHECKPOINTS,
     MANIFEST,
     STATE,
@@ -33,16 +42,8 @@ from hnkit.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from hnkit.commands import parse_shape
-from hnkit.config import CONFIG_FILE, RunConfig, parse_reward_flag, resolve_config
-from hnkit.prompts import read_prompts
-from hnkit.train_report import REPORT, finished_report
-from hnkit.training import METRICS, train
-from scaled.compare.evaluation import _read, read_part
-from scaled.compare.networks import _records
-from scaled.compare.plan import Plan, plan_from_json
-from scaled.compare.run import _read_plan
-from scaled.digits.checkpoint import CHECKSUMS, read_checksums
+from hnkit.training.report import REPORT, finished_report
+from hnkit.training.run import METRICS, train
 from tests.scaled import tiny
 from tests.scaled.conftest import perturb
 

@@ -140,7 +140,7 @@ from pathlib import Path
 import torch
 import hnkit
 from hnkit.config import resolve_config
-from hnkit.training import train
+from hnkit.training.run import train
 
 layers = [torch.nn.utils.skip_init(torch.nn.Linear, a, b, dtype=torch.float64) for a, b in ((96, 256), (256, 96))]
 generator = torch.Generator().manual_seed(0)

@@ -15,22 +15,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from hnkit.scaled.compare.run import COMPARISON
+from hnkit.scaled.internal.hub import pretrained
+from hnkit.scaled.pipelines.embeddings import EmbeddingCache
+from hnkit.scaled.rewards.weights import read_state_dict
 from safetensors.torch import save_file
 
-from hnkit import InputError, cli
-from hnkit._files import atomic_write, new_run_folder, write_sealed
+from hnkit import InputError
 from hnkit.backend import backend_factory
-from hnkit.commands import load_trained
+from hnkit.cli import app as cli
+from hnkit.cli.commands import load_trained
 from hnkit.config import resolve_config
-from hnkit.generation import GenerateSettings, generate_pairs
-from hnkit.layouts import LAYOUTS, check_layout
+from hnkit.generate import GenerateSettings, generate_pairs
+from hnkit.internal.files import atomic_write, new_run_folder, write_sealed
+from hnkit.output.layouts import LAYOUTS, check_layout
+from hnkit.output.page import Code, Picture, Section, Table, Text, render_html
 from hnkit.prompts import read_prompts
-from hnkit.report import Code, Picture, Section, Table, Text, render_html
-from hnkit.training import train
-from scaled.compare.run import COMPARISON
-from scaled.embeddings import EmbeddingCache
-from scaled.hub import pretrained
-from scaled.rewards._weights import read_state_dict
+from hnkit.training.run import train
 from tests.hnkit.fake_backend import FakeBackend, Options
 from tests.robustness.cases import BACKENDS, PLAN
 from tests.scaled import tiny
@@ -450,7 +451,7 @@ def test_one_module_alone_writes_html():
 
 def test_names_of_rewards_and_maps_are_escaped(tmp_path, monkeypatch):
     """From a training run and a verification, end to end."""
-    from hnkit.verification import VerifySettings, verify_map
+    from hnkit.checks.runs import VerifySettings, verify_map
     from hnkit.verify import Report
 
     name = "<script>alert(1)</script>"
@@ -460,7 +461,7 @@ def test_names_of_rewards_and_maps_are_escaped(tmp_path, monkeypatch):
     page = (tmp_path / "verify" / "report.html").read_text(encoding="utf-8")
     require_harmless(page)
     assert name in "".join(Tags(page).text)
-    monkeypatch.setattr("toy.backend.ToyReward.name", name)
+    monkeypatch.setattr("hnkit.toy.backend.ToyReward.name", name)
     overrides = ["train.steps=1", "train.batch=2", "train.measure_samples=2"]
     train(resolve_config(backend="toy", overrides=overrides), out=tmp_path / "train")
     require_harmless((tmp_path / "train" / "report.html").read_text(encoding="utf-8"))

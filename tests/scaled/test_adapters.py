@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hnkit.scaled.lora.adapter import CONFIG, WEIGHTS, adapter_options
+from hnkit.scaled.lora.twin import lora_state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hnkit import InputError
 from hnkit.backend import backend_factory
-from scaled.adapter import CONFIG, WEIGHTS, adapter_options
-from scaled.twin import lora_state
 from tests.scaled import tiny
 from tests.scaled.conftest import noise_for, perturb, steered
 
@@ -88,8 +88,7 @@ def test_what_is_written(saved, reader):
 def test_plain_peft_loads_it(saved, reader):
     """peft reads files and keys; the zero base is the one thing it does not know of."""
     import peft
-
-    from scaled.twin import share_weights
+    from hnkit.scaled.lora.twin import share_weights
 
     reader.load_adapter(saved)
     network = share_weights(reader._base)
@@ -295,9 +294,9 @@ def test_nothing_is_overwritten(saved, reader, tmp_path):
 
 
 def test_interrupted_save_is_noticed(reader, tmp_path, monkeypatch):
-    import scaled.adapter
+    import hnkit.scaled.lora.adapter
 
-    real, calls = scaled.adapter.atomic_write, []
+    real, calls = hnkit.scaled.lora.adapter.atomic_write, []
 
     def fail_second(path, content):
         calls.append(path)
@@ -305,7 +304,7 @@ def test_interrupted_save_is_noticed(reader, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         real(path, content)
 
-    monkeypatch.setattr(scaled.adapter, "atomic_write", fail_second)
+    monkeypatch.setattr(hnkit.scaled.lora.adapter, "atomic_write", fail_second)
     with pytest.raises(InputError, match="No space left"):
         reader.save_adapter(tmp_path / "a")
     assert "interrupted" in refused(reader, tmp_path / "a")

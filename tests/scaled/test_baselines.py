@@ -6,11 +6,19 @@ import math
 
 import pytest
 import torch
+from hnkit.scaled.compare.baselines import (
+    Base,
+    BestOfN,
+    Cost,
+    HyperNoise,
+    PromptOptimisation,
+    ReNO,
+    TextGenerationProposer,
+)
 from torch import nn
 
 from hnkit import InputError, NonFiniteError
 from hnkit.backend import Condition
-from scaled.baselines import Base, BestOfN, Cost, HyperNoise, PromptOptimisation, ReNO, TextGenerationProposer
 
 DIM = 6
 

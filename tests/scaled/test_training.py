@@ -14,8 +14,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from hnkit.config import resolve_config
-from hnkit.train_view import StopSignals
-from hnkit.training import train
+from hnkit.training.run import train
+from hnkit.training.view import StopSignals
 from tests.scaled import tiny
 
 NAMES = ("sana", "sd-turbo", "flux")

@@ -6,13 +6,21 @@ import math
 
 import pytest
 import torch
+from hnkit.scaled.lora import twin as twin_module
+from hnkit.scaled.lora.twin import (
+    LoraSpec,
+    ZeroConv2d,
+    ZeroLinear,
+    grouped_targets,
+    lora_state,
+    lora_targets,
+    make_twin,
+)
 from torch import nn
 
 from hnkit import InputError, NoiseLoss, noise_kl
 from hnkit.backend import ConditionedMap
 from hnkit.jacobian import RowJacobian, dense_jacobian
-from scaled import twin as twin_module
-from scaled.twin import LoraSpec, ZeroConv2d, ZeroLinear, grouped_targets, lora_state, lora_targets, make_twin
 from tests.scaled import tiny
 from tests.scaled.conftest import noise_for, perturb
 

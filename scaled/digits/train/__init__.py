@@ -1,1 +1,1 @@
-"""Training of the bundled digits model; run as ``python -m scaled.digits.train``."""
+"""Training of the bundled digits model; run as ``python -m hnkit.scaled.digits.train``."""

@@ -1,8 +1,8 @@
 """Train the bundled digits model from scratch.
 
-``python -m scaled.digits.train all --work FOLDER`` runs every stage in order; each can be run alone. About two hours
-of two CPU cores in all. The seed fixes weights, data and draws; on another machine or thread count the figures differ
-in the last digits and so, slightly, do the weights.
+``python -m hnkit.scaled.digits.train all --work FOLDER`` runs every stage in order; each can be run alone. About two
+hours of two CPU cores in all. The seed fixes weights, data and draws; on another machine or thread count the figures
+differ in the last digits and so, slightly, do the weights.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from scaled.digits.checkpoint import GUIDANCE_SCALE, model_folder
-from scaled.digits.judge import Judge
-from scaled.digits.rewards import legibility, scorer
-from scaled.digits.scenes import Kind
-from scaled.digits.train import autoencoder, bundle, distil, evaluate, reader, teacher
-from scaled.digits.train import scorer as scorer_stage
-from scaled.digits.train.common import record
-from scaled.digits.train.pipeline import assemble
+from hnkit.scaled.digits.checkpoint import GUIDANCE_SCALE, model_folder
+from hnkit.scaled.digits.judge import Judge
+from hnkit.scaled.digits.rewards import legibility, scorer
+from hnkit.scaled.digits.scenes import Kind
+from hnkit.scaled.digits.train import autoencoder, bundle, distil, evaluate, reader, teacher
+from hnkit.scaled.digits.train import scorer as scorer_stage
+from hnkit.scaled.digits.train.common import record
+from hnkit.scaled.digits.train.pipeline import assemble
 
 # The second round of the scorer dwells on what it confused after the first: relations and attribution.
 HARD_KINDS: dict[Kind, float] = {
@@ -65,7 +64,7 @@ def _evaluate(work: Path, seeds: int) -> None:
 
 def main() -> None:
     """Parse the command line and run the stages asked for."""
-    parser = argparse.ArgumentParser(prog="python -m scaled.digits.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m hnkit.scaled.digits.train", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for intermediate results")
     parser.add_argument("--out", type=Path, default=model_folder(), help="the bundled folder to write")
     parser.add_argument("--seed", type=int, default=0)

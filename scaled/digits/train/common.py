@@ -13,10 +13,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from diffusers import AutoencoderDC
+from hnkit.scaled.digits.scenes import KINDS, Kind, Prompt, all_prompts, train_prompts
 from torch import Tensor, nn
 
-from hnkit._files import write_json
-from scaled.digits.scenes import KINDS, Kind, Prompt, all_prompts, train_prompts
+from hnkit.internal.files import write_json
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from diffusers import SanaSprintPipeline
+from hnkit.scaled.digits.checkpoint import GUIDANCE_SCALE
+from hnkit.scaled.digits.judge import Judge, Verdict
+from hnkit.scaled.digits.scenes import KINDS, eval_prompts
+from hnkit.scaled.digits.train.pipeline import generate
+from hnkit.scaled.digits.train.teacher import LATENT, load, sample
 from torch import Tensor
-
-from scaled.digits.checkpoint import GUIDANCE_SCALE
-from scaled.digits.judge import Judge, Verdict
-from scaled.digits.scenes import KINDS, eval_prompts
-from scaled.digits.train.pipeline import generate
-from scaled.digits.train.teacher import LATENT, load, sample
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -47,7 +46,7 @@ def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 def judge_teacher(work: Path, judge: Judge, *, guidance: float, seeds: int, steps: int = 10) -> dict[str, Any]:
     """The teacher's score on the held-out prompts."""
     flow, tokenizer = load(work / "teacher")
-    from scaled.digits.train.common import load_autoencoder
+    from hnkit.scaled.digits.train.common import load_autoencoder
 
     vae, texts, verdicts = load_autoencoder(work), eval_prompts(), []
     for seed in range(seeds):

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from diffusers import SanaSprintPipeline, SCMScheduler
+from hnkit.scaled.digits.scenes import CANVAS
+from hnkit.scaled.digits.train.common import load_autoencoder
+from hnkit.scaled.digits.train.teacher import load
+from hnkit.scaled.digits.train.tokenizers import GEMMA_LENGTH
 from torch import Tensor
-
-from scaled.digits.scenes import CANVAS
-from scaled.digits.train.common import load_autoencoder
-from scaled.digits.train.teacher import load
-from scaled.digits.train.tokenizers import GEMMA_LENGTH
 
 
 def assemble(work: Path, name: str = "student") -> SanaSprintPipeline:

@@ -9,12 +9,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
-from scaled.digits.judge import ILLEGIBLE, DigitReader, Judge
-from scaled.digits.rewards import InkClassifier, smooth_ink
-from scaled.digits.scenes import (
+from hnkit.scaled.digits.judge import ILLEGIBLE, DigitReader, Judge
+from hnkit.scaled.digits.rewards import InkClassifier, smooth_ink
+from hnkit.scaled.digits.scenes import (
     CELL,
     EMPTY,
     PALETTE,
@@ -26,7 +23,9 @@ from scaled.digits.scenes import (
     render,
     sample_scene,
 )
-from scaled.digits.train.common import Average, optimiser, record, steps_logged
+from hnkit.scaled.digits.train.common import Average, optimiser, record, steps_logged
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 InkOf = Callable[[Tensor], tuple[Tensor, Tensor]]
 

@@ -17,10 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-from scaled.digits.scenes import (
+from hnkit.scaled.digits.scenes import (
     CELLS,
     COLOURS,
     EMPTY,
@@ -37,7 +34,7 @@ from scaled.digits.scenes import (
     sample_scene,
     truth_table,
 )
-from scaled.digits.train.common import (
+from hnkit.scaled.digits.train.common import (
     KIND_WEIGHTS,
     Average,
     PromptSampler,
@@ -47,7 +44,9 @@ from scaled.digits.train.common import (
     recorded,
     steps_logged,
 )
-from scaled.digits.train.tokenizers import CLIP_LENGTH, clip_tokenizer
+from hnkit.scaled.digits.train.tokenizers import CLIP_LENGTH, clip_tokenizer
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

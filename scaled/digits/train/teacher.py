@@ -18,11 +18,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, SanaTransformer2DModel
-from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
-
-from scaled.digits.scenes import load_scans, render, sample_scene
-from scaled.digits.train.common import (
+from hnkit.scaled.digits.scenes import load_scans, render, sample_scene
+from hnkit.scaled.digits.train.common import (
     Average,
     PromptSampler,
     load_autoencoder,
@@ -30,7 +27,9 @@ from scaled.digits.train.common import (
     record,
     steps_logged,
 )
-from scaled.digits.train.tokenizers import GEMMA_LENGTH, gemma_tokenizer
+from hnkit.scaled.digits.train.tokenizers import GEMMA_LENGTH, gemma_tokenizer
+from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
 
 WIDTH = 128
 TEXT_WIDTH = 96

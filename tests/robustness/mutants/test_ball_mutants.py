@@ -8,9 +8,9 @@ import mpmath
 import pytest
 import torch
 
-import hnkit.ball
+import hnkit.linalg.enclosures
 from hnkit import InputError
-from hnkit.ball import Enclosure, certify_bounds
+from hnkit.linalg.enclosures import Enclosure, certify_bounds
 
 flint = pytest.importorskip("flint")
 arb = flint.arb
@@ -120,7 +120,7 @@ def test_one_entry_that_is_not_finite_is_enough():
 
 
 def test_the_largest_dimension_is_accepted():
-    assert hnkit.ball._checked(torch.zeros(256, 256)).shape == (256, 256)
+    assert hnkit.linalg.enclosures._checked(torch.zeros(256, 256)).shape == (256, 256)
 
 
 def test_an_enclosure_prints_twenty_digits():
@@ -136,7 +136,7 @@ def test_an_enclosure_prints_twenty_digits():
 def test_the_ratio_is_enclosed_and_keeps_all_but_24_bits(s, bits):
     """From s = 2^-20 down a series is summed: what is left of it, s^62 / 64 at most, is all that is lost."""
     with flint.ctx.workprec(bits), mpmath.workprec(2 * bits + 1100):
-        found, x = hnkit.ball._ratio(arb, arb(s)), mpmath.mpf(s)
+        found, x = hnkit.linalg.enclosures._ratio(arb, arb(s)), mpmath.mpf(s)
         truth = (-mpmath.log(1 - x) - x) / x**2 if s else mpmath.mpf(1) / 2
         low, high = (mpmath.mpf(end.mid().str(2000, radius=False)) for end in (found.lower(), found.upper()))
         narrow = mpmath.mpf(2) ** (24 - bits) + (x**62 / 64 * (1 + 2 * x + 1e-6) if s <= 2.0**-20 else 0)
@@ -146,7 +146,7 @@ def test_the_ratio_is_enclosed_and_keeps_all_but_24_bits(s, bits):
 
 @pytest.mark.parametrize("top", [0.5, 0.9])
 def test_the_ratio_of_a_ball_down_to_zero_contains_that_of_every_member(top):
-    found = hnkit.ball._ratio(arb, arb(top / 2, top / 2))
+    found = hnkit.linalg.enclosures._ratio(arb, arb(top / 2, top / 2))
     for s in (1e-9, top / 2, top):
         assert found.lower() <= (-math.log1p(-s) - s) / s**2 - 1e-7 * (s < 1e-6) + 1e-12
         assert found.upper() >= (-math.log1p(-s) - s) / s**2 - 1e-7 * (s < 1e-6) - 1e-12
@@ -154,7 +154,7 @@ def test_the_ratio_of_a_ball_down_to_zero_contains_that_of_every_member(top):
 
 @pytest.mark.parametrize("ball", [arb(0), arb(1e-6), arb(0, 1e-6), arb(-1e-7, 1e-6), arb(1e-7, 1e-6), arb(4)])
 def test_the_root_of_a_ball_contains_the_root_of_every_member_that_is_not_negative(ball):
-    root, least, most = hnkit.ball._root(arb, ball), max(0.0, float(ball.lower())), float(ball.upper())
+    root, least, most = hnkit.linalg.enclosures._root(arb, ball), max(0.0, float(ball.lower())), float(ball.upper())
     assert float(root.lower()) == pytest.approx(math.sqrt(least), abs=1e-9)
     assert float(root.upper()) == pytest.approx(math.sqrt(most), abs=1e-9)
 
@@ -180,15 +180,20 @@ def test_eigenvalues_are_enclosed_whatever_basis_they_are_read_from(rows, truths
     """No eigenvectors at all, and columns that are too short or too long."""
     d = len(rows)
     monkeypatch.setattr(
-        hnkit.ball, "_refined", lambda *_: ball_matrix([[scale * (i == j) for j in range(d)] for i in range(d)])
+        hnkit.linalg.enclosures,
+        "_refined",
+        lambda *_: ball_matrix([[scale * (i == j) for j in range(d)] for i in range(d)]),
     )
-    for found, truth in zip(hnkit.ball._eigenvalues(flint, ball_matrix(rows)), truths, strict=True):
+    for found, truth in zip(hnkit.linalg.enclosures._eigenvalues(flint, ball_matrix(rows)), truths, strict=True):
         assert not found.is_finite() or found.lower() - 1e-12 <= truth <= found.upper() + 1e-12
 
 
 def test_a_basis_far_from_orthogonal_proves_nothing(monkeypatch):
-    monkeypatch.setattr(hnkit.ball, "_refined", lambda *_: ball_matrix([[3.0, 0.0], [0.0, 3.0]]))
-    assert not any(found.is_finite() for found in hnkit.ball._eigenvalues(flint, ball_matrix([[1.0, 0.0], [0.0, 2.0]])))
+    monkeypatch.setattr(hnkit.linalg.enclosures, "_refined", lambda *_: ball_matrix([[3.0, 0.0], [0.0, 3.0]]))
+    assert not any(
+        found.is_finite()
+        for found in hnkit.linalg.enclosures._eigenvalues(flint, ball_matrix([[1.0, 0.0], [0.0, 2.0]]))
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,9 +207,9 @@ def test_eigenvalues_of_every_member_of_a_matrix_of_balls(first, second, off, me
     """Entries of unlike radius: the members need not be sorted as the midpoints are."""
     assert sum(member) == pytest.approx(sum(truths))
     assert member[0] * member[1] - off**2 == pytest.approx(math.prod(truths))
-    monkeypatch.setattr(hnkit.ball, "_refined", lambda *_: ball_matrix([[1.0, 0.0], [0.0, 1.0]]))
+    monkeypatch.setattr(hnkit.linalg.enclosures, "_refined", lambda *_: ball_matrix([[1.0, 0.0], [0.0, 1.0]]))
     M = flint.arb_mat([[arb(*first), off], [off, arb(*second)]])
-    for found, truth in zip(hnkit.ball._eigenvalues(flint, M), truths, strict=True):
+    for found, truth in zip(hnkit.linalg.enclosures._eigenvalues(flint, M), truths, strict=True):
         assert found.lower() - 1e-9 <= truth <= found.upper() + 1e-9
 
 
@@ -231,7 +236,7 @@ def test_eigenvalues_closer_than_a_float_can_tell_are_told_apart(name):
         values = [sum((sign * arb(2) ** power for sign, power in each), arb(0)) for each in terms]
         H = flint.arb_mat(householder(4))
         D = flint.arb_mat([[values[i] if i == j else 0 for j in range(4)] for i in range(4)])
-        found = hnkit.ball._eigenvalues(flint, H * D * H)
+        found = hnkit.linalg.enclosures._eigenvalues(flint, H * D * H)
         for ball, truth in zip(found, sorted(values, key=lambda value: value.mid()), strict=True):
             assert ball.contains(truth)
             assert ball.rad() < arb(2) ** (-gap - 6)
@@ -242,7 +247,7 @@ def test_a_cluster_with_equal_diagonal_is_turned(sign):
     """`[[1, e], [e, 1]]` has eigenvalues 1 - e and 1 + e, and double precision sees the identity."""
     with flint.ctx.workprec(256):
         e = sign * arb(2) ** -100
-        found = hnkit.ball._eigenvalues(flint, flint.arb_mat([[1, e], [e, 1]]))
+        found = hnkit.linalg.enclosures._eigenvalues(flint, flint.arb_mat([[1, e], [e, 1]]))
         for ball, truth in zip(found, (1 - abs(e), 1 + abs(e)), strict=True):
             assert ball.contains(truth)
             assert ball.rad() < arb(2) ** -140
@@ -255,7 +260,7 @@ def test_the_refinement_finds_the_eigenvectors_from_any_basis(rows, start, size)
     """What is left off the diagonal, and of `I - Q'Q`, is rounding, whatever the size of the matrix."""
     with flint.ctx.workprec(128):
         M, Q = ball_matrix(rows) * arb(size), ball_matrix(start)
-        Q = hnkit.ball._refined(flint, M, Q)
-        N, R = Q.transpose() * M * Q, hnkit.ball._defect(flint, Q)
+        Q = hnkit.linalg.enclosures._refined(flint, M, Q)
+        N, R = Q.transpose() * M * Q, hnkit.linalg.enclosures._defect(flint, Q)
         assert abs(N[0, 1]) < arb(size) * arb(2) ** -110
         assert all(abs(R[i, j]) < arb(2) ** -110 for i in range(2) for j in range(2))

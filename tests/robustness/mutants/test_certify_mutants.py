@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hnkit import InputError
-from hnkit.certify import JacobianBounds, Scaled, Sum, _times, certified_bounds, certify_injective
+from hnkit.lipschitz.certify import JacobianBounds, Scaled, Sum, _times, certified_bounds, certify_injective
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-import hnkit.convolution
-from hnkit.convolution import _grid, convolution_norm_bound, spectral_norm_bound
+import hnkit.linalg.convolution
+from hnkit.linalg.convolution import _grid, convolution_norm_bound, spectral_norm_bound
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -88,7 +88,7 @@ def test_the_frequencies_of_half_the_circle_are_taken_in_chunks(monkeypatch, out
     A chunk of 150 entries has room for 6 symbols of 24. The eigenvalue problems are those of the smaller side.
     """
     symbols, sides, work = [], [], []
-    einsum, eigvalsh, grid = torch.einsum, torch.linalg.eigvalsh, hnkit.convolution._grid
+    einsum, eigvalsh, grid = torch.einsum, torch.linalg.eigvalsh, hnkit.linalg.convolution._grid
 
     def watched_einsum(*arguments):
         result = einsum(*arguments)
@@ -108,8 +108,8 @@ def test_the_frequencies_of_half_the_circle_are_taken_in_chunks(monkeypatch, out
     expected = convolution_norm_bound(weight, (1,), (1,), groups=3)
     monkeypatch.setattr(torch, "einsum", watched_einsum)
     monkeypatch.setattr(torch.linalg, "eigvalsh", watched_eigvalsh)
-    monkeypatch.setattr(hnkit.convolution, "_grid", watched_grid)
-    monkeypatch.setattr(hnkit.convolution, "_CHUNK", chunk)
+    monkeypatch.setattr(hnkit.linalg.convolution, "_grid", watched_grid)
+    monkeypatch.setattr(hnkit.linalg.convolution, "_CHUNK", chunk)
     assert convolution_norm_bound(weight, (1,), (1,), groups=3) == pytest.approx(expected, rel=1e-14)
     assert max(symbols) == held
     assert sum(symbols) == 33

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hnkit._errors import ExpansiveMapError
-from hnkit.estimators import (
+from hnkit.errors import ExpansiveMapError
+from hnkit.kl.estimators import (
     QuadraticForm,
     arnoldi,
     draw_probes,

@@ -118,5 +118,5 @@ def test_every_product_with_the_jacobian_is_counted(method, size):
 
 
 def test_a_map_is_prepared_for_compilation_only_if_it_is_compiled(monkeypatch):
-    monkeypatch.setattr("hnkit.kl.reusable_graphs", lambda: pytest.fail("nothing is compiled"))
+    monkeypatch.setattr("hnkit.kl.divergence.reusable_graphs", lambda: pytest.fail("nothing is compiled"))
     assert noise_kl(turned, noise(3)).error == pytest.approx(-math.log1p(0.4**2))

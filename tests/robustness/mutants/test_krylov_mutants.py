@@ -10,8 +10,8 @@ import torch
 from scipy.special import roots_legendre
 from torch import Tensor
 
-from hnkit import krylov
-from hnkit.krylov import ArnoldiProcess, LanczosProcess, gauss_nodes, phi_column, spectral_norm
+from hnkit.linalg import krylov
+from hnkit.linalg.krylov import ArnoldiProcess, LanczosProcess, gauss_nodes, phi_column, spectral_norm
 from tests.hnkit.operator_zoo import MatrixOperator, matrix, phi_matrix
 
 DIM = 8

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hnkit import InputError
 from hnkit.jacobian import RowJacobian
-from hnkit.lipschitz import (
+from hnkit.lipschitz.local import (
     LocalNorms,
     _against,
     _better,

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
+from hnkit.toy import PROBLEMS, Mixture
+from hnkit.toy.mixture import _implicit
 from scipy import integrate, optimize
 
 from hnkit import InputError
-from toy import PROBLEMS, Mixture
-from toy.mixture import _implicit
 
 EYE = torch.eye(2, dtype=torch.float64)
 
@@ -130,7 +130,7 @@ def test_a_component_without_weight_far_away_does_not_move_the_optimal_map(near,
 def test_newtons_method_for_the_optimal_map_is_given_the_slope_of_its_function(monkeypatch):
     curvatures = torch.stack([torch.diag(f64(-0.9, 3.0)), f64([2.0, -0.5], [-0.5, 0.3]), 0.2 * EYE])
     problem = Mixture(f64(0.5, 1.5, 1.0), curvatures, f64([0.3, 1.0], [-2.0, 0.4], [0.1, -1.5]), EYE)
-    module = importlib.import_module("toy.mixture")
+    module = importlib.import_module("hnkit.toy.mixture")
     solve, seen = module.solve_increasing, []
 
     def checked(function, low, high):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hnkit import moments, noise_kl
-from hnkit.moments import ProbeSettings, dense_moments, probe_moments
+from hnkit import noise_kl
+from hnkit.kl import moments
+from hnkit.kl.moments import ProbeSettings, dense_moments, probe_moments
 from tests.hnkit.operator_zoo import matrix
 
 SLOPES = torch.tensor([0.5, -0.3, 0.2, 0.1], dtype=torch.float64)

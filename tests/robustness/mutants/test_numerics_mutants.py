@@ -7,11 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.autograd import forward_ad
-
-from hnkit import InputError
-from tests.hnkit.functions import NoForwardMode
-from toy._numerics import (
+from hnkit.toy.numerics import (
     antiderivative,
     derivatives,
     integrate,
@@ -19,6 +15,10 @@ from toy._numerics import (
     solve_increasing,
     with_derivatives,
 )
+from torch.autograd import forward_ad
+
+from hnkit import InputError
+from tests.hnkit.functions import NoForwardMode
 
 
 def f64(*values):

@@ -10,14 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hnkit.scaled.compare import COMPARISON
+from hnkit.scaled.compare.evaluation import Row, base_noise
+from hnkit.scaled.compare.page import all_tables, lead, to_csv
+from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
+from hnkit.scaled.compare.tables import by_category, category_mean, estimate
 
 from hnkit import InputError
 from hnkit.backend import backend_factory
-from scaled.compare import COMPARISON
-from scaled.compare.evaluation import Row, base_noise
-from scaled.compare.page import all_tables, lead, to_csv
-from scaled.compare.plan import Plan, make_plan, plan_from_json
-from scaled.compare.tables import by_category, category_mean, estimate
 from tests.scaled import tiny
 
 PROMPTS = ["a red house", "two dogs", "a cat"]
@@ -54,7 +54,13 @@ def redness_alone():
                for name, preset in factory.presets.items()}  # fmt: skip
     patch = pytest.MonkeyPatch()
     patch.setattr("hnkit.backend.backend_factory", lambda _: replace(factory, presets=presets))
-    for module in ("hnkit.config", "hnkit.training", "hnkit.commands", "scaled.compare.run", "scaled.compare.networks"):
+    for module in (
+        "hnkit.config",
+        "hnkit.training.run",
+        "hnkit.cli.commands",
+        "hnkit.scaled.compare.run",
+        "hnkit.scaled.compare.networks",
+    ):
         patch.setattr(f"{module}.backend_factory", lambda _: replace(factory, presets=presets))
     yield
     patch.undo()
@@ -91,7 +97,7 @@ def test_resumption_repeats_nothing_and_changes_nothing(finished):
 
 def test_an_interrupted_comparison_ends_as_an_uninterrupted_one(finished, overrides, tmp_path, monkeypatch):
     _, document = finished
-    from scaled.compare import evaluation
+    from hnkit.scaled.compare import evaluation
 
     written = 0
     write = evaluation.write_sealed

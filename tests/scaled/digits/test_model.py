@@ -7,12 +7,11 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SanaSprintPipeline
-
-from scaled.digits.checkpoint import JUDGE_FILE, model_folder
-from scaled.digits.judge import Judge
-from scaled.digits.scenes import all_prompts, eval_prompts
-from scaled.digits.train.evaluate import judge_student, noises
-from scaled.digits.train.pipeline import generate
+from hnkit.scaled.digits.checkpoint import JUDGE_FILE, model_folder
+from hnkit.scaled.digits.judge import Judge
+from hnkit.scaled.digits.scenes import all_prompts, eval_prompts
+from hnkit.scaled.digits.train.evaluate import judge_student, noises
+from hnkit.scaled.digits.train.pipeline import generate
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hnkit.scaled.digits.scenes import all_prompts, train_prompts
+from hnkit.scaled.digits.train import common, scorer, teacher
+from hnkit.scaled.digits.train.tokenizers import clip_tokenizer, gemma_tokenizer
 from torch import nn
-
-from scaled.digits.scenes import all_prompts, train_prompts
-from scaled.digits.train import common, scorer, teacher
-from scaled.digits.train.tokenizers import clip_tokenizer, gemma_tokenizer
 
 PROMPTS = all_prompts()
 
@@ -95,9 +94,9 @@ def test_guided_integration_converges_to_the_exact_flow() -> None:
 @pytest.mark.slow
 def test_every_stage_runs(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    from scaled.digits import checkpoint
-    from scaled.digits.train import autoencoder, bundle, distil, evaluate, reader
-    from scaled.digits.train.pipeline import assemble
+    from hnkit.scaled.digits import checkpoint
+    from hnkit.scaled.digits.train import autoencoder, bundle, distil, evaluate, reader
+    from hnkit.scaled.digits.train.pipeline import assemble
 
     work = tmp_path / "work"
     work.mkdir()

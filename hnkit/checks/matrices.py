@@ -1,0 +1,104 @@
+"""The checks of `verify-bound --certify`: bounds proved in ball arithmetic for the very matrices that were met."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hnkit.checks.subjects import Subject
+from hnkit.jacobian import dense_jacobian
+from hnkit.linalg.enclosures import BallCertificate, certify_bounds
+from hnkit.logdet import log_det_error
+from hnkit.verify import Finding, NotApplicable, Registry
+
+CERTIFIED_CHECKS = Registry()
+
+MAX_DIM = 64
+"""Above so many dimensions the enclosures take minutes."""
+
+_WORK = 2**17  # d^3 operations on balls, over all matrices of one map: about ten seconds
+_MATRICES = 4
+
+
+@dataclass
+class Certified:
+    """The first few dense Jacobians of a map, with their certificates.
+
+    Args:
+        subject: the map.
+    """
+
+    subject: Subject
+
+    @cached_property
+    def jacobians(self) -> Tensor:
+        """`(m, d, d)` float64."""
+        if self.subject.dim > MAX_DIM:
+            raise NotApplicable(f"ball arithmetic is tried up to d = {MAX_DIM}; here d = {self.subject.dim}")
+        count = max(1, min(_MATRICES, _WORK // self.subject.dim**3))
+        return dense_jacobian(*self.subject.first(count)).cpu()
+
+    @cached_property
+    def certificates(self) -> list[BallCertificate]:
+        """One for each Jacobian, with the map's certified constant as L where that is below 1."""
+        constant = self.subject.certified_constant
+        lipschitz = constant if constant is not None and constant < 1 else None
+        return [certify_bounds(J, lipschitz=lipschitz) for J in self.jacobians]
+
+
+@CERTIFIED_CHECKS.add(
+    "certified-error",
+    "E(J) in floating point lies in its ball enclosure, widened by 100 units of rounding",
+    proof="theorem_7_bound",
+)
+def certified_error(certified: Certified) -> Finding:
+    """The largest distance of `log_det_error` from the enclosure, relative to `|tr J| + |log|det(I+J)||`."""
+    worst = 0.0
+    for J, record in zip(certified.jacobians, certified.certificates, strict=True):
+        value = float(log_det_error(J))
+        outside = max(record.error.lower - value, value - record.error.upper, 0.0)
+        size = abs(value) + abs(record.trace.upper) + abs(record.log_abs_det.upper)
+        worst = max(worst, outside / size if size > 0 else outside)
+    first = certified.certificates[0]
+    note = f"E(J) in [{first.error.lower!r}, {first.error.upper!r}] at the first sample"
+    return Finding(worst, 0.0, 100 * torch.finfo(torch.float64).eps, "<=", note)
+
+
+def _bound(name: str, text: str, proof: str) -> None:
+    """Add the check of one inequality: the largest proved share of the bound over the matrices."""
+
+    def measure(certified: Certified) -> Finding:
+        records = [certificate.bounds[name] for certificate in certified.certificates if name in certificate.bounds]
+        records = [record for record in records if record.verdict != "not applicable"]
+        if not records:
+            notes = [c.bounds[name].note for c in certified.certificates if name in c.bounds]
+            raise NotApplicable(notes[0] if notes else "no certified constant below 1")
+        worst, held = 0.0, True
+        for record in records:
+            held = held and record.verdict == "holds"
+            if record.value is None or record.bound is None:
+                continue
+            if (
+                record.verdict == "fails"
+            ):  # proved false: say by how much, and fail whatever the rounding of the quotient
+                excess = record.value.lower - record.bound.upper
+                return Finding(max(excess, math.ulp(0.0)), 0.0, 0.0, "<=", "the inequality is proved false")
+            worst = max(worst, record.value.upper / record.bound.lower if record.bound.lower > 0 else 0.0)
+        bits = max(certificate.precision for certificate in certified.certificates)
+        note = f"proved for {len(records)} matrices with {bits} bits" if held else "attained, or undecided: no proof"
+        return Finding(min(worst, 1.0), 1.0, 0.0, "<=", note, certified=held)
+
+    CERTIFIED_CHECKS.add(f"certified-{name.replace(', ', '-').replace(' ', '-')}", text, proof=proof)(measure)
+
+
+_bound("norm", "|J|₂ ≤ the certified Lipschitz constant, in ball arithmetic", "estimates_certificates")
+_bound("theorem 7", "|E(J)| ≤ d h(L), in ball arithmetic", "theorem_7_bound")
+_bound("frobenius", "|E(J)| ≤ (|J|_F²/L²) h(L), in ball arithmetic", "frobenius_bound")
+_bound("singular values", "|E(J)| ≤ Σ h(σᵢ(J)), in ball arithmetic", "singular_value_bound")
+_bound("second order", "|E(J) - tr(J²)/2| ≤ (|J|_F²/L²)(h(L) - L²/2), in ball arithmetic", "second_order")
+_bound("field of values, upper", "E(J) ≤ E(S), in ball arithmetic", "field_of_values")
+_bound("field of values, lower", "E(S) - |K|_F²/2(1+λ_min(S))² ≤ E(J), in ball arithmetic", "field_of_values")

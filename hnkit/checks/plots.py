@@ -1,0 +1,166 @@
+"""What the plots of `verify-bound` show: data from the subjects, drawn by `hnkit.output.plots`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from hnkit.backend import NoiseMap
+from hnkit.bounds import frobenius_bound, log_gap
+from hnkit.checks.subjects import Subject
+from hnkit.checks.tilted import Tilted, contraction
+from hnkit.jacobian import dense_jacobian
+from hnkit.logdet import log_det_error
+from hnkit.output.plots import Plot, densities, error_against_lipschitz, exact_against_l2, kl_split
+
+_LEVELS = np.linspace(0.02, 0.98, 49)
+_MATRICES = 16
+
+
+def map_plots(subject: Subject) -> list[Plot]:
+    """The plots of one map."""
+    plots = []
+    rows = subject.rows_or_none
+    if rows is not None and bool((rows.norm > 0).any()):
+        J = dense_jacobian(*subject.first(_MATRICES if subject.dim <= 64 else 4)).cpu()
+        plots.append(_bounds_plot(J, f"the Jacobians of {subject.name}, scaled to norm L"))
+    plots.append(_scatter(subject))
+    plots.append(_split([subject]))
+    return plots
+
+
+def toy_plots(subjects: Sequence[Subject], tilts: Sequence[Tilted]) -> list[Plot]:
+    """The plots of a run on closed-form problems."""
+    dim = 32
+    x = torch.randn(_MATRICES, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    J = dense_jacobian(contraction(dim, 0.9, width=64), x)
+    plots = [_bounds_plot(J, f"a two-layer network, d = {dim}, scaled to norm L")]
+    for tilted in tilts:
+        if tilted.dim == 1 and not {"log_p0_star", "optimal_map", "l2_map"} & tilted.problem.unavailable:
+            plots.append(_density_plot(tilted))
+    if subjects:
+        plots.append(_split(subjects))
+        widest = max(subjects, key=lambda subject: _spread(subject))
+        plots.append(_scatter(widest))
+    return plots
+
+
+def _spread(subject: Subject) -> float:
+    """How much there is to see in the scatter: the spread of the integrand and of the L2 term's error."""
+    return float(subject.error.std(correction=0)) if subject.dim > 1 else -1.0
+
+
+def _bounds_plot(J: Tensor, what: str) -> Plot:
+    """`E(t J)` for `t J` of norm L, and the bounds on it, over a grid of L."""
+    J = J[torch.linalg.matrix_norm(J, ord=2) > 0]
+    unit = J / torch.linalg.matrix_norm(J, ord=2)[:, None, None]
+    singular = torch.linalg.svdvals(unit)
+    frobenius = unit.square().sum((1, 2)).sqrt()
+    symmetric = torch.linalg.eigvalsh((unit + unit.mT) / 2)
+    levels = torch.from_numpy(_LEVELS)
+    error = torch.stack([log_det_error(level * unit).abs().mean() for level in levels])
+    half = torch.stack([(level**2 * (unit * unit.mT).sum((1, 2)) / 2).abs().mean() for level in levels])
+    dim = J.shape[-1]
+    bounds = {
+        "Theorem 7": dim * log_gap(levels),
+        "Frobenius": torch.stack([frobenius_bound(level * frobenius, level).mean() for level in levels]),
+        "singular values": torch.stack([log_gap(level * singular).sum(-1).mean() for level in levels]),
+        "field of values, E(S)": torch.stack([log_gap(-level * symmetric).sum(-1).mean() for level in levels]),
+    }
+    curves = {"E(J), exact": error.numpy(), "tr(J²)/2": half.numpy()}
+    middle = len(levels) // 2
+    loose = float(bounds["Theorem 7"][middle] / error[middle])
+    title = f"At L = {_LEVELS[middle]:.2g} Theorem 7 is {loose:.3g} times looser than E(J)"
+    caption = (
+        f"The log-det error term against the Lipschitz constant, for {what}, with its bounds: the L2 approximation "
+        "drops exactly this term."
+    )
+    drawn = {name: np.asarray(values) for name, values in bounds.items()}
+    return Plot("error-against-lipschitz", caption, partial(error_against_lipschitz, _LEVELS, curves, drawn, title))
+
+
+def _scatter(subject: Subject) -> Plot:
+    exact = subject.stein.per_sample.cpu().numpy()
+    l2 = subject.half_square[: len(exact)].cpu().numpy()
+    rows = subject.rows_or_none
+    second = None
+    if rows is not None and len(rows.trace) == len(exact):
+        second = (subject.half_square + rows.trace_square / 2).cpu().numpy()
+    gap = (l2.mean() - exact.mean()) / exact.mean() if exact.mean() else 0.0
+    verb = "misses" if gap < 0 else "adds"
+    title = f"{subject.name}: the L2 term {verb} {abs(gap):.1%} of the KL"
+    caption = (
+        f"{subject.name}: the exact integrand of the KL at every sample against its approximations. On the diagonal "
+        "the approximation is exact."
+    )
+    return Plot("exact-against-l2", caption, partial(exact_against_l2, exact, l2, title, second))
+
+
+def _split(subjects: Sequence[Subject]) -> Plot:
+    """The KL of each map as mean shift, fluctuation, second-order term, and what is left."""
+    kept = [subject for subject in subjects if subject.rows_or_none is not None]
+    kept = kept or list(subjects)
+    names = [subject.name for subject in kept]
+    totals = [subject.stein.value for subject in kept]
+    shift, fluctuation, second, rest = [], [], [], []
+    for subject in kept:
+        mean = 0.5 * float(subject.value.double().flatten(1).mean(0).square().sum())
+        half = float(subject.half_square.mean())
+        rows = subject.rows_or_none
+        quadratic = float(rows.trace_square.mean()) / 2 if rows is not None else 0.0
+        shift.append(mean)
+        fluctuation.append(half - mean)
+        second.append(quadratic)
+        rest.append(subject.stein.value - half - quadratic)
+    parts = {
+        "|E f|²/2": shift,
+        "Var(f)/2": fluctuation,
+        "tr(J²)/2": second,
+        "higher orders": rest,
+    }
+    if all(subject.rows_or_none is None for subject in kept):
+        parts = {"|E f|²/2": shift, "Var(f)/2": fluctuation, "E(J)": [a + b for a, b in zip(second, rest, strict=True)]}
+    caption = (
+        "The split of the KL: the L2 term is the two solid parts alone, mean shift and fluctuation; the hatched ones "
+        "are E(J)."
+    )
+    return Plot("kl-split", caption, partial(kl_split, names, parts, totals, "What the KL is made of"))
+
+
+def _density_plot(tilted: Tilted) -> Plot:
+    """Base, tilted, and learned densities of a one-dimensional problem."""
+    problem = tilted.problem
+    spread = torch.cat([tilted.x, tilted.tilted_noise]).flatten()
+    low, high = float(spread.quantile(0.001)) - 0.3, float(spread.quantile(0.999)) + 0.3
+    grid = np.linspace(low, high, 601)
+    points = torch.from_numpy(grid)[:, None]
+    target = problem.log_p0_star(points).exp().numpy()
+    curves = {
+        "base  p₀": norm.pdf(grid),
+        "tilted  p₀*": target,
+        "optimum of the L2 loss": _pushed_density(problem.l2_map(), grid),
+        "optimum of the exact loss": _pushed_density(problem.optimal_map(), grid),
+    }
+    title = f"{problem.name}: the L2 optimum is {problem.l2_gap():.3g} nats from the target"
+    caption = (
+        f"{problem.statement}. What minimises the L2 loss is the proximal map, which draws the noise together at the "
+        "maxima of the reward; the exact loss reaches the tilted law."
+    )
+    return Plot(f"densities-{problem.name}", caption, partial(densities, grid, curves, title))
+
+
+def _pushed_density(f: NoiseMap, grid: np.ndarray) -> np.ndarray:
+    """Density of `T x` on the cells of a grid, for increasing T: differences of `Phi(T^-1)`; jumps leave gaps."""
+    x = torch.linspace(-9, 9, 200_001, dtype=torch.float64)
+    with torch.no_grad():
+        moved = np.maximum.accumulate((x + f(x[:, None]).flatten()).numpy())
+    half = (grid[1] - grid[0]) / 2
+    edges = np.append(grid - half, grid[-1] + half)
+    mass = norm.cdf(np.interp(edges, moved, x.numpy(), left=-np.inf, right=np.inf))
+    density: np.ndarray = np.diff(mass) / (2 * half)
+    return density

@@ -1,0 +1,269 @@
+"""A map under test: everything measured on it once, so that each check is a few lines.
+
+Quantities are computed when first asked for, from one set of noise samples; those that need dense Jacobians use as
+many of the samples as `DENSE_ENTRIES` and `DENSE_PRODUCTS` allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hnkit.backend import NoiseMap, select_rows
+from hnkit.bounds import field_of_values_bounds, singular_value_bound
+from hnkit.errors import InputError
+from hnkit.jacobian import RowJacobian, check_map, dense_jacobian, rows_per_pass
+from hnkit.kl.divergence import KLEstimate, noise_kl
+from hnkit.lipschitz.local import LipschitzEstimate, lipschitz_lower, lipschitz_upper, local_lipschitz
+from hnkit.logdet import log_det_error
+from hnkit.training.data import generator_for
+from hnkit.verify import NotApplicable
+
+DENSE_DIM = 1024
+"""Above so many dimensions a map is measured by stochastic methods unless told otherwise."""
+
+DENSE_ENTRIES = 4 * 10**7
+"""Entries of dense Jacobians that the checks hold at a time, at most."""
+
+DENSE_PRODUCTS = 2**14
+"""Products that the checks spend on dense Jacobians of their own, at most; a quarter of them for a map of images."""
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """What the dense Jacobians of `m` samples tell; every field `(m,)`, float64, nats where it is a bound.
+
+    `field_*` is NaN where `lambda_min(S) <= -1`, `singular` where the norm is at least 1.
+    """
+
+    error: Tensor
+    spectral: Tensor
+    trace: Tensor
+    trace_square: Tensor
+    frobenius: Tensor
+    norm: Tensor
+    least_symmetric: Tensor
+    skew: Tensor
+    sign: Tensor
+    singular: Tensor
+    field_lower: Tensor
+    field_upper: Tensor
+
+    @property
+    def contracting(self) -> Tensor:
+        """Rows whose local norm is below 1, where the series bounds apply."""
+        return self.norm < 1
+
+
+@dataclass
+class Subject:
+    """A map, the noise it is tested on, and the options of the estimates.
+
+    Args:
+        name: the group its checks are listed under.
+        f: batch-first map, rows independent.
+        x: `(n, *shape)` draws of `N(0, I)`.
+        seed: of every probe.
+        method: of `noise_kl`.
+        options: further options of `noise_kl`.
+        module: what a Lipschitz certificate may walk through; `None`: `f` itself.
+        smooth: `f` has no kinks, so finite differences of it converge everywhere.
+        continuous: `f` is known to be so, as the optimal map of a problem is.
+        ascent_steps: of the ascended Lipschitz estimate.
+    """
+
+    name: str
+    f: NoiseMap
+    x: Tensor
+    seed: int = 0
+    method: str = "exact"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    module: NoiseMap | None = None
+    smooth: bool = True
+    continuous: bool = False
+    ascent_steps: int = 25
+
+    def validate(self) -> None:
+        """Refuse a map that is no batch-first, row-wise, deterministic, differentiable, finite function."""
+        check_map(self.f, self.x)
+
+    @property
+    def dim(self) -> int:
+        """Noise dimensions d."""
+        return self.x[0].numel()
+
+    @property
+    def resolution(self) -> float:
+        """Relative rounding error that is allowed for, by the type that the map computes in."""
+        return {torch.float64: 1e-9, torch.float32: 1e-4}.get(self.value.dtype, 2e-2)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator for one purpose, a function of the seed alone."""
+        return generator_for(self.seed, f"verify/{purpose}")
+
+    @cached_property
+    def stein(self) -> KLEstimate:
+        """`noise_kl` in the Stein form; under a budget it may stop after the first samples."""
+        return noise_kl(self.f, self.x, method=self.method, generator=self.generator("kl"), check=False, **self.options)  # type: ignore[arg-type]
+
+    @property
+    def _dense_count(self) -> int:
+        """How many of the samples get dense Jacobians besides those of `noise_kl`."""
+        products = DENSE_PRODUCTS if self.dim <= 16 else DENSE_PRODUCTS // 4
+        return min(len(self.x), max(1, min(DENSE_ENTRIES // self.dim, products) // self.dim))
+
+    @cached_property
+    def change(self) -> Tensor:
+        """The exact integrand in the change-of-variables form, computed as such, at the first samples."""
+        f, x = self.first(self._dense_count)
+        return noise_kl(f, x, method="exact", form="change-of-variables", check=False).per_sample
+
+    @cached_property
+    def change_from_stein(self) -> Tensor:
+        """The same integrand from that of `stein` and `x . f - tr J`, for as many samples as `stein` has."""
+        count = len(self.stein.per_sample)
+        return self.stein.per_sample + self.alignment[:count] - self.traces[:count]
+
+    @cached_property
+    def error(self) -> Tensor:
+        """E(J) per sample as `noise_kl` sees it, for as many samples as `stein` has."""
+        return self.stein.per_sample - self.half_square[: len(self.stein.per_sample)]
+
+    @cached_property
+    def value(self) -> Tensor:
+        """`f(x)`, `(n, *shape)`, in passes of bounded memory."""
+        with torch.no_grad():
+            return torch.cat([select_rows(self.f, index)(self.x[index]) for index in self.passes])
+
+    @property
+    def passes(self) -> tuple[Tensor, ...]:
+        """The samples' numbers, in as many parts as go through a network together."""
+        return torch.split(torch.arange(len(self.x), device=self.x.device), self.pass_rows)
+
+    @property
+    def pass_rows(self) -> int:
+        """How many samples go through the network together."""
+        return rows_per_pass(self.dim, self.x.device)
+
+    def first(self, count: int) -> tuple[NoiseMap, Tensor]:
+        """The map and the noise of the first `count` samples."""
+        index = torch.arange(min(count, len(self.x)), device=self.x.device)
+        return select_rows(self.f, index), self.x[index]
+
+    @cached_property
+    def half_square(self) -> Tensor:
+        """`|f(x)|^2 / 2` per sample, float64."""
+        return 0.5 * self.value.double().flatten(1).square().sum(1)
+
+    @cached_property
+    def alignment(self) -> Tensor:
+        """`x . f(x)` per sample, float64."""
+        return (self.x.double() * self.value.double()).flatten(1).sum(1)
+
+    @cached_property
+    def traces(self) -> Tensor:
+        """`tr J(x)` per sample: exact where the dense Jacobians hold all samples, else one probe `v . J' v` each."""
+        rows = self.rows_or_none
+        if rows is not None and len(rows.trace) == len(self.x):
+            return rows.trace
+        return self._probed[0]
+
+    @property
+    def probed_frobenius(self) -> Tensor:
+        """An unbiased estimate of `|J(x)|_F^2` per sample, from one probe each."""
+        return self._probed[1]
+
+    @cached_property
+    def _probed(self) -> tuple[Tensor, Tensor]:
+        """`v . J' v` and `|J' v|^2` for one Rademacher probe per sample."""
+        probes = torch.randint(0, 2, (len(self.x), self.dim), generator=self.generator("trace")).double() * 2 - 1
+        probes = probes.to(self.x.device)
+        traces, squares = [], []
+        for index in self.passes:
+            operator = RowJacobian(select_rows(self.f, index), self.x[index], samples=index)
+            pulled = operator.vjp(probes[index])
+            traces.append((pulled * probes[index]).sum(1))
+            squares.append(pulled.square().sum(1))
+        return torch.cat(traces), torch.cat(squares)
+
+    @cached_property
+    def rows_or_none(self) -> RowStatistics | None:
+        """Statistics of the dense Jacobians of the first samples; `None` in too many dimensions."""
+        if self.dim > DENSE_DIM:
+            return None
+        count = self._dense_count
+        width = max(1, 2**23 // self.dim**2)
+        parts = []
+        for index in torch.split(torch.arange(count, device=self.x.device), width):
+            parts.append(_statistics(dense_jacobian(select_rows(self.f, index), self.x[index])))
+        names = RowStatistics.__dataclass_fields__
+        return RowStatistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    @property
+    def rows(self) -> RowStatistics:
+        """Statistics of dense Jacobians; a check that needs them does not apply in too many dimensions."""
+        if self.rows_or_none is None:
+            raise NotApplicable(f"needs dense Jacobians: d = {self.dim} is above {DENSE_DIM}")
+        return self.rows_or_none
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """`|J(x)|_2` per sample, by power iteration, `(n,)`."""
+        return local_lipschitz(self.f, self.x, generator=self.generator("norms"))
+
+    @cached_property
+    def lower(self) -> LipschitzEstimate:
+        """The ascended Lipschitz estimate, a lower bound of the constant; the sampled one of a map without ascent."""
+        start = self.norms.topk(min(len(self.x), 4)).indices
+        f, x = select_rows(self.f, start), self.x[start]
+        try:
+            return lipschitz_lower(f, x, ascent_steps=self.ascent_steps)
+        except InputError:  # it has no second derivative, or leaves the finite numbers on the way
+            return LipschitzEstimate(float(self.norms.max()), "sampled", "largest |J(x)|_2 of the samples")
+
+    @cached_property
+    def certificate(self) -> LipschitzEstimate | str:
+        """The certified Lipschitz constant, or why there is none."""
+        try:
+            return lipschitz_upper(self.f if self.module is None else self.module)
+        except InputError as reason:
+            return str(reason)
+
+    @property
+    def certified_constant(self) -> float | None:
+        """The certified Lipschitz constant, `None` if there is none."""
+        return None if isinstance(self.certificate, str) else self.certificate.value
+
+
+def _statistics(J: Tensor) -> RowStatistics:
+    symmetric = (J + J.mT) / 2
+    skew = (J - J.mT) / 2
+    eigenvalues = torch.linalg.eigvals(J)
+    norm = torch.linalg.matrix_norm(J, ord=2)
+    least = torch.linalg.eigvalsh(symmetric)[:, 0]
+    unknown = torch.full_like(norm, torch.nan)
+    singular, field_lower, field_upper = unknown.clone(), unknown.clone(), unknown.clone()
+    contracting, monotone = norm < 1, least > -1
+    if bool(contracting.any()):
+        singular[contracting] = singular_value_bound(J[contracting])
+    if bool(monotone.any()):
+        field_lower[monotone], field_upper[monotone] = field_of_values_bounds(J[monotone])
+    return RowStatistics(
+        error=log_det_error(J),
+        spectral=(eigenvalues.real - (1 + eigenvalues).abs().log()).sum(1),
+        trace=J.diagonal(dim1=1, dim2=2).sum(1),
+        trace_square=(J * J.mT).sum((1, 2)),
+        frobenius=J.square().sum((1, 2)).sqrt(),
+        norm=norm,
+        least_symmetric=least,
+        skew=skew.square().sum((1, 2)).sqrt(),
+        sign=torch.linalg.slogdet(torch.eye(J.shape[-1], dtype=J.dtype, device=J.device) + J).sign,
+        singular=singular,
+        field_lower=field_lower,
+        field_upper=field_upper,
+    )

@@ -1,0 +1,5 @@
+"""The command line of hnkit."""
+
+from hnkit.cli.app import main
+
+__all__ = ["main"]

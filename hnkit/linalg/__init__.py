@@ -1,0 +1,1 @@
+"""Linear algebra behind the estimators and certificates: Krylov spaces, singular values, convolutions, enclosures."""

@@ -1,0 +1,405 @@
+"""E(A) and its bounds in ball arithmetic: verdicts that are theorems about the floating-point matrix.
+
+Every entry of a float matrix is a dyadic rational. python-flint (Arb) carries each number as a midpoint with a proved
+radius, so an inequality between two balls that do not overlap is proved for that very matrix, whatever was rounded on
+the way. Where they overlap, the precision is doubled; where that does not help (an inequality that is attained) the
+verdict is "undecided", never "holds". Needs the extra `certify`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hnkit.errors import InputError
+
+Verdict = Literal["holds", "fails", "undecided", "not applicable"]
+
+MAX_DIM = 256
+_BITS = 128
+_MAX_BITS = 1024
+_NEWTON_STEPS = 12  # each doubles the digits of the eigenvectors
+_APART = 1024  # Newton steps are below 1/1024: nearer to 1 their squares stop them before a pair is resolved
+_ROUNDS = 8  # of splitting clusters, each sixteen digits finer
+
+
+@dataclass(frozen=True)
+class Enclosure:
+    """A real number that is proved to lie in `[lower, upper]`, endpoints rounded outward to floats.
+
+    Attributes:
+        lower: float at most the number.
+        upper: float at least the number.
+        ball: the Arb ball at full precision.
+    """
+
+    lower: float
+    upper: float
+    ball: Any = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, ball: Any) -> Enclosure:
+        """The float interval of an Arb ball."""
+        if not ball.is_finite():
+            return cls(-math.inf, math.inf, ball)
+        return cls(
+            0.0 if ball == 0 else math.nextafter(float(ball.lower()), -math.inf),
+            0.0 if ball == 0 else math.nextafter(float(ball.upper()), math.inf),
+            ball,
+        )
+
+    def __str__(self) -> str:
+        return str(self.ball.str(20))
+
+
+@dataclass(frozen=True)
+class CertifiedBound:
+    """One inequality `value <= bound` and what is proved about it.
+
+    Attributes:
+        name: which bound.
+        value: the left side.
+        bound: the right side.
+        verdict: "holds" and "fails" are proved; "undecided": the two agree to the last bit tried; "not applicable":
+            a hypothesis is not met, and `note` names it.
+        note: a remark, or empty.
+    """
+
+    name: str
+    value: Enclosure | None
+    bound: Enclosure | None
+    verdict: Verdict
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class BallCertificate:
+    """Enclosures of the quantities of a matrix A, and the bounds on E(A) with their verdicts.
+
+    Attributes:
+        dim: d.
+        precision: bits of the arithmetic that decided.
+        error: `E(A) = tr A - log|det(I + A)|`, nats.
+        trace: `tr A`.
+        log_abs_det: `log|det(I + A)|`.
+        frobenius_norm: `|A|_F`.
+        spectral_norm: `|A|_2`.
+        lambda_min: least eigenvalue of `(A + A')/2`.
+        bounds: the inequalities, by name.
+    """
+
+    dim: int
+    precision: int
+    error: Enclosure
+    trace: Enclosure
+    log_abs_det: Enclosure
+    frobenius_norm: Enclosure
+    spectral_norm: Enclosure
+    lambda_min: Enclosure
+    bounds: Mapping[str, CertifiedBound]
+
+    @property
+    def ok(self) -> bool:
+        """No inequality is proved false."""
+        return all(bound.verdict != "fails" for bound in self.bounds.values())
+
+
+def certify_bounds(
+    A: Tensor,
+    *,
+    lipschitz: float | None = None,
+    reported: Mapping[str, float] | None = None,
+    max_precision: int = _MAX_BITS,
+) -> BallCertificate:
+    """Enclose E(A) and the bounds on it, and prove or refute each inequality for this very matrix.
+
+    The inequalities, by name: "theorem 7" `|E| <= d h(L)`, "frobenius" `|E| <= |A|_F^2 h(L)/L^2`, "singular values"
+    `|E| <= sum h(sigma_i)`, "second order" `|E - tr(A^2)/2| <= |A|_F^2 (h(L)/L^2 - 1/2)`, "field of values, upper"
+    `E <= E(S)` and "field of values, lower" `E(S) - |K|_F^2 / (2 (1 + lambda_min S)^2) <= E`, written as
+    `E(S) - E <= |K|_F^2 / ...`. L is `|A|_2`, or `lipschitz`, and then "norm" `|A|_2 <= L` is one more.
+
+    Args:
+        A: `(d, d)`, float32 or float64, `d <= 256`: a linear map, or a dense Jacobian. Taken as exact.
+        lipschitz: a claimed constant, taken as exact.
+        reported: right sides stated elsewhere, by the names above; each float is taken as exact and replaces the
+            enclosure of the bound, so that `theorem7_bound(...)`, say, is itself put to the proof.
+        max_precision: bits at which an undecided inequality is left undecided.
+
+    Returns:
+        The certificate at the first precision that decides every inequality, else at the last.
+
+    Raises:
+        InputError: no square finite matrix, too large, an unknown name, or python-flint is missing.
+    """
+    matrix = _checked(A)
+    claims = dict(reported or {})
+    if unknown := sorted(set(claims) - set(_NAMES)):
+        raise InputError(f"unknown bound {unknown[0]!r}: accepted are {', '.join(_NAMES)}")
+    for name, number in (*claims.items(), ("lipschitz", 0.0 if lipschitz is None else lipschitz)):
+        if not math.isfinite(number):
+            raise InputError(f"{name} = {number}: give a finite number")
+    flint = _flint()
+    bits = min(_BITS, max_precision)
+    while True:
+        with flint.ctx.workprec(bits):
+            certificate = _certify(flint, matrix, lipschitz, claims, bits)
+        open_ = any(bound.verdict == "undecided" for bound in certificate.bounds.values())
+        if not open_ or 2 * bits > max_precision:
+            return certificate
+        bits *= 2
+
+
+_NAMES = (
+    "theorem 7",
+    "frobenius",
+    "singular values",
+    "second order",
+    "field of values, upper",
+    "field of values, lower",
+    "norm",
+)
+
+
+def _flint() -> Any:
+    try:
+        import flint
+    except ImportError:
+        raise InputError("ball arithmetic needs python-flint: pip install 'hnkit[certify]'") from None
+    return flint
+
+
+def _checked(A: Tensor) -> Tensor:
+    if not isinstance(A, Tensor) or A.dtype not in (torch.float32, torch.float64):
+        kind = str(A.dtype) if isinstance(A, Tensor) else type(A).__name__
+        raise InputError(f"A is {kind}: give a float32 or float64 tensor of shape (d, d)")
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or not 1 <= A.shape[0] <= MAX_DIM:
+        raise InputError(f"A has shape {tuple(A.shape)}: give one square matrix with 1 <= d <= {MAX_DIM}")
+    if not bool(torch.isfinite(A).all()):
+        raise InputError("A has an entry that is not finite: give a finite matrix")
+    return A.detach().double().cpu()
+
+
+def _certify(
+    flint: Any, matrix: Tensor, lipschitz: float | None, claims: Mapping[str, float], bits: int
+) -> BallCertificate:
+    arb, d = flint.arb, matrix.shape[0]
+    A = flint.arb_mat(matrix.tolist())
+    symmetric = (A + A.transpose()) / 2
+    skew_square = _square_sum((A - A.transpose()) / 2)
+    trace, frobenius_square = A.trace(), _square_sum(A)
+    log_det, log_det_symmetric = _log_abs_det(flint, A), _log_abs_det(flint, symmetric)
+    error, error_symmetric = trace - log_det, trace - log_det_symmetric
+
+    # In units of a power of two near the largest entry, exactly: squares of squares neither overflow nor vanish.
+    unit = arb(2) ** math.frexp(float(matrix.abs().max()))[1]
+    gram = _eigenvalues(flint, (A / unit).transpose() * (A / unit))
+    sigma = [unit * _root(arb, value) for value in reversed(gram)]
+    least = unit * _eigenvalues(flint, symmetric / unit)[0]
+    L = sigma[0] if lipschitz is None else arb(lipschitz)
+    largest = "the spectral norm" if lipschitz is None else "the larger of |A|_2 and the claimed constant"
+    below = _hypothesis(arb.max(sigma[0], L) < 1, arb.max(sigma[0], L) >= 1, f"{largest} below 1")
+    if L < 0:
+        below = "not applicable", "the claimed constant is negative"
+    cone = _hypothesis(least > -1, least <= -1, "lambda_min of the symmetric part above -1")
+
+    def judge(name: str, value: Any, bound: Any, needs: tuple[Verdict, str], *, equal: bool = False) -> CertifiedBound:
+        if needs[0] != "holds":
+            return CertifiedBound(name, None, None, *needs)
+        if equal and name not in claims:
+            return CertifiedBound(name, Enclosure.of(value), Enclosure.of(bound), "holds", "A is symmetric: equality")
+        right = arb(claims[name]) if name in claims else bound
+        verdict: Verdict = "holds" if value <= right else "fails" if value > right else "undecided"
+        return CertifiedBound(
+            name, Enclosure.of(value), Enclosure.of(right), verdict, "against the reported float" * (name in claims)
+        )
+
+    size, ratio, plain = abs(error), _ratio(arb, L), bool(torch.equal(matrix, matrix.T))
+    records = [
+        judge("theorem 7", size, d * ratio * L * L, below),
+        judge("frobenius", size, frobenius_square * ratio, below),
+        judge("singular values", size, sum((_ratio(arb, s) * s * s for s in sigma), arb(0)), below),
+        judge("second order", abs(error - (A * A).trace() / 2), frobenius_square * (ratio - arb(0.5)), below),
+        judge("field of values, upper", error, error_symmetric, cone, equal=plain),
+        judge(
+            "field of values, lower",
+            error_symmetric - error,
+            skew_square / (2 * (1 + least) ** 2),
+            cone,
+            equal=plain,
+        ),
+    ]
+    if lipschitz is not None:
+        records.append(judge("norm", sigma[0], L, ("holds", "")))
+    return BallCertificate(
+        dim=d,
+        precision=bits,
+        error=Enclosure.of(error),
+        trace=Enclosure.of(trace),
+        log_abs_det=Enclosure.of(log_det),
+        frobenius_norm=Enclosure.of(_root(arb, frobenius_square)),
+        spectral_norm=Enclosure.of(sigma[0]),
+        lambda_min=Enclosure.of(least),
+        bounds={record.name: record for record in records},
+    )
+
+
+def _hypothesis(proved: bool, refuted: bool, what: str) -> tuple[Verdict, str]:
+    """What is known of a hypothesis, and the note for the bounds that need it."""
+    if proved:
+        return "holds", ""
+    return ("not applicable", f"needs {what}") if refuted else ("undecided", f"needs {what}, which is not decided")
+
+
+def _root(arb: Any, square: Any) -> Any:
+    """The square root of a non-negative number whose ball may reach below 0."""
+    if not square.is_finite() or square > 0:
+        return square.sqrt()
+    top = square.upper()
+    return arb(0).union(top.sqrt()) if top > 0 else arb(0)
+
+
+def _square_sum(M: Any) -> Any:
+    """`|M|_F^2` as the trace of `M'M`."""
+    return (M.transpose() * M).trace()
+
+
+def _log_abs_det(flint: Any, A: Any) -> Any:
+    d = A.nrows()
+    identity = flint.arb_mat(d, d, [int(i == j) for i in range(d) for j in range(d)])
+    return abs((identity + A).det()).log()
+
+
+def _ratio(arb: Any, s: Any) -> Any:
+    """`h(s)/s^2 = sum_{k>=2} s^(k-2)/k` for `0 <= s < 1`: an enclosure also where the ball of s reaches down to 0."""
+    if s == 0:
+        return arb(0.5)
+    if s > arb(2) ** -20:
+        return (-(-s).log1p() - s) / (s * s)
+    total, terms = arb(0), 64
+    for k in reversed(range(2, terms)):
+        total = total * s + arb(1) / k
+    tail = s.nonnegative_part() ** (terms - 2) / (terms * (1 - s))
+    return total + tail.union(arb(0))
+
+
+def _eigenvalues(flint: Any, M: Any) -> list[Any]:
+    """Proved enclosures of the eigenvalues of a symmetric matrix of balls, ascending.
+
+    For any nonsingular Q, the sorted eigenvalues of `N = Q'MQ` are `theta_i lambda_i(M)` with theta_i between the
+    extreme eigenvalues of `Q'Q` (Ostrowski), and they differ from the sorted diagonal of N by at most the Frobenius
+    norm of the rest (Weyl). So Q need not be exact: it is the eigenvector matrix in double precision, refined by
+    Newton steps.
+
+    Source:
+        A. Ostrowski, PNAS 45 (1959), DOI 10.1073/pnas.45.5.740; refinement: T. Ogita and K. Aishima, JJIAM 35 (2018),
+        DOI 10.1007/s13160-018-0310-3.
+    """
+    arb, d = flint.arb, M.nrows()
+    nearby = torch.tensor([[float(M[i, j]) for j in range(d)] for i in range(d)], dtype=torch.float64)
+    Q = _refined(flint, M, flint.arb_mat(torch.linalg.eigh(nearby)[1].tolist()))
+    N, R = Q.transpose() * M * Q, _defect(flint, Q)
+    radius, defect = (_root(arb, arb(square)).upper() for square in (_rest_square(N), _square_sum(R)))
+    if not defect < 1:
+        return [arb("nan")] * d
+    theta = arb(1) + arb(0).union(defect).union(-defect)
+    # Sorted by their midpoints, compared exactly: order statistics move by at most the largest radius.
+    diagonal = sorted((N[i, i] for i in range(d)), key=lambda ball: ball.mid())
+    margin = radius + 2 * max(value.rad() for value in diagonal)
+    return [(value + arb(0).union(margin).union(-margin)) / theta for value in diagonal]
+
+
+def _refined(flint: Any, M: Any, Q: Any) -> Any:
+    """Eigenvectors of M to the working precision, from ones in double precision.
+
+    Newton steps cannot resolve eigenvalues closer than the error they start from. Such a cluster is diagonalised in
+    double precision again, relative to its own width, which is sixteen digits finer; then Newton steps go on.
+    """
+    best, least = Q, math.inf
+    for _ in range(_ROUNDS):
+        Q, size, clusters = _newton(flint, M, Q)
+        if not size < 0.25 * least:
+            return best
+        best, least = Q, size
+        if not clusters:
+            return Q
+        for cluster in clusters:
+            Q = _rotated(flint, M, Q, cluster)
+    return best
+
+
+def _newton(flint: Any, M: Any, Q: Any) -> tuple[Any, float, list[list[int]]]:
+    """Newton steps while they help; the vectors, the square of what is left, and the clusters not resolved.
+
+    A step between near eigenvalues may add to what is left before the next one takes it away, so two must fail.
+    """
+    best, least, unresolved, failed = Q, math.inf, [], 0
+    for _ in range(_NEWTON_STEPS):
+        N, R = (Q.transpose() * M * Q).mid(), _defect(flint, Q).mid()
+        rest, defect, scale = float(_rest_square(N)), float(_square_sum(R)), float(_square_sum(N))
+        size = defect + rest / scale if scale > 0 else 0.0
+        failed = 0 if size < 0.25 * least else failed + 1
+        if failed > 1:
+            break
+        threshold = _APART * (math.sqrt(rest) + math.sqrt(scale * defect))
+        step, clusters = _newton_step(flint, N, R, threshold)
+        if not failed:
+            best, least, unresolved = Q, size, clusters
+        if size == 0:
+            break
+        Q = (Q + Q * step).mid()
+    return best, least, unresolved
+
+
+def _newton_step(flint: Any, N: Any, R: Any, threshold: float) -> tuple[Any, list[list[int]]]:
+    """The correction of Ogita and Aishima, and the sets of eigenvalues that are closer than `threshold`."""
+    d = N.nrows()
+    values = [N[i, i] / (1 - R[i, i]) for i in range(d)]
+    entries = []
+    for i in range(d):
+        for j in range(d):
+            gap = values[j] - values[i]
+            apart = i != j and abs(gap) > threshold
+            entries.append((N[i, j] + values[j] * R[i, j]) / gap if apart else R[i, j] / 2)
+    order = sorted(range(d), key=lambda i: float(values[i]))
+    clusters = [[order[0]]]
+    for i, j in itertools.pairwise(order):
+        if abs(values[j] - values[i]) > threshold:
+            clusters.append([])
+        clusters[-1].append(j)
+    return flint.arb_mat(d, d, entries), [cluster for cluster in clusters if len(cluster) > 1]
+
+
+def _rotated(flint: Any, M: Any, Q: Any, cluster: list[int]) -> Any:
+    """Q with the columns of a cluster replaced by eigenvectors of M within their span."""
+    d, k = Q.nrows(), len(cluster)
+    columns = flint.arb_mat(d, k, [Q[i, c] for i in range(d) for c in cluster])
+    block = (columns.transpose() * M * columns).mid()
+    centre = block.trace() / k
+    shifted = [[block[a, b] - (centre if a == b else 0) for b in range(k)] for a in range(k)]
+    width = max(abs(entry).mid() for row in shifted for entry in row)
+    if not width > 0:
+        return Q
+    relative = torch.tensor([[float(entry / width) for entry in row] for row in shifted], dtype=torch.float64)
+    rotation = flint.arb_mat(torch.linalg.eigh((relative + relative.T) / 2)[1].tolist())
+    turned = columns * rotation
+    place = {c: a for a, c in enumerate(cluster)}
+    return flint.arb_mat(
+        d, d, [turned[i, place[c]] if c in place else Q[i, c] for i in range(d) for c in range(d)]
+    ).mid()
+
+
+def _defect(flint: Any, Q: Any) -> Any:
+    d = Q.nrows()
+    return flint.arb_mat(d, d, [int(i == j) for i in range(d) for j in range(d)]) - Q.transpose() * Q
+
+
+def _rest_square(N: Any) -> Any:
+    """Sum of the squares off the diagonal."""
+    d = N.nrows()
+    return sum(N[i, j] * N[i, j] for i in range(d) for j in range(d) if i != j)

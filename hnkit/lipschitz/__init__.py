@@ -1,0 +1,37 @@
+"""How much a map can stretch: local norms, lower bounds of the Lipschitz constant, and certified upper bounds."""
+
+from hnkit.lipschitz.certify import (
+    InjectivityCertificate,
+    JacobianBounds,
+    Scaled,
+    Sum,
+    certified_bounds,
+    certify_injective,
+    register,
+)
+from hnkit.lipschitz.local import (
+    LipschitzEstimate,
+    LocalNorms,
+    leading_singular,
+    lipschitz_lower,
+    lipschitz_upper,
+    local_lipschitz,
+    local_norms,
+)
+
+__all__ = [
+    "InjectivityCertificate",
+    "JacobianBounds",
+    "LipschitzEstimate",
+    "LocalNorms",
+    "Scaled",
+    "Sum",
+    "certified_bounds",
+    "certify_injective",
+    "leading_singular",
+    "lipschitz_lower",
+    "lipschitz_upper",
+    "local_lipschitz",
+    "local_norms",
+    "register",
+]

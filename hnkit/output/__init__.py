@@ -1,0 +1,1 @@
+"""How results are shown: HTML pages, plots, images, folder layouts, the terminal."""

@@ -1,0 +1,534 @@
+"""Assertions about noise maps, losses and estimates, for anyone's test suite; `hnkit.testing` re-exports them.
+
+Each raises `AssertionError` with the numbers that disagree. Statistical ones take independent samples and compare the
+z-score of a mean with the quantile of a stated false-alarm rate: a correct implementation fails with that probability
+(to the accuracy of the central limit theorem), and repeats exactly under a fixed seed. Bad arguments, and hypotheses
+that are not met, raise `hnkit.InputError` instead: they say nothing about what is tested.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from scipy.stats import norm as normal_law
+from torch import Tensor, nn
+
+from hnkit.backend import NoiseMap
+from hnkit.bounds import (
+    field_of_values_bounds,
+    frobenius_bound,
+    local_theorem7_bound,
+    second_order_remainder_bound,
+    singular_value_bound,
+    theorem7_bound,
+)
+from hnkit.errors import InputError
+from hnkit.internal.stats import mean_and_stderr
+from hnkit.jacobian import check_batch, dense_jacobian, evaluate
+from hnkit.kl.divergence import Form, Method, noise_kl
+from hnkit.lipschitz.local import local_lipschitz
+from hnkit.logdet import log_det_error
+from hnkit.loss import NoiseLoss
+
+__all__ = [
+    "assert_bounds",
+    "assert_kl",
+    "assert_kl_identity",
+    "assert_lipschitz",
+    "assert_mean",
+    "assert_moments",
+    "assert_noise_loss",
+    "assert_rows_independent",
+    "assert_theorem7",
+    "assert_zero_at_init",
+]
+
+_MIN_SAMPLES = 32  # fewer make the normal quantile of a z-test meaningless
+_ROUNDING = 1e-10  # relative slack of deterministic comparisons in float64
+
+
+def _fail(message: str) -> None:
+    __tracebackhide__ = True
+    raise AssertionError(message)
+
+
+def _threshold(false_alarm: float, tests: int = 1) -> float:
+    if not 0 < false_alarm < 1:
+        raise InputError(f"false_alarm = {false_alarm}: a probability strictly between 0 and 1")
+    return float(normal_law.isf(false_alarm / (2 * tests)))
+
+
+def _require_samples(count: int) -> None:
+    if count < _MIN_SAMPLES:
+        raise InputError(f"{count} samples: a z-test needs at least {_MIN_SAMPLES}")
+
+
+def assert_mean(
+    samples: Tensor, expected: float, *, false_alarm: float = 1e-6, bias_bound: float = 0.0, what: str = "the mean"
+) -> None:
+    """Assert that independent samples have a given mean, by a two-sided z-test.
+
+    Fails if `|mean - expected| > bias_bound + z stderr`, `z` the normal quantile at `false_alarm`. Samples that are all
+    equal have to equal `expected` up to rounding.
+
+    Args:
+        samples: `(n,)`, independent, `n >= 32`.
+        expected: the mean claimed.
+        false_alarm: probability of failing although the claim is true.
+        bias_bound: a systematic error that is allowed for, in the units of the samples.
+        what: what the samples are, for the message.
+
+    Raises:
+        AssertionError: the mean differs; the message gives both, the standard error and the z-score.
+        InputError: fewer than 32 samples, or a bad `false_alarm`.
+    """
+    __tracebackhide__ = True
+    limit = _threshold(false_alarm)
+    _require_samples(samples.numel())
+    mean, stderr = mean_and_stderr(samples)
+    rounding = _ROUNDING * max(1.0, float(samples.abs().max()), abs(expected)) / math.sqrt(samples.numel())
+    distance = abs(mean - expected)
+    if not distance <= bias_bound + limit * stderr + rounding:
+        score = distance / stderr if stderr > 0 else math.inf
+        bias = f" and a bias of at most {bias_bound:.3g}" if bias_bound else ""
+        _fail(
+            f"{what} is {mean:.8g} +- {stderr:.2g}, expected {expected:.8g}: off by {distance:.3g} = {score:.1f} "
+            f"standard errors (n = {samples.numel()}; {limit:.2f}{bias} are allowed at false alarm {false_alarm:g})"
+        )
+
+
+def assert_moments(samples: Tensor, mean: Tensor, covariance: Tensor, *, false_alarm: float = 1e-6) -> None:
+    """Assert the mean and covariance of independent samples, entry by entry, by z-tests.
+
+    With `u = x - mean` the entries tested are `E u_i = 0` and `E u_i u_j = covariance_ij`; the false-alarm rate is
+    divided among them (Bonferroni).
+
+    Args:
+        samples: `(n, d)`, independent, `n >= 32`.
+        mean: `(d,)`.
+        covariance: `(d, d)`.
+        false_alarm: probability of failing although both are right.
+
+    Raises:
+        AssertionError: naming the entry that is furthest off.
+        InputError: shapes that do not fit, or fewer than 32 samples.
+    """
+    __tracebackhide__ = True
+    n, d = samples.shape[0], samples[0].numel()
+    if mean.shape != (d,) or covariance.shape != (d, d):
+        raise InputError(
+            f"mean {tuple(mean.shape)} and covariance {tuple(covariance.shape)} do not fit samples of {d} entries"
+        )
+    _require_samples(n)
+    centred = samples.detach().reshape(n, d).double() - mean.double()
+    rows, columns = torch.triu_indices(d, d)
+    products = centred[:, rows] * centred[:, columns]
+    values = torch.cat([centred, products], 1)
+    expected = torch.cat([torch.zeros(d, dtype=torch.float64), covariance.double()[rows, columns]])
+    names = [f"mean entry {i}" for i in range(d)]
+    names += [f"covariance entry ({int(i)}, {int(j)})" for i, j in zip(rows, columns, strict=True)]
+    stderr = values.std(0) / math.sqrt(n)
+    distance = (values.mean(0) - expected).abs()
+    scale = values.abs().amax(0) + expected.abs()
+    score = distance / (stderr + _ROUNDING * scale).clamp_min(torch.finfo(torch.float64).tiny)
+    worst, limit = int(score.argmax()), _threshold(false_alarm, len(names))
+    if not float(score[worst]) <= limit:
+        target = float(mean[worst]) if worst < d else float(expected[worst])
+        found = float(values.mean(0)[worst]) + (float(mean[worst]) if worst < d else 0.0)
+        _fail(
+            f"{names[worst]} is {found:.6g} +- {float(stderr[worst]):.2g}, expected {target:.6g}: "
+            f"{float(score[worst]):.1f} standard errors off (n = {n}; {limit:.2f} are allowed at false alarm "
+            f"{false_alarm:g} over {len(names)} entries)"
+        )
+
+
+def assert_kl_identity(f: NoiseMap, x: Tensor, *, false_alarm: float = 1e-6) -> None:
+    """Assert that the two forms of the noise-space KL have the same mean over Gaussian noise.
+
+    Their difference is Stein's identity, `E[x . f(x)] = E[tr J(x)]`. It fails for a map that jumps, whose derivative
+    is wrong, or for `x` that is not standard normal.
+
+    Args:
+        f: batch-first map, rows independent, differentiable.
+        x: `(n, *shape)`, independent draws of `N(0, I)`, `n >= 32`.
+        false_alarm: probability of failing although the identity holds.
+
+    Raises:
+        AssertionError: with both values, the difference and its z-score.
+        InputError: a map that is none (see `noise_kl`), or too few samples.
+
+    Source:
+        arXiv 2508.09968, Lemma 6 and eq. 53, 55.
+    """
+    __tracebackhide__ = True
+    check_batch(x)
+    _require_samples(x.shape[0])
+    stein, change = noise_kl(f, x, form="stein"), noise_kl(f, x, form="change-of-variables", check=False)
+    what = (
+        "Stein's identity fails (is x standard normal, f continuous, its derivative right?): the KL is "
+        f"{stein.value:.6g} in the Stein form, {change.value:.6g} by change of variables; the mean of x.f - tr J"
+    )
+    assert_mean(change.per_sample - stein.per_sample, 0.0, false_alarm=false_alarm, what=what)
+
+
+def assert_kl(
+    f: NoiseMap,
+    x: Tensor,
+    expected: float,
+    *,
+    method: Method = "exact",
+    form: Form = "stein",
+    false_alarm: float = 1e-6,
+    bias_bound: float = 0.0,
+    **options: Any,
+) -> None:
+    """Assert the noise-space KL of a map against a value known otherwise, by a z-test over the samples.
+
+    Args:
+        f: batch-first map; its KL is `KL(law of x + f(x) || N(0, I))` where `x + f(x)` is injective.
+        x: `(n, *shape)`, independent draws of `N(0, I)`, `n >= 32`.
+        expected: nats.
+        method: as in `noise_kl`.
+        form: as in `noise_kl`.
+        false_alarm: probability of failing although the value is right.
+        bias_bound: allowed systematic error, nats, for methods that truncate.
+        **options: passed to `noise_kl`.
+
+    Raises:
+        AssertionError: with the estimate, its standard error and the z-score.
+    """
+    __tracebackhide__ = True
+    estimate = noise_kl(f, x, method=method, form=form, **options)
+    what = f"the noise-space KL (method {method}, {form} form, nats)"
+    assert_mean(estimate.per_sample, expected, false_alarm=false_alarm, bias_bound=bias_bound, what=what)
+
+
+def assert_theorem7(f: NoiseMap, x: Tensor, *, lipschitz: float | None = None) -> None:
+    """Assert `|E(J(x))| <= d h(L)` at every row, with a claimed constant or with the local norm.
+
+    Args:
+        f: batch-first map.
+        x: `(n, *shape)`.
+        lipschitz: a claimed Lipschitz constant below 1; `None`: `|J(x)|_2` at each row.
+
+    Raises:
+        AssertionError: naming the sample, `|E(J)|`, the bound and the local norm there.
+        InputError: the constant, or a local norm, is not below 1: the theorem says nothing.
+
+    Source:
+        arXiv 2508.09968, Theorem 7.
+    """
+    __tracebackhide__ = True
+    jacobians = dense_jacobian(f, x)
+    dim = jacobians.shape[-1]
+    norms = torch.linalg.matrix_norm(jacobians, 2)
+    errors = log_det_error(jacobians).abs()
+    if lipschitz is None:
+        bounds, constant = local_theorem7_bound(dim, norms), "the local norm"
+    else:
+        bounds = torch.full_like(norms, theorem7_bound(dim, lipschitz))
+        constant = f"the claimed constant {lipschitz:.6g}"
+    excess = errors - bounds * (1 + _ROUNDING) - torch.finfo(torch.float64).tiny
+    worst = int(excess.argmax())
+    if not float(excess[worst]) <= 0:
+        _fail(
+            f"Theorem 7 fails at sample {worst}: |E(J)| = {float(errors[worst]):.8g} exceeds d h(L) = "
+            f"{float(bounds[worst]):.8g} nats with L {constant}, d = {dim}, |J|_2 = {float(norms[worst]):.6g} there"
+        )
+
+
+def assert_bounds(A: Tensor) -> None:
+    """Assert every bound of `hnkit.bounds` on `E(A)` that applies to the matrices, and their order.
+
+    Field of values where `lambda_min(S) > -1`; and where `|A|_2 < 1` the second-order remainder and
+    `|E| <= singular values <= Frobenius <= Theorem 7`.
+
+    Args:
+        A: `(..., d, d)`.
+
+    Raises:
+        AssertionError: naming the two quantities that are out of order.
+    """
+    __tracebackhide__ = True
+    d = A.shape[-1]
+    for index, matrix in enumerate(A.reshape(-1, d, d).double()):
+        where = f" (matrix {index})" if A.ndim > 2 else ""
+        error = float(log_det_error(matrix))
+        spectral, frobenius = float(torch.linalg.matrix_norm(matrix, 2)), float(torch.linalg.matrix_norm(matrix))
+        margin = 1 + float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[0])
+        if margin > 1e-9:
+            lower, upper = (float(side) for side in field_of_values_bounds(matrix))
+            slack = _ROUNDING * frobenius**2 * max(1.0, margin**-2)
+            _ordered(lower, error, "field of values, lower", "E(A)", slack, where)
+            _ordered(error, upper, "E(A)", "field of values, upper", slack, where)
+        if spectral >= 1 - 1e-9:
+            continue
+        second = abs(error - float(torch.trace(matrix @ matrix)) / 2)
+        weyl = float(singular_value_bound(matrix))
+        middle, largest = frobenius_bound(frobenius, spectral), theorem7_bound(d, spectral)
+        remainder = second_order_remainder_bound(frobenius, spectral)
+        slack = _ROUNDING * middle
+        _ordered(abs(error), weyl, "|E(A)|", "singular-value bound", slack, where)
+        _ordered(weyl, middle, "singular-value bound", "Frobenius bound", slack, where)
+        _ordered(middle, largest, "Frobenius bound", "Theorem 7", slack, where)
+        _ordered(second, remainder, "|E(A) - tr(A^2)/2|", "second-order remainder bound", slack, where)
+
+
+def _ordered(small: float, large: float, small_name: str, large_name: str, slack: float, where: str) -> None:
+    __tracebackhide__ = True
+    if not small <= large + slack:
+        _fail(f"{small_name} = {small:.10g} exceeds {large_name} = {large:.10g} by {small - large:.3g} nats{where}")
+
+
+def assert_lipschitz(f: NoiseMap, constant: float, x: Tensor, *, tolerance: float = 1e-6) -> None:
+    """Assert that nothing seen at the given points contradicts a Lipschitz constant.
+
+    `|J(x_i)|_2 <= constant` at every row, and `|f(x_i) - f(x_j)| <= constant |x_i - x_j|` for every pair of rows.
+    Points can refute a constant, never prove one: for a proof use `lipschitz_upper`.
+
+    Args:
+        f: batch-first map, rows independent.
+        constant: the constant claimed, at least 0.
+        x: `(n, *shape)`.
+        tolerance: relative excess that is put down to rounding.
+
+    Raises:
+        AssertionError: naming the sample or the pair, and the constant needed there.
+        InputError: a negative constant.
+    """
+    __tracebackhide__ = True
+    if not constant >= 0:
+        raise InputError(f"constant = {constant}: a Lipschitz constant is at least 0")
+    norms = local_lipschitz(f, x)
+    worst = int(norms.argmax())
+    if not float(norms[worst]) <= constant * (1 + tolerance):
+        _fail(f"|J(x)|_2 = {float(norms[worst]):.8g} at sample {worst} exceeds the Lipschitz constant {constant:.8g}")
+    with torch.no_grad():
+        values = evaluate(f, x).flatten(1).double()
+    apart = torch.cdist(x.flatten(1).double(), x.flatten(1).double(), compute_mode="donot_use_mm_for_euclid_dist")
+    moved = torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist")
+    rounding = 8 * torch.finfo(x.dtype).eps * float(values.abs().max()) * math.sqrt(values.shape[1])
+    excess = moved - constant * (1 + tolerance) * apart - rounding
+    i, j = divmod(int(excess.argmax()), x.shape[0])
+    if float(excess[i, j]) > 0:
+        _fail(
+            f"|f(x) - f(y)| = {float(moved[i, j]):.8g} at samples {i} and {j}, {float(apart[i, j]):.8g} apart: a "
+            f"Lipschitz constant of at least {float(moved[i, j] / apart[i, j]):.8g} is needed, not {constant:.8g}"
+        )
+
+
+def assert_rows_independent(f: NoiseMap, x: Tensor, *, tolerance: float = 1e-5) -> None:
+    """Assert that a row of the result depends on that row of the input alone, and not on its position.
+
+    Each half of the batch is replaced while the other half stays, and the batch is reversed.
+
+    Args:
+        f: batch-first map.
+        x: `(n, *shape)`, `n >= 2`.
+        tolerance: change that is put down to rounding, relative to the largest entry of f(x).
+
+    Raises:
+        AssertionError: naming the row that changed, and by how much.
+        InputError: fewer than two rows, or a map that returns another shape.
+    """
+    __tracebackhide__ = True
+    check_batch(x)
+    n = x.shape[0]
+    if n < 2:
+        raise InputError("one row cannot show a dependence on others: give at least two")
+    with torch.no_grad():
+        base = evaluate(f, x)
+        limit = tolerance * max(float(base.abs().max()), torch.finfo(x.dtype).tiny)
+        for kept, other in ((slice(0, n // 2), slice(n // 2, n)), (slice(n // 2, n), slice(0, n // 2))):
+            changed = x.clone()
+            changed[other] = 1.0 - 2.0 * changed[other]
+            _rows_agree(evaluate(f, changed)[kept], base[kept], limit, kept.start, "when other rows are replaced")
+        _rows_agree(evaluate(f, x.flip(0)).flip(0), base, limit, 0, "when the batch is reversed")
+
+
+def _rows_agree(new: Tensor, old: Tensor, limit: float, first: int, when: str) -> None:
+    __tracebackhide__ = True
+    change = (new.double() - old.double()).abs().flatten(1).amax(1)
+    worst = int(change.argmax())
+    if not float(change[worst]) <= limit:
+        _fail(
+            f"rows are not independent: row {first + worst} of f(x) changes by {float(change[worst]):.4g} {when} "
+            f"(rounding would explain {limit:.2g})"
+        )
+
+
+def assert_zero_at_init(
+    module: nn.Module,
+    shape: tuple[int, ...],
+    *,
+    condition: Any = None,
+    rows: int = 3,
+    seed: int = 0,
+    trainable: bool = True,
+) -> None:
+    """Assert that a fresh hypernetwork is exactly zero, `f(x) = 0`, and yet able to learn.
+
+    Exactly: the steered and the base images of an untrained network are then the same, bit for bit.
+
+    Args:
+        module: called as `module(x)`, or `module(x, condition)` if a condition is given.
+        shape: of one noise sample.
+        condition: second argument, for `rows` rows.
+        rows: rows of the batch; a third of them are ten times larger than standard normal noise.
+        seed: of the noise.
+        trainable: also require that some parameter receives a gradient that is not zero: a product of two zero
+            factors would stay zero for ever.
+
+    Raises:
+        AssertionError: with the largest entry of f(x), or because no parameter receives a gradient.
+    """
+    __tracebackhide__ = True
+    generator = torch.Generator().manual_seed(seed)
+    parameter = next(module.parameters(), None)
+    x = torch.randn(rows, *shape, generator=generator)
+    x[::3] *= 10
+    if parameter is not None:
+        x = x.to(parameter)
+    with torch.enable_grad():
+        y = module(x) if condition is None else module(x, condition)
+        if y.shape != x.shape:
+            _fail(f"f(x) has shape {tuple(y.shape)} for x of shape {tuple(x.shape)}")
+        largest = float(y.detach().abs().nan_to_num(math.inf).max())
+        if largest != 0:
+            _fail(f"f is not zero at initialisation: the largest entry of f(x) is {largest:.4g}")
+        if not trainable:
+            return
+        weights = torch.randn(y.shape, generator=generator).to(y)
+        learning = [p for p in module.parameters() if p.requires_grad]
+        if not learning:
+            _fail("f is zero and has no parameter that requires a gradient: it can never learn")
+        gradients = (
+            torch.autograd.grad((y * weights).sum(), learning, allow_unused=True)
+            if y.requires_grad
+            else [None] * len(learning)
+        )
+    if not any(g is not None and bool(g.any()) for g in gradients):
+        _fail(
+            f"f is zero and none of its {len(learning)} trainable parameters receives a gradient: it can never learn "
+            "(are both factors of a product zero?)"
+        )
+
+
+def assert_noise_loss(
+    loss: NoiseLoss,
+    f: nn.Module,
+    x: Tensor,
+    generate: Callable[[Tensor], Tensor],
+    reward: Callable[[Tensor], Tensor],
+    *,
+    repeats: int = 64,
+    seed: int = 0,
+    tolerance: float = 1e-6,
+    false_alarm: float = 1e-6,
+) -> None:
+    """Assert value and gradient of a noise loss against a dense twin that shares no code with it.
+
+    Per row `total = kl - r(g(x_hat))/alpha` and `x_hat = x + f(x)`; the KL term, and the gradient of a sum of rows with
+    *different weights* in the parameters of f, are compared with `|f|^2/2` plus nothing, `tr(J^2)/2` or
+    `tr J - log|det(I + J)|` through dense Jacobians. Losses with probes are compared in the mean over `repeats` draws,
+    by z-tests.
+
+    Args:
+        loss: the loss, anything with the call and the attributes `kl`, `alpha`, `reduction` of `NoiseLoss`.
+        f: the hypernetwork, float64, with parameters; `|J| < 1`.
+        x: `(n, *shape)` noise, float64; d products per row are spent.
+        generate: noise to outputs.
+        reward: outputs to `(n,)`.
+        repeats: draws of the probes, at least 32, of losses with probes.
+        seed: of the probes and of the weights.
+        tolerance: relative error allowed, of rounding and (for a Krylov loss) of truncation.
+        false_alarm: probability of failing although the loss is right.
+
+    Raises:
+        AssertionError: naming what differs, with both numbers.
+    """
+    __tracebackhide__ = True
+    parameters = [p for p in f.parameters() if p.requires_grad]
+    if not parameters:
+        raise InputError("f has no trainable parameter: give a module whose gradient can be compared")
+    random = loss.kl in ("second-order", "arnoldi")
+    if random:
+        _require_samples(repeats)
+    n, generator = x.shape[0], torch.Generator().manual_seed(seed)
+    weights = 0.5 + torch.rand(n, generator=generator, dtype=torch.float64)
+    directions = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
+    twin_kl, twin_reward = _twin(loss, f, x, generate, reward)
+    twin_slope = _slope(weights @ (twin_kl - twin_reward / loss.alpha), parameters, directions)
+    kls, slopes = [], []
+    for _ in range(repeats if random else 1):
+        terms = loss(f, x, generate, reward, generator=generator)
+        _close(terms.x_hat, x + f(x), tolerance, "x_hat against x + f(x)")
+        _close(terms.reward, twin_reward, tolerance, "reward against r(g(x + f(x)))")
+        _close(terms.total, terms.kl - terms.reward / loss.alpha, tolerance, "total against kl - reward / alpha")
+        kls.append(terms.kl.detach().double())
+        slopes.append(_slope(weights @ terms.total.double(), parameters, directions))
+    twin_kl, twin_reward = twin_kl.detach(), twin_reward.detach()
+    if not random:
+        _close(kls[0], twin_kl, tolerance, f"KL term of kl={loss.kl!r}, reduction={loss.reduction!r}")
+        _close(slopes[0], twin_slope, tolerance, "gradient with a weight per sample, along a random direction")
+        return
+    shift = tolerance * float(twin_kl.abs().sum())
+    what = f"summed KL term of kl={loss.kl!r}, reduction={loss.reduction!r}"
+    assert_mean(torch.stack(kls).sum(1), float(twin_kl.sum()), false_alarm=false_alarm / 2, bias_bound=shift, what=what)
+    assert_mean(
+        torch.stack(slopes),
+        float(twin_slope),
+        false_alarm=false_alarm / 2,
+        bias_bound=tolerance * abs(float(twin_slope)),
+        what="gradient with a weight per sample, along a random direction,",
+    )
+
+
+def _slope(value: Tensor, parameters: list[nn.Parameter], directions: list[Tensor]) -> Tensor:
+    """Derivative of `value` along one direction of the parameters."""
+    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    parts = [(g * v).sum() for g, v in zip(gradients, directions, strict=True) if g is not None]
+    return torch.stack(parts).sum().double() if parts else torch.zeros((), dtype=torch.float64)
+
+
+def _twin(
+    loss: NoiseLoss, f: nn.Module, x: Tensor, generate: Callable[[Tensor], Tensor], reward: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """KL terms and rewards of the rows by autograd through dense Jacobians, row by row."""
+    terms = []
+    for row in x:
+        delta = f(row[None]).flatten()
+        term = delta.square().sum() / 2
+        if loss.kl != "l2":
+
+            def along_row(z: Tensor) -> Tensor:
+                result: Tensor = f(z[None])[0].flatten()
+                return result
+
+            J = torch.autograd.functional.jacobian(along_row, row, create_graph=True)  # type: ignore[no-untyped-call]
+            J = J.reshape(row.numel(), -1)
+            if loss.kl == "second-order":
+                term = term + torch.trace(J @ J) / 2
+            else:
+                identity = torch.eye(row.numel(), dtype=J.dtype)
+                term = term + torch.trace(J) - torch.linalg.slogdet(identity + J).logabsdet
+        terms.append(term / row.numel() if loss.reduction == "mean" else term)
+    return torch.stack(terms).double(), reward(generate(x + f(x))).double()
+
+
+def _close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    __tracebackhide__ = True
+    if found.shape != expected.shape:
+        _fail(f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
+    found, expected = found.detach().double().flatten(), expected.detach().double().flatten()
+    difference = (found - expected).abs()
+    scale = float(expected.abs().max())
+    worst = int(difference.argmax())
+    if not float(difference[worst]) <= tolerance * scale + torch.finfo(torch.float64).tiny:
+        _fail(
+            f"{what}: {float(found[worst]):.8g}, expected {float(expected[worst]):.8g} at entry {worst} "
+            f"(relative difference {float(difference[worst]) / max(scale, 1e-300):.3g}, {tolerance:g} is allowed)"
+        )

@@ -1,0 +1,130 @@
+"""The plots of a training run, in hnkit's look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hnkit.errors import InputError
+from hnkit.output.plots import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILION, Plot, new_figure
+from hnkit.tilt import TiltedProblem
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+Records = Sequence[Mapping[str, Any]]
+
+
+def training_plots(records: Records, problem: TiltedProblem | None) -> list[Plot]:
+    """What the records of metrics.jsonl can show.
+
+    Args:
+        records: in the order of the run.
+        problem: the closed-form problem that was trained on, if there is one.
+    """
+    steps = [record for record in records if "loss" in record]
+    measured = [record for record in records if record.get("measurement")]
+    validated = [record for record in records if "validation" in record]
+    caption = "Loss, KL term and reward of every step, and their running means."
+    plots = [Plot("training", caption, partial(_curves, steps))]
+    if len(measured) > 1:
+        caption = "The KL and the L2 term that stands for it, along training; bars are standard errors."
+        plots.append(Plot("kl-along-training", caption, partial(_kl, measured)))
+    if len(measured) > 1 and problem is not None and measured[-1]["measurement"]["gap"] is not None:
+        caption = "Distance of the learned noise law from the tilted law, beside the optimum of each loss."
+        plots.append(Plot("gap-along-training", caption, partial(_gap, measured, problem)))
+    if len(validated) > 1:
+        caption = "Gain of steered over base outputs on held-out prompts; held-out scores are dashed, the judge dotted."
+        plots.append(Plot("gain-along-training", caption, partial(_gains, validated)))
+    return plots
+
+
+def _column(records: Records, *keys: str) -> Array:
+    values = []
+    for record in records:
+        value: Any = record
+        for key in keys:
+            value = value[key]
+        values.append(np.nan if value is None else float(value))
+    return np.asarray(values)
+
+
+def _running_mean(values: Array) -> Array:
+    """Mean of the last 5 % of the run at every step, over the finite values."""
+    width = max(1, len(values) // 20)
+    known = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(known)])
+    start = np.maximum(np.arange(1, len(values) + 1) - width, 0)
+    end = np.arange(1, len(values) + 1)
+    seen = count[end] - count[start]
+    return np.where(seen > 0, (total[end] - total[start]) / np.maximum(seen, 1), np.nan)
+
+
+def _curves(steps: Records) -> Figure:
+    figure, axes = new_figure(11.0, 3.4, columns=3)
+    at = _column(steps, "step")
+    for axis, key, colour in zip(axes, ("loss", "kl", "reward"), (INK, BLUE, GREEN), strict=True):
+        values = _column(steps, key)
+        axis.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
+        axis.plot(at, _running_mean(values), color=colour)
+        axis.set(xlabel="step", title={"loss": "Loss", "kl": "KL term", "reward": "Reward"}[key])
+    return figure
+
+
+def _kl(measured: Records) -> Figure:
+    figure, (axes,) = new_figure()
+    at = _column(measured, "step")
+    looks = (("kl", "KL", INK, "o"), ("l2", "L2 term  |f|²/2", BLUE, "s"), ("error", "E(J)", VERMILION, "^"))
+    for key, label, colour, marker in looks:
+        values, errors = (_column(measured, "measurement", name) for name in (key, f"{key}_stderr"))
+        axes.errorbar(
+            at, values, yerr=np.nan_to_num(errors), label=label, color=colour, marker=marker, markersize=4, capsize=2
+        )
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    last = measured[-1]["measurement"]["relative_error"]
+    title = "KL and L2 term along training" if last is None else f"The L2 term ends {100 * last:+.0f} % off the KL"
+    axes.set(xlabel="step", ylabel="nats", title=title)
+    axes.legend(loc="best")
+    return figure
+
+
+def _gap(measured: Records, problem: TiltedProblem) -> Figure:
+    figure, (axes,) = new_figure()
+    at = _column(measured, "step")
+    gap, stderr = (_column(measured, "measurement", name) for name in ("gap", "gap_stderr"))
+    axes.errorbar(at, gap, yerr=np.nan_to_num(stderr), color=INK, marker="o", markersize=4, capsize=2, label="learned")
+    references = (("l2_gap", "optimum of L2", ORANGE, "--"), ("second_order_gap", "of second order", SKY, "-."))
+    for name, label, colour, line in references:
+        try:
+            value = getattr(problem, name)()
+        except (InputError, AttributeError):  # this problem has no such optimum in closed form
+            continue
+        axes.axhline(value, color=colour, linestyle=line, label=f"{label}:  {value:.3g}")
+    axes.axhline(0, color=GREEN, linestyle=":", label="of the exact KL:  0")
+    axes.set(xlabel="step", ylabel="nats from the tilted law", title=f"{gap[-1]:.3g} nats from the optimum")
+    axes.set_yscale("symlog", linthresh=1e-2)
+    axes.legend(loc="best")
+    return figure
+
+
+def _gains(validated: Records) -> Figure:
+    figure, (axes,) = new_figure()
+    at = _column(validated, "step")
+    lines = {"trained": "-", "held out": "--", "judge": ":"}
+    for name, score in validated[-1]["validation"]["scores"].items():
+        gains, errors = (_column(validated, "validation", "scores", name, key) for key in ("gain", "gain_stderr"))
+        scale = np.nanmax(np.abs(gains)) or 1.0
+        axes.errorbar(
+            at, gains / scale, yerr=np.nan_to_num(errors) / scale, linestyle=lines[score["role"]], capsize=2,
+            label=f"{name} ({score['role']}), largest {scale:.3g}",
+        )  # fmt: skip
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set(xlabel="step", ylabel="gain, share of its largest", title="Held-out prompts: steered minus base")
+    axes.legend(loc="best")
+    return figure

@@ -1,0 +1,264 @@
+"""How a run ends: the adapter with its model card, report.json, the plots and the page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hnkit.backend import NoiseMap
+from hnkit.config import RunConfig
+from hnkit.internal.files import atomic_write, write_json
+from hnkit.output.page import (
+    Block,
+    Cell,
+    Code,
+    Picture,
+    Section,
+    Table,
+    Text,
+    format_estimate,
+    format_number,
+    write_html,
+)
+from hnkit.tilt import TiltedProblem, affine_coefficients, kl_gaussians
+from hnkit.training.checkpoint import finite, replace_folder
+from hnkit.training.plots import training_plots
+from hnkit.training.validate import Evaluator
+from hnkit.training.view import alpha_sentence
+from hnkit.verify import versions
+
+ADAPTER, REPORT = "adapter", "report.json"
+_MOMENT_SAMPLES = 2**17
+
+
+@dataclass(frozen=True)
+class LearnedLaw:
+    """The law `N(m, C)` that a map gives the noise, beside the Gaussian optima of the three losses (item e).
+
+    Attributes:
+        affine: the map is affine, so `m` and `C` are exact; else they are moments of samples.
+        nats: KL of the learned law from the tilted law; exact if affine, else of the Gaussian with these moments.
+        targets: loss -> `mean_error` `|m - m*|`, `covariance_error` `|C - C*|_F / |C*|_F` and `nats`, the distance of
+            that loss's optimum from the tilted law.
+    """
+
+    affine: bool
+    nats: float
+    targets: dict[str, dict[str, float]]
+
+
+def learned_law(problem: TiltedProblem, f: NoiseMap) -> LearnedLaw | None:
+    """Compare what was learned with the closed-form optima; `None` for a problem whose optima are not Gaussian."""
+    gap_of_affine = getattr(problem, "gap_of_affine", None)
+    if gap_of_affine is None or "gap_of_affine" in problem.unavailable:
+        return None
+    dim = problem.noise_shape[0]
+    coefficients = affine_coefficients(f, dim)
+    if coefficients is not None:
+        slope, mean = coefficients
+        covariance = slope @ slope.mT
+    else:
+        x = torch.randn(_MOMENT_SAMPLES, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            moved = x + f(x)
+        mean, covariance = moved.mean(0), moved.mT.cov()
+    targets: dict[str, dict[str, float]] = {}
+    laws = {}
+    optima = (("exact", problem.optimal_map()), ("l2", problem.l2_map()), ("second-order", _second_order(problem)))
+    for name, optimum in optima:
+        found = affine_coefficients(optimum, dim)
+        assert found is not None, "the optima of a linear-Gaussian problem are affine"
+        law = found[1], found[0] @ found[0].mT
+        laws[name] = law
+        targets[name] = {
+            "mean_error": float((mean - law[0]).norm()),
+            "covariance_error": float((covariance - law[1]).norm() / law[1].norm()),
+            "nats": float(gap_of_affine(*found)),
+        }
+    return LearnedLaw(coefficients is not None, kl_gaussians(mean, covariance, *laws["exact"]), targets)
+
+
+def _second_order(problem: TiltedProblem) -> NoiseMap:
+    optimum: NoiseMap = problem.second_order_map()  # type: ignore[attr-defined]
+    return optimum
+
+
+def finished_report(folder: Path) -> dict[str, Any] | None:
+    """The report of a finished run, or `None`: it is the last file that a run writes."""
+    try:
+        document = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(document, dict) and {"step", "skipped"} <= document.keys() and (folder / ADAPTER).is_dir()
+    return document if whole else None
+
+
+def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, step: int, skipped: int) -> dict[str, Any]:
+    """Save the adapter and write the report; whatever a killed attempt left is replaced.
+
+    Args:
+        config: of the run.
+        evaluator: its network holds the weights to save.
+        folder: the run folder.
+        step: optimiser steps done.
+        skipped: batches skipped.
+
+    Returns:
+        What report.json holds. It has no times or dates in it: equal runs have equal reports.
+    """
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    measurement = next((r["measurement"] for r in reversed(records) if r.get("measurement")), None)
+    validation = next((r["validation"] for r in reversed(records) if "validation" in r), None)
+    problem = evaluator.problem
+    law = None
+    if problem is not None and measurement is not None:
+        law = learned_law(problem, evaluator.map_for([evaluator.prompts[0]]))
+    report: dict[str, Any] = {
+        "title": f"Training of {config.backend}",
+        "step": step,
+        "skipped": skipped,
+        "noise_shape": list(evaluator.backend.noise_shape),
+        "rewards": {reward.name: reward.weight for reward in evaluator.rewards.rewards},
+        "temperature": _temperature(config, evaluator),
+        "measurement": measurement,
+        "validation": validation,
+        "closed_form": None if law is None else {"affine": law.affine, "nats": law.nats, "targets": law.targets},
+        "config": config.to_dict(),
+        "versions": versions(),
+    }
+    report = finite(report)
+
+    def write_adapter(target: Path) -> None:
+        evaluator.backend.save_adapter(target)
+        (target / "README.md").write_text(model_card(config, evaluator, report), encoding="utf-8")
+
+    replace_folder(folder / ADAPTER, write_adapter)
+    pictures = []
+    for plot in training_plots(records, problem):
+        png = plot.png()
+        atomic_write(folder / f"{plot.name}.png", png)
+        pictures.append(Picture(png, plot.caption))
+    if validation is not None and validation["images"]:
+        caption = "Base outputs above, steered ones below, each column from the same noise and prompt."
+        pictures.append(Picture((folder / validation["images"]).read_bytes(), caption))
+    write_html(folder / "report.html", report["title"], _sections(report, pictures), lead=_lead(report))
+    write_json(folder / REPORT, report)
+    return report
+
+
+def model_card(config: RunConfig, evaluator: Evaluator, report: Mapping[str, Any]) -> str:
+    """The README.md of an adapter: what it was trained for, how far L2 is from the KL, and how to use it."""
+    source = {key: value for key, value in config.to_dict()["backend"].items() if key in ("model_id", "problem")}
+    base = ", ".join([config.backend, *map(str, source.values())])
+    rewards = " + ".join(f"{weight:g} {name}" for name, weight in report["rewards"].items())
+    lines = [
+        "# Noise hypernetwork" if config.train.objective == "hypernoise" else "# Fine-tuned generator (baseline)",
+        "",
+        f"- Base: {base}",
+        f"- Reward: {rewards}",
+        f"- Training: {report['step']} steps of {config.train.batch} samples, KL term {config.train.kl}, "
+        f"seed {config.train.seed}, {report['skipped']} batches skipped",
+        f"- {report['temperature']}",
+    ]
+    lines += [f"- {name}: {value}" for name, value, _ in _figures(report["measurement"])]
+    options = {key: value for key, value in config.to_dict()["backend"].items() if key != "name"}
+    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    usage = getattr(evaluator.backend, "usage", None)
+    plain = (
+        "from pathlib import Path",
+        "from hnkit.backend import backend_factory",
+        f"factory = backend_factory({config.backend!r})",
+        f"backend = factory.load(factory.options({arguments}))",
+        'backend.load_adapter(Path("."))  # this folder',
+    )
+    code = usage() if usage is not None else "\n".join(plain)
+    return "\n".join([*lines, "", "## Use", "", "```python", code, "```", ""])
+
+
+def _temperature(config: RunConfig, evaluator: Evaluator) -> str:
+    if config.train.objective == "direct":
+        return "direct fine-tuning: no KL term, so no tilted law is aimed at"
+    return alpha_sentence(config.train, torch.Size(evaluator.backend.noise_shape).numel())
+
+
+def _figures(measurement: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
+    """Name, value and explanation of what was measured."""
+    if measurement is None:
+        return []
+    m: dict[str, Any] = {key: math.nan if value is None else value for key, value in measurement.items()}
+    share = f"{format_number(100 * m['relative_error'], 3)} % ± {format_number(100 * m['relative_error_stderr'], 2)} %"
+    certain = "the KL" if m["injective"] == "certified" else "a lower bound of the KL: injectivity is not certified"
+    bias = measurement["bias_bound"]
+    rows = [
+        ("KL", f"{format_estimate(m['kl'], m['kl_stderr'], bias)} nats", f"method {m['method']}; {certain}"),
+        ("L2 term", f"{format_estimate(m['l2'], m['l2_stderr'])} nats", "mean of |f|²/2"),
+        ("E(J)", f"{format_estimate(m['error'], m['error_stderr'])} nats", "what the L2 term leaves out"),
+        ("Relative error of the L2 term", share, "(L2 - KL) / KL"),
+        ("Symmetry index", format_number(m["symmetry_index"]), "1: f is a gradient field; 0: L2 is accurate"),
+        (
+            "Local norm |J(x)|₂",
+            ", ".join(f"{name}: {format_number(value, 3)}" for name, value in m["local_norm"].items()),
+            "quantiles of the samples: an estimate, no bound on the Lipschitz constant",
+        ),
+        ("Mean shift's share of |f|²", format_number(m["mean_shift_share"]), "a constant shift costs no diversity"),
+    ]
+    if measurement["gap"] is not None:
+        gap = f"{format_estimate(m['gap'], m['gap_stderr'])} nats"
+        rows.append(("Distance from the optimum", gap, "KL of the learned noise law from the tilted law"))
+    return rows
+
+
+def _lead(report: Mapping[str, Any]) -> str:
+    parts = [f"{report['step']} steps, {report['skipped']} batches skipped.", f"{report['temperature']}."]
+    measurement = report["measurement"]
+    if measurement is not None and measurement["relative_error"] is not None:
+        off = 100 * measurement["relative_error"]
+        word = "below" if off < 0 else "above"
+        parts.append(f"The L2 term is {format_number(abs(off), 3)} % {word} the KL that it stands for.")
+    return " ".join(part[0].upper() + part[1:] for part in parts)
+
+
+def _sections(report: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Section]:
+    sections = []
+    figures = _figures(report["measurement"])
+    if figures:
+        sections.append(Section("How close L2 stays", (Table(("figure", "value", ""), tuple(figures)),)))
+    if report["closed_form"]:
+        sections.append(Section("What was learned", _closed_form_blocks(report)))
+    if report["validation"]:
+        rows: list[tuple[Cell, ...]] = [
+            (name, s["role"], s["base"], s["steered"], format_estimate(s["gain"], s["gain_stderr"] or math.nan))
+            for name, s in report["validation"]["scores"].items()
+        ]
+        caption = (
+            "Means over held-out prompts; base and steered outputs share noise and prompt, and the gain is paired. A "
+            "trained reward that rises while held-out ones fall is being exploited."
+        )
+        headers = ("score", "role", "base", "steered", "gain ± standard error")
+        sections.append(Section("Base and steered outputs", (Table(headers, tuple(rows), caption),)))
+    if pictures:
+        sections.append(Section("Plots", tuple(pictures)))
+    configuration = json.dumps({**report["config"], "versions": report["versions"]}, indent=2, ensure_ascii=False)
+    return [*sections, Section("Configuration", (Code(configuration, "Resolved configuration and versions"),))]
+
+
+def _closed_form_blocks(report: Mapping[str, Any]) -> tuple[Block, ...]:
+    law = report["closed_form"]
+    names = {"exact": "exact KL: N(Sb, S)", "l2": "L2: N(Sb, S²)", "second-order": "second order"}
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (names[name], target["mean_error"], target["covariance_error"], target["nats"])
+        for name, target in law["targets"].items()
+    )
+    how = "exactly, the map being affine" if law["affine"] else f"from the moments of {_MOMENT_SAMPLES} samples"
+    text = (
+        f"The learned noise law is {format_number(law['nats'])} nats from the tilted law ({how}). Below: its distance "
+        "from the optimum of each loss, and how far that optimum itself is from the tilted law."
+    )
+    headers = ("optimum of", "mean error |m - m*|", "covariance error |C - C*| / |C*|", "its nats from the tilted law")
+    return Text(text), Table(headers, rows)

@@ -1,0 +1,167 @@
+"""What is looked at during a run: the KL both ways, and base beside steered outputs on held-out prompts."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hnkit.backend import Backend, ConditionedMap, NoiseMap
+from hnkit.config import TrainConfig
+from hnkit.figures import Measurement, measure
+from hnkit.internal.files import atomic_write
+from hnkit.internal.stats import mean_and_stderr
+from hnkit.rewards import RewardSum
+from hnkit.tilt import TiltedProblem
+from hnkit.training.data import generator_for, seed_global
+
+SAMPLES = "samples"
+_GRID_PAIRS = 8
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Measurements of one run, always on the same noise and the same held-out prompts, so that they are paired.
+
+    Attributes:
+        settings: of the run.
+        base: the backend whose plain outputs are the comparison.
+        backend: the backend that is trained (the same, or its direct fine-tuning twin).
+        rewards: what is trained on.
+        heldout: what is only reported.
+        prompts: held-out prompts.
+        device: of the network.
+    """
+
+    settings: TrainConfig
+    base: Backend
+    backend: Backend
+    rewards: RewardSum
+    heldout: RewardSum
+    prompts: Sequence[str]
+    device: torch.device
+
+    @property
+    def problem(self) -> TiltedProblem | None:
+        """The backend's closed-form problem at the run's temperature, if its own reward is what is trained on."""
+        problem: TiltedProblem | None = getattr(self.backend, "problem", None)
+        if problem is None or self.rewards.rewards != (getattr(self.backend, "default_reward", None),):
+            return None
+        return problem.with_alpha(self.settings.alpha)
+
+    def map_for(self, prompts: Sequence[str]) -> NoiseMap:
+        """The hypernetwork with the conditions of these prompts closed over."""
+        network = self.backend.hypernetwork
+        plain: Callable[[], NoiseMap] | None = getattr(network, "without_condition", None)
+        return plain() if plain is not None else ConditionedMap(network, self.backend.encode(prompts))
+
+    def measure(self) -> Measurement | None:
+        """The KL, the L2 term and their gap; `None` for direct fine-tuning, which moves no noise."""
+        settings = self.settings
+        if settings.objective == "direct":
+            return None
+        seed_global(settings.seed, "measure")
+        count = settings.measure_samples
+        distinct = min(len(self.prompts), max(1, count // 4))
+        prompts = [self.prompts[row % distinct] for row in range(count)]
+        return measure(
+            self.map_for(prompts),
+            self._noise(count, "measure").to(self.device),
+            method=settings.measure_method,
+            rel_error=settings.measure_rel_error,
+            prompts=prompts,
+            problem=self.problem,
+            generator=generator_for(settings.seed, "measurement probes"),
+        )
+
+    @torch.no_grad()
+    def validate(self, folder: Path, step: int) -> dict[str, Any]:
+        """Scores of base and steered outputs from the same noise and prompts; images are written as a grid.
+
+        Returns:
+            `scores`: name -> `role` ("trained", "held out" or "judge"), means `base` and `steered`, and their paired
+            difference `gain` with `gain_stderr`; `images`: the file of the grid, or `None` for outputs that are none.
+        """
+        settings = self.settings
+        seed_global(settings.seed, "validate")
+        count = settings.validate_samples
+        prompts = [self.prompts[row % len(self.prompts)] for row in range(count)]
+        noise = self._noise(count, "validate")
+        scores: dict[str, dict[str, list[Tensor]]] = {"base": {}, "steered": {}}
+        shown: dict[str, list[Tensor]] = {"base": [], "steered": []}
+        rows = max(1, settings.batch // settings.accumulate)
+        for start in range(0, count, rows):
+            part = prompts[start : start + rows]
+            for kind, outputs in self._pair(noise[start : start + rows].to(self.device), part).items():
+                for name, values in self._scores(outputs, part).items():
+                    scores[kind].setdefault(name, []).append(values.double().cpu())
+                shown[kind].append(outputs[: max(0, _GRID_PAIRS - start)].float().cpu())
+        table = {name: self._compare(name, scores["base"], scores["steered"]) for name in scores["base"]}
+        base, steered = torch.cat(shown["base"]), torch.cat(shown["steered"])
+        images = None
+        if base.dim() == 4 and base.shape[1] == 3:
+            images = f"{SAMPLES}/step-{step:08d}.png"
+            (folder / SAMPLES).mkdir(exist_ok=True)
+            atomic_write(folder / images, grid_png(base, steered))
+        return {"scores": table, "images": images, "prompts": prompts[: len(base)]}
+
+    def _noise(self, count: int, purpose: str) -> Tensor:
+        dtype = getattr(self.backend, "noise_dtype", torch.float32)
+        return torch.randn(
+            count, *self.backend.noise_shape, dtype=dtype, generator=generator_for(self.settings.seed, purpose)
+        )
+
+    def _pair(self, noise: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        steps, condition = self.settings.generator_steps, self.base.encode(prompts)
+        base = self.base.generate(noise, condition, steps)
+        if self.settings.objective == "direct":
+            return {"base": base, "steered": self.backend.generate(noise, self.backend.encode(prompts), steps)}
+        moved = noise + self.map_for(prompts)(noise).to(noise.dtype)
+        return {"base": base, "steered": self.base.generate(moved, condition, steps)}
+
+    def _scores(self, outputs: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        scores = {"reward": self.rewards(outputs, prompts)}
+        if len(self.rewards.names) > 1:
+            scores |= self.rewards.parts
+        if self.heldout.rewards:
+            self.heldout(outputs, prompts)
+            scores |= self.heldout.parts
+        judge: Callable[[Tensor, Sequence[str]], Tensor] | None = getattr(self.base, "judge", None)
+        if judge is not None:
+            scores["judge"] = judge(outputs, prompts)
+        return scores
+
+    def _compare(
+        self, name: str, base: Mapping[str, list[Tensor]], steered: Mapping[str, list[Tensor]]
+    ) -> dict[str, Any]:
+        before, after = torch.cat(base[name]), torch.cat(steered[name])
+        gain, stderr = mean_and_stderr(after - before)
+        role = "judge" if name == "judge" else "held out" if name in self.heldout.names else "trained"
+        figures = {"base": float(before.mean()), "steered": float(after.mean()), "gain": gain, "gain_stderr": stderr}
+        return {"role": role, **figures}
+
+
+def grid_png(base: Tensor, steered: Tensor) -> bytes:
+    """Base images above, steered ones below, column by column from the same noise, as a PNG file.
+
+    Args:
+        base: `(n, 3, H, W)` in [0, 1].
+        steered: the same shape.
+    """
+    from matplotlib.image import imsave
+
+    gap = max(1, base.shape[-1] // 32)
+    margin = ((0, 0), (gap, gap), (gap, gap), (0, 0))
+    rows = [
+        np.concatenate(list(np.pad(images.permute(0, 2, 3, 1).numpy(), margin, constant_values=1.0)), axis=1)
+        for images in (base, steered)
+    ]
+    buffer = io.BytesIO()
+    imsave(buffer, np.clip(np.concatenate(rows, axis=0), 0.0, 1.0), format="png")
+    return buffer.getvalue()

@@ -1,0 +1,197 @@
+"""What a training run shows and tells: progress, signals, trackers."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from hnkit.config import TrainConfig
+from hnkit.errors import InputError
+from hnkit.loss import NoiseLoss
+from hnkit.output.page import format_estimate, format_number
+from hnkit.training.processes import Processes
+
+_SECONDS_BETWEEN_LINES = 20.0
+
+
+class StopSignals:
+    """While entered, SIGTERM and SIGINT ask for a stop after the present step; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _: FrameType | None) -> None:
+        if self.received == signal.SIGINT == signum:
+            raise KeyboardInterrupt
+        self.received = signum
+
+    def agreed(self, processes: Processes, device: torch.device) -> int:
+        """The signal that any of the processes has received, the same answer on all; 0 for none."""
+        if processes.count == 1:
+            return self.received
+        seen = torch.tensor(float(self.received), device=device)
+        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+        return int(seen)
+
+
+class TrainView:
+    """Progress on a console: a bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self.console, self.quiet = console, quiet
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._steps = 0
+        self._last_line = 0.0
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if not self.quiet:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """One line on stderr, whatever else is shown."""
+        print(f"hnkit: {text}", file=sys.stderr, flush=True)
+
+    def start(self, settings: TrainConfig, backend: str, dim: int, parameters: int, step: int, folder: Path) -> None:
+        """Say what is about to run, and what temperature it aims at."""
+        self._steps = settings.steps
+        self.say(f"training {backend} (d = {dim}, {parameters:,} trained parameters), run folder {folder}")
+        if settings.objective == "hypernoise":
+            self.say(alpha_sentence(settings, dim))
+        if step:
+            self.say(f"going on after step {step}")
+        if self.console.is_terminal and not self.quiet:
+            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, TextColumn("{task.description}"), console=self.console, transient=True)
+            self._progress.start()
+            self._task = self._progress.add_task("", total=settings.steps, completed=step)
+
+    def progress(self, record: Mapping[str, Any]) -> None:
+        """One step has been taken."""
+        step = record["step"]
+        text = f"loss {record['loss']:.4g}  kl {record['kl']:.4g}  reward {record['reward']:.4g}"
+        if record["skipped"]:
+            self.say(f"step {step}: loss or gradient is not finite, batch skipped")
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step, description=text)
+            return
+        now = time.monotonic()
+        if step % max(1, self._steps // 10) == 0 or now - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self.say(f"step {step}/{self._steps}  {text}")
+
+    def measured(self, entry: Mapping[str, Any]) -> None:
+        """A measurement or a validation has been made."""
+        if "measurement" in entry:
+            figures = entry["measurement"]
+            text = f"KL {format_estimate(figures['kl'], figures['kl_stderr'], figures['bias_bound'])} nats"
+            text += f", L2 term {format_number(figures['l2'])}"
+            if figures.get("gap") is not None:
+                text += f", {format_estimate(figures['gap'], figures['gap_stderr'])} nats from the optimum"
+            self.say(f"step {entry['step']}: {text}")
+        if "validation" in entry:
+            gains = ", ".join(
+                f"{name} {format_number(score['base'])} -> {format_number(score['steered'])}"
+                for name, score in entry["validation"]["scores"].items()
+            )
+            self.say(f"step {entry['step']}: held-out prompts, base -> steered: {gains}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def alpha_sentence(settings: TrainConfig, dim: int) -> str:
+    """The effective temperature of a run and what it means, in one line."""
+    loss = NoiseLoss(kl=settings.kl, alpha=settings.alpha, reduction=settings.reduction)
+    effective = loss.effective_alpha(dim)
+    if settings.reduction == "sum":
+        return f"effective alpha = {effective:g}: the target is the base law tilted by exp(r / {effective:g})"
+    return (
+        f"effective alpha = {effective:g} = {settings.alpha:g} / {dim}: reduction 'mean' divides the KL by d, so the "
+        f"target is the base law tilted by exp({1 / effective:g} r), not by exp(r / {settings.alpha:g})"
+    )
+
+
+class Trackers:
+    """TensorBoard and Weights & Biases through accelerate, with the same records as metrics.jsonl."""
+
+    def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> None:
+        self._trackers = [_tracker(name, folder) for name in names]
+        for tracker in self._trackers:
+            tracker.store_init_configuration(_flat(config))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """One record, its numbers under their dotted names."""
+        numbers = {key: value for key, value in _flat(record).items() if type(value) in (int, float, bool)}
+        for tracker in self._trackers:
+            tracker.log(numbers, step=record["step"])
+
+    def finish(self) -> None:
+        """Flush and close."""
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers whose packages are not installed; `InputError` names the first."""
+    from accelerate import tracking
+
+    available = {"tensorboard": tracking.is_tensorboard_available, "wandb": tracking.is_wandb_available}
+    for name in names:
+        if not available[name]():
+            raise InputError(f"train.trackers names {name!r}, whose package is not installed: pip install {name}")
+
+
+def _tracker(name: str, folder: Path) -> Any:
+    from accelerate import tracking
+
+    tracker = (
+        tracking.TensorBoardTracker(folder.name, logging_dir=folder)
+        if name == "tensorboard"
+        else tracking.WandBTracker("hnkit", name=folder.name, dir=str(folder))
+    )
+    tracker.start()
+    return tracker
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = value if isinstance(value, bool | int | float | str) or value is None else str(value)
+    return flat

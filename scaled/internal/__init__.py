@@ -1,0 +1,1 @@
+"""What the rooms of hnkit.scaled share and nobody else relies on."""

@@ -1,0 +1,283 @@
+"""Adapters on disk: peft's two files, strict on reading.
+
+`adapter_model.safetensors` has peft's keys (`base_model.model.<layer>.lora_A.weight`); `adapter_config.json` is a LoRA
+configuration that plain peft reads, with a block `hnkit` for what peft has no word for: the zero-base last layer, the
+base the weights belong to, and checksums. Nothing is ignored on reading: whatever does not fit is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from hnkit.scaled.lora.twin import LoraSpec
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from hnkit.errors import InputError
+from hnkit.internal.files import atomic_write
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_FORMAT = 1
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
+_UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
+_PROBES = 32
+
+Objective = Literal["hypernoise", "direct"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA weights and what they belong to."""
+
+    objective: Objective
+    base_model: str
+    base: nn.Module = field(repr=False)
+    spec: LoraSpec
+    zero_base: str | None
+    """The layer whose frozen weight and bias the hypernetwork leaves out; `None` for direct fine-tuning."""
+    guidance: float
+    weights: Mapping[str, Tensor] = field(repr=False)
+    """By `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
+
+
+def write_adapter(folder: Path, adapter: Adapter) -> None:
+    """Write an adapter to a new or empty folder; the configuration comes last, so that its presence means complete.
+
+    Raises:
+        InputError: the folder is not empty, or cannot be written.
+    """
+    weights = save(
+        {_PREFIX + key: value.detach().cpu().contiguous() for key, value in adapter.weights.items()},
+        metadata={"format": "pt"},
+    )
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": adapter.base_model,
+        "r": adapter.spec.rank,
+        "lora_alpha": adapter.spec.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": "gaussian",
+        "inference_mode": True,
+        "target_modules": list(adapter.spec.targets),
+        "hnkit": {
+            "format": _FORMAT,
+            "objective": adapter.objective,
+            "zero_base_layer": adapter.zero_base,
+            "guidance": adapter.guidance,
+            "base_class": type(adapter.base).__name__,
+            "base_probe": _probe(adapter.base),
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        },
+    }
+    config["hnkit"]["config_sha256"] = _config_checksum(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty and is not overwritten: save the adapter to a new folder")
+        atomic_write(folder / WEIGHTS, weights)
+        atomic_write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"the adapter cannot be written to {folder}: {error.strerror}") from error
+
+
+def read_adapter(folder: Path, expected: Adapter) -> Adapter:
+    """Read an adapter for the place that `expected` describes.
+
+    Accepts what `write_adapter` wrote and, for noise hypernetworks, the layout of the paper's published adapter: peft's
+    files without the block `hnkit`, keys with or without `base_model.model.` and with or without an adapter name, LoRA
+    on depthwise convolutions too.
+
+    Raises:
+        InputError: a file is missing, truncated or altered; a key is missing or unknown; rank, shapes, base model or
+            objective differ from `expected`; a value is not finite.
+    """
+    config, data = _read_files(folder)
+    adapter_options = _lora_fields(folder, config)
+    block = config.get("hnkit")
+    if block is None:
+        if expected.objective != "hypernoise":
+            raise InputError(f"{folder} does not say that it is a direct fine-tuning adapter: hnkit wrote none there")
+        guidance = expected.guidance
+    else:
+        guidance = _check_block(folder, config, block, data, expected)
+    rank, alpha = adapter_options
+    if (rank, alpha) != (expected.spec.rank, expected.spec.alpha):
+        raise InputError(
+            f"{folder} has rank {rank} and alpha {alpha:g}, this backend {expected.spec.rank} and"
+            f" {expected.spec.alpha:g}: set backend.rank = {rank} and backend.lora_alpha = {alpha:g}"
+        )
+    weights = _weights(folder, data, rank)
+    layers = {key.rsplit(".lora_", 1)[0] for key in weights}
+    _check_layers(folder, layers, expected)
+    _check_shapes(folder, weights, layers, rank, expected.base)
+    return Adapter(
+        objective=expected.objective,
+        base_model=str(config.get("base_model_name_or_path") or expected.base_model),
+        base=expected.base,
+        spec=LoraSpec(rank, alpha, tuple(sorted(layers))),
+        zero_base=expected.zero_base,
+        guidance=guidance,
+        weights=weights,
+    )
+
+
+def adapter_options(folder: Path) -> dict[str, Any]:
+    """The backend options that the adapter in `folder` records: rank, lora_alpha, model_id and, by hnkit, guidance."""
+    config, _ = _read_files(folder)
+    rank, alpha = _lora_fields(folder, config)
+    options: dict[str, Any] = {"rank": rank, "lora_alpha": alpha}
+    base, block = config.get("base_model_name_or_path"), config.get("hnkit")
+    if isinstance(base, str) and base:
+        options["model_id"] = base
+    if isinstance(block, dict) and isinstance(block.get("guidance"), float):
+        options["guidance"] = block["guidance"]
+    return options
+
+
+def _read_files(folder: Path) -> tuple[dict[str, Any], bytes]:
+    if not folder.is_dir():
+        raise InputError(f"no adapter at {folder}: give the folder that holds {CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no {CONFIG}: it is not an adapter, or its saving was interrupted") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG} is damaged: it is not JSON") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG} is damaged: it is not a JSON object")
+    try:
+        return config, (folder / WEIGHTS).read_bytes()
+    except FileNotFoundError:
+        pickled = (folder / "adapter_model.bin").exists()
+        hint = "adapter_model.bin is not read (hnkit unpickles nothing): convert it" if pickled else "it is missing"
+        raise InputError(f"{folder} has no {WEIGHTS}: {hint}") from None
+    except OSError as error:
+        raise InputError(f"{folder / WEIGHTS} cannot be read: {error.strerror}") from error
+
+
+def _lora_fields(folder: Path, config: Mapping[str, Any]) -> tuple[int, float]:
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{folder / CONFIG} has peft_type {config.get('peft_type')!r}: only LORA is accepted")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise InputError(f"{folder / CONFIG} has r = {rank!r}: a LoRA rank is a whole number, 1 or more")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+        raise InputError(f"{folder / CONFIG} has lora_alpha = {alpha!r}: it is a number above 0")
+    used = [name for name in _UNSUPPORTED if config.get(name)]
+    if config.get("bias", "none") != "none":
+        used.append("bias")
+    if used:
+        raise InputError(f"{folder / CONFIG} uses {used[0]}: hnkit loads plain LoRA only")
+    return rank, float(alpha)
+
+
+def _check_block(folder: Path, config: Mapping[str, Any], block: Any, data: bytes, expected: Adapter) -> float:
+    where = folder / CONFIG
+    if not isinstance(block, dict) or block.get("format") != _FORMAT:
+        raise InputError(f"{where} has an hnkit block of another format: this version reads format {_FORMAT}")
+    if block.get("config_sha256") != _config_checksum(config):
+        raise InputError(f"{where} is damaged or was edited: its checksum does not match")
+    if block.get("weights_sha256") != hashlib.sha256(data).hexdigest():
+        raise InputError(f"{folder / WEIGHTS} is damaged: its checksum does not match")
+    if block.get("objective") != expected.objective:
+        raise InputError(
+            f"{folder} is an adapter for objective {block.get('objective')!r},"
+            f" this backend is for {expected.objective!r}"
+        )
+    if block.get("base_class") != type(expected.base).__name__:
+        raise InputError(
+            f"{folder} is an adapter of a {block.get('base_class')}, this backend has a {type(expected.base).__name__}"
+        )
+    if not _same_probe(block.get("base_probe"), _probe(expected.base)):
+        raise InputError(
+            f"{folder} was trained on other weights than {expected.base_model!r}:"
+            f" set backend.model_id to {config.get('base_model_name_or_path')!r}"
+        )
+    if block.get("zero_base_layer") != expected.zero_base:
+        found = block.get("zero_base_layer")
+        raise InputError(f"{where} has zero_base_layer {found!r}: {expected.zero_base!r} is expected")
+    return float(block["guidance"])
+
+
+def _weights(folder: Path, data: bytes, rank: int) -> dict[str, Tensor]:
+    try:
+        raw = load(data)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{folder / WEIGHTS} is damaged: {' '.join(str(error).split())[:120]}") from error
+    weights: dict[str, Tensor] = {}
+    for name, value in raw.items():
+        match = _KEY.fullmatch(name)
+        if match is None:
+            raise InputError(f"{folder / WEIGHTS} has the key {name!r}: only lora_A and lora_B weights are accepted")
+        key = f"{match['layer']}.lora_{match['side']}.weight"
+        if key in weights:
+            raise InputError(f"{folder / WEIGHTS} has two tensors for {key!r}")
+        if not value.is_floating_point() or value.ndim not in (2, 4):
+            raise InputError(f"{folder / WEIGHTS}: {name!r} is no LoRA weight ({value.dtype}, {value.ndim} dimensions)")
+        held = value.shape[0 if match["side"] == "A" else 1]
+        if held != rank:
+            raise InputError(f"{folder}: {name!r} has rank {held}, {CONFIG} says {rank}")
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"{folder / WEIGHTS}: {name!r} has values that are not finite")
+        weights[key] = value.float()
+    return weights
+
+
+def _check_layers(folder: Path, layers: set[str], expected: Adapter) -> None:
+    modules = dict(expected.base.named_modules())
+    grouped = {name for name in layers if getattr(modules.get(name), "groups", 1) > 1}
+    wanted = set(expected.spec.targets)
+    foreign, missing = sorted(layers - grouped - wanted), sorted(wanted - layers)
+    if foreign:
+        raise InputError(f"{folder} has LoRA for {foreign[0]!r}, which {type(expected.base).__name__} has no place for")
+    if missing:
+        raise InputError(f"{folder} has no LoRA for {missing[0]!r} ({len(missing)} such): it is not complete")
+
+
+def _check_shapes(folder: Path, weights: Mapping[str, Tensor], layers: set[str], rank: int, base: nn.Module) -> None:
+    for layer in sorted(layers):
+        out, *ins = base.get_submodule(layer).get_parameter("weight").shape
+        if len(ins) == 1:
+            shapes: tuple[tuple[int, ...], ...] = (rank, *ins), (out, rank)
+        else:  # the LoRA convolution is dense, also beside a grouped one
+            channels = cast("nn.Conv2d", base.get_submodule(layer)).in_channels
+            shapes = (rank, channels, *ins[1:]), (out, rank, 1, 1)
+        for side, shape in zip("AB", shapes, strict=True):
+            key = f"{layer}.lora_{side}.weight"
+            if key not in weights:
+                raise InputError(f"{folder / WEIGHTS} has no {key!r}: it is not complete")
+            if tuple(weights[key].shape) != shape:
+                raise InputError(
+                    f"{folder} is of another base model: {key!r} has shape {tuple(weights[key].shape)},"
+                    f" this one needs {shape}"
+                )
+
+
+def _config_checksum(config: Mapping[str, Any]) -> str:
+    block = {key: value for key, value in config["hnkit"].items() if key != "config_sha256"}
+    return hashlib.sha256(json.dumps({**config, "hnkit": block}, sort_keys=True).encode()).hexdigest()
+
+
+def _probe(base: nn.Module) -> list[float]:
+    """A few weights of the base, spread over its parameters, by which to know it again."""
+    parameters = [parameter for _, parameter in sorted(base.named_parameters())]
+    chosen = [parameters[i * len(parameters) // _PROBES] for i in range(_PROBES)]
+    return [float(parameter.detach().flatten()[parameter.numel() // 2]) for parameter in chosen]
+
+
+def _same_probe(saved: Any, here: list[float]) -> bool:
+    """Equal up to the rounding of half-precision types."""
+    if not isinstance(saved, list) or len(saved) != len(here):
+        return False
+    return all(abs(a - b) <= 0.01 * max(abs(a), abs(b)) + 1e-4 for a, b in zip(saved, here, strict=True))

@@ -1,0 +1,167 @@
+"""The twin: a generator's own network as the hypernetwork, sharing every base tensor and adding only LoRA weights.
+
+The twin is a second module beside the generator, not the generator with an adapter switched on and off: switching
+through `disable_adapters` sets `requires_grad = False` on the adapter and silently loses its gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hnkit.errors import InputError
+
+ADAPTER = "hypernoise"
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Which layers get a LoRA term, and of what size: `W x + (alpha / rank) B A x`."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    """Full names of the linear and convolution layers, sorted."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"rank {self.rank} given: a LoRA rank is 1 or more")
+        if not self.alpha > 0:
+            raise InputError(f"lora_alpha {self.alpha} given: it is a number above 0")
+        if not self.targets:
+            raise InputError("no layers to adapt: the network has no linear or ungrouped convolution layer")
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that keeps its weights and returns zeros, in float32: the base of the twin's last layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Zeros of shape `(*, out_features)`."""
+        return input.new_zeros((*input.shape[:-1], self.out_features), dtype=torch.float32)
+
+
+class ZeroConv2d(nn.Conv2d):
+    """A convolution that keeps its weights and returns zeros, in float32: the base of the twin's last layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Zeros of the shape the convolution would return."""
+        sides = [
+            (input.shape[i - 2] + 2 * int(self.padding[i]) - self.dilation[i] * (self.kernel_size[i] - 1) - 1)
+            // self.stride[i]
+            + 1
+            for i in range(2)
+        ]
+        return input.new_zeros((*input.shape[:-3], self.out_channels, *sides), dtype=torch.float32)
+
+
+_ZERO_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ZeroLinear, nn.Conv2d: ZeroConv2d}
+
+
+def lora_targets(network: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that get LoRA: every linear layer and every convolution that is not grouped.
+
+    A depthwise convolution has one input channel per group; a low-rank term through it is not low-rank in any useful
+    sense, and peft refuses ranks that the number of groups does not divide.
+    """
+    return tuple(
+        sorted(
+            name
+            for name, module in network.named_modules()
+            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        )
+    )
+
+
+def share_weights(base: nn.Module) -> nn.Module:
+    """A copy of `base` whose modules are new and whose parameters and buffers are the very same tensors."""
+    shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    return copy.deepcopy(base, memo=shared)
+
+
+def make_twin(base: nn.Module, spec: LoraSpec, *, zero_base: str | None, seed: int = 0) -> nn.Module:
+    """The generator's network `base` with LoRA, sharing its tensors; with a zero-base last layer it is a map f = 0.
+
+    LoRA's `B` starts at zero, so that the twin equals `base`, and with `zero_base` returns exactly 0 at the start.
+    Only the last layer's `B` has a non-zero gradient in the first step.
+
+    Args:
+        base: the frozen network; it is not changed.
+        spec: rank, alpha and target layers.
+        zero_base: name of the last layer, whose frozen weight and bias are then left out; `None` keeps them.
+        seed: of LoRA's `A` (normal, standard deviation `1 / rank`); the global generators are left as they were.
+
+    Returns:
+        The twin. Its LoRA weights are float32 whatever the base's type, and are its only trainable parameters.
+
+    Raises:
+        InputError: a target layer does not exist in `base`, or `zero_base` is not among the targets.
+    """
+    import peft
+
+    missing = sorted(set(spec.targets) - {name for name, _ in base.named_modules()})
+    if missing:
+        raise InputError(f"{type(base).__name__} has no layer {missing[0]!r}: the adapter is of another network")
+    if zero_base is not None and zero_base not in spec.targets:
+        raise InputError(f"the last layer {zero_base!r} has no LoRA: with a zero base the map would be 0 for ever")
+    twin = share_weights(base)
+    config = peft.LoraConfig(
+        r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.targets), init_lora_weights="gaussian"
+    )
+    with torch.random.fork_rng(devices=[]), _ungrouped(twin, spec.targets):
+        peft.inject_adapter_in_model(config, twin, adapter_name=ADAPTER)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
+        if ".lora_A." in name:
+            start = torch.randn(parameter.shape, generator=generator) / spec.rank
+            parameter.data = start.to(parameter.device)
+        elif ".lora_B." in name:
+            parameter.data = torch.zeros(parameter.shape, device=parameter.device)
+    if zero_base is not None:
+        # After the injection: peft builds lora_A and lora_B of the base layer's class, and a LoRA that returned zeros
+        # would pass every test of f = 0 and never learn.
+        last = twin.get_submodule(f"{zero_base}.base_layer")
+        last.__class__ = _ZERO_CLASS[type(last)]
+    return twin
+
+
+def grouped_targets(network: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
+    """Those of the target layers of an un-adapted network that are grouped convolutions."""
+    modules = dict(network.named_modules())
+    return tuple(name for name in targets if getattr(modules.get(name), "groups", 1) > 1)
+
+
+def lora_state(twin: nn.Module) -> dict[str, Tensor]:
+    """The LoRA weights by layer: keys `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
+    return {
+        name.replace(f".{ADAPTER}.", "."): parameter
+        for name, parameter in twin.named_parameters()
+        if f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name
+    }
+
+
+def load_lora(twin: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy LoRA weights, by the keys of `lora_state`, into a twin that has exactly those layers."""
+    state = lora_state(twin)
+    with torch.no_grad():
+        for key in state:
+            state[key].copy_(weights[key])
+
+
+@contextmanager
+def _ungrouped(network: nn.Module, targets: Sequence[str]) -> Iterator[None]:
+    """Inject dense LoRA convolutions into grouped ones too, as older peft did: it reads `groups` only then."""
+    modules = dict(network.named_modules())
+    grouped = {modules[name]: modules[name].groups for name in grouped_targets(network, targets)}
+    for module in grouped:
+        module.groups = 1
+    try:
+        yield
+    finally:
+        for module, groups in grouped.items():
+            module.groups = groups

@@ -1,0 +1,1 @@
+"""Any distilled pipeline as a backend: its options, its loading, its hypernetwork and its memory."""

@@ -1,0 +1,166 @@
+"""Memory and speed options of the pipelines: checkpointing, slicing, tiling, checked compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from hnkit.backend import Condition
+from hnkit.errors import InputError
+
+if TYPE_CHECKING:
+    from hnkit.scaled.pipelines.backend import HyperNetwork, PipelineOptions
+
+_SAVERS = ("vae_checkpointing", "generator_checkpointing", "hypernetwork_checkpointing", "vae_slicing", "vae_tiling")
+_PARITY = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def advice(options: PipelineOptions) -> str:
+    """The options that would still reduce memory, as the end of a sentence."""
+    unused = [f"backend.{name} = true" for name in _SAVERS if not getattr(options, name)]
+    if options.dtype == "float32":
+        unused.append('backend.dtype = "bfloat16"')
+    return ", ".join([*unused, "a smaller batch, backend.size or backend.rank"])
+
+
+@contextmanager
+def explained(hint: str) -> Iterator[None]:
+    """Turn an out-of-memory error into one line that says what reduces it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"out of memory on the device: to reduce it, use {hint}") from error
+    except UnboundLocalError as error:
+        # diffusers' SANA pipelines turn a decoder's out-of-memory error into a warning, then miss the image.
+        if "'image'" not in str(error):
+            raise
+        raise InputError(f"out of memory in the decoder: to reduce it, use {hint}") from error
+
+
+def drop_word_cache(tokenizer: Any) -> None:
+    """Let a fast tokenizer keep no cache of what it has split; slow ones have none.
+
+    A tokenizer that does not split on spaces, as Gemma's, stores whole prompts, and tokenizers 0.23 does not free them
+    with it. Prompts are encoded once here, so that cache is never read.
+    """
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if resize := getattr(model, "_resize_cache", None):
+        resize(0)
+
+
+def set_checkpointing(network: Any, enable: bool) -> None:
+    """Recompute a diffusers network's blocks in the backward pass (without reentrant autograd)."""
+    if enable:
+        network.enable_gradient_checkpointing(_recomputed)
+
+
+def apply_decoder_options(vae: Any, options: PipelineOptions) -> None:
+    """Switch on the decoder's checkpointing, slicing and tiling as the options say."""
+    if options.vae_checkpointing:
+        if vae._supports_gradient_checkpointing:
+            vae.enable_gradient_checkpointing(_recomputed)
+        else:
+            for block in vae.decoder.up_blocks:
+                block.forward = _checkpointed(block.forward)
+    if options.vae_slicing:
+        vae.enable_slicing()
+    if options.vae_tiling:
+        vae.enable_tiling()
+
+
+def compile_checked(hypernetwork: HyperNetwork, backend: str, noise: Tensor, condition: Condition) -> None:
+    """Compile f in place, after comparing value and gradients with eager mode at a random point.
+
+    Compiled code has been seen to be wrong without any error, so a compiled path is used only once it has agreed.
+
+    Raises:
+        InputError: the backend is unknown or fails, or its results differ.
+    """
+    choices = torch.compiler.list_backends(exclude_tags=())
+    if backend not in choices:
+        raise InputError(f"backend.compile {backend!r}: choose no or one of {', '.join(choices)}")
+    parameters = [p for p in hypernetwork.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in parameters]
+    generator = torch.Generator().manual_seed(0)
+
+    def measure() -> list[Tensor]:
+        x = torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)).to(noise.device).requires_grad_()
+        delta = hypernetwork(x, condition)
+        weights = torch.linspace(-1, 1, delta.numel(), device=delta.device).view_as(delta)
+        return [delta, *torch.autograd.grad((delta * weights).sum(), [x, *parameters])]
+
+    with torch.no_grad():
+        for parameter in parameters:  # away from f = 0, where every wrong answer would agree
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+    try:
+        eager = measure()
+        try:
+            hypernetwork.twin.compile(backend=backend)
+            compiled = measure()
+        except Exception as error:  # whatever goes wrong in a compiler, its user can switch it off
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"backend.compile {backend!r} failed: {reason}; set it to no") from error
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.copy_(value)
+    dtype = next(p.dtype for p in hypernetwork.parameters() if not p.requires_grad)
+    worst = max(_distance(a, b) for a, b in zip(eager, compiled, strict=True))
+    if not worst <= _PARITY[dtype]:
+        raise InputError(
+            f"backend.compile {backend!r} disagrees with eager mode by a relative {worst:.1g}: set it to no"
+        )
+
+
+def _distance(reference: Tensor, other: Tensor) -> float:
+    scale = reference.double().norm()
+    return float((reference.double() - other.double()).norm() / scale) if scale > 0 else float(other.norm())
+
+
+def _recomputed(module: Callable[..., Any], *arguments: Any) -> Any:
+    return checkpoint(module, *arguments, use_reentrant=False, context_fn=_same_attention)
+
+
+def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of forward pass and recomputation: the second restores the first's choice of attention kernels.
+
+    Losses that need derivatives of f record it with the mathematical attention; the backward pass may run outside.
+    """
+    flags: Any = torch.backends.cuda  # they hold for the CPU's kernels as well
+    enabled = {
+        SDPBackend.FLASH_ATTENTION: flags.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: flags.mem_efficient_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: flags.cudnn_sdp_enabled(),
+        SDPBackend.MATH: flags.math_sdp_enabled(),
+    }
+    return nullcontext(), _Attention([kernel for kernel, on in enabled.items() if on])
+
+
+class _Attention(AbstractContextManager[None]):
+    """`sdpa_kernel` that can be entered again: a second derivative recomputes once more."""
+
+    def __init__(self, kernels: list[SDPBackend]) -> None:
+        self._kernels = kernels
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(sdpa_kernel(self._kernels))
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def run(*arguments: Any) -> Any:
+        return _recomputed(forward, *arguments) if torch.is_grad_enabled() else forward(*arguments)
+
+    return run
