@@ -16,10 +16,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hnkit.scaled.attach import attach
 
 from hnkit import NoiseLoss
-from hnkit.backend import ConditionedMap, backend_factory
+from hnkit.backend import backend_factory
+from hnkit.maps import ConditionedMap
+from hnkit.scaled.attach import attach
 from tests.scaled import tiny
 
 ROUNDS = 15

@@ -22,13 +22,13 @@ from typing import Any
 
 import diffusers
 import torch
-from hnkit.scaled.pipelines import memory
-from hnkit.scaled.pipelines.backend import PipelineBackend
-from hnkit.scaled.pipelines.families.sana import SanaFamily, SanaOptions
 from torch import Tensor
 
 from hnkit import InputError, NoiseLoss
-from hnkit.backend import Condition, ConditionedMap
+from hnkit.maps import Condition, ConditionedMap
+from hnkit.scaled.pipelines import memory
+from hnkit.scaled.pipelines.backend import PipelineBackend
+from hnkit.scaled.pipelines.families.sana import SanaFamily, SanaOptions
 
 OPTIONS = (
     {},
@@ -90,7 +90,7 @@ def decoder(tiny: bool) -> diffusers.AutoencoderDC:
 
 
 def load(options: SanaOptions, tiny: bool, device: torch.device, dtype: torch.dtype) -> PipelineBackend:
-    """A backend on random weights; `hnkit.scaled.pipelines.backend.load_pipeline` without the files."""
+    """A backend on random weights; `hnkit.scaled.pipelines.loading.load_pipeline` without the files."""
     torch.manual_seed(0)
     pipe = diffusers.SanaSprintPipeline(
         tokenizer=None,

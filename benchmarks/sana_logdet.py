@@ -19,14 +19,14 @@ from pathlib import Path
 
 import diffusers
 import torch
-from hnkit.scaled.pipelines.families.sana import SanaOptions
 from sana_full import load, random_condition
 from torch import Tensor
 
 from hnkit import noise_kl
-from hnkit.backend import ConditionedMap
 from hnkit.internal.files import write_json
 from hnkit.lipschitz.local import local_norms
+from hnkit.maps import ConditionedMap
+from hnkit.scaled.pipelines.families.sana import SanaOptions
 
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "bench-sana-logdet.json"
 

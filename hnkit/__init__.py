@@ -13,15 +13,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hnkit.backend import Backend as Backend
-    from hnkit.backend import Condition as Condition
-    from hnkit.backend import ConditionedMap as ConditionedMap
-    from hnkit.backend import NoiseMap as NoiseMap
     from hnkit.backend import Reward as Reward
     from hnkit.bounds import field_of_values_bounds as field_of_values_bounds
     from hnkit.bounds import frobenius_bound as frobenius_bound
     from hnkit.bounds import second_order_remainder_bound as second_order_remainder_bound
     from hnkit.bounds import singular_value_bound as singular_value_bound
     from hnkit.bounds import theorem7_bound as theorem7_bound
+    from hnkit.checks.check import Check as Check
+    from hnkit.checks.report import Report as Report
     from hnkit.errors import InputError as InputError
     from hnkit.errors import NonFiniteError as NonFiniteError
     from hnkit.jacobian import RowJacobian as RowJacobian
@@ -36,10 +35,11 @@ if TYPE_CHECKING:
     from hnkit.logdet import log_det_error as log_det_error
     from hnkit.loss import LossTerms as LossTerms
     from hnkit.loss import NoiseLoss as NoiseLoss
+    from hnkit.maps import Condition as Condition
+    from hnkit.maps import ConditionedMap as ConditionedMap
+    from hnkit.maps import NoiseMap as NoiseMap
     from hnkit.tilt import TiltedProblem as TiltedProblem
     from hnkit.tilt import optimality_gap as optimality_gap
-    from hnkit.verify import Check as Check
-    from hnkit.verify import Report as Report
     from hnkit.verify import verify_bound as verify_bound
 
 _HOME = {

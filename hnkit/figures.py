@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hnkit.backend import NoiseMap, select_rows
 from hnkit.internal.stats import mean_and_stderr, ratio_and_stderr
+from hnkit.internal.values import finite
 from hnkit.kl.divergence import Method, noise_kl
 from hnkit.lipschitz.local import local_lipschitz
+from hnkit.maps import NoiseMap, select_rows
 from hnkit.tilt import TiltedProblem, optimality_gap
-from hnkit.training.checkpoint import finite
 
 EXACT_UP_TO = 512
 """Largest noise dimension at which `method="auto"` takes the exact method: d products per sample, a d x d log-det."""

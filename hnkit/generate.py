@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hnkit.backend import Backend, ConditionedMap, NoiseMap
+from hnkit.backend import Backend
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write, write_json
+from hnkit.internal.seeds import generator_for
+from hnkit.maps import ConditionedMap, NoiseMap
 from hnkit.output.layouts import Records, check_layout, write_layout
 from hnkit.output.page import Picture, Section, Table, Text, write_html
 from hnkit.output.plots import GREY, new_canvas, style, to_png
-from hnkit.training.data import generator_for
 
 _SHEET_PROMPTS, _SHEET_IMAGES = 8, 6
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hnkit.backend import ConditionedMap, NoiseMap, select_rows
 from hnkit.errors import InputError, NonFiniteError
+from hnkit.maps import ConditionedMap, NoiseMap, select_rows
 
 Mode = Literal["auto", "reverse", "forward"]
 

@@ -12,12 +12,12 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from hnkit.backend import NoiseMap, select_rows
 from hnkit.errors import InputError
 from hnkit.jacobian import RowJacobian, check_batch, dense_jacobian, evaluate, recording, rows_per_pass
 from hnkit.kl.estimators import PROBES, Probe, dot, draw_probes, ratio
 from hnkit.linalg.krylov import ArnoldiProcess, KrylovSpace, phi_column, spectral_norm
 from hnkit.logdet import log_det_error
+from hnkit.maps import NoiseMap, select_rows
 
 KLTerm = Literal["l2", "second-order", "arnoldi", "exact"]
 KL_TERMS: tuple[KLTerm, ...] = ("l2", "second-order", "arnoldi", "exact")

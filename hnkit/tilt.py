@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hnkit.backend import NoiseMap
 from hnkit.errors import InputError, NonFiniteError
 from hnkit.internal.stats import mean_and_stderr
+from hnkit.maps import NoiseMap
 
 if TYPE_CHECKING:
     from hnkit.kl.divergence import Form, Method

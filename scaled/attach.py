@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from hnkit.errors import InputError
+from hnkit.maps import Condition
 from hnkit.scaled.lora.adapter import Adapter, adapter_options, read_adapter
 from hnkit.scaled.lora.twin import LoraSpec, load_lora, lora_targets, make_twin
 from hnkit.scaled.pipelines import memory
-from hnkit.scaled.pipelines.backend import Family, HyperNetwork
+from hnkit.scaled.pipelines.families.family import Family
 from hnkit.scaled.pipelines.families.flux import FluxFamily
 from hnkit.scaled.pipelines.families.sana import SanaFamily
 from hnkit.scaled.pipelines.families.sd_turbo import SDTurboFamily
-from torch import Tensor
-
-from hnkit.backend import Condition
-from hnkit.errors import InputError
+from hnkit.scaled.pipelines.hypernetwork import HyperNetwork
 
 FAMILIES: tuple[Family, ...] = (SanaFamily(), SDTurboFamily(), FluxFamily())
 _GUIDANCE = {"sana": 4.5}

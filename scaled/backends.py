@@ -13,14 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hnkit.errors import InputError
 from hnkit.scaled.digits.backend import DigitsBackend, DigitsOptions
 from hnkit.scaled.lora.adapter import adapter_options
-from hnkit.scaled.pipelines.backend import Family, PipelineBackend, PipelineOptions, find_model, load_pipeline
+from hnkit.scaled.pipelines.backend import PipelineBackend
+from hnkit.scaled.pipelines.families.family import Family
 from hnkit.scaled.pipelines.families.flux import FluxFamily, FluxOptions
 from hnkit.scaled.pipelines.families.sana import SanaFamily, SanaOptions
 from hnkit.scaled.pipelines.families.sd_turbo import SDTurboFamily, SDTurboOptions
-
-from hnkit.errors import InputError
+from hnkit.scaled.pipelines.loading import find_model, load_pipeline
+from hnkit.scaled.pipelines.options import PipelineOptions
 
 Preset = Mapping[str, Any]
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from hnkit.tilt import TiltedProblem
 from hnkit.toy.folding import Folding, folding
 from hnkit.toy.half_space import HalfSpace, half_space
 from hnkit.toy.linear_gaussian import LinearGaussian, linear_gaussian, linear_gaussian_low_rank, linear_reward
 from hnkit.toy.mixture import Mixture, mixture
 from hnkit.toy.one_dimensional import OneDimensional, one_dimensional
-
-from hnkit.tilt import TiltedProblem
 
 PROBLEMS: Mapping[str, Callable[[], TiltedProblem]] = MappingProxyType(
     {

@@ -13,16 +13,16 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from hnkit.toy import PROBLEMS
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from hnkit.backend import Condition
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write
+from hnkit.maps import Condition
 from hnkit.tilt import TiltedProblem
+from hnkit.toy import PROBLEMS
 
 FORMAT = "hnkit-toy-adapter-1"
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"

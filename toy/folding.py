@@ -14,15 +14,15 @@ from functools import cached_property
 from itertools import pairwise
 
 import torch
-from hnkit.toy.numerics import monotone_transport, normal_cdf
-from hnkit.toy.problem import Toy, float64, require_alpha
 from scipy.integrate import quad
 from torch import Tensor
 from torch.special import log_ndtr, ndtri
 
-from hnkit.backend import NoiseMap
 from hnkit.errors import InputError
+from hnkit.maps import NoiseMap
 from hnkit.tilt import NoiseLaw
+from hnkit.toy.numerics import monotone_transport, normal_cdf
+from hnkit.toy.problem import Toy, float64, require_alpha
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 

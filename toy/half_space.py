@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from hnkit.toy.numerics import monotone_transport, normal_cdf
-from hnkit.toy.problem import Toy, float64, require_alpha, standard_normal
 from scipy.integrate import quad
 from torch import Tensor
 from torch.special import ndtri
 
-from hnkit.backend import NoiseMap
 from hnkit.errors import InputError
+from hnkit.maps import NoiseMap
 from hnkit.tilt import log_standard_normal
+from hnkit.toy.numerics import monotone_transport, normal_cdf
+from hnkit.toy.problem import Toy, float64, require_alpha, standard_normal
 
 _MOST_NATS = 700.0  # exp(709.8) overflows
 _INSIDE = 1e-12

@@ -14,12 +14,12 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from hnkit.toy.problem import Toy, float64, require_alpha, standard_normal
 from scipy.integrate import quad
 from torch import Tensor, nn
 
 from hnkit.errors import InputError
 from hnkit.tilt import NoiseLaw, kl_gaussians
+from hnkit.toy.problem import Toy, float64, require_alpha, standard_normal
 
 
 @dataclass(frozen=True, eq=False)

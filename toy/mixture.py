@@ -15,14 +15,14 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from hnkit.toy.numerics import normal_cdf, solve_increasing
-from hnkit.toy.problem import Toy, float64, require_alpha, standard_normal
 from torch import Tensor
 from torch.special import ndtri
 
-from hnkit.backend import NoiseMap
 from hnkit.errors import InputError
+from hnkit.maps import NoiseMap
 from hnkit.tilt import log_standard_normal
+from hnkit.toy.numerics import normal_cdf, solve_increasing
+from hnkit.toy.problem import Toy, float64, require_alpha, standard_normal
 
 _LOG_2PI = math.log(2 * math.pi)
 _REACH = 8.5  # standard deviations, beyond which a normal law has mass 2e-17

@@ -15,6 +15,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from scipy.integrate import quad
+from torch import Tensor
+
+from hnkit.errors import InputError
+from hnkit.maps import NoiseMap
 from hnkit.toy.numerics import (
     Panels,
     antiderivative,
@@ -26,11 +31,6 @@ from hnkit.toy.numerics import (
     with_derivatives,
 )
 from hnkit.toy.problem import Toy, require_alpha, standard_normal
-from scipy.integrate import quad
-from torch import Tensor
-
-from hnkit.backend import NoiseMap
-from hnkit.errors import InputError
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _STEP = 0.01

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from hnkit.backend import NoiseMap
 from hnkit.errors import InputError
+from hnkit.maps import NoiseMap
 from hnkit.tilt import NoiseLaw
 
 

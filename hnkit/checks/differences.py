@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hnkit.backend import NoiseMap
+from hnkit.checks.check import Finding, NotApplicable, mean_finding
 from hnkit.jacobian import dense_jacobian
-from hnkit.verify import Finding, NotApplicable, mean_finding
+from hnkit.maps import NoiseMap
 
 _FINE, _BROAD = 1e-6, 0.1
 _MOST_DIMENSIONS = 64

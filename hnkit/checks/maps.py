@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from hnkit.bounds import frobenius_bound, local_theorem7_bound, second_order_remainder_bound, theorem7_bound
+from hnkit.checks.check import Finding, NotApplicable, Registry, confidence_radius, mean_finding
 from hnkit.checks.differences import explained_by_steps
 from hnkit.checks.subjects import RowStatistics, Subject
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.jacobian import RowJacobian
 from hnkit.kl.divergence import noise_kl
 from hnkit.tilt import affine_coefficients, kl_gaussians
-from hnkit.verify import Finding, NotApplicable, Registry, confidence_radius, mean_finding
 
 MAP_CHECKS = Registry()
 

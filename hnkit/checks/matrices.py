@@ -9,11 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hnkit.checks.check import Finding, NotApplicable, Registry
 from hnkit.checks.subjects import Subject
 from hnkit.jacobian import dense_jacobian
 from hnkit.linalg.enclosures import BallCertificate, certify_bounds
 from hnkit.logdet import log_det_error
-from hnkit.verify import Finding, NotApplicable, Registry
 
 CERTIFIED_CHECKS = Registry()
 

@@ -10,12 +10,12 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from hnkit.backend import NoiseMap
 from hnkit.bounds import frobenius_bound, log_gap
 from hnkit.checks.subjects import Subject
 from hnkit.checks.tilted import Tilted, contraction
 from hnkit.jacobian import dense_jacobian
 from hnkit.logdet import log_det_error
+from hnkit.maps import NoiseMap
 from hnkit.output.plots import Plot, densities, error_against_lipschitz, exact_against_l2, kl_split
 
 _LEVELS = np.linspace(0.02, 0.98, 49)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hnkit.backend import NoiseMap
+from hnkit.checks.check import Finding, NotApplicable, Registry, confidence_radius, mean_finding
 from hnkit.checks.differences import explained_by_steps
 from hnkit.checks.tilted import Tilted
 from hnkit.errors import InputError
@@ -18,8 +18,8 @@ from hnkit.internal.stats import mean_and_stderr
 from hnkit.jacobian import dense_jacobian
 from hnkit.kl.divergence import noise_kl
 from hnkit.loss import KLTerm, NoiseLoss
+from hnkit.maps import NoiseMap
 from hnkit.tilt import NoiseLaw, log_standard_normal, optimality_gap
-from hnkit.verify import Finding, NotApplicable, Registry, confidence_radius, mean_finding
 
 TOY_CHECKS = Registry()
 

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from hnkit.checks.check import (
+    Check,
+)
+from hnkit.checks.report import Quantity, Report
+from hnkit.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hnkit.maps import NoiseMap
+
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hnkit.backend import Backend, ConditionedMap, NoiseMap, installed_names, load_installed
+from hnkit.backend import Backend, installed_names, load_installed
 from hnkit.bounds import frobenius_bound, local_theorem7_bound, second_order_remainder_bound, theorem7_bound
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.plots import map_plots, toy_plots
 from hnkit.checks.problems import TOY_CHECKS
 from hnkit.checks.subjects import DENSE_DIM, Subject
 from hnkit.checks.tilted import Tilted, contraction
-from hnkit.errors import InputError
 from hnkit.figures import mean_shift_share
+from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr, ratio_and_stderr
 from hnkit.kl.divergence import METHODS
 from hnkit.lipschitz.certify import certify_injective
+from hnkit.maps import ConditionedMap, NoiseMap
 from hnkit.tilt import TiltedProblem, optimality_gap
-from hnkit.training.data import generator_for
-from hnkit.verify import Check, Quantity, Report
 
 TOY_SAMPLES = 2048
 _PROMPTS_SHOWN = 12
@@ -460,3 +472,16 @@ __all__ = [
     "verify_map",
     "verify_toys",
 ]
+
+
+def checks_by_proof() -> dict[str, list[str]]:
+    """Folder in `proofs/` and the checks of `verify-bound` whose statements are derived there."""
+    from hnkit.checks.maps import MAP_CHECKS
+    from hnkit.checks.matrices import CERTIFIED_CHECKS
+    from hnkit.checks.problems import TOY_CHECKS
+
+    found: dict[str, list[str]] = {}
+    for registry in (MAP_CHECKS, TOY_CHECKS, CERTIFIED_CHECKS):
+        for name, statement in registry.statements.items():
+            found.setdefault(statement.proof, []).append(name)
+    return found

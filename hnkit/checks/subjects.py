@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hnkit.backend import NoiseMap, select_rows
 from hnkit.bounds import field_of_values_bounds, singular_value_bound
+from hnkit.checks.check import NotApplicable
 from hnkit.errors import InputError
+from hnkit.internal.seeds import generator_for
 from hnkit.jacobian import RowJacobian, check_map, dense_jacobian, rows_per_pass
 from hnkit.kl.divergence import KLEstimate, noise_kl
 from hnkit.lipschitz.local import LipschitzEstimate, lipschitz_lower, lipschitz_upper, local_lipschitz
 from hnkit.logdet import log_det_error
-from hnkit.training.data import generator_for
-from hnkit.verify import NotApplicable
+from hnkit.maps import NoiseMap, select_rows
 
 DENSE_DIM = 1024
 """Above so many dimensions a map is measured by stochastic methods unless told otherwise."""

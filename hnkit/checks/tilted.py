@@ -9,10 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from hnkit.backend import NoiseMap
+from hnkit.checks.check import Finding, NotApplicable, confidence_radius, mean_finding
+from hnkit.internal.seeds import generator_for
+from hnkit.maps import NoiseMap
 from hnkit.tilt import GapEstimate, TiltedProblem, optimality_gap
-from hnkit.training.data import generator_for
-from hnkit.verify import Finding, NotApplicable, confidence_radius, mean_finding
 
 
 def contraction(dim: int, lipschitz: float = 0.5, *, width: int = 16, seed: int = 0) -> nn.Sequential:

@@ -9,21 +9,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Group
 from rich.padding import Padding
 from rich.text import Text
 from torch import nn
 
-from hnkit.backend import Backend, NoiseMap, backend_factory, installed_names, load_installed
+from hnkit.adapters import default_prompts, load_trained
+from hnkit.backend import backend_factory, installed_names, load_installed
+from hnkit.checks.report import Report
 from hnkit.checks.runs import VerifySettings, chosen_problems, reference_maps, verify_backend, verify_map, verify_toys
-from hnkit.config import CONFIG_FILE, RunConfig, resolve_config
+from hnkit.config import resolve_config
 from hnkit.errors import InputError
 from hnkit.internal.files import new_run_folder
+from hnkit.maps import NoiseMap
 from hnkit.output import terminal
 from hnkit.prompts import read_prompts
 from hnkit.rewards import import_object
-from hnkit.verify import Report
 
 __all__ = ["VerifySettings", "backends", "compare", "generate", "load_trained", "train", "verify"]
 
@@ -136,54 +137,6 @@ def _takes_nothing(function: Callable[..., Any]) -> bool:
 
 
 # --- backends with an adapter -----------------------------------------------------------------------------------
-
-
-def load_trained(name: str, adapter: Path | None, overrides: Sequence[str] = ()) -> tuple[Backend, float | None]:
-    """A backend with its adapter loaded, and the effective temperature it was trained at if its run says so.
-
-    The options are those of the run or adapter where these record them, and `--set backend.*` on top.
-
-    Args:
-        name: of an installed backend.
-        adapter: the adapter's folder, or the run folder that holds it; `None`: the backend as it starts, f = 0.
-        overrides: `backend.key=value`.
-    """
-    factory = backend_factory(name)
-    for override in overrides:
-        if not override.startswith("backend."):
-            raise InputError(f"--set {override}: only backend.KEY=VALUE applies here")
-    if adapter is None:
-        return factory.load(resolve_config(backend=name, overrides=overrides).options), None
-    if not adapter.is_dir():
-        raise InputError(f"--adapter {adapter} is not a folder: name the folder of a trained adapter, or its run")
-    weights = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
-    run = next((folder for folder in (adapter, adapter.parent) if (folder / CONFIG_FILE).is_file()), None)
-    recorded = getattr(factory, "adapter_options", None)
-    config: RunConfig | None = None
-    if run is not None:
-        config = resolve_config(resume=run, overrides=overrides)
-        if config.backend != name:
-            raise InputError(f"--adapter {adapter} was trained with --backend {config.backend}, not {name}")
-        options = config.options
-    elif recorded is not None and not overrides:
-        options = recorded(weights)
-    else:
-        options = resolve_config(backend=name, overrides=overrides).options
-    backend = factory.load(options)
-    backend.load_adapter(weights)
-    if config is None:
-        return backend, None
-    dim = torch.Size(backend.noise_shape).numel()
-    return backend, config.train.alpha / (dim if config.train.reduction == "mean" else 1)
-
-
-def default_prompts(backend: Backend) -> list[str]:
-    """The backend's own held-out prompts."""
-    prompts = getattr(backend, "prompts", None)
-    if prompts is None:
-        raise InputError(f"backend {backend.name} has no prompts of its own: give --prompts FILE")
-    held_out: list[str] = list(prompts()[1])
-    return held_out[:16]
 
 
 # --- train ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hnkit.backend import NoiseMap, select_rows
 from hnkit.errors import InputError
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.jacobian import check_batch, check_map, compile_map, reusable_graphs
@@ -25,6 +24,7 @@ from hnkit.kl.moments import (
     probe_moments,
 )
 from hnkit.kl.plan import Plan, plan_for_budget, plan_for_error
+from hnkit.maps import NoiseMap, select_rows
 
 Method = Literal["exact", "arnoldi", "lanczos", "power", "roulette", "second-order", "l2"]
 METHODS: tuple[Method, ...] = ("exact", "arnoldi", "lanczos", "power", "roulette", "second-order", "l2")

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hnkit.backend import NoiseMap, select_rows
 from hnkit.errors import NonFiniteError
 from hnkit.jacobian import RowJacobian, check_finite, evaluate, fill_dense_jacobian, rows_per_pass
 from hnkit.kl.estimators import (
@@ -24,6 +23,7 @@ from hnkit.kl.estimators import (
     xtrace,
 )
 from hnkit.logdet import log_det_errors_
+from hnkit.maps import NoiseMap, select_rows
 
 Progress = Callable[[int, int], None]
 VarianceReduction = Literal["none", "xtrace"]

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hnkit.backend import NoiseMap, select_rows
 from hnkit.errors import InputError
 from hnkit.kl.moments import Moments, ProbeSettings, probe_moments
+from hnkit.maps import NoiseMap, select_rows
 
 _PILOT_SAMPLES = 8
 _PILOT_PROBES = 4

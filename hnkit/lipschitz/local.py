@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hnkit.backend import NoiseMap, select_rows
 from hnkit.errors import InputError
 from hnkit.jacobian import (
     RowJacobian,
@@ -26,6 +25,7 @@ from hnkit.jacobian import (
 from hnkit.lipschitz.certify import (
     certified_bounds,
 )
+from hnkit.maps import NoiseMap, select_rows
 
 _DENSE_DIM = 16  # up to this dimension the dense Jacobian costs fewer products than a Krylov space
 _BASIS = 48  # Krylov vectors kept per side and row before a restart

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
-
-from hnkit.output.page import VERDICT_MARKS, format_number
 
 if TYPE_CHECKING:
-    from hnkit.verify import Check, Report
-
-_LETTERS = string.ascii_uppercase
-_COLOURS = {"holds": "green", "fails": "bold red", "not applicable": "dim", "not certified": "yellow"}
+    pass
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -73,89 +65,4 @@ def simple_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left:
         table.add_column(header, justify="left" if index < left else "right", no_wrap=index >= left, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    return table
-
-
-def report_view(report: Report, *, verbose: bool) -> Group:
-    """A verification report: one map or toy in full; several at a glance, with every failing check in full.
-
-    Args:
-        report: what was measured.
-        verbose: print every check in full, whatever its verdict.
-    """
-    parts: list[RenderableType] = [Text(report.title, style="bold"), Text("")]
-    several = len(report.groups) > 1 and len({check.group for check in report.checks}) > 1
-    if several:
-        parts += [_legend(report), Text(""), _matrix(report), _overview(report)]
-    for group in report.groups:
-        checks = [check for check in report.checks if check.group == group]
-        shown = checks if verbose or not several else [check for check in checks if check.verdict == "fails"]
-        figures = [] if several else [figure for figure in report.figures if figure.group == group]
-        if not (shown or figures):
-            continue
-        parts += [Text(""), Text(group, style="bold")]
-        if not several:
-            parts += [Padding(Text(text), (0, 0, 0, 2)) for owner, text in report.notes if owner == group]
-        if figures:
-            rows = [(figure.name, figure.text, figure.unit) for figure in figures]
-            parts.append(simple_table(("figure", "value ± standard error", "unit"), rows))
-        parts += [check_lines(check) for check in shown]
-    marks = "   ".join(f"{mark} {verdict}" for verdict, mark in VERDICT_MARKS.items())
-    summary = Text(report.summary(), style="bold green" if report.ok else "bold red")
-    return Group(*parts, Text(""), Text(marks, style="dim"), summary)
-
-
-def _legend(report: Report) -> RenderableType:
-    """The letter of each group, its name, and what it is."""
-    said = dict(report.notes)
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for letter, group in zip(_LETTERS, report.groups, strict=False):
-        table.add_row(Text(letter, style="bold"), Text(group), Text(said.get(group, ""), style="dim"))
-    return table
-
-
-def _overview(report: Report) -> RenderableType:
-    """The headline figures of every group, one line each, in nats."""
-    from hnkit.verify import HEADLINES
-
-    found = {(figure.group, figure.name): figure.text for figure in report.figures}
-    rows = [
-        (letter, *(found.get((group, name), "–") for name in HEADLINES.values()))
-        for letter, group in zip(_LETTERS, report.groups, strict=False)
-    ]
-    return simple_table(("", *HEADLINES), rows)
-
-
-def check_lines(check: Check) -> Group:
-    """One check in full: verdict, name and statement, then the numbers, then the note."""
-    head = Text(f"{VERDICT_MARKS[check.verdict]} {check.name}", style=_COLOURS[check.verdict])
-    lines: list[RenderableType] = [head, Padding(Text(check.statement), (0, 0, 0, 4))]
-    if check.measured is not None:
-        from hnkit.verify import RELATIONS
-
-        numbers = (
-            f"measured {format_number(check.measured)} {RELATIONS[check.relation]} {format_number(check.expected)}"
-            f" ± {format_number(check.tolerance, 2)} ({check.kind}), slack {format_number(check.slack, 3)}"
-        )
-        lines.append(Padding(Text(f"{numbers}: {check.verdict}"), (0, 0, 0, 4)))
-    if check.note:
-        lead = "" if check.measured is not None else f"{check.verdict}: "
-        lines.append(Padding(Text(lead + check.note, style="dim"), (0, 0, 0, 4)))
-    return Group(*lines)
-
-
-def _matrix(report: Report) -> RenderableType:
-    """Checks down, groups across, one mark each: the whole run on one screen."""
-    names = list(dict.fromkeys(check.name for check in report.checks))
-    verdicts = {(check.name, check.group): check.verdict for check in report.checks}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("check", no_wrap=True)
-    for letter, _ in zip(_LETTERS, report.groups, strict=False):
-        table.add_column(letter, justify="center")
-    for name in names:
-        marks = []
-        for group in report.groups:
-            verdict = verdicts.get((name, group))
-            marks.append(Text(VERDICT_MARKS[verdict], style=_COLOURS[verdict]) if verdict else Text(""))
-        table.add_row(name, *marks)
     return table

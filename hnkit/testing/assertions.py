@@ -16,7 +16,6 @@ import torch
 from scipy.stats import norm as normal_law
 from torch import Tensor, nn
 
-from hnkit.backend import NoiseMap
 from hnkit.bounds import (
     field_of_values_bounds,
     frobenius_bound,
@@ -32,6 +31,7 @@ from hnkit.kl.divergence import Form, Method, noise_kl
 from hnkit.lipschitz.local import local_lipschitz
 from hnkit.logdet import log_det_error
 from hnkit.loss import NoiseLoss
+from hnkit.maps import NoiseMap
 
 __all__ = [
     "assert_bounds",

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from hnkit.errors import InputError
 from hnkit.internal.files import file_digest
+from hnkit.internal.values import finite
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 CHECKPOINTS = "checkpoints"
@@ -211,17 +211,6 @@ class JsonLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def finite(value: Any) -> Any:
-    """The same JSON document with `None` in place of NaN and infinity."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return value
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

@@ -8,34 +8,14 @@ is drawn on the CPU, and a process takes its rows.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-
-def derived_seed(seed: int, purpose: str, *position: int) -> int:
-    """A 63-bit seed: the first bits of SHA-256 of seed, purpose and position."""
-    text = "/".join([str(seed), purpose, *map(str, position)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def generator_for(seed: int, purpose: str, *position: int) -> torch.Generator:
-    """A CPU generator that depends on seed, purpose and position alone."""
-    return torch.Generator().manual_seed(derived_seed(seed, purpose, *position))
-
-
-def seed_global(seed: int, purpose: str, *position: int) -> None:
-    """Seed every global generator, for models and rewards that draw from one behind our back."""
-    value = derived_seed(seed, purpose, *position)
-    torch.manual_seed(value)
-    random.seed(value)
-    np.random.seed(value % 2**32)  # noqa: NPY002 - the global generator is the one meant
+from hnkit.internal.seeds import generator_for
 
 
 @dataclass(frozen=True)

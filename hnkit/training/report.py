@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from hnkit.backend import NoiseMap
 from hnkit.config import RunConfig
 from hnkit.internal.files import atomic_write, write_json
+from hnkit.internal.values import finite
+from hnkit.internal.versions import versions
+from hnkit.maps import NoiseMap
 from hnkit.output.page import (
     Block,
     Cell,
@@ -27,11 +29,10 @@ from hnkit.output.page import (
     write_html,
 )
 from hnkit.tilt import TiltedProblem, affine_coefficients, kl_gaussians
-from hnkit.training.checkpoint import finite, replace_folder
+from hnkit.training.checkpoint import replace_folder
 from hnkit.training.plots import training_plots
 from hnkit.training.validate import Evaluator
 from hnkit.training.view import alpha_sentence
-from hnkit.verify import versions
 
 ADAPTER, REPORT = "adapter", "report.json"
 _MOMENT_SAMPLES = 2**17

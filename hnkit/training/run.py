@@ -23,15 +23,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from hnkit.backend import Backend, ConditionedMap, Reward, backend_factory
+from hnkit.backend import Backend, Reward, backend_factory
 from hnkit.config import CONFIG_FILE, RunConfig, differing_keys
 from hnkit.errors import ExpansiveMapError, InputError, NonFiniteError
 from hnkit.internal.files import atomic_write, new_run_folder
+from hnkit.internal.seeds import seed_global
 from hnkit.loss import NoiseLoss
+from hnkit.maps import ConditionedMap
 from hnkit.prompts import read_prompts, require_disjoint, split_prompts
 from hnkit.rewards import load_rewards
 from hnkit.training.checkpoint import Checkpoint, JsonLog, newest_checkpoint, run_lock, save_checkpoint, sweep
-from hnkit.training.data import SampleStream, seed_global
+from hnkit.training.data import SampleStream
 from hnkit.training.optimize import (
     WeightAverage,
     build_optimizer,

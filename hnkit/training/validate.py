@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hnkit.backend import Backend, ConditionedMap, NoiseMap
+from hnkit.backend import Backend
 from hnkit.config import TrainConfig
 from hnkit.figures import Measurement, measure
 from hnkit.internal.files import atomic_write
+from hnkit.internal.seeds import generator_for, seed_global
 from hnkit.internal.stats import mean_and_stderr
+from hnkit.maps import ConditionedMap, NoiseMap
+from hnkit.output.images import grid_png
 from hnkit.rewards import RewardSum
 from hnkit.tilt import TiltedProblem
-from hnkit.training.data import generator_for, seed_global
 
 SAMPLES = "samples"
 _GRID_PAIRS = 8
@@ -145,23 +145,3 @@ class Evaluator:
         role = "judge" if name == "judge" else "held out" if name in self.heldout.names else "trained"
         figures = {"base": float(before.mean()), "steered": float(after.mean()), "gain": gain, "gain_stderr": stderr}
         return {"role": role, **figures}
-
-
-def grid_png(base: Tensor, steered: Tensor) -> bytes:
-    """Base images above, steered ones below, column by column from the same noise, as a PNG file.
-
-    Args:
-        base: `(n, 3, H, W)` in [0, 1].
-        steered: the same shape.
-    """
-    from matplotlib.image import imsave
-
-    gap = max(1, base.shape[-1] // 32)
-    margin = ((0, 0), (gap, gap), (gap, gap), (0, 0))
-    rows = [
-        np.concatenate(list(np.pad(images.permute(0, 2, 3, 1).numpy(), margin, constant_values=1.0)), axis=1)
-        for images in (base, steered)
-    ]
-    buffer = io.BytesIO()
-    imsave(buffer, np.clip(np.concatenate(rows, axis=0), 0.0, 1.0), format="png")
-    return buffer.getvalue()

@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hnkit.backend import Backend, ConditionedMap, Reward
+from hnkit.backend import Backend, Reward
 from hnkit.errors import InputError, NonFiniteError
+from hnkit.maps import ConditionedMap
 
 
 @dataclass(frozen=True)
@@ -303,8 +304,9 @@ class TextGenerationProposer:
         self, prompt: str, history: Sequence[tuple[str, float]], count: int, generator: torch.Generator
     ) -> list[str]:
         """`count` rewordings of `prompt`, sampled with a seed drawn from `generator`."""
-        from hnkit.scaled.internal.hub import pretrained
         from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from hnkit.scaled.internal.hub import pretrained
 
         if not self._loaded:
             what = f"prompt proposer {self.model_id!r}"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from hnkit.scaled.internal.hub import pretrained
-from hnkit.scaled.rewards.weights import load_strict, read_state_dict
 from torch import Tensor, nn
 
 from hnkit.errors import InputError
+from hnkit.scaled.internal.hub import pretrained
+from hnkit.scaled.rewards.weights import load_strict, read_state_dict
 
 Metric = Callable[[Tensor], float]
 """Mean over all pairs of the images `(k, 3, H, W)` in [0, 1] of one prompt."""

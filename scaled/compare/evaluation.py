@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hnkit.scaled.compare.baselines import Cost, Method, Outcome
 from torch import Tensor
 
 from hnkit.backend import Backend
 from hnkit.internal.files import read_sealed, write_sealed
+from hnkit.internal.seeds import generator_for
 from hnkit.rewards import RewardSum
-from hnkit.training.data import generator_for
+from hnkit.scaled.compare.baselines import Cost, Method, Outcome
 
 Progress = Callable[[str, int, int], None]
 

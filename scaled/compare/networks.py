@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hnkit.adapters import load_trained
 from hnkit.backend import Backend, backend_factory
-from hnkit.cli.commands import load_trained
 from hnkit.config import CONFIG_FILE, resolve_config
 from hnkit.errors import InputError
 from hnkit.training.run import METRICS, train

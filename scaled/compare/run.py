@@ -8,6 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from hnkit.backend import Backend, Reward, backend_factory
+from hnkit.config import resolve_config
+from hnkit.errors import InputError
+from hnkit.figures import measure
+from hnkit.internal.files import atomic_write, file_digest, new_run_folder, read_sealed, write_json, write_sealed
+from hnkit.internal.seeds import generator_for
+from hnkit.internal.stats import mean_and_stderr
+from hnkit.maps import ConditionedMap
+from hnkit.output.terminal import Steps, steps
+from hnkit.prompts import require_disjoint
+from hnkit.rewards import CallableReward, load_rewards
 from hnkit.scaled.backends import PipelineFactory
 from hnkit.scaled.compare.baselines import (
     Base,
@@ -25,20 +39,7 @@ from hnkit.scaled.compare.page import write_page
 from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
 from hnkit.scaled.compare.tables import method_row
 from hnkit.scaled.lora.adapter import adapter_options
-from safetensors.torch import load_file, save
-from torch import Tensor
-
-from hnkit.backend import Backend, ConditionedMap, Reward, backend_factory
-from hnkit.config import resolve_config
-from hnkit.errors import InputError
-from hnkit.figures import measure
-from hnkit.internal.files import atomic_write, file_digest, new_run_folder, read_sealed, write_json, write_sealed
-from hnkit.internal.stats import mean_and_stderr
-from hnkit.output.terminal import Steps, steps
-from hnkit.prompts import require_disjoint
-from hnkit.rewards import CallableReward, load_rewards
 from hnkit.training.checkpoint import run_lock
-from hnkit.training.data import generator_for
 
 PLAN = "plan.json"
 

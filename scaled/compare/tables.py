@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from hnkit.scaled.compare.evaluation import Evaluation, Row
 
 from hnkit.internal.stats import mean_and_stderr
+from hnkit.scaled.compare.evaluation import Evaluation, Row
 
 Figure = dict[str, float | None]
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
+from hnkit.backend import Reward
+from hnkit.maps import Condition
 from hnkit.scaled.digits.checkpoint import CANVAS, GUIDANCE_SCALE, JUDGE_FILE, MAX_SEQUENCE_LENGTH, verified_folder
 from hnkit.scaled.digits.propose import propose
 from hnkit.scaled.digits.scenes import eval_prompts, train_prompts, validate_prompt
 from hnkit.scaled.pipelines.backend import PipelineBackend
 from hnkit.scaled.pipelines.families.sana import SanaOptions
-from torch import Tensor
-
-from hnkit.backend import Condition, Reward
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
 from hnkit.scaled.digits.scenes import (
     CELL,
     CELLS,
@@ -25,8 +28,6 @@ from hnkit.scaled.digits.scenes import (
     split_cells,
     validate_prompt,
 )
-from safetensors.torch import load_file
-from torch import Tensor, nn
 
 ILLEGIBLE = 10
 MIN_PEAK = 0.35

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from hnkit.scaled.digits.scenes import Prompt, all_prompts, validate_prompt
 
 

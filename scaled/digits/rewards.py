@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from hnkit.scaled.digits.checkpoint import CANVAS, CLIP_FOLDER, LEGIBILITY_FILE, verified_folder
-from hnkit.scaled.digits.scenes import CELL, CELLS, MIN_CONTRAST, split_cells
-from hnkit.scaled.rewards.clip import ClipReward, clipscore
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hnkit.errors import InputError
+from hnkit.scaled.digits.checkpoint import CANVAS, CLIP_FOLDER, LEGIBILITY_FILE, verified_folder
+from hnkit.scaled.digits.scenes import CELL, CELLS, MIN_CONTRAST, split_cells
+from hnkit.scaled.rewards.clip import ClipReward, clipscore
 
 PRESENCE_THRESHOLD = 0.35
 PRESENCE_WIDTH = 0.05

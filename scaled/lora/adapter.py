@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from hnkit.scaled.lora.twin import LoraSpec
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write
+from hnkit.scaled.lora.twin import LoraSpec
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _FORMAT = 1

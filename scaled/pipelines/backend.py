@@ -6,160 +6,25 @@ else is here once. No sampler is written: `generate` is the pipeline's own `__ca
 
 from __future__ import annotations
 
-import copy
 import inspect
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from hnkit.scaled.internal.hub import local_folder, missing_model, without_bars
+from torch import Tensor, nn
+
+from hnkit.errors import InputError
+from hnkit.maps import Condition
 from hnkit.scaled.lora.adapter import Adapter, read_adapter, write_adapter
 from hnkit.scaled.lora.twin import LoraSpec, load_lora, lora_state, lora_targets, make_twin
 from hnkit.scaled.pipelines import memory
 from hnkit.scaled.pipelines.embeddings import EmbeddingCache, cache_root, model_key
-from safetensors import SafetensorError
-from torch import Tensor, nn
-
-from hnkit.backend import Condition
-from hnkit.errors import InputError
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineOptions:
-    """The options every pipeline backend takes (table `[backend]` of a configuration)."""
-
-    model_id: str = ""
-    """Hub name of the model, or a local folder in diffusers' format."""
-    size: int = 512
-    """Side of the square image in pixels."""
-    rank: int = 128
-    lora_alpha: float = 256.0
-    guidance: float = 0.0
-    """Guidance scale of generator and hypernetwork."""
-    max_sequence_length: int = 77
-    """Prompt tokens, where the pipeline lets one choose."""
-    device: str = "auto"
-    """`auto`: the current CUDA device if there is one, else the CPU."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the frozen network and decoder; LoRA, delta and KL are float32 always."""
-    hypernetwork_checkpointing: bool = False
-    """Recompute the blocks of f in the backward pass: less memory, one more forward of f."""
-    generator_checkpointing: bool = False
-    vae_checkpointing: bool = False
-    vae_slicing: bool = False
-    """Decode one image at a time."""
-    vae_tiling: bool = False
-    """Decode large images in overlapping tiles; the image changes slightly."""
-    compile: str = "no"
-    """`no`, or a torch.compile backend (`inductor`); f is then checked against eager mode at the start."""
-    cache_dir: str = "auto"
-    """Folder for prompt embeddings; `auto`: hnkit's folder in the user's cache; empty: keep them in memory only."""
-    local_files_only: bool = True
-    """Never download: take the model from the local hub cache."""
-    seed: int = 0
-    """Of LoRA's random start, and of the noise that samplers of more than one step add on the way."""
-
-    def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise InputError(f"backend.dtype {self.dtype!r}: choose one of {', '.join(_DTYPES)}")
-        for name in ("size", "max_sequence_length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"backend.{name} {getattr(self, name)}: it is 1 or more")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"backend.seed {self.seed}: it is a whole number from 0 to 2^63 - 1")
-
-
-class Family(ABC):
-    """What is particular to one diffusers pipeline class, as used for noise hypernetworks."""
-
-    name: ClassVar[str]
-    pipeline_class: ClassVar[str]
-    network: ClassVar[str]
-    """Component that f is the twin of."""
-    last_layer: ClassVar[str]
-    encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    load_arguments: ClassVar[Mapping[str, Any]] = {}
-    max_steps: ClassVar[int] = 1000
-    multiple: ClassVar[int] = 8
-    """What divides every image side that the pipeline takes."""
-
-    @abstractmethod
-    def noise_shape(self, pipe: Any, size: int) -> tuple[int, ...]:
-        """Shape of one sample's noise at an image side of `size` pixels."""
-
-    @abstractmethod
-    def encode_arguments(self, options: Any) -> dict[str, Any]:
-        """Keyword arguments of the pipeline's `encode_prompt`, beside the prompts."""
-
-    @abstractmethod
-    def embeddings(self, encoded: tuple[Any, ...]) -> dict[str, Tensor]:
-        """What `encode_prompt` returned, by name, rows first."""
-
-    @abstractmethod
-    def delta(
-        self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float
-    ) -> Tensor:
-        """One forward of `network` on the noise, at the inputs the pipeline gives it in its first step."""
-
-    @abstractmethod
-    def call_arguments(self, options: Any, tensors: Mapping[str, Tensor], steps: int) -> dict[str, Any]:
-        """Keyword arguments of the pipeline call, beside latents, size, generator and output type."""
-
-    def plain_arguments(self, options: Any) -> dict[str, Any]:
-        """Keyword arguments of a plain one-step call of the pipeline, beside the prompt, that match `options`."""
-        size, guidance = options.size, options.guidance
-        return {"num_inference_steps": 1, "guidance_scale": guidance, "height": size, "width": size}
-
-    def pack(self, pipe: Any, noise: Tensor) -> Tensor:
-        """The noise in the layout of the pipeline's argument `latents`."""
-        return noise
-
-    def unpack(self, pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of `pack`."""
-        return latents
-
-    def prepared_scale(self, pipe: Any) -> float:
-        """What the pipeline's `prepare_latents` multiplies noise by."""
-        return 1.0
-
-
-class HyperNetwork(nn.Module):
-    """The map `f(x | c)` of a pipeline: the twin at the inputs of the first sampling step, in float32."""
-
-    def __init__(self, family: Family, pipe: Any, twin: nn.Module, guidance: float, advice: str) -> None:
-        super().__init__()
-        self.twin = twin
-        self.guidance = guidance
-        self._family = family
-        self._pipe = pipe
-        self._advice = advice
-
-    def forward(self, noise: Tensor, condition: Condition) -> Tensor:
-        """The delta of each row of `noise`, float32."""
-        if len(noise) != len(condition):
-            raise InputError(f"{len(noise)} noises and {len(condition)} prompts given: one prompt per noise")
-        with memory.explained(self._advice):
-            delta = self._family.delta(self._pipe, self.twin, noise, condition.tensors, self.guidance)
-        return delta.float()
-
-
-class NoDelta(nn.Module):
-    """The hypernetwork of direct fine-tuning: it holds the trainable generator and leaves the noise alone."""
-
-    def __init__(self, twin: nn.Module) -> None:
-        super().__init__()
-        self.twin = twin
-
-    def forward(self, noise: Tensor, condition: Condition) -> Tensor:
-        """Zeros, float32."""
-        return torch.zeros_like(noise, dtype=torch.float32)
+from hnkit.scaled.pipelines.families.family import Family
+from hnkit.scaled.pipelines.hypernetwork import HyperNetwork, NoDelta
+from hnkit.scaled.pipelines.loading import without_encoders
+from hnkit.scaled.pipelines.options import PipelineOptions
 
 
 class PipelineBackend:
@@ -193,7 +58,7 @@ class PipelineBackend:
         self.noise_shape = family.noise_shape(pipe, options.size)
         self._encoder_pipe = pipe
         self._base: nn.Module = getattr(pipe, family.network)
-        self.pipeline = _without_encoders(pipe, family)
+        self.pipeline = without_encoders(pipe, family)
         self._cache = cache or EmbeddingCache(self._encode_now, self._cache_folder())
         spec = LoraSpec(options.rank, options.lora_alpha, lora_targets(self._base))
         self.hypernetwork = self._install(spec)
@@ -388,85 +253,6 @@ class PipelineBackend:
             raise InputError(f"{steps} steps: {self.name} takes 1 to {self.family.max_steps}")
 
 
-def load_pipeline(family: Family, options: PipelineOptions) -> Any:
-    """Load and freeze the pipeline that `options` name, on its device; text encoders stay on the CPU.
-
-    Raises:
-        InputError: the model is not there, is another pipeline's, or its files are damaged.
-    """
-    import diffusers
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    folder = find_model(options.model_id, options.local_files_only)
-    _check_index(folder, family)
-    bars = without_bars(diffusers.utils.logging, transformers.utils.logging)
-    try:
-        with bars, torch.random.fork_rng(devices=[]):  # models draw initial weights before the real ones are read
-            pipe = getattr(diffusers, family.pipeline_class).from_pretrained(
-                folder,
-                dtype=_DTYPES[options.dtype],
-                local_files_only=True,
-                use_safetensors=True,
-                **family.load_arguments,
-            )
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"model {options.model_id!r} does not load from {folder}: {reason}") from error
-    device = _device(options.device)
-    for name, component in pipe.components.items():
-        if name.startswith("tokenizer"):
-            memory.drop_word_cache(component)
-        if isinstance(component, nn.Module):
-            component.requires_grad_(False).eval()
-            if name not in family.encoders:
-                with memory.explained(memory.advice(options)):
-                    component.to(device)
-    memory.apply_decoder_options(pipe.vae, options)
-    memory.set_checkpointing(getattr(pipe, family.network), options.generator_checkpointing)
-    return pipe
-
-
-def find_model(model_id: str, local_files_only: bool = True) -> Path:
-    """The folder of a model: `model_id` itself if it is one, else its snapshot in the local hub cache.
-
-    Raises:
-        InputError: it is neither, and downloading is off.
-    """
-    folder = local_folder(model_id)
-    if folder is not None:
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        if local_files_only:
-            return Path(snapshot_download(model_id, local_files_only=True))
-        from diffusers import DiffusionPipeline
-
-        return Path(DiffusionPipeline.download(model_id, use_safetensors=True))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise missing_model("backend.model_id", model_id, error) from error
-
-
-def _check_index(folder: Path, family: Family) -> None:
-    try:
-        found = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} has no readable model_index.json: give a folder in diffusers' format") from error
-    if found != family.pipeline_class:
-        raise InputError(f"{folder} holds a {found}: backend {family.name} needs a {family.pipeline_class}")
-
-
-def _without_encoders(pipe: Any, family: Family) -> Any:
-    """A second pipeline object over the same components, without text encoders: they may live elsewhere."""
-    bare = copy.copy(pipe)
-    for name in family.encoders:
-        setattr(bare, name, None)
-    bare.set_progress_bar_config(disable=True)
-    return bare
-
-
 @contextmanager
 def _lent(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Have the text encoders on the accelerator only while they are needed."""
@@ -478,17 +264,6 @@ def _lent(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     finally:
         for module, home in zip(modules, homes, strict=True):
             module.to(home)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"backend.device {name!r} cannot be used here: choose auto, cpu, or cuda") from error
-    return device
 
 
 def _show(shape: Sequence[int]) -> str:

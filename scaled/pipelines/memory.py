@@ -8,15 +8,15 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from hnkit.backend import Condition
 from hnkit.errors import InputError
+from hnkit.maps import Condition
 
 if TYPE_CHECKING:
-    from hnkit.scaled.pipelines.backend import HyperNetwork, PipelineOptions
+    from hnkit.scaled.pipelines.options import PipelineOptions
 
 _SAVERS = ("vae_checkpointing", "generator_checkpointing", "hypernetwork_checkpointing", "vae_slicing", "vae_tiling")
 _PARITY = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -75,7 +75,7 @@ def apply_decoder_options(vae: Any, options: PipelineOptions) -> None:
         vae.enable_tiling()
 
 
-def compile_checked(hypernetwork: HyperNetwork, backend: str, noise: Tensor, condition: Condition) -> None:
+def compile_checked(hypernetwork: nn.Module, backend: str, noise: Tensor, condition: Condition) -> None:
     """Compile f in place, after comparing value and gradients with eager mode at a random point.
 
     Compiled code has been seen to be wrong without any error, so a compiled path is used only once it has agreed.

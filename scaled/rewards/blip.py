@@ -7,14 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 
 import torch
-from hnkit.scaled.internal.hub import hub_file, pretrained
-from hnkit.scaled.rewards.preprocess import check_images, preprocess, tokenise
-from hnkit.scaled.rewards.weights import load_strict, read_state_dict
 from torch import Tensor, nn
 from transformers import BertTokenizerFast, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from hnkit.errors import InputError
+from hnkit.scaled.internal.hub import hub_file, pretrained
+from hnkit.scaled.rewards.preprocess import check_images, preprocess, tokenise
+from hnkit.scaled.rewards.weights import load_strict, read_state_dict
 
 REPOSITORY = "THUDM/ImageReward"
 FILE = "ImageReward.pt"

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from hnkit.scaled.internal.hub import hub_file, pretrained
-from hnkit.scaled.rewards.preprocess import check_images, preprocess, tokenise
-from hnkit.scaled.rewards.weights import load_strict, read_state_dict
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from hnkit.errors import InputError
+from hnkit.scaled.internal.hub import hub_file, pretrained
+from hnkit.scaled.rewards.preprocess import check_images, preprocess, tokenise
+from hnkit.scaled.rewards.weights import load_strict, read_state_dict
 
 LAION_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PICKSCORE = "yuvalkirstain/PickScore_v1"

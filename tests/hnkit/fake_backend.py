@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hnkit.backend import Condition
+from hnkit.maps import Condition
 
 
 class Scale(nn.Module):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 from hnkit import InputError, NonFiniteError, RowJacobian, dense_jacobian
-from hnkit.backend import Condition, ConditionedMap
 from hnkit.jacobian import check_map, compile_map, fill_dense_jacobian, math_attention, reusable_graphs
+from hnkit.maps import Condition, ConditionedMap
 from tests.hnkit.functions import NoForwardMode, Once
 
 SHAPE = (2, 3, 3)

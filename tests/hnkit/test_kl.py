@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hnkit import InputError, NonFiniteError, noise_kl
-from hnkit.backend import Condition, ConditionedMap
 from hnkit.kl.divergence import FORMS, METHODS
+from hnkit.maps import Condition, ConditionedMap
 from tests.hnkit.operator_zoo import exact_error, matrix
 
 STOCHASTIC = ("arnoldi", "lanczos", "power", "roulette", "second-order")

@@ -254,7 +254,7 @@ def test_gradients_do_not_reach_the_noise() -> None:
 
 
 def test_conditions_follow_replicated_rows() -> None:
-    from hnkit.backend import Condition, ConditionedMap
+    from hnkit.maps import Condition, ConditionedMap
 
     class Scaled(nn.Module):
         def forward(self, x: Tensor, condition: Condition) -> Tensor:

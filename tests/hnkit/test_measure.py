@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from hnkit.toy.linear_gaussian import linear_gaussian
 from torch import nn
 
 from hnkit import figures as module
 from hnkit.figures import mean_shift_share, measure
 from hnkit.tilt import affine_coefficients
+from hnkit.toy.linear_gaussian import linear_gaussian
 
 DIM = 5
 

@@ -8,16 +8,16 @@ import sys
 
 import pytest
 import torch
-from hnkit.toy.linear_gaussian import LinearGaussian
 
 import hnkit
 from hnkit import bounds, logdet, loss, tilt, toy
+from hnkit.checks.report import Report
 from hnkit.cli import app as cli
 from hnkit.internal import stats as stats
 from hnkit.kl import divergence as kl
 from hnkit.kl import estimators, moments
 from hnkit.lipschitz import local as lipschitz
-from hnkit.verify import Report
+from hnkit.toy.linear_gaussian import LinearGaussian
 
 # A module first imported while an error is planted would keep it for good.
 for package in (hnkit, toy):

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from hnkit import InputError
-from hnkit.backend import Condition
+from hnkit.checks.check import Check
+from hnkit.checks.report import Quantity, Report
 from hnkit.generate import GenerateSettings, contact_sheet, generate_pairs, image_png, require_images
 from hnkit.internal import files as _files
+from hnkit.maps import Condition
 from hnkit.output import plots
 from hnkit.output.layouts import check_layout
 from hnkit.output.page import (
@@ -29,7 +31,7 @@ from hnkit.output.page import (
     render_html,
     write_html,
 )
-from hnkit.verify import Check, Quantity, Report, verify_bound
+from hnkit.verify import verify_bound
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from hnkit.toy import PROBLEMS, HalfSpace
 
 from hnkit import verify_bound
+from hnkit.checks.check import NotApplicable, confidence_radius, mean_finding
 from hnkit.checks.differences import explained_by_steps
 from hnkit.checks.runs import VerifySettings, verify_toys
 from hnkit.checks.tilted import Tilted
-from hnkit.verify import NotApplicable, confidence_radius, mean_finding
+from hnkit.toy import PROBLEMS, HalfSpace
 
 SAMPLES = 2048
 

@@ -10,8 +10,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from hnkit.internal.seeds import derived_seed, seed_global
 from hnkit.kl.estimators import draw_probes
-from hnkit.training.data import SampleStream, derived_seed, seed_global
+from hnkit.training.data import SampleStream
 
 STREAM = SampleStream(7, 6, (2, 3), torch.float64, [f"p{k}" for k in range(10)])
 

@@ -7,7 +7,6 @@ import math
 import mpmath
 import pytest
 import torch
-from hnkit.toy import PROBLEMS, LinearGaussian
 from torch import nn
 
 from hnkit import InputError, NonFiniteError
@@ -18,6 +17,7 @@ from hnkit.tilt import (
     log_z_monte_carlo,
     optimality_gap,
 )
+from hnkit.toy import PROBLEMS, LinearGaussian
 
 
 def f64(*rows):

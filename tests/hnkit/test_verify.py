@@ -8,27 +8,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from hnkit.toy import PROBLEMS
 from scipy.stats import norm
 from torch import nn
 
 from hnkit import InputError, noise_kl, verify_bound
+from hnkit.checks.check import FALSE_ALARM, FAMILY, Finding, NotApplicable, Registry, confidence_radius, mean_finding
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import CERTIFIED_CHECKS, Certified
 from hnkit.checks.problems import TOY_CHECKS
-from hnkit.checks.runs import VerifySettings, reference_maps, verify_toys
+from hnkit.checks.runs import VerifySettings, checks_by_proof, reference_maps, verify_toys
 from hnkit.checks.subjects import Subject
 from hnkit.checks.tilted import Tilted, contraction
-from hnkit.verify import (
-    FALSE_ALARM,
-    FAMILY,
-    Finding,
-    NotApplicable,
-    Registry,
-    checks_by_proof,
-    confidence_radius,
-    mean_finding,
-)
+from hnkit.toy import PROBLEMS
 
 
 def judged(**finding):
@@ -155,7 +146,7 @@ def test_figures_of_a_map_against_closed_forms():
 def test_same_figures_as_noise_kl():
     f = contraction(5, 0.7)
     report = verify_bound(f, (5,), samples=64, seed=11)
-    from hnkit.training.data import generator_for
+    from hnkit.internal.seeds import generator_for
 
     x = torch.randn(64, 5, dtype=torch.float64, generator=generator_for(11, "noise"))
     estimate = noise_kl(f, x)

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hnkit.scaled.compare.plan import Plan
-
 from hnkit.backend import backend_factory
 from hnkit.config import TrainConfig
 from hnkit.internal.files import sealed
+from hnkit.scaled.compare.plan import Plan
 
 BACKENDS = ("toy", "digits", "sana", "sd-turbo", "flux")
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from hnkit.scaled.compare.plan import Plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hnkit.backend import backend_factory
 from hnkit.cli import app as cli
 from hnkit.config import TrainConfig
+from hnkit.scaled.compare.plan import Plan
 from tests.robustness.cases import BACKENDS, FLAGS, Case, all_cases, fields, sample, write_files
 
 CASES = all_cases()

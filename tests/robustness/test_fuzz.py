@@ -14,11 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from hnkit.scaled.compare.evaluation import _read, read_part
-from hnkit.scaled.compare.networks import _records
-from hnkit.scaled.compare.plan import Plan, plan_from_json
-from hnkit.scaled.compare.run import _read_plan
-from hnkit.scaled.digits.checkpoint import CHECKSUMS, read_checksums
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -30,6 +25,11 @@ from hnkit.cli.commands import parse_shape
 from hnkit.config import CONFIG_FILE, RunConfig, parse_reward_flag, resolve_config
 from hnkit.internal.files import file_digest, write_sealed
 from hnkit.prompts import read_prompts
+from hnkit.scaled.compare.evaluation import _read, read_part
+from hnkit.scaled.compare.networks import _records
+from hnkit.scaled.compare.plan import Plan, plan_from_json
+from hnkit.scaled.compare.run import _read_plan
+from hnkit.scaled.digits.checkpoint import CHECKSUMS, read_checksums
 from hnkit.training.checkpoint import (
     CHECKPOINTS,
     MANIFEST,

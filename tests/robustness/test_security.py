@@ -15,22 +15,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from hnkit.scaled.compare.run import COMPARISON
-from hnkit.scaled.internal.hub import pretrained
-from hnkit.scaled.pipelines.embeddings import EmbeddingCache
-from hnkit.scaled.rewards.weights import read_state_dict
 from safetensors.torch import save_file
 
 from hnkit import InputError
+from hnkit.adapters import load_trained
 from hnkit.backend import backend_factory
 from hnkit.cli import app as cli
-from hnkit.cli.commands import load_trained
 from hnkit.config import resolve_config
 from hnkit.generate import GenerateSettings, generate_pairs
 from hnkit.internal.files import atomic_write, new_run_folder, write_sealed
 from hnkit.output.layouts import LAYOUTS, check_layout
 from hnkit.output.page import Code, Picture, Section, Table, Text, render_html
 from hnkit.prompts import read_prompts
+from hnkit.scaled.compare.run import COMPARISON
+from hnkit.scaled.internal.hub import pretrained
+from hnkit.scaled.pipelines.embeddings import EmbeddingCache
+from hnkit.scaled.rewards.weights import read_state_dict
 from hnkit.training.run import train
 from tests.hnkit.fake_backend import FakeBackend, Options
 from tests.robustness.cases import BACKENDS, PLAN
@@ -451,8 +451,8 @@ def test_one_module_alone_writes_html():
 
 def test_names_of_rewards_and_maps_are_escaped(tmp_path, monkeypatch):
     """From a training run and a verification, end to end."""
+    from hnkit.checks.report import Report
     from hnkit.checks.runs import VerifySettings, verify_map
-    from hnkit.verify import Report
 
     name = "<script>alert(1)</script>"
     report: Report = verify_map(torch.sin, (2,), VerifySettings(samples=2), name=name)

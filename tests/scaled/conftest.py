@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hnkit.scaled.pipelines.backend import PipelineBackend
 
 from hnkit.backend import backend_factory
+from hnkit.scaled.pipelines.backend import PipelineBackend
 from tests.scaled import tiny
 
 Make = Callable[..., PipelineBackend]

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hnkit.scaled.lora.adapter import CONFIG, WEIGHTS, adapter_options
-from hnkit.scaled.lora.twin import lora_state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hnkit import InputError
 from hnkit.backend import backend_factory
+from hnkit.scaled.lora.adapter import CONFIG, WEIGHTS, adapter_options
+from hnkit.scaled.lora.twin import lora_state
 from tests.scaled import tiny
 from tests.scaled.conftest import noise_for, perturb, steered
 
@@ -88,6 +88,7 @@ def test_what_is_written(saved, reader):
 def test_plain_peft_loads_it(saved, reader):
     """peft reads files and keys; the zero base is the one thing it does not know of."""
     import peft
+
     from hnkit.scaled.lora.twin import share_weights
 
     reader.load_adapter(saved)

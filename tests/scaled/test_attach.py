@@ -5,9 +5,9 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
-from hnkit.scaled.attach import SteeredPipeline, attach
 
 from hnkit import InputError
+from hnkit.scaled.attach import SteeredPipeline, attach
 from tests.scaled import tiny
 from tests.scaled.conftest import noise_for, perturb, steered
 

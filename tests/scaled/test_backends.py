@@ -8,11 +8,11 @@ import socket
 
 import pytest
 import torch
-from hnkit.scaled.pipelines.backend import PipelineOptions
 from torch import nn
 
 from hnkit import InputError
 from hnkit.backend import Backend, backend_factory
+from hnkit.scaled.pipelines.options import PipelineOptions
 from tests.scaled import tiny
 from tests.scaled.conftest import noise_for, perturb, redness, steered
 

@@ -6,6 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
+from hnkit import InputError, NonFiniteError
+from hnkit.maps import Condition
 from hnkit.scaled.compare.baselines import (
     Base,
     BestOfN,
@@ -15,10 +19,6 @@ from hnkit.scaled.compare.baselines import (
     ReNO,
     TextGenerationProposer,
 )
-from torch import nn
-
-from hnkit import InputError, NonFiniteError
-from hnkit.backend import Condition
 
 DIM = 6
 

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hnkit.scaled.compare.diversity import DinoSimilarity, Lpips, pixel_distance
 from safetensors.torch import save_file
 
 from hnkit import InputError
+from hnkit.scaled.compare.diversity import DinoSimilarity, Lpips, pixel_distance
 
 
 def pairs(k):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hnkit.scaled.pipelines.embeddings import MASK, EmbeddingCache, model_key
 
+from hnkit.scaled.pipelines.embeddings import MASK, EmbeddingCache, model_key
 from tests.scaled import tiny
 from tests.scaled.conftest import noise_for
 

@@ -6,6 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
+from hnkit import InputError, NoiseLoss, noise_kl
+from hnkit.jacobian import RowJacobian, dense_jacobian
+from hnkit.maps import ConditionedMap
 from hnkit.scaled.lora import twin as twin_module
 from hnkit.scaled.lora.twin import (
     LoraSpec,
@@ -16,11 +21,6 @@ from hnkit.scaled.lora.twin import (
     lora_targets,
     make_twin,
 )
-from torch import nn
-
-from hnkit import InputError, NoiseLoss, noise_kl
-from hnkit.backend import ConditionedMap
-from hnkit.jacobian import RowJacobian, dense_jacobian
 from tests.scaled import tiny
 from tests.scaled.conftest import noise_for, perturb
 

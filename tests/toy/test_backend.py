@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from hnkit.toy import PROBLEMS
-from hnkit.toy.backend import FACTORY, ToyOptions
 
 from hnkit import InputError
 from hnkit.backend import Backend, Reward, backend_factory
 from hnkit.config import resolve_config
 from hnkit.lipschitz import certify_injective, lipschitz_upper
+from hnkit.toy import PROBLEMS
+from hnkit.toy.backend import FACTORY, ToyOptions
 
 
 def load(**options):

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from hnkit.toy import PROBLEMS, LinearGaussian
 
 from hnkit import InputError
 from hnkit.tilt import affine_coefficients
+from hnkit.toy import PROBLEMS, LinearGaussian
 
 NAMES = ["linear-gaussian", "linear-gaussian-low-rank", "linear-reward"]
 

@@ -11,13 +11,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hnkit.toy import PROBLEMS
 from scipy import integrate, stats
 
 from hnkit import InputError
 from hnkit.backend import load_installed
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.tilt import TiltedProblem, log_standard_normal, log_z_monte_carlo, optimality_gap
+from hnkit.toy import PROBLEMS
 
 Z = 4.8
 MAPS = ("optimal_map", "l2_map")

@@ -7,12 +7,12 @@ import math
 import mpmath
 import pytest
 import torch
-from hnkit.toy import Folding, HalfSpace, Mixture, OneDimensional
-from hnkit.toy.numerics import derivatives, integrate, normal_cdf, solve_increasing
 from scipy import stats
 
 from hnkit import InputError
 from hnkit.tilt import log_standard_normal
+from hnkit.toy import Folding, HalfSpace, Mixture, OneDimensional
+from hnkit.toy.numerics import derivatives, integrate, normal_cdf, solve_increasing
 
 
 def grid(low, high, n=2001):

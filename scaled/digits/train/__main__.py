@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from hnkit.scaled.digits.checkpoint import GUIDANCE_SCALE, model_folder
 from hnkit.scaled.digits.judge import Judge
 from hnkit.scaled.digits.rewards import legibility, scorer

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
+from torch import Tensor
+
 from hnkit.scaled.digits.scenes import load_scans, render, sample_scene
 from hnkit.scaled.digits.train.common import Average, PromptSampler, optimiser, record, steps_logged
-from torch import Tensor
 
 LATENT_NOISE = 0.1
 

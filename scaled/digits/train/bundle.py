@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hnkit.internal.files import atomic_write
 from hnkit.scaled.digits.checkpoint import CLIP_FOLDER, JUDGE_FILE, LEGIBILITY_FILE, write_checksums
 from hnkit.scaled.digits.scenes import KINDS, eval_prompts, train_prompts
 from hnkit.scaled.digits.train.pipeline import assemble
-
-from hnkit.internal.files import atomic_write
 
 FIGURES_FILE = "figures.json"
 CARD_FILE = "DATA_CARD.md"

@@ -13,10 +13,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from diffusers import AutoencoderDC
-from hnkit.scaled.digits.scenes import KINDS, Kind, Prompt, all_prompts, train_prompts
 from torch import Tensor, nn
 
 from hnkit.internal.files import write_json
+from hnkit.scaled.digits.scenes import KINDS, Kind, Prompt, all_prompts, train_prompts
 
 Network = TypeVar("Network", bound=nn.Module)
 

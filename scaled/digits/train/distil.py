@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 
 import torch
-from hnkit.scaled.digits.train.common import Average, PromptSampler, optimiser, record, steps_logged
-from hnkit.scaled.digits.train.teacher import LATENT, load, sample, save, tokenise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from hnkit.scaled.digits.train.common import Average, PromptSampler, optimiser, record, steps_logged
+from hnkit.scaled.digits.train.teacher import LATENT, load, sample, save, tokenise
 
 GUIDANCE_RANGE = (2.0, 5.0)
 TEACHER_STEPS = 10

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from diffusers import SanaSprintPipeline
+from torch import Tensor
+
 from hnkit.scaled.digits.checkpoint import GUIDANCE_SCALE
 from hnkit.scaled.digits.judge import Judge, Verdict
 from hnkit.scaled.digits.scenes import KINDS, eval_prompts
 from hnkit.scaled.digits.train.pipeline import generate
 from hnkit.scaled.digits.train.teacher import LATENT, load, sample
-from torch import Tensor
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from diffusers import SanaSprintPipeline, SCMScheduler
+from torch import Tensor
+
 from hnkit.scaled.digits.scenes import CANVAS
 from hnkit.scaled.digits.train.common import load_autoencoder
 from hnkit.scaled.digits.train.teacher import load
 from hnkit.scaled.digits.train.tokenizers import GEMMA_LENGTH
-from torch import Tensor
 
 
 def assemble(work: Path, name: str = "student") -> SanaSprintPipeline:

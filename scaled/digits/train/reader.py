@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
 from hnkit.scaled.digits.judge import ILLEGIBLE, DigitReader, Judge
 from hnkit.scaled.digits.rewards import InkClassifier, smooth_ink
 from hnkit.scaled.digits.scenes import (
@@ -24,8 +27,6 @@ from hnkit.scaled.digits.scenes import (
     sample_scene,
 )
 from hnkit.scaled.digits.train.common import Average, optimiser, record, steps_logged
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 InkOf = Callable[[Tensor], tuple[Tensor, Tensor]]
 

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
 from hnkit.scaled.digits.scenes import (
     CELLS,
     COLOURS,
@@ -45,8 +48,6 @@ from hnkit.scaled.digits.train.common import (
     steps_logged,
 )
 from hnkit.scaled.digits.train.tokenizers import CLIP_LENGTH, clip_tokenizer
-from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -18,6 +18,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, SanaTransformer2DModel
+from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
+
 from hnkit.scaled.digits.scenes import load_scans, render, sample_scene
 from hnkit.scaled.digits.train.common import (
     Average,
@@ -28,8 +31,6 @@ from hnkit.scaled.digits.train.common import (
     steps_logged,
 )
 from hnkit.scaled.digits.train.tokenizers import GEMMA_LENGTH, gemma_tokenizer
-from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
 
 WIDTH = 128
 TEXT_WIDTH = 96

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
-from hnkit.scaled.digits.scenes import MAX_WORDS, VOCABULARY
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import CLIPTokenizer, GemmaTokenizer
+
+from hnkit.scaled.digits.scenes import MAX_WORDS, VOCABULARY
 
 GEMMA_LENGTH = MAX_WORDS + 1  # the beginning-of-sequence token and the words
 CLIP_LENGTH = MAX_WORDS + 2  # start, words, end

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from hnkit.scaled.pipelines.backend import Family, PipelineOptions
 from torch import Tensor, nn
+
+from hnkit.scaled.pipelines.families.family import Family
+from hnkit.scaled.pipelines.options import PipelineOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ import sys
 import mpmath
 import pytest
 import torch
-from hnkit.toy import PROBLEMS, Folding
 
 from hnkit import InputError
+from hnkit.toy import PROBLEMS, Folding
 
 
 def f64(*rows):

@@ -8,9 +8,9 @@ import sys
 import mpmath
 import pytest
 import torch
-from hnkit.toy import PROBLEMS, HalfSpace
 
 from hnkit import InputError
+from hnkit.toy import PROBLEMS, HalfSpace
 
 
 def line(threshold, height, alpha=1.0):

@@ -9,10 +9,10 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hnkit.toy import PROBLEMS, LinearGaussian
 from scipy import stats
 
 from hnkit import InputError
+from hnkit.toy import PROBLEMS, LinearGaussian
 
 
 def f64(*rows):

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from hnkit.toy import PROBLEMS, Mixture
-from hnkit.toy.mixture import _implicit
 from scipy import integrate, optimize
 
 from hnkit import InputError
+from hnkit.toy import PROBLEMS, Mixture
+from hnkit.toy.mixture import _implicit
 
 EYE = torch.eye(2, dtype=torch.float64)
 

@@ -7,6 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
+
+from hnkit import InputError
 from hnkit.toy.numerics import (
     antiderivative,
     derivatives,
@@ -15,9 +18,6 @@ from hnkit.toy.numerics import (
     solve_increasing,
     with_derivatives,
 )
-from torch.autograd import forward_ad
-
-from hnkit import InputError
 from tests.hnkit.functions import NoForwardMode
 
 

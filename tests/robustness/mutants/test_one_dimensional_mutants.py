@@ -9,11 +9,11 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hnkit.toy import PROBLEMS, OneDimensional
 from scipy import stats
 from scipy.spatial import ConvexHull
 
 from hnkit import InputError
+from hnkit.toy import PROBLEMS, OneDimensional
 
 MODULE = sys.modules[OneDimensional.__module__]
 

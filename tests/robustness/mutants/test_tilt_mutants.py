@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hnkit.toy import PROBLEMS
 
 from hnkit import InputError, noise_kl
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.tilt import affine_coefficients, kl_gaussians, log_z_monte_carlo, optimality_gap
+from hnkit.toy import PROBLEMS
 
 
 def f64(*rows):

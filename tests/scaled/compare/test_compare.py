@@ -10,14 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from hnkit import InputError
+from hnkit.backend import backend_factory
 from hnkit.scaled.compare import COMPARISON
 from hnkit.scaled.compare.evaluation import Row, base_noise
 from hnkit.scaled.compare.page import all_tables, lead, to_csv
 from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
 from hnkit.scaled.compare.tables import by_category, category_mean, estimate
-
-from hnkit import InputError
-from hnkit.backend import backend_factory
 from tests.scaled import tiny
 
 PROMPTS = ["a red house", "two dogs", "a cat"]

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hnkit.scaled.digits import checkpoint
-from hnkit.scaled.digits.train.bundle import data_card
 
 from hnkit import InputError
+from hnkit.scaled.digits import checkpoint
+from hnkit.scaled.digits.train.bundle import data_card
 
 
 def test_bundled_folder_is_intact_and_small() -> None:

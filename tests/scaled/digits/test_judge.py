@@ -6,12 +6,12 @@ import random
 
 import pytest
 import torch
+
+from hnkit import InputError
 from hnkit.scaled.digits import scenes
 from hnkit.scaled.digits.checkpoint import JUDGE_FILE, model_folder
 from hnkit.scaled.digits.judge import ILLEGIBLE, DigitReader, Judge, Verdict, read_colour
 from hnkit.scaled.digits.scenes import EMPTY, PALETTE
-
-from hnkit import InputError
 
 PROMPTS = scenes.all_prompts()
 

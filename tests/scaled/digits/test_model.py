@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SanaSprintPipeline
+
 from hnkit.scaled.digits.checkpoint import JUDGE_FILE, model_folder
 from hnkit.scaled.digits.judge import Judge
 from hnkit.scaled.digits.scenes import all_prompts, eval_prompts

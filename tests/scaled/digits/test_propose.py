@@ -6,10 +6,10 @@ import random
 
 import pytest
 import torch
-from hnkit.scaled.digits.propose import propose, rewordings
-from hnkit.scaled.digits.scenes import all_prompts, eval_prompts, sample_scene
 
 from hnkit import InputError
+from hnkit.scaled.digits.propose import propose, rewordings
+from hnkit.scaled.digits.scenes import all_prompts, eval_prompts, sample_scene
 
 
 @pytest.mark.parametrize("text", eval_prompts()[::7])

@@ -6,12 +6,12 @@ import random
 
 import pytest
 import torch
+
+from hnkit import InputError
 from hnkit.scaled.digits import scenes
 from hnkit.scaled.digits.checkpoint import CLIP_FOLDER, model_folder
 from hnkit.scaled.digits.rewards import Legibility, legibility, scorer
 from hnkit.scaled.rewards.clip import ClipReward
-
-from hnkit import InputError
 
 PROMPTS = scenes.all_prompts()
 

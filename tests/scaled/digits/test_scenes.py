@@ -7,10 +7,10 @@ import re
 
 import pytest
 import torch
-from hnkit.scaled.digits import scenes
-from hnkit.scaled.digits.scenes import DIGITS, EMPTY, KINDS, PALETTE, Prompt, Scene
 
 from hnkit import InputError
+from hnkit.scaled.digits import scenes
+from hnkit.scaled.digits.scenes import DIGITS, EMPTY, KINDS, PALETTE, Prompt, Scene
 
 PROMPTS = scenes.all_prompts()
 COLOURS = list(PALETTE)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from hnkit.scaled.digits.scenes import all_prompts, train_prompts
 from hnkit.scaled.digits.train import common, scorer, teacher
 from hnkit.scaled.digits.train.tokenizers import clip_tokenizer, gemma_tokenizer
-from torch import nn
 
 PROMPTS = all_prompts()
 

@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hnkit.scaled.rewards import Redness, blip, clip
-from hnkit.scaled.rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess
-from hnkit.scaled.rewards.weights import read_state_dict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -24,6 +21,9 @@ from transformers import (
 
 from hnkit import InputError
 from hnkit.backend import Reward, load_installed
+from hnkit.scaled.rewards import Redness, blip, clip
+from hnkit.scaled.rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess
+from hnkit.scaled.rewards.weights import read_state_dict
 
 WIDTH, LAYERS, HEADS, EMBED, CONTEXT, VOCAB, IMAGE, PATCH = 32, 2, 2, 24, 12, 40, 28, 14
 PROMPTS = ["a red cat", "two dogs and a cat on a red mat in a red house far away"]

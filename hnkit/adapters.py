@@ -1,0 +1,60 @@
+"""Trained adapters: a backend as its run left it, and the prompts to look at it with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hnkit.backend import Backend, backend_factory
+from hnkit.config import CONFIG_FILE, RunConfig, resolve_config
+from hnkit.errors import InputError
+
+
+def load_trained(name: str, adapter: Path | None, overrides: Sequence[str] = ()) -> tuple[Backend, float | None]:
+    """A backend with its adapter loaded, and the effective temperature it was trained at if its run says so.
+
+    The options are those of the run or adapter where these record them, and `--set backend.*` on top.
+
+    Args:
+        name: of an installed backend.
+        adapter: the adapter's folder, or the run folder that holds it; `None`: the backend as it starts, f = 0.
+        overrides: `backend.key=value`.
+    """
+    factory = backend_factory(name)
+    for override in overrides:
+        if not override.startswith("backend."):
+            raise InputError(f"--set {override}: only backend.KEY=VALUE applies here")
+    if adapter is None:
+        return factory.load(resolve_config(backend=name, overrides=overrides).options), None
+    if not adapter.is_dir():
+        raise InputError(f"--adapter {adapter} is not a folder: name the folder of a trained adapter, or its run")
+    weights = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
+    run = next((folder for folder in (adapter, adapter.parent) if (folder / CONFIG_FILE).is_file()), None)
+    recorded = getattr(factory, "adapter_options", None)
+    config: RunConfig | None = None
+    if run is not None:
+        config = resolve_config(resume=run, overrides=overrides)
+        if config.backend != name:
+            raise InputError(f"--adapter {adapter} was trained with --backend {config.backend}, not {name}")
+        options = config.options
+    elif recorded is not None and not overrides:
+        options = recorded(weights)
+    else:
+        options = resolve_config(backend=name, overrides=overrides).options
+    backend = factory.load(options)
+    backend.load_adapter(weights)
+    if config is None:
+        return backend, None
+    dim = torch.Size(backend.noise_shape).numel()
+    return backend, config.train.alpha / (dim if config.train.reduction == "mean" else 1)
+
+
+def default_prompts(backend: Backend) -> list[str]:
+    """The backend's own held-out prompts."""
+    prompts = getattr(backend, "prompts", None)
+    if prompts is None:
+        raise InputError(f"backend {backend.name} has no prompts of its own: give --prompts FILE")
+    held_out: list[str] = list(prompts()[1])
+    return held_out[:16]

@@ -1,0 +1,190 @@
+"""What a check is, and how its verdict is reached.
+
+A check compares one measured number with what a statement says about it. Exact checks have a numerical tolerance;
+statistical ones compare a mean of independent samples by Student's t-test at a level that keeps the false-alarm
+rate of a whole table (at most `FAMILY` comparisons) under `FALSE_ALARM`. The checks themselves are in `checks.maps`
+(any map), `checks.problems` (problems whose tilted law is known) and `checks.matrices` (enclosures).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from hnkit.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Kind = Literal["exact", "statistical"]
+
+
+Verdict = Literal["holds", "fails", "not applicable", "not certified"]
+
+
+Relation = Literal["=", "<=", ">="]
+
+
+RELATIONS: Mapping[Relation, str] = {"=": "=", "<=": "≤", ">=": "≥"}
+"""How each relation is shown."""
+
+
+FALSE_ALARM = 1e-3
+"""Probability that a run in which every statement is true shows a statistical *fails*, at most."""
+
+
+FAMILY = 1000
+"""Statistical comparisons that one run may make, at most; each is tested at level `FALSE_ALARM / FAMILY`."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement, what was measured, and whether the two agree.
+
+    Attributes:
+        name: short name, unique within its group.
+        statement: what is claimed, in one line.
+        proof: name of the folder in `proofs/` that derives it.
+        group: the toy or map it was measured on.
+        measured: the measured number, `None` where the check does not apply.
+        expected: the value, or the bound, that the statement gives.
+        tolerance: how far beyond `expected` the measured number may lie; for a statistical check a multiple of
+            the standard error.
+        kind: whether `tolerance` is numerical ("exact") or a confidence radius ("statistical").
+        slack: what is left before the check fails, in the units of `measured`; negative if it fails.
+        verdict: "holds", "fails", "not applicable" (a hypothesis is not met) or "not certified" (it holds for the
+            estimate, and no certificate exists).
+        note: which hypothesis is not met, or how loose a bound is.
+        relation: how `measured` is to stand to `expected`.
+    """
+
+    name: str
+    statement: str
+    proof: str
+    group: str
+    measured: float | None
+    expected: float | None
+    tolerance: float | None
+    kind: Kind
+    slack: float | None
+    verdict: Verdict
+    note: str = ""
+    relation: Relation = "="
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check measured, before it is judged.
+
+    `certified=False` says that it rests on an estimate; `kind` replaces the statement's own where the method of the
+    run makes an exact quantity a sampled one.
+    """
+
+    measured: float
+    expected: float
+    tolerance: float
+    relation: Relation = "="
+    note: str = ""
+    certified: bool = True
+    kind: Kind | None = None
+
+    @property
+    def slack(self) -> float:
+        """What is left of the tolerance: negative, or NaN, where the statement fails."""
+        difference = self.measured - self.expected
+        return self.tolerance - {"=": abs(difference), "<=": difference, ">=": -difference}[self.relation]
+
+
+class NotApplicable(Exception):  # noqa: N818 - it is a verdict, not an error
+    """Raised inside a check whose hypothesis is not met; the message names the hypothesis."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A check that can be run: its name, its statement, its proof, and the function that measures it."""
+
+    name: str
+    text: str
+    proof: str
+    kind: Kind
+    measure: Callable[[Any], Finding]
+
+    def check(self, subject: Any, group: str) -> Check:
+        """Measure the statement on `subject` and judge it."""
+        blank = Check(self.name, self.text, self.proof, group, None, None, None, self.kind, None, "not applicable")
+        try:
+            found = self.measure(subject)
+        except (NotApplicable, InputError) as reason:  # InputError: the map lacks something that this check needs
+            return replace(blank, note=str(reason))
+        # Written so that a NaN anywhere fails.
+        verdict: Verdict = "fails" if not found.slack >= 0 else "holds" if found.certified else "not certified"
+        return replace(
+            blank,
+            measured=found.measured,
+            expected=found.expected,
+            tolerance=found.tolerance,
+            slack=found.slack,
+            verdict=verdict,
+            note=found.note,
+            relation=found.relation,
+            kind=found.kind or self.kind,
+        )
+
+
+class Registry:
+    """The statements that can be checked on one kind of subject, in the order of the table."""
+
+    def __init__(self) -> None:
+        self.statements: dict[str, Statement] = {}
+
+    def add(
+        self, name: str, text: str, *, proof: str, kind: Kind = "exact"
+    ) -> Callable[[Callable[[Any], Finding]], Callable[[Any], Finding]]:
+        """Decorator: list the function that measures a statement."""
+
+        def register(measure: Callable[[Any], Finding]) -> Callable[[Any], Finding]:
+            if name in self.statements:
+                raise ValueError(f"two checks are called {name!r}")
+            self.statements[name] = Statement(name, text, proof, kind, measure)
+            return measure
+
+        return register
+
+    def run(self, subject: Any, group: str) -> tuple[Check, ...]:
+        """Every check of the registry on one subject."""
+        return tuple(statement.check(subject, group) for statement in self.statements.values())
+
+
+def mean_finding(
+    samples: Tensor, expected: float, *, relation: Relation = "=", note: str = "", floor: float = 0.0
+) -> Finding:
+    """Compare the mean of independent samples with `expected` by a two-sided t-test.
+
+    The radius is `t * stderr + floor`, with `t` the quantile of Student's law of `n - 1` degrees of freedom at
+    level `FALSE_ALARM / FAMILY`.
+
+    Args:
+        samples: `(n,)` independent values.
+        expected: what their mean should be (or be bounded by, see `relation`).
+        relation: how the mean is to stand to `expected`.
+        note: passed on.
+        floor: numerical error of one sample, added to the radius.
+
+    Raises:
+        NotApplicable: fewer than two samples: their error is not known.
+    """
+    from hnkit.internal.stats import mean_and_stderr
+
+    mean, stderr = mean_and_stderr(samples)
+    return Finding(mean, expected, confidence_radius(stderr, samples.numel()) + floor, relation, note)
+
+
+def confidence_radius(stderr: float, count: int) -> float:
+    """Half-width `t * stderr` of the interval that a mean of `count` samples leaves with the family's level."""
+    from scipy.stats import t as student
+
+    if count < 2:
+        raise NotApplicable("one sample has no standard error: use --samples 2 or more")
+    return float(student.isf(FALSE_ALARM / FAMILY / 2, count - 1)) * stderr

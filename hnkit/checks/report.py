@@ -1,0 +1,210 @@
+"""The report of a run of `hnkit verify-bound`: its checks, figures, sentences and plots."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hnkit.checks.check import (
+    FALSE_ALARM,
+    RELATIONS,
+    Check,
+)
+from hnkit.internal.files import atomic_write, write_json
+from hnkit.internal.versions import versions
+from hnkit.output.page import (
+    Cell,
+    Code,
+    Picture,
+    Section,
+    Table,
+    Text,
+    format_estimate,
+    write_html,
+)
+from hnkit.output.plots import Plot
+
+if TYPE_CHECKING:
+    pass
+
+HEADLINES = {
+    "KL, exact": "KL (Stein form)",
+    "L2 term": "L2 term",
+    "L2 error, %": "relative error of L2",
+    "Theorem 7": "Theorem 7 bound",
+    "L2 gap": "gap of the L2 optimum",
+}
+"""The figures by which several maps are compared at a glance: heading and name."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A figure that is reported, not judged: value, standard error and bias bound where they are known."""
+
+    name: str
+    value: float
+    group: str
+    stderr: float | None = None
+    bias_bound: float | None = None
+    unit: str = "nats"
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        """`value +- stderr (+ bias bound)`."""
+        return format_estimate(self.value, self.stderr, self.bias_bound)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: unknown is `null`; infinities are spelled out."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _sign(check: Check) -> str:
+    return "" if check.measured is None else RELATIONS[check.relation]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run of `verify-bound`: the checks, the figures, what can be said in words, and the plots.
+
+    Attributes:
+        title: what was verified.
+        config: the resolved options of the run.
+        checks: in the order of the table.
+        figures: reported quantities.
+        notes: sentences: what can and cannot be said about invertibility, and the like; `(group, sentence)`.
+        plots: drawn when the report is written.
+    """
+
+    title: str
+    config: Mapping[str, Any]
+    checks: tuple[Check, ...]
+    figures: tuple[Quantity, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
+    plots: tuple[Plot, ...] = field(default=(), repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """No check fails."""
+        return not any(check.verdict == "fails" for check in self.checks)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The toys or maps of the report, in order."""
+        names = [check.group for check in self.checks] + [figure.group for figure in self.figures]
+        return tuple(dict.fromkeys(names))
+
+    def counts(self) -> dict[str, int]:
+        """How many checks reached each verdict."""
+        verdicts = ("holds", "fails", "not applicable", "not certified")
+        return {verdict: sum(check.verdict == verdict for check in self.checks) for verdict in verdicts}
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole report as a JSON document; unknown numbers are `null`."""
+        document = {
+            "title": self.title,
+            "ok": self.ok,
+            "counts": self.counts(),
+            "config": dict(self.config),
+            "checks": [asdict(check) for check in self.checks],
+            "figures": [asdict(figure) for figure in self.figures],
+            "notes": [{"group": group, "text": text} for group, text in self.notes],
+            "plots": [plot.name + ".png" for plot in self.plots],
+            "false_alarm_rate": FALSE_ALARM,
+            "versions": versions(),
+        }
+        result: dict[str, Any] = _finite(document)
+        return result
+
+    def summary(self) -> str:
+        """The verdicts in one line."""
+        parts = [f"{count} {verdict}" for verdict, count in self.counts().items() if count]
+        return ", ".join(parts) or "no checks"
+
+    def sections(self, pictures: Mapping[str, bytes]) -> list[Section]:
+        """The parts of the HTML page, given the drawn plots by name."""
+        sections = []
+        if len({check.group for check in self.checks}) > 1:
+            sections.append(Section("At a glance", (self._overview(),)))
+        if pictures:
+            drawn = tuple(Picture(pictures[plot.name], plot.caption) for plot in self.plots)
+            sections.append(Section("Plots", drawn))
+        for group in self.groups:
+            sections.append(Section(group, tuple(self._group_blocks(group))))
+        config = json.dumps({**_finite(dict(self.config)), "versions": versions()}, indent=2, ensure_ascii=False)
+        how = (
+            "Slack is what is left before a check fails. Statistical tolerances are confidence radii (Student's t), "
+            f"set so that a run in which every statement is true shows a false alarm with probability below "
+            f"{FALSE_ALARM:g}. Not applicable: a hypothesis is not met. Not certified: it holds for the estimate, "
+            "and no certificate exists."
+        )
+        sections.append(Section("How to read this", (Text(how), Code(config, "Resolved configuration"))))
+        return sections
+
+    def _overview(self) -> Table:
+        """The headline figures of every group, and its worst verdict."""
+        found = {(figure.group, figure.name): figure.text for figure in self.figures}
+        said = dict(self.notes)
+        rows: list[tuple[Cell, ...]] = []
+        notes: dict[int, str] = {}
+        for index, group in enumerate(self.groups):
+            verdicts = [check.verdict for check in self.checks if check.group == group]
+            figures = [found.get((group, name), "–") for name in HEADLINES.values()]
+            applied = sum(verdict != "not applicable" for verdict in verdicts)
+            verdict = "fails" if "fails" in verdicts else "holds"
+            rows.append((group, *figures, f"{verdicts.count('holds')} of {applied}", verdict))
+            notes[index] = said.get(group, "")
+        return Table(
+            ("", *HEADLINES, "checks", "verdict"),
+            tuple(rows),
+            "Nats, unless said otherwise; checks: how many hold of those that apply.",
+            notes,
+        )
+
+    def _group_blocks(self, group: str) -> Iterable[Text | Table]:
+        for owner, text in self.notes:
+            if owner == group:
+                yield Text(text)
+        figures = [figure for figure in self.figures if figure.group == group]
+        if figures:
+            rows = tuple((figure.name, figure.text, figure.unit, figure.note) for figure in figures)
+            yield Table(("figure", "value ± standard error", "unit", ""), rows)
+        checks = [check for check in self.checks if check.group == group]
+        if checks:
+            headers = ("check", "measured", "", "expected", "tolerance", "kind", "slack", "verdict")
+            rows_ = tuple(
+                (c.name, c.measured, _sign(c), c.expected, c.tolerance, c.kind, c.slack, c.verdict) for c in checks
+            )
+            notes = {
+                index: check.statement + (f"  ·  {check.note}" if check.note else "")
+                for index, check in enumerate(checks)
+            }
+            yield Table(headers, rows_, notes=notes)
+
+    def write(self, folder: Path) -> None:
+        """Write `config.json`, `report.json`, one PNG per plot and the self-contained `report.html`.
+
+        Args:
+            folder: an existing, empty run folder.
+
+        Raises:
+            OSError: the folder is read-only or full; no file is left half-written.
+        """
+        pictures = {plot.name: plot.png() for plot in self.plots}
+        for name, png in pictures.items():
+            atomic_write(folder / f"{name}.png", png)
+        write_json(folder / "config.json", _finite(dict(self.config)))
+        write_json(folder / "report.json", self.to_json())
+        verdict = "No check fails" if self.ok else "At least one check fails"
+        write_html(folder / "report.html", self.title, self.sections(pictures), lead=f"{verdict}: {self.summary()}.")
