@@ -98,8 +98,9 @@ def without_encoders(pipe: Any, family: Family) -> Any:
 
 
 def find_device(name: str) -> torch.device:
+    """The device of this name; `auto`: the current card where there is one."""
     if name == "auto":
-        name = f"cuda:{torch.cuda.currentfind_device()}" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

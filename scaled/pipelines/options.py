@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 
 from hnkit.errors import InputError
-from hnkit.scaled.pipelines.options import PipelineOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
