@@ -220,13 +220,14 @@ def verify_bound_command(
         ),
         out=out,
     )  # fmt: skip
+    from hnkit.checks.view import report_view
     from hnkit.output import terminal
 
     if as_json:
         terminal.print_json({**report.to_json(), "run_folder": str(folder)})
     else:
         screen = terminal.console()
-        screen.print(terminal.report_view(report, verbose=verbose))
+        screen.print(report_view(report, verbose=verbose))
         print(f"report: {folder / 'report.html'}")
     raise typer.Exit(OK if report.ok else CHECK_FAILED)
 

@@ -94,7 +94,7 @@ def compile_checked(hypernetwork: nn.Module, backend: str, noise: Tensor, condit
         x = torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)).to(noise.device).requires_grad_()
         delta = hypernetwork(x, condition)
         weights = torch.linspace(-1, 1, delta.numel(), device=delta.device).view_as(delta)
-        return [delta, *torch.autograd.grad((delta * weights).sum(), [x, *parameters])]
+        return [delta.detach(), *torch.autograd.grad((delta * weights).sum(), [x, *parameters])]
 
     with torch.no_grad():
         for parameter in parameters:  # away from f = 0, where every wrong answer would agree
