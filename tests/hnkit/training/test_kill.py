@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kill_test.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "kill_test.py"
 
 
 def test_killed_runs_end_bit_identical():

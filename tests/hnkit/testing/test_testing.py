@@ -35,7 +35,7 @@ from hnkit.testing import (
 )
 
 F64 = torch.float64
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 few = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
