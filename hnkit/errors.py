@@ -14,3 +14,11 @@ class NonFiniteError(InputError):
 
 class ExpansiveMapError(InputError):
     """The local norm is 1 or more where a method needs less; the message names the norm."""
+
+
+class NotCertifiedError(InputError):
+    """No proof of a Lipschitz constant is known for a map; the message names the layer in the way."""
+
+
+class MissingDerivativeError(InputError):
+    """A method needs a derivative of the map that torch cannot compute; the message says which methods do without."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hnkit.errors import InputError, NonFiniteError
+from hnkit.errors import InputError, MissingDerivativeError, NonFiniteError
 from hnkit.maps import ConditionedMap, NoiseMap, select_rows
 
 Mode = Literal["auto", "reverse", "forward"]
@@ -208,7 +208,7 @@ class RowJacobian:
 
         Raises:
             NonFiniteError: the product is not finite; the message names the sample.
-            InputError: the map supports neither forward mode nor double backward.
+            MissingDerivativeError: the map supports neither forward mode nor double backward.
         """
         self.num_jvp += self.rows
         if self._constant:
@@ -234,7 +234,7 @@ class RowJacobian:
                 require_differentiable_again(pulled)
                 torch.autograd.grad(pulled, u, torch.zeros_like(pulled), retain_graph=True)
         except RuntimeError as error:
-            raise InputError(
+            raise MissingDerivativeError(
                 f"the map supports neither forward mode nor double backward ({str(error).splitlines()[0]}): choose a "
                 "method that needs vector-Jacobian products only, such as arnoldi"
             ) from error

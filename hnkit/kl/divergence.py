@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hnkit.errors import InputError
+from hnkit.errors import InputError, NotCertifiedError
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.jacobian import check_batch, check_map, compile_map, reusable_graphs
 from hnkit.kl.estimators import PROBES, Probe
@@ -245,7 +245,7 @@ def _proved_lipschitz(f: NoiseMap) -> float | None:
 
     try:
         return lipschitz_upper(f).value
-    except InputError:
+    except NotCertifiedError:
         return None
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hnkit.errors import InputError
+from hnkit.errors import InputError, NotCertifiedError
 from hnkit.linalg.convolution import convolution_norm_bound, spectral_norm_bound
 
 
@@ -140,10 +140,6 @@ def _times(a: float, b: float, toward: float = math.inf) -> float:
     return a * b if a in (0.0, 1.0) or b in (0.0, 1.0) else math.nextafter(a * b, toward)
 
 
-class _UncertifiedError(InputError):
-    """The complete message, with the path of the layer; rules and declarations raise `InputError` with the reason."""
-
-
 _NORMALISATION = (
     "normalisation has no global Lipschitz constant that a rule could state (it divides by a statistic of its input)"
 )
@@ -169,10 +165,10 @@ def _visit(module: nn.Module, path: str) -> JacobianBounds:
         if kind not in _RULES:
             raise InputError(_reason(kind.__name__))
         bounds = _RULES[kind](module, lambda child, name: _visit(child, f"{path}.{name}" if path else name))
-    except _UncertifiedError:
+    except NotCertifiedError:  # a child's, with the path of its layer
         raise
-    except InputError as refusal:
-        raise _UncertifiedError(f"no certified Lipschitz constant: layer {label}: {refusal}") from None
+    except InputError as refusal:  # what rules and declarations raise, with the reason
+        raise NotCertifiedError(f"no certified Lipschitz constant: layer {label}: {refusal}") from None
     return bounds if bounds.how else replace(bounds, how=f"{label} {bounds.norm:.4g}")
 
 
@@ -231,7 +227,7 @@ def certified_bounds(module: object) -> JacobianBounds:
         The bounds, with the layers they come from in `how`.
 
     Raises:
-        InputError: they cannot be certified; the message names the layer.
+        NotCertifiedError: they cannot be certified; the message names the layer.
     """
     if isinstance(module, nn.Module):
         return _visit(module, "")
@@ -239,9 +235,9 @@ def certified_bounds(module: object) -> JacobianBounds:
     try:
         declared = _declared(module)
     except InputError as refusal:
-        raise InputError(f"no certified Lipschitz constant: {kind}: {refusal}") from None
+        raise NotCertifiedError(f"no certified Lipschitz constant: {kind}: {refusal}") from None
     if declared is None:
-        raise InputError(
+        raise NotCertifiedError(
             f"no certified Lipschitz constant: the map is a {kind}; only modules of known layers, or objects with a "
             "method lipschitz_upper(), can be certified (lipschitz_lower gives a lower bound of any map)"
         )
@@ -266,7 +262,7 @@ def certify_injective(f: object) -> InjectivityCertificate:
     """
     try:
         bounds = certified_bounds(f)
-    except InputError as error:
+    except NotCertifiedError as error:
         return InjectivityCertificate("unknown", str(error))
     if bounds.norm < 1:
         return InjectivityCertificate("certified", f"Lipschitz constant at most {bounds.norm:.6g} < 1 ({bounds.how})")

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hnkit.errors import InputError
+from hnkit.errors import InputError, MissingDerivativeError
 from hnkit.jacobian import (
     RowJacobian,
     check_batch,
@@ -319,7 +319,8 @@ def lipschitz_lower(
         The estimate, `kind` `"sampled"` if `ascent_steps` is 0, else `"lower"`.
 
     Raises:
-        InputError: bad arguments, or a map whose gradient cannot be differentiated again.
+        InputError: bad arguments.
+        MissingDerivativeError: the map's gradient cannot be differentiated again.
     """
     if ascent_steps < 0:
         raise InputError(f"ascent_steps = {ascent_steps}: give 0 for the samples alone, or a positive number")
@@ -375,7 +376,7 @@ def _norm_gradient(f: NoiseMap, x: Tensor, left: Tensor, right: Tensor, *, first
                 require_differentiable_again(norm)
             (gradient,) = torch.autograd.grad(norm, point, allow_unused=True)
         except RuntimeError as error:
-            raise InputError(
+            raise MissingDerivativeError(
                 f"the map has no second derivatives ({str(error).splitlines()[0]}): use ascent_steps=0"
             ) from error
     if gradient is None:
@@ -398,7 +399,7 @@ def lipschitz_upper(module: object) -> LipschitzEstimate:
         rounding of its evaluation.
 
     Raises:
-        InputError: a layer without a global constant (normalisation, attention) or without a rule, by name.
+        NotCertifiedError: a layer without a global constant (normalisation, attention) or without a rule, by name.
     """
     bounds = certified_bounds(module)
     return LipschitzEstimate(bounds.norm, "certified", bounds.how)
