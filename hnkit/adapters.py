@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from hnkit.backend import Backend, backend_factory
+from hnkit.backend import BackendBase, RecordsOptions, backend_factory, completed
 from hnkit.config import CONFIG_FILE, RunConfig, resolve_config
 from hnkit.errors import InputError
 
 
-def load_trained(name: str, adapter: Path | None, overrides: Sequence[str] = ()) -> tuple[Backend, float | None]:
+def load_trained(name: str, adapter: Path | None, overrides: Sequence[str] = ()) -> tuple[BackendBase, float | None]:
     """A backend with its adapter loaded, and the effective temperature it was trained at if its run says so.
 
     The options are those of the run or adapter where these record them, and `--set backend.*` on top.
@@ -27,23 +27,22 @@ def load_trained(name: str, adapter: Path | None, overrides: Sequence[str] = ())
         if not override.startswith("backend."):
             raise InputError(f"--set {override}: only backend.KEY=VALUE applies here")
     if adapter is None:
-        return factory.load(resolve_config(backend=name, overrides=overrides).options), None
+        return completed(factory.load(resolve_config(backend=name, overrides=overrides).options)), None
     if not adapter.is_dir():
         raise InputError(f"--adapter {adapter} is not a folder: name the folder of a trained adapter, or its run")
     weights = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
     run = next((folder for folder in (adapter, adapter.parent) if (folder / CONFIG_FILE).is_file()), None)
-    recorded = getattr(factory, "adapter_options", None)
     config: RunConfig | None = None
     if run is not None:
         config = resolve_config(resume=run, overrides=overrides)
         if config.backend != name:
             raise InputError(f"--adapter {adapter} was trained with --backend {config.backend}, not {name}")
         options = config.options
-    elif recorded is not None and not overrides:
-        options = recorded(weights)
+    elif isinstance(factory, RecordsOptions) and not overrides:
+        options = factory.adapter_options(weights)
     else:
         options = resolve_config(backend=name, overrides=overrides).options
-    backend = factory.load(options)
+    backend = completed(factory.load(options))
     backend.load_adapter(weights)
     if config is None:
         return backend, None
@@ -51,10 +50,9 @@ def load_trained(name: str, adapter: Path | None, overrides: Sequence[str] = ())
     return backend, config.train.alpha / (dim if config.train.reduction == "mean" else 1)
 
 
-def default_prompts(backend: Backend) -> list[str]:
+def default_prompts(backend: BackendBase) -> list[str]:
     """The backend's own held-out prompts."""
-    prompts = getattr(backend, "prompts", None)
-    if prompts is None:
+    if backend.prompts is None:
         raise InputError(f"backend {backend.name} has no prompts of its own: give --prompts FILE")
-    held_out: list[str] = list(prompts()[1])
+    held_out = list(backend.prompts()[1])
     return held_out[:16]

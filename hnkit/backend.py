@@ -6,15 +6,17 @@ hnkit knows no model library. Generators reach it through the entry-point group 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from hnkit.errors import InputError
-from hnkit.maps import Condition
+from hnkit.maps import Condition, ConditionedMap, NoiseMap
 
 
 @runtime_checkable
@@ -57,6 +59,98 @@ class Reward(Protocol):
         ...
 
 
+class BackendBase(ABC):
+    """A base for backends: what `Backend` asks for is abstract, and everything else that hnkit can use has a default.
+
+    An offer that is `None` here is one that a backend need not make; a subclass makes it with a method of that name.
+
+    Attributes:
+        name: of the backend, for reports.
+        noise_shape: of one sample.
+        hypernetwork: the trainable map; zero before training.
+        noise_dtype: of the noise that the generator takes.
+        max_steps: the most sampler steps of `generate`; `None`: any number.
+        default_reward: what is trained on when no reward is named.
+        problem: the `TiltedProblem` whose generator and reward these are, where the tilted law is known.
+    """
+
+    name: str
+    noise_shape: tuple[int, ...]
+    hypernetwork: nn.Module
+    noise_dtype: torch.dtype = torch.float32
+    max_steps: int | None = None
+    default_reward: Reward | None = None
+    problem: Any = None
+
+    prompts: Callable[[], tuple[list[str], list[str]]] | None = None
+    """`prompts()`: training prompts and held-out ones of the backend's own, disjoint."""
+    direct: Callable[[], Backend] | None = None
+    """`direct()`: the direct fine-tuning twin, whose trained parameters are the generator's own."""
+    judge: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+    """`judge(images, prompts)`: scores `(n,)` of a judge that nothing is trained on."""
+    usage: Callable[[], str] | None = None
+    """`usage()`: Python code that uses a saved adapter, for its model card."""
+    category: Callable[[str], str] | None = None
+    """`category(prompt)`: the kind of a prompt, by which a comparison groups its scores."""
+    scenes: Callable[[Tensor], Sequence[Hashable]] | None = None
+    """`scenes(images)`: what is seen in each image, so that distinct scenes can be counted."""
+    propose: Callable[[str, Sequence[tuple[str, float]], int, torch.Generator], list[str]] | None = None
+    """`propose(prompt, history, count, generator)`: rewordings, for the prompt-optimisation baseline."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """See `Backend.encode`."""
+
+    @abstractmethod
+    def generate(self, noise: Tensor, condition: Condition, steps: int = 1) -> Tensor:
+        """See `Backend.generate`."""
+
+    @abstractmethod
+    def save_adapter(self, folder: Path) -> None:
+        """See `Backend.save_adapter`."""
+
+    @abstractmethod
+    def load_adapter(self, folder: Path) -> None:
+        """See `Backend.load_adapter`."""
+
+    def prepare(self, prompts: Sequence[str]) -> None:  # noqa: B027 - nothing to prepare is the ordinary case
+        """Be told, once, of all prompts that are about to be used."""
+
+    def map_for(self, prompts: Sequence[str]) -> NoiseMap:
+        """The hypernetwork as a map of the noise alone, row i under prompt i."""
+        return ConditionedMap(self.hypernetwork, self.encode(prompts))
+
+    def memory_advice(self) -> str:
+        """Which options would reduce memory, for an out-of-memory message; empty if none."""
+        return ""
+
+    def model_digest(self) -> str | None:
+        """SHA-256 of the frozen weights, so that a base model exchanged behind a run is noticed; `None`: not known."""
+        return None
+
+
+class _Completed(BackendBase):
+    """A backend that offers what the protocol asks for and perhaps more, with the defaults of `BackendBase`."""
+
+    def __init__(self, backend: Backend) -> None:
+        object.__setattr__(self, "_backend", backend)
+
+    def __getattribute__(self, name: str) -> Any:
+        backend = object.__getattribute__(self, "_backend")
+        return getattr(backend, name) if hasattr(backend, name) else object.__getattribute__(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(object.__getattribute__(self, "_backend"), name, value)
+
+
+_Completed.__abstractmethods__ = frozenset()  # the backend behind it has them
+
+
+def completed(backend: Backend) -> BackendBase:
+    """The backend itself if it derives from `BackendBase`, else a view of it with the defaults for what it lacks."""
+    return backend if isinstance(backend, BackendBase) else _Completed(backend)  # type: ignore[abstract]
+
+
 class BackendFactory(Protocol):
     """What an entry point of the group `hnkit.backends` names: it knows a backend without loading it.
 
@@ -75,6 +169,15 @@ class BackendFactory(Protocol):
 
     def status(self) -> str:
         """One line for `hnkit backends`: ready, or what is missing and how to get it. Loads no weights."""
+        ...
+
+
+@runtime_checkable
+class RecordsOptions(Protocol):
+    """A factory whose adapters record the options they were trained with."""
+
+    def adapter_options(self, folder: Path) -> Any:
+        """The options of a saved adapter, so that it loads without repeating them."""
         ...
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hnkit.backend import Backend
+from hnkit.backend import Backend, completed
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write, write_json
 from hnkit.internal.seeds import generator_for
@@ -120,7 +120,7 @@ def require_images(backend: Backend, prompts: Sequence[str], settings: GenerateS
 
 def _noise(backend: Backend, seed: int, rows: range) -> Tensor:
     """Noise of image k: a function of the seed and of k alone, so that prompts and runs are paired."""
-    dtype = getattr(backend, "noise_dtype", torch.float32)
+    dtype = completed(backend).noise_dtype
     parameter = next(iter(backend.hypernetwork.parameters()), torch.zeros(()))
     draws = [torch.randn(backend.noise_shape, dtype=dtype, generator=generator_for(seed, "generate", k)) for k in rows]
     return torch.stack(draws).to(parameter.device)

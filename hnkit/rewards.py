@@ -94,16 +94,24 @@ def load_reward(name: str, spec: RewardSpec, device: torch.device) -> Reward:
     return reward
 
 
-class RewardSum:
-    """`r(images, prompts) = sum_k weight_k r_k(images, prompts)`, which also keeps the parts of its last call.
+@dataclass(frozen=True)
+class Scores:
+    """What a sum of rewards gives a batch of images.
 
     Attributes:
-        parts: name -> raw scores `(n,)` of the last call, unweighted and detached.
+        total: the weighted sum, `(n,)`, in float32 at least, differentiable in the images.
+        parts: name -> scores `(n,)` of each reward, unweighted and detached.
     """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class RewardSum:
+    """`r(images, prompts) = sum_k weight_k r_k(images, prompts)`."""
 
     def __init__(self, rewards: Sequence[Reward]) -> None:
         self.rewards = tuple(rewards)
-        self.parts: dict[str, Tensor] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,24 +119,46 @@ class RewardSum:
         return tuple(reward.name for reward in self.rewards)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The weighted sum, `(n,)`, in float32 at least.
+        """The weighted sum, `(n,)`; see `scores`."""
+        return self.scores(images, prompts).total
+
+    def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+        """The weighted sum and its parts.
+
+        Every reward gets images of its own, so that one that edits them in place changes nothing for the others.
 
         Raises:
-            InputError: a reward returned no tensor of shape `(n,)`.
+            InputError: a reward returned no tensor of shape `(n,)`, or raised; the message names it.
         """
-        total: Tensor | None = None
-        self.parts = {}
-        for reward in self.rewards:
-            scores = reward(images, prompts)
-            given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            if given != (len(images),):
-                raise InputError(f"reward {reward.name!r} returned {given}: it must return ({len(images)},)")
-            scores = scores if scores.dtype == torch.float64 else scores.float()
-            self.parts[reward.name] = scores.detach()
-            total = reward.weight * scores if total is None else total + reward.weight * scores
-        if total is None:
-            return torch.zeros(len(images), device=images.device)
-        return total
+        total = torch.zeros(len(images), device=images.device)
+        parts = {}
+        for index, reward in enumerate(self.rewards):
+            values = score(reward, images, prompts)
+            values = values if values.dtype == torch.float64 else values.float()
+            parts[reward.name] = values.detach()
+            total = reward.weight * values if index == 0 else total + reward.weight * values
+        return Scores(total, parts)
+
+
+def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The scores `(n,)` of one reward, which is given images of its own.
+
+    Raises:
+        InputError: the reward returned something else, or raised or called `exit`; the message names it. A
+            `NonFiniteError`, or any other `InputError` that it raises, is passed on as it is; so is lack of memory.
+    """
+    try:
+        values: Any = reward(images.clone(), tuple(prompts))
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:  # the user's code may raise anything: say whose it is, keep the cause
+        reason = " ".join(str(error).split())
+        raise InputError(f"reward {reward.name!r} raised {type(error).__name__}: {reason}") from error
+    given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    if given != (len(images),):
+        raise InputError(f"reward {reward.name!r} returned {given}: it must return ({len(images)},)")
+    scores: Tensor = values
+    return scores
 
 
 def load_rewards(specs: Mapping[str, RewardSpec], default: Reward | None, device: torch.device) -> RewardSum:

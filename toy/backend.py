@@ -18,6 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from hnkit.backend import BackendBase
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write
 from hnkit.maps import Condition
@@ -68,10 +69,6 @@ class ToyHypernetwork(nn.Module):
         delta: Tensor = self.body(noise.double())
         return delta
 
-    def without_condition(self) -> nn.Sequential:
-        """The same map as a module of the noise alone."""
-        return self.body
-
 
 @dataclass(frozen=True)
 class ToyReward:
@@ -90,8 +87,8 @@ class ToyReward:
         return self.problem.reward(images)
 
 
-class ToyBackend:
-    """A problem's generator with a trainable network on its noise; see `hnkit.backend.Backend`.
+class ToyBackend(BackendBase):
+    """A problem's generator with a trainable network on its noise.
 
     Attributes:
         problem: the problem, at its own temperature; `problem.with_alpha` gives it at the training run's.
@@ -106,10 +103,10 @@ class ToyBackend:
     def __init__(self, options: ToyOptions) -> None:
         self.name = "toy"
         self.options = options
-        self.problem = PROBLEMS[options.problem]()
+        self.problem: TiltedProblem = PROBLEMS[options.problem]()
         self.noise_shape = self.problem.noise_shape
         self.default_reward = ToyReward(self.problem)
-        self.hypernetwork: nn.Module = ToyHypernetwork(_body(options, self.noise_shape[0]))
+        self.hypernetwork: ToyHypernetwork = ToyHypernetwork(_body(options, self.noise_shape[0]))
 
     def prompts(self) -> tuple[list[str], list[str]]:
         """One training and one held-out prompt; the toys ignore both."""
@@ -118,6 +115,10 @@ class ToyBackend:
     def encode(self, prompts: Sequence[str]) -> Condition:
         """The prompts themselves: the toys have no condition."""
         return Condition(tuple(prompts))
+
+    def map_for(self, prompts: Sequence[str]) -> nn.Sequential:  # noqa: ARG002
+        """The network as a module of the noise alone, which a Lipschitz certificate can walk through."""
+        return self.hypernetwork.body
 
     def generate(self, noise: Tensor, condition: Condition, steps: int = 1) -> Tensor:  # noqa: ARG002
         """`g(noise)`, `(n, m)`; one-step generators only."""

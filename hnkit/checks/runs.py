@@ -24,7 +24,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from hnkit.backend import Backend, installed_names, load_installed
+from hnkit.backend import Backend, completed, installed_names, load_installed
 from hnkit.bounds import frobenius_bound, local_theorem7_bound, second_order_remainder_bound, theorem7_bound
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.plots import map_plots, toy_plots
@@ -36,7 +36,7 @@ from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr, ratio_and_stderr
 from hnkit.kl.divergence import METHODS
 from hnkit.lipschitz.certify import certify_injective
-from hnkit.maps import ConditionedMap, NoiseMap
+from hnkit.maps import NoiseMap
 from hnkit.tilt import TiltedProblem, optimality_gap
 
 TOY_SAMPLES = 2048
@@ -410,17 +410,16 @@ def verify_backend(
     rows = [prompt for prompt in prompts for _ in range(per_prompt)]
     network = backend.hypernetwork.eval()
     parameter = next(iter(network.parameters()), torch.zeros(()))
-    dtype = getattr(backend, "noise_dtype", torch.float32)
-    x = torch.randn(len(rows), *backend.noise_shape, dtype=dtype, generator=generator_for(settings.seed, "noise")).to(
-        parameter.device
-    )
-    plain = getattr(network, "without_condition", None)
-    f: NoiseMap = plain() if plain is not None else ConditionedMap(network, backend.encode(rows))
+    full = completed(backend)
+    x = torch.randn(
+        len(rows), *full.noise_shape, dtype=full.noise_dtype, generator=generator_for(settings.seed, "noise")
+    ).to(parameter.device)
+    f = full.map_for(rows)
     subject = _subject(backend.name, f, x, settings)
     subject.validate()
     subject = replace(subject, smooth=not _has_kinks(network))
     extra = _prompt_figures(subject, prompts, per_prompt) if len(prompts) > 1 else []
-    problem: TiltedProblem | None = getattr(backend, "problem", None)
+    problem: TiltedProblem | None = full.problem
     config: dict[str, Any] = {"backend": backend.name, "prompts": list(prompts)}
     if problem is not None:
         problem = problem if alpha is None else problem.with_alpha(alpha)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -156,11 +156,11 @@ def run_lock(run: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it.
     """
-    with (run / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"run folder {run} is in use by another process: wait for it or choose another") from None
+    try:
+        lock = FileLock(run / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise InputError(f"run folder {run} is in use by another process: wait for it or choose another") from None
+    with lock:
         yield
 
 
@@ -258,6 +258,8 @@ def _manifest(files: Mapping[str, str]) -> bytes:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders, and renames in them are durable without
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

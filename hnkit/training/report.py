@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 
 from hnkit.config import RunConfig
 from hnkit.internal.files import atomic_write, write_json
@@ -36,6 +38,7 @@ from hnkit.training.view import alpha_sentence
 
 ADAPTER, REPORT = "adapter", "report.json"
 _MOMENT_SAMPLES = 2**17
+_PAPER = "arxiv:2508.09968"
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,10 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, step: int,
 
 
 def model_card(config: RunConfig, evaluator: Evaluator, report: Mapping[str, Any]) -> str:
-    """The README.md of an adapter: what it was trained for, how far L2 is from the KL, and how to use it."""
+    """The README.md of an adapter: what it was trained for, how far L2 is from the KL, and how to use it.
+
+    It begins with the metadata block by which the Hugging Face Hub finds an adapter and links it to its base model.
+    """
     source = {key: value for key, value in config.to_dict()["backend"].items() if key in ("model_id", "problem")}
     base = ", ".join([config.backend, *map(str, source.values())])
     rewards = " + ".join(f"{weight:g} {name}" for name, weight in report["rewards"].items())
@@ -170,7 +176,7 @@ def model_card(config: RunConfig, evaluator: Evaluator, report: Mapping[str, Any
     lines += [f"- {name}: {value}" for name, value, _ in _figures(report["measurement"])]
     options = {key: value for key, value in config.to_dict()["backend"].items() if key != "name"}
     arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    usage = getattr(evaluator.backend, "usage", None)
+    usage = evaluator.backend.usage
     plain = (
         "from pathlib import Path",
         "from hnkit.backend import backend_factory",
@@ -179,7 +185,20 @@ def model_card(config: RunConfig, evaluator: Evaluator, report: Mapping[str, Any
         'backend.load_adapter(Path("."))  # this folder',
     )
     code = usage() if usage is not None else "\n".join(plain)
-    return "\n".join([*lines, "", "## Use", "", "```python", code, "```", ""])
+    text = "\n".join([*lines, "", "## Use", "", "```python", code, "```", ""])
+    return str(ModelCard(f"---\n{_metadata(config, evaluator).to_yaml()}\n---\n\n{text}"))
+
+
+def _metadata(config: RunConfig, evaluator: Evaluator) -> ModelCardData:
+    model = str(config.to_dict()["backend"].get("model_id", ""))
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not Path(model).exists()
+    return ModelCardData(
+        base_model=model if hub else None,
+        base_model_relation="adapter" if hub else None,
+        library_name="hnkit",
+        pipeline_tag="text-to-image" if len(evaluator.backend.noise_shape) > 1 else None,
+        tags=["noise-hypernetwork" if config.train.objective == "hypernoise" else "reward-fine-tuning", _PAPER],
+    )
 
 
 def _temperature(config: RunConfig, evaluator: Evaluator) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hnkit.backend import Backend
+from hnkit.backend import BackendBase
 from hnkit.config import TrainConfig
 from hnkit.figures import Measurement, measure
 from hnkit.internal.files import atomic_write
 from hnkit.internal.seeds import generator_for, seed_global
 from hnkit.internal.stats import mean_and_stderr
-from hnkit.maps import ConditionedMap, NoiseMap
+from hnkit.maps import NoiseMap
 from hnkit.output.images import grid_png
 from hnkit.rewards import RewardSum
 from hnkit.tilt import TiltedProblem
@@ -40,8 +40,8 @@ class Evaluator:
     """
 
     settings: TrainConfig
-    base: Backend
-    backend: Backend
+    base: BackendBase
+    backend: BackendBase
     rewards: RewardSum
     heldout: RewardSum
     prompts: Sequence[str]
@@ -50,16 +50,14 @@ class Evaluator:
     @property
     def problem(self) -> TiltedProblem | None:
         """The backend's closed-form problem at the run's temperature, if its own reward is what is trained on."""
-        problem: TiltedProblem | None = getattr(self.backend, "problem", None)
-        if problem is None or self.rewards.rewards != (getattr(self.backend, "default_reward", None),):
+        problem: TiltedProblem | None = self.backend.problem
+        if problem is None or self.rewards.rewards != (self.backend.default_reward,):
             return None
         return problem.with_alpha(self.settings.alpha)
 
     def map_for(self, prompts: Sequence[str]) -> NoiseMap:
         """The hypernetwork with the conditions of these prompts closed over."""
-        network = self.backend.hypernetwork
-        plain: Callable[[], NoiseMap] | None = getattr(network, "without_condition", None)
-        return plain() if plain is not None else ConditionedMap(network, self.backend.encode(prompts))
+        return self.backend.map_for(prompts)
 
     def measure(self) -> Measurement | None:
         """The KL, the L2 term and their gap; `None` for direct fine-tuning, which moves no noise."""
@@ -112,10 +110,8 @@ class Evaluator:
         return {"scores": table, "images": images, "prompts": prompts[: len(base)]}
 
     def _noise(self, count: int, purpose: str) -> Tensor:
-        dtype = getattr(self.backend, "noise_dtype", torch.float32)
-        return torch.randn(
-            count, *self.backend.noise_shape, dtype=dtype, generator=generator_for(self.settings.seed, purpose)
-        )
+        generator = generator_for(self.settings.seed, purpose)
+        return torch.randn(count, *self.backend.noise_shape, dtype=self.backend.noise_dtype, generator=generator)
 
     def _pair(self, noise: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         steps, condition = self.settings.generator_steps, self.base.encode(prompts)
@@ -126,15 +122,13 @@ class Evaluator:
         return {"base": base, "steered": self.base.generate(moved, condition, steps)}
 
     def _scores(self, outputs: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        scores = {"reward": self.rewards(outputs, prompts)}
+        trained = self.rewards.scores(outputs, prompts)
+        scores = {"reward": trained.total}
         if len(self.rewards.names) > 1:
-            scores |= self.rewards.parts
-        if self.heldout.rewards:
-            self.heldout(outputs, prompts)
-            scores |= self.heldout.parts
-        judge: Callable[[Tensor, Sequence[str]], Tensor] | None = getattr(self.base, "judge", None)
-        if judge is not None:
-            scores["judge"] = judge(outputs, prompts)
+            scores |= trained.parts
+        scores |= self.heldout.scores(outputs, prompts).parts
+        if self.base.judge is not None:
+            scores["judge"] = self.base.judge(outputs.clone(), prompts)
         return scores
 
     def _compare(

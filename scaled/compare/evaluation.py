@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hnkit.backend import Backend
+from hnkit.backend import Backend, completed
 from hnkit.internal.files import read_sealed, write_sealed
 from hnkit.internal.seeds import generator_for
 from hnkit.rewards import RewardSum
@@ -50,12 +50,12 @@ class Scorer:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Name -> `(n,)`; `reward` is the weighted sum that training maximises, `judge` what nothing maximises."""
-        scores = {"reward": self.rewards(images, prompts)}
+        trained = self.rewards.scores(images, prompts)
+        scores = {"reward": trained.total}
         if len(self.rewards.names) > 1:
-            scores |= self.rewards.parts
+            scores |= trained.parts
         if self.heldout.rewards:
-            self.heldout(images, prompts)
-            scores |= self.heldout.parts
+            scores |= self.heldout.scores(images, prompts).parts
         if self.judge is not None:
             scores["judge"] = self.judge(images, prompts)
         return {name: values.double().cpu() for name, values in scores.items()}
@@ -66,7 +66,7 @@ def base_noise(backend: Backend, seed: int, index: int, count: int) -> Tensor:
 
     A prompt's noise does not depend on how many prompts there are.
     """
-    dtype = getattr(backend, "noise_dtype", torch.float32)
+    dtype = completed(backend).noise_dtype
     return torch.stack(
         [
             torch.randn(backend.noise_shape, generator=generator_for(seed, "compare noise", index, row), dtype=dtype)
@@ -77,7 +77,7 @@ def base_noise(backend: Backend, seed: int, index: int, count: int) -> Tensor:
 
 def category_of(backend: Backend, prompt: str) -> str:
     """The backend's category of a prompt (GenEval's six kinds, say), or nothing."""
-    category: Callable[[str], str] | None = getattr(backend, "category", None)
+    category = completed(backend).category
     return "" if category is None else category(prompt)
 
 

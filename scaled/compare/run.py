@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hnkit.backend import Backend, Reward, backend_factory
+from hnkit.backend import Backend, Reward, backend_factory, completed
 from hnkit.config import resolve_config
 from hnkit.errors import InputError
 from hnkit.figures import measure
@@ -171,11 +171,10 @@ def _digests(adapter: Path) -> dict[str, str]:
 
 def _chosen_prompts(backend: str, prompts: Sequence[str] | None, plan: Plan, overrides: Sequence[str]) -> list[str]:
     if prompts is None:
-        loaded = backend_factory(backend).load(resolve_config(backend=backend, overrides=overrides).options)
-        offered: Callable[[], tuple[list[str], list[str]]] | None = getattr(loaded, "prompts", None)
-        if offered is None:
+        loaded = completed(backend_factory(backend).load(resolve_config(backend=backend, overrides=overrides).options))
+        if loaded.prompts is None:
             raise InputError(f"backend {backend!r} has no prompts of its own: give --prompts FILE")
-        training, held_out = offered()
+        training, held_out = loaded.prompts()
         require_disjoint(training, held_out)
         category = {prompt: category_of(loaded, prompt) for prompt in held_out}
         prompts = _interleaved(held_out, category)
@@ -200,13 +199,13 @@ class _Session:
         self.settings, self.plan = settings, settings.plan
         config = resolve_config(backend=settings.backend, overrides=settings.overrides)
         self.config = config
-        self.base: Any = backend_factory(settings.backend).load(config.options)
+        self.base = completed(backend_factory(settings.backend).load(config.options))
         self.device = next(self.base.hypernetwork.parameters()).device
-        rewards = load_rewards(config.rewards, getattr(self.base, "default_reward", None), self.device)
+        rewards = load_rewards(config.rewards, self.base.default_reward, self.device)
         if not rewards.rewards:
             raise InputError(f"backend {settings.backend!r} has no default reward: --set rewards.NAME=WEIGHT")
         heldout = load_rewards(config.heldout, None, self.device)
-        self.scorer = Scorer(rewards, heldout, getattr(self.base, "judge", None))
+        self.scorer = Scorer(rewards, heldout, self.base.judge)
         # the baselines climb what training maximises: the weighted sum, at weight one
         self.reward: Reward = CallableReward("reward", 1.0, rewards)
         self.networks: dict[str, Network] = {}
@@ -290,7 +289,7 @@ class _Session:
         if name == "reno":
             return ReNO(self.reward, iterations=plan.reno_iterations)
         if name == "prompt-optimisation":
-            propose = TextGenerationProposer(plan.proposer) if plan.proposer else getattr(self.base, "propose", None)
+            propose = TextGenerationProposer(plan.proposer) if plan.proposer else self.base.propose
             if propose is None:
                 raise InputError(
                     "method prompt-optimisation needs a proposer: --set compare.proposer=MODEL names a local "
@@ -416,9 +415,8 @@ class _Session:
         )
         images = self._images(self._method(name), backend, [prompt] * len(noise), noise)
         values = {metric: function(images.to(self.device)) for metric, function in metrics.items()}
-        scenes: Callable[[Tensor], Sequence[Any]] | None = getattr(self.base, "scenes", None)
-        if scenes is not None:
-            values["distinct_scenes"] = len(set(scenes(images))) / len(images)
+        if self.base.scenes is not None:
+            values["distinct_scenes"] = len(set(self.base.scenes(images))) / len(images)
         write_sealed(path, {"prompt": prompt, "values": values})
         return values
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hnkit.backend import BackendBase
 from hnkit.errors import InputError
 from hnkit.maps import Condition
 from hnkit.scaled.lora.adapter import Adapter, read_adapter, write_adapter
@@ -27,8 +28,8 @@ from hnkit.scaled.pipelines.loading import without_encoders
 from hnkit.scaled.pipelines.options import PipelineOptions
 
 
-class PipelineBackend:
-    """A frozen diffusers pipeline with a noise hypernetwork: implements `hnkit.backend.Backend`.
+class PipelineBackend(BackendBase):
+    """A frozen diffusers pipeline with a noise hypernetwork.
 
     Attributes:
         name: of the backend, for reports.

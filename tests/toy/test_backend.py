@@ -67,7 +67,7 @@ def test_building_one_leaves_the_global_generator_alone():
 @pytest.mark.parametrize("hypernetwork", ["affine", "mlp"])
 def test_the_network_can_be_certified(hypernetwork):
     backend = shaken(load(hypernetwork=hypernetwork, width=8))
-    body = backend.hypernetwork.without_condition()
+    body = backend.map_for([])
     x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     assert torch.equal(body(x), backend.hypernetwork(x, backend.encode(["a"] * 4)))
     certificate = lipschitz_upper(body)

@@ -194,6 +194,24 @@ except ValueError as error:
     assert other() == "locked\n"
 
 
+def test_the_trainer_imports_where_the_system_has_no_posix_names():
+    """On Windows there is no `fcntl`, and the signals of schedulers and terminals have no names."""
+    script = """
+import sys, signal
+for name in ("fcntl", "resource", "termios", "pwd", "grp"):
+    sys.modules[name] = None
+for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL", "SIGQUIT", "pthread_kill", "SIGALRM"):
+    if hasattr(signal, name):
+        delattr(signal, name)
+import hnkit.training.run, hnkit.training.session
+from hnkit.training.view import StopSignals
+with StopSignals():
+    print("imported")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "imported\n", done.stderr
+
+
 def test_log_returns_to_a_position(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = JsonLog(path)

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
 import hnkit.config
 import hnkit.training.run
+import hnkit.training.session
 from hnkit import InputError
 from hnkit.config import RunConfig, TrainConfig, resolve_config
 from hnkit.training import checkpoint
@@ -66,7 +68,7 @@ def records(folder: Path) -> list[dict]:
 @pytest.fixture
 def fake(monkeypatch) -> FakeFactory:
     factory = FakeFactory()
-    for module in (hnkit.config, hnkit.training.run):
+    for module in (hnkit.config, hnkit.training.session):
         monkeypatch.setattr(module, "backend_factory", lambda name: factory)
     return factory
 
@@ -104,7 +106,7 @@ def test_each_loss_learns_its_own_law(tmp_path, kl, nats, tolerance):
 
 
 def interrupt_after(monkeypatch, step: int, signum: int) -> None:
-    take_step = hnkit.training.run._Session.take_step
+    take_step = hnkit.training.session.Session.take_step
 
     def interrupted(session):
         record = take_step(session)
@@ -112,7 +114,7 @@ def interrupt_after(monkeypatch, step: int, signum: int) -> None:
             os.kill(os.getpid(), signum)
         return record
 
-    monkeypatch.setattr(hnkit.training.run._Session, "take_step", interrupted)
+    monkeypatch.setattr(hnkit.training.session.Session, "take_step", interrupted)
 
 
 VARIANTS = [
@@ -338,6 +340,11 @@ def test_held_out_prompts_scores_and_images(tmp_path, fake):
     card = (tmp_path / "run/adapter/README.md").read_text()
     for text in ("fake", "2 brightness", "40 steps of 4 samples", "effective alpha = 1", "KL:", "L2 term:", "## Use"):
         assert text in card
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "hnkit",
+        "pipeline_tag": "text-to-image",
+        "tags": ["noise-hypernetwork", "arxiv:2508.09968"],
+    }
     page = (tmp_path / "run/report.html").read_text()
     assert "How close L2 stays" in page
     assert "Base and steered outputs" in page

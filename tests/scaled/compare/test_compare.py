@@ -56,7 +56,7 @@ def redness_alone():
     patch.setattr("hnkit.backend.backend_factory", lambda _: replace(factory, presets=presets))
     for module in (
         "hnkit.config",
-        "hnkit.training.run",
+        "hnkit.training.session",
         "hnkit.cli.commands",
         "hnkit.scaled.compare.run",
         "hnkit.scaled.compare.networks",
