@@ -13,7 +13,11 @@ nox.options.sessions = ["lint", "types", "tests"]
 nox.options.error_on_missing_interpreters = False
 
 PINS = "constraints.txt"
-TEST_TOOLS = ("pytest", "pytest-benchmark", "pytest-cov", "pytest-timeout", "pytest-xdist", "mpmath", "sympy")
+TEST_TOOLS = (
+    "pytest", "pytest-benchmark", "pytest-cov", "pytest-timeout", "pytest-xdist", "mpmath", "sympy", "pyarrow",
+)  # fmt: skip
+WITHOUT_DEPENDENCIES = ("open_clip_torch",)
+"""Run by the tests of foreign formats; what they declare would bring torchvision, and with it another torch."""
 PROVER = (
     "coq",
     "libcoq-mathcomp",
@@ -61,6 +65,7 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The whole test suite, with coverage."""
     _install(session, "scaled,testing,certify,docs", *TEST_TOOLS)
+    session.install("-q", "-c", PINS, "--no-deps", *WITHOUT_DEPENDENCIES)
     session.env.update(OMP_NUM_THREADS="1")  # the workers share the cores
     session.run("pytest", "-q", "-n", "auto", "--cov", "--cov-report=term:skip-covered", *session.posargs)
 

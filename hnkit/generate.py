@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +17,11 @@ from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write, write_json
 from hnkit.internal.seeds import generator_for
 from hnkit.maps import ConditionedMap, NoiseMap
-from hnkit.output.layouts import Records, check_layout, write_layout
+from hnkit.output.images import image_png
+from hnkit.output.layouts import check_layout, write_layout
 from hnkit.output.page import Picture, Section, Table, Text, write_html
 from hnkit.output.plots import GREY, new_canvas, style, to_png
+from hnkit.prompts import Records
 
 _SHEET_PROMPTS, _SHEET_IMAGES = 8, 6
 
@@ -68,14 +69,17 @@ def generate_pairs(
         settings: of the run.
         folder: an existing, empty run folder.
         steered: write steered images too; false for a backend without an adapter.
-        records: what a prompt file says of its prompts besides their text, for a scorer's layout.
+        records: what a prompt file says of its prompts besides their text (see `hnkit.prompts.read_records`), for a
+            scorer's layout.
 
     Returns:
         What `report.json` holds.
 
     Raises:
-        InputError: outputs that are no images.
+        InputError: a prompt that the layout cannot hold, before anything is written; outputs that are no images.
     """
+    if settings.layout is not None:
+        check_layout(settings.layout, prompts, settings.count, records)
     sheets: dict[str, dict[str, list[Tensor]]] = {}
     kinds = ["base", "steered"] if steered else ["base"]
     written = 0
@@ -111,10 +115,12 @@ def generate_pairs(
     return document
 
 
-def require_images(backend: Backend, prompts: Sequence[str], settings: GenerateSettings) -> None:
+def require_images(
+    backend: Backend, prompts: Sequence[str], settings: GenerateSettings, records: Records | None = None
+) -> None:
     """Refuse prompts that the layout cannot hold, and, by making one image, a backend whose outputs are none."""
     if settings.layout is not None:
-        check_layout(settings.layout, prompts, settings.count)
+        check_layout(settings.layout, prompts, settings.count, records)
     _pair(backend, prompts[0], _noise(backend, settings.seed, range(1)), settings.steps, steered=False)
 
 
@@ -140,16 +146,6 @@ def _pair(backend: Backend, prompt: str, noise: Tensor, steps: int, steered: boo
                 f"backend {backend.name} makes outputs of shape {tuple(images.shape[1:])}, not images: use verify-bound"
             )
     return {kind: list(images.float().cpu()) for kind, images in outputs.items()}
-
-
-def image_png(image: Tensor) -> bytes:
-    """A `(3, H, W)` image in [0, 1] as the bytes of a PNG file, rounded to 8 bits."""
-    from matplotlib.image import imsave
-
-    pixels = np.round(np.clip(image.permute(1, 2, 0).numpy(), 0.0, 1.0) * 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    imsave(buffer, pixels, format="png")
-    return buffer.getvalue()
 
 
 def contact_sheet(sheets: dict[str, dict[str, list[Tensor]]]) -> bytes:

@@ -2,38 +2,64 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hnkit.errors import InputError
 
-FORMATS = ".txt (a prompt a line), .json (a list or dict of strings), .jsonl (field 'prompt'), hf:NAME[:split[:column]]"
+FORMATS = (
+    ".txt (a prompt a line), .json (a list or dict of strings), .jsonl (field 'prompt'), .csv, .tsv or .parquet "
+    "(FILE[:COLUMN], column 'prompt' unless given), a folder of .txt files with a prompt each, hf:NAME[:split[:column]]"
+)
+Records = Mapping[str, Mapping[str, Any]]
+"""What is known about a prompt besides its text, by the prompt."""
+
+_Entries = Iterable[tuple[str, dict[str, Any]]]
+_COLUMN = "prompt"
 
 
 def read_prompts(source: str | Path) -> list[str]:
-    """The distinct prompts of a file or of a data set on the hub, in their order of first appearance.
+    """The distinct prompts of a file, a folder or a data set on the hub, in their order of first appearance.
 
-    Surrounding white space is dropped, blank lines are skipped, and duplicates are removed.
+    A prompt is kept as it is but for white space at its ends; blank ones are skipped, and duplicates are removed.
 
     Args:
-        source: a `.txt`, `.json` or `.jsonl` file, or `hf:NAME[:split[:column]]` (split `train`, column `prompt`
-            unless given), which needs the package `datasets`.
+        source: a `.txt`, `.json` or `.jsonl` file; a `.csv`, `.tsv` or `.parquet` file, as `FILE:COLUMN` where the
+            column is not called `prompt` (parquet needs the package `pyarrow`); a folder of `.txt` files that hold
+            one prompt each; or `hf:NAME[:split[:column]]` (split `train`, column `prompt` unless given), which needs
+            the package `datasets`.
 
     Raises:
-        InputError: the file is missing, damaged, of another format, or holds no prompt.
+        InputError: the source is missing, damaged, of another format, or holds no prompt.
+    """
+    return list(read_records(source))
+
+
+def read_records(source: str | Path) -> dict[str, dict[str, Any]]:
+    """The prompts of `read_prompts` with what their source says of each: the first record of a prompt that recurs.
+
+    A line of a `.jsonl` file and a row of a `.csv` or `.tsv` file are records themselves; a file of a folder has its
+    name without `.txt` as `item_id`. Other sources know the text alone.
+
+    Raises:
+        InputError: as `read_prompts`.
     """
     text = str(source)
-    found = _from_hub(text) if text.startswith("hf:") else _from_file(Path(text))
-    prompts = list(dict.fromkeys(stripped for prompt in found if (stripped := " ".join(prompt.split()))))
-    if not prompts:
+    found: dict[str, dict[str, Any]] = {}
+    for raw, record in _from_hub(text) if text.startswith("hf:") else _from_path(text):
+        if prompt := raw.strip():
+            found.setdefault(prompt, record)
+    if not found:
         raise InputError(f"{source} holds no prompt: give at least one")
-    for number, prompt in enumerate(prompts, start=1):
+    for number, prompt in enumerate(found, start=1):
         if not is_unicode(prompt):
             raise InputError(f"{source}: prompt {number} holds half a surrogate pair ({prompt[:60]!r}): mend it")
-    return prompts
+    return found
 
 
 def is_unicode(text: str) -> bool:
@@ -81,46 +107,69 @@ def require_disjoint(training: Iterable[str], evaluation: Iterable[str]) -> None
         )
 
 
-def _from_file(path: Path) -> list[str]:
-    readers: dict[str, Callable[[Path, str], list[str]]] = {".txt": _lines, ".json": _json, ".jsonl": _jsonl}
-    if path.suffix not in readers:
-        raise InputError(
-            f"prompts {path}: format {path.suffix or 'without a suffix'!r} is not read; accepted are {FORMATS}"
-        )
+# --- files and folders ------------------------------------------------------------------------------------------
+
+
+def _from_path(source: str) -> _Entries:
+    if not source:
+        raise InputError(f"prompts: no file is named; accepted are {FORMATS}")
+    name, colon, column = source.rpartition(":")
+    if not colon or Path(name).suffix.lower() not in _TABLES:
+        name, column = source, ""
+    path = Path(name)
     try:
-        text = path.expanduser().read_text(encoding="utf-8-sig")
+        path = path.expanduser()
+        is_folder = path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # also a name too long, and the home of no user
+        raise _unreadable(path, error) from error
+    if is_folder:
+        return _folder(path)
+    suffix = path.suffix.lower()
+    if suffix in _TABLES:
+        return _TABLES[suffix](path, column or _COLUMN)
+    if suffix in _TEXTS:
+        return _TEXTS[suffix](path)
+    raise InputError(
+        f"prompts {path}: format {path.suffix or 'without a suffix'!r} is not read; accepted are {FORMATS}"
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = str(getattr(error, "strerror", None) or error).strip().splitlines() or [type(error).__name__]
+    return InputError(f"prompts {path}: cannot be read ({reason[0][:120]}): give an existing, whole file")
+
+
+def _text(path: Path) -> str:
+    """The text of a file without a byte order mark; every line ends in a line feed alone."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"prompts {path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    except (OSError, ValueError, RuntimeError) as error:  # also a NUL in the name, and the home of no user
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"prompts {path}: cannot be read ({reason}): give an existing file") from error
-    return readers[path.suffix](path, text)
+    except (OSError, ValueError) as error:  # also a NUL in the name
+        raise _unreadable(path, error) from error
 
 
-def _lines(_: Path, text: str) -> list[str]:
-    return text.splitlines()
+def _lines(path: Path) -> _Entries:
+    # str.splitlines would also cut at U+2028 and at form feeds, which are characters of a prompt
+    return [(line, {}) for line in _text(path).split("\n")]
 
 
-def _json(path: Path, text: str) -> list[str]:
-    document = _parse(path, text, "")
+def _json(path: Path) -> _Entries:
+    document = _parse(path, _text(path), "")
     values = list(document.values()) if isinstance(document, dict) else document
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise InputError(f"prompts {path}: expected a JSON list or dict of strings: write the prompts as one of them")
-    return values
+    return [(value, {}) for value in values]
 
 
-def _jsonl(path: Path, text: str) -> list[str]:
-    return list(_fields(path, text))
-
-
-def _fields(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), start=1):
+def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         entry = _parse(path, line, f" line {number}")
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise InputError(f"prompts {path} line {number}: no string field 'prompt': each line is an object with one")
-        yield entry["prompt"]
+        yield entry["prompt"], entry
 
 
 def _parse(path: Path, text: str, where: str) -> Any:
@@ -131,10 +180,96 @@ def _parse(path: Path, text: str, where: str) -> Any:
         raise InputError(f"prompts {path}{where}: not valid JSON ({reason}): mend the file") from error
 
 
-def _from_hub(source: str) -> list[str]:
+def _folder(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".txt" and file.is_file())
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not files:
+        raise InputError(f"prompts {path}: a folder that cannot be read as prompts, for it holds no .txt file")
+    seen: dict[str, Path] = {}
+    for file in files:
+        lines = [line.strip() for line in _text(file).split("\n") if line.strip()]
+        if len(lines) != 1:
+            raise InputError(
+                f"prompts {file}: {len(lines)} prompts; in a folder of prompts each .txt file holds one: mend it, or "
+                f"name the one file that holds all of them"
+            )
+        (prompt,) = lines
+        if (other := seen.setdefault(prompt, file)) is not file:
+            raise InputError(f"prompts {file}: the same prompt as in {other.name}: leave one of the two files")
+        yield prompt, {"prompt": prompt, "item_id": file.stem}
+
+
+def _delimited(path: Path, column: str, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        _require_column(path, column, header)
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise InputError(
+                    f"prompts {path} line {reader.line_num}: {len(row)} fields where the header has {len(header)}: put "
+                    f"fields that hold {delimiter!r} in double quotes"
+                )
+            record = dict(zip(header, row, strict=True))
+            yield record[column], record
+    except csv.Error as error:
+        raise InputError(f"prompts {path} line {reader.line_num}: not valid CSV ({error}): mend the file") from error
+
+
+def _parquet(path: Path, column: str) -> _Entries:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise InputError(f"prompts {path} need the package pyarrow: pip install pyarrow, or give a .csv") from error
+    try:
+        with parquet.ParquetFile(path) as table:
+            _require_column(path, column, table.schema_arrow.names)
+            values = table.read(columns=[column]).column(column).to_pylist()
+    except InputError:
+        raise
+    except (OSError, ValueError, ArrowException) as error:
+        raise _unreadable(path, error) from error
+    return _strings(values, f"prompts {path}, column {column!r}")
+
+
+def _require_column(path: Path, column: str, columns: Sequence[str]) -> None:
+    if columns.count(column) != 1:
+        there = ", ".join(columns)[:200] or "nothing"
+        raise InputError(
+            f"prompts {path}: {'no' if column not in columns else 'more than one'} column {column!r}; it has {there}: "
+            f"name one as {path.name}:COLUMN"
+        )
+
+
+def _strings(values: Iterable[object], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The strings of a column; missing ones are skipped as blank lines are, anything else is refused."""
+    for number, value in enumerate(values, start=1):
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise InputError(f"{where}: row {number} is a {type(value).__name__}, not a string: name another column")
+        yield value, {}
+
+
+_TEXTS: Mapping[str, Callable[[Path], _Entries]] = {".txt": _lines, ".json": _json, ".jsonl": _jsonl}
+_TABLES: Mapping[str, Callable[[Path, str], _Entries]] = {
+    ".csv": lambda path, column: _delimited(path, column, ","),
+    ".tsv": lambda path, column: _delimited(path, column, "\t"),
+    ".parquet": _parquet,
+}
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------
+
+
+def _from_hub(source: str) -> _Entries:
     name, _, rest = source.removeprefix("hf:").partition(":")
     split, _, column = rest.partition(":")
-    split, column = split or "train", column or "prompt"
+    split, column = split or "train", column or _COLUMN
     if not name:
         raise InputError(f"prompts {source!r}: no data set is named; accepted are {FORMATS}")
     try:
@@ -152,4 +287,4 @@ def _from_hub(source: str) -> list[str]:
         ) from error
     if column not in table.column_names:
         raise InputError(f"prompts {source!r}: no column {column!r}; it has {', '.join(table.column_names)}")
-    return [str(value) for value in table[column]]
+    return _strings(table[column], f"prompts {source!r}, column {column!r}")

@@ -131,7 +131,10 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override one key of the configuration.")
 ]
 BackendName = Annotated[str | None, typer.Option(metavar="NAME", help="Installed backend; see hnkit backends.")]
-Prompts = Annotated[str | None, typer.Option(metavar="FILE", help="Prompts: .txt, .json, .jsonl or hf:NAME.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Prompts: .txt, .json, .jsonl, .csv:COLUMN, a folder of .txt, hf:NAME."),
+]
 Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="Trained adapter, or the run folder that holds it.")]
 
 
@@ -300,7 +303,7 @@ def generate_command(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     batch: Annotated[int, typer.Option(help="Images generated together.")] = 8,
     layout: Annotated[
-        str | None, typer.Option(help="Also write the folder that a scorer reads: geneval, t2i-compbench, dpg-bench.")
+        str | None, typer.Option(help="Also write a scorer's folder: geneval, geneval2, t2i-compbench, dpg-bench.")
     ] = None,
     set_: Set = None,
     out: Out = None,

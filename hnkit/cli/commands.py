@@ -23,7 +23,7 @@ from hnkit.errors import InputError
 from hnkit.internal.files import new_run_folder
 from hnkit.maps import NoiseMap
 from hnkit.output import terminal
-from hnkit.prompts import read_prompts
+from hnkit.prompts import read_prompts, read_records
 from hnkit.rewards import import_object
 
 __all__ = ["VerifySettings", "backends", "compare", "generate", "load_trained", "train", "verify"]
@@ -215,21 +215,23 @@ def generate(
 ) -> None:
     """Write base and steered images of every prompt from the same noise; see `hnkit.generate`."""
     from hnkit.generate import GenerateSettings, generate_pairs, require_images
-    from hnkit.output.layouts import prompt_records
+    from hnkit.output.layouts import check_layout
 
     name = _named_backend(backend)
     settings = GenerateSettings(count=count, steps=steps, seed=seed, batch=batch, layout=layout)
     if prompts is not None and prompt:
         raise InputError("--prompts and --prompt together: name one source of prompts")
     _refuse_existing(out)
-    texts = list(dict.fromkeys(prompt)) or (read_prompts(prompts) if prompts is not None else None)
+    records = read_records(prompts) if prompts is not None else {}
+    texts = list(dict.fromkeys(prompt)) or list(records) or None
     if texts is not None and not all(text.strip() for text in texts):
         raise InputError("--prompt is empty: write a prompt")
+    if texts is not None and layout is not None:
+        check_layout(layout, texts, count, records)
     loaded, _ = load_trained(name, adapter, overrides)
     texts = default_prompts(loaded) if texts is None else texts
-    require_images(loaded, texts, settings)
+    require_images(loaded, texts, settings, records)
     folder = new_run_folder(out, "generate")
-    records = prompt_records(prompts)
     document = generate_pairs(loaded, texts, settings, folder, steered=adapter is not None, records=records)
     if as_json:
         terminal.print_json({**document, "run_folder": str(folder)})

@@ -1,47 +1,49 @@
 """Generated images in the folders that published scorers read; the scorers themselves run elsewhere.
 
     geneval        geneval-KIND/00000/metadata.jsonl and samples/00000.png      one folder for each prompt
+    geneval2       geneval2-KIND/image_paths-00.json and images/00000_00.png    one list for each image of a prompt
     t2i-compbench  t2i-compbench-KIND/samples/PROMPT_000000.png                 numbered through all images
     dpg-bench      dpg-bench-KIND/ITEM.png                                      four images of a prompt, 2 x 2
 
-KIND is `base` or `steered`. GenEval and DPG-Bench know more about a prompt than its text (what to look for, the item's
-name): a `.jsonl` prompt file with their own records passes these on.
+KIND is `base` or `steered`. GenEval and DPG-Bench need to know more about a prompt than its text (what to look for, the
+item's name): the benchmark's own prompt file or folder says it. `tests/interop/` states what each scorer reads, with
+the version that was read.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hnkit.errors import InputError
-from hnkit.internal.files import atomic_write
+from hnkit.internal.files import atomic_write, write_json
+from hnkit.output.images import rgb_png
+from hnkit.prompts import Records
 
-Records = Mapping[str, Mapping[str, Any]]
+Images = Sequence[Sequence[Path]]
 
 _LONGEST_NAME = 200  # bytes of a file name that every file system takes, with room for the number
 
 
-def prompt_records(source: str | Path | None) -> dict[str, dict[str, Any]]:
-    """The records of a `.jsonl` prompt file by their prompt; empty for any other source.
+@dataclass(frozen=True)
+class Layout:
+    """How images are arranged for one scorer.
 
-    Args:
-        source: what `--prompts` named; it has been read by `read_prompts` before, so its lines are sound.
+    Attributes:
+        write: fills a folder with the images of the prompts, given as paths `[prompt][image]`.
+        fault: what keeps a prompt with this record from being scored, in words; `None` if nothing does.
+        count: images of each prompt that the scorer reads; `None` if it takes any number.
     """
-    if source is None or Path(source).suffix != ".jsonl":
-        return {}
-    lines = Path(source).expanduser().read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines if line.strip()]
-    return {
-        " ".join(record["prompt"].split()): record
-        for record in records
-        if isinstance(record, dict) and isinstance(record.get("prompt"), str)
-    }
+
+    write: Callable[[Path, Sequence[str], Images, Records], None]
+    fault: Callable[[str, Mapping[str, Any]], str | None]
+    count: int | None = None
 
 
 def write_layout(
@@ -64,37 +66,105 @@ def write_layout(
             [folder / f"prompt-{number:03d}" / f"{kind}-{row:02d}.png" for row in range(count)]
             for number in range(len(prompts))
         ]
-        LAYOUTS[name](place, prompts, images, records)
+        LAYOUTS[name].write(place, prompts, images, records)
 
 
-def check_layout(name: str, prompts: Sequence[str], count: int) -> None:
-    """Refuse what a layout cannot hold, before anything is generated."""
+def check_layout(name: str, prompts: Sequence[str], count: int, records: Records | None = None) -> None:
+    """Refuse what a layout cannot hold or its scorer cannot read, before anything is generated.
+
+    Args:
+        name: as the user wrote it.
+        prompts: empty while they are not known.
+        count: images of each prompt.
+        records: of the prompts, as `read_records` gives them.
+
+    Raises:
+        InputError: names the first prompt and what is wrong with it.
+    """
     if name not in LAYOUTS:
         raise InputError(f"--layout {name}: accepted are {', '.join(LAYOUTS)}")
-    if name == "dpg-bench" and count != 4:
+    layout = LAYOUTS[name]
+    if layout.count is not None and count != layout.count:
         raise InputError(
-            f"--layout dpg-bench with --count {count}: its scorer reads 4 images of each prompt, --count 4"
+            f"--layout {name} with --count {count}: its scorer reads {layout.count} images of each prompt, "
+            f"--count {layout.count}"
         )
-    if name == "t2i-compbench":
-        for prompt in prompts:
-            if "/" in prompt or "_" in prompt or not prompt.isprintable() or len(prompt.encode()) > _LONGEST_NAME:
-                raise InputError(
-                    f"--layout t2i-compbench names files by their prompt, which {prompt[:40]!r} cannot be: leave out "
-                    f"'/', '_' and control characters and keep below {_LONGEST_NAME} bytes"
-                )
+    for prompt in prompts:
+        if fault := layout.fault(prompt, (records or {}).get(prompt, {})):
+            raise InputError(f"--layout {name}, prompt {prompt[:40]!r}: {fault}")
+    if name == "dpg-bench":
+        items = [str((records or {})[prompt]["item_id"]).casefold() for prompt in prompts]
+        twice = next((item for item in items if items.count(item) > 1), None)
+        if twice is not None:
+            raise InputError(f"--layout dpg-bench: two prompts have the item_id {twice[:40]!r}: give each its own")
 
 
-Images = Sequence[Sequence[Path]]
+# --- GenEval ----------------------------------------------------------------------------------------------------
+
+
+def _geneval_fault(_: str, record: Mapping[str, Any]) -> str | None:
+    source = "give GenEval's own evaluation_metadata.jsonl as --prompts"
+    missing = [key for key in ("tag", "include") if key not in record]
+    if missing:
+        return f"no record with {' and '.join(missing)}, which its scorer reads: {source}"
+    if not isinstance(record["tag"], str) or not isinstance(record["include"], list):
+        return f"'tag' is not a string or 'include' not a list: {source}"
+    clauses = [*record["include"], *(record.get("exclude") or [])]
+    for clause in clauses:
+        if (
+            not isinstance(clause, dict)
+            or not isinstance(clause.get("class"), str)
+            or not isinstance(clause.get("count"), int)
+        ):
+            return f"{str(clause)[:60]} has no 'class' and 'count': {source}"
+    for number, clause in enumerate(record["include"]):
+        position = clause.get("position")
+        # the target is an earlier clause; the scorer indexes the ones that it has seen
+        if position is not None and not (
+            isinstance(position, list)
+            and len(position) == 2
+            and isinstance(position[1], int)
+            and 0 <= position[1] < number
+        ):
+            return f"position {str(position)[:60]} does not name an earlier object: {source}"
+    return None
 
 
 def _geneval(place: Path, prompts: Sequence[str], images: Images, records: Records) -> None:
     for number, (prompt, paths) in enumerate(zip(prompts, images, strict=True)):
         samples = place / f"{number:05d}" / "samples"
         samples.mkdir(parents=True)
-        record = records.get(prompt, {"prompt": prompt})
-        atomic_write(samples.parent / "metadata.jsonl", json.dumps(record, ensure_ascii=False) + "\n")
+        # plain ASCII, one document: the scorer opens it in the encoding of its locale
+        atomic_write(samples.parent / "metadata.jsonl", json.dumps(records[prompt]))
         for row, path in enumerate(paths):
             shutil.copyfile(path, samples / f"{row:05d}.png")
+
+
+# --- GenEval 2 --------------------------------------------------------------------------------------------------
+
+
+def _geneval2(place: Path, prompts: Sequence[str], images: Images, records: Records) -> None:
+    (place / "images").mkdir()
+    lists: list[dict[str, str]] = [{} for _ in images[0]] if images else []
+    for number, (prompt, paths) in enumerate(zip(prompts, images, strict=True)):
+        text = str(records.get(prompt, {}).get("prompt", prompt))  # looked up by the benchmark's exact words
+        for row, path in enumerate(paths):
+            image = place / "images" / f"{number:05d}_{row:02d}.png"
+            shutil.copyfile(path, image)
+            lists[row][text] = str(image.resolve())
+    for row, paths_of in enumerate(lists):
+        write_json(place / f"image_paths-{row:02d}.json", paths_of)
+
+
+# --- T2I-CompBench ----------------------------------------------------------------------------------------------
+
+
+def _compbench_fault(prompt: str, _: Mapping[str, Any]) -> str | None:
+    if any(part in prompt for part in ("/", "\\", "_", ".png")) or not prompt.isprintable():
+        return "it names files by their prompt: leave out '/', '\\', '_', '.png' and control characters"
+    if len(prompt.encode()) > _LONGEST_NAME:
+        return f"it names files by their prompt: keep below {_LONGEST_NAME} bytes"
+    return None
 
 
 def _compbench(place: Path, prompts: Sequence[str], images: Images, records: Records) -> None:  # noqa: ARG001
@@ -106,25 +176,38 @@ def _compbench(place: Path, prompts: Sequence[str], images: Images, records: Rec
             number += 1
 
 
+# --- DPG-Bench --------------------------------------------------------------------------------------------------
+
+
+def _dpg_fault(_: str, record: Mapping[str, Any]) -> str | None:
+    if "item_id" not in record:
+        return (
+            "no item_id, by which its scorer finds the questions: give the benchmark's own folder of .txt files as "
+            "--prompts (the name of a file is its item_id), or a .jsonl or .csv with that field"
+        )
+    item = str(record["item_id"])
+    # the scorer takes the file name up to its first dot
+    if not item or not all(character.isalnum() or character in "-_ " for character in item) or item != item.strip():
+        return f"item_id {item[:40]!r} is no file name: use letters, digits, '-' and '_'"
+    if len(item.encode()) > _LONGEST_NAME:
+        return f"item_id {item[:40]!r} is no file name: keep below {_LONGEST_NAME} bytes"
+    return None
+
+
 def _dpg(place: Path, prompts: Sequence[str], images: Images, records: Records) -> None:
-    from matplotlib.image import imread, imsave
+    from PIL import Image
 
-    for number, (prompt, paths) in enumerate(zip(prompts, images, strict=True)):
-        item = str(records.get(prompt, {}).get("item_id", f"{number:05d}"))
-        safe = "".join(character if character.isalnum() or character in "-_" else "_" for character in item)
-        name = safe.encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore")
-        if (place / f"{name}.png").exists():
-            raise InputError(f"--layout dpg-bench: two prompts have the item_id {item[:40]!r}: give each its own")
-        one, two, three, four = (imread(path)[..., :3] for path in paths)
+    for prompt, paths in zip(prompts, images, strict=True):
+        one, two, three, four = (np.asarray(Image.open(path).convert("RGB")) for path in paths)
         grid = np.concatenate([np.concatenate([one, two], axis=1), np.concatenate([three, four], axis=1)], axis=0)
-        buffer = io.BytesIO()
-        imsave(buffer, grid, format="png")
-        atomic_write(place / f"{name}.png", buffer.getvalue())
+        atomic_write(place / f"{records[prompt]['item_id']}.png", rgb_png(grid))
 
 
-LAYOUTS: Mapping[str, Callable[[Path, Sequence[str], Images, Records], None]] = {
-    "geneval": _geneval,
-    "t2i-compbench": _compbench,
-    "dpg-bench": _dpg,
+LAYOUTS: Mapping[str, Layout] = {
+    "geneval": Layout(_geneval, _geneval_fault),
+    "geneval2": Layout(_geneval2, lambda _prompt, _record: None),
+    # its 3-in-1 score takes the images ten by ten
+    "t2i-compbench": Layout(_compbench, _compbench_fault, count=10),
+    "dpg-bench": Layout(_dpg, _dpg_fault, count=4),
 }
 """How each scorer's folder is filled."""

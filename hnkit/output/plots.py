@@ -90,9 +90,12 @@ def new_canvas(width: float, height: float) -> Figure:
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG file; without a time stamp, so that equal figures are equal files."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    """The figure as the bytes of a PNG file without alpha or time stamp, so that equal figures are equal files."""
+    from PIL import Image
+
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 0})
+    Image.open(drawn).convert("RGB").save(buffer, format="png")
     return buffer.getvalue()
 
 

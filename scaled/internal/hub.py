@@ -9,7 +9,7 @@ from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 
 from hnkit.errors import InputError
@@ -26,8 +26,10 @@ _UNREADABLE = (
     UnpicklingError,
     HfHubHTTPError,
     HFValidationError,
+    StrictDataclassError,
 )
-"""What the libraries raise at a missing or damaged file, and at pickled weights that are more than tensors."""
+"""What the libraries raise at a missing or damaged file, a configuration that is none of theirs, and at pickled weights
+that are more than tensors."""
 
 
 def local_folder(source: str) -> Path | None:

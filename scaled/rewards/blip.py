@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import BertTokenizerFast, BlipTextConfig, BlipVisionConfig, BlipVisionModel
+from transformers import BertTokenizerFast, BlipConfig, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from hnkit.errors import InputError
 from hnkit.scaled.internal.hub import hub_file, pretrained
-from hnkit.scaled.rewards.preprocess import check_images, preprocess, tokenise
-from hnkit.scaled.rewards.weights import load_strict, read_state_dict
+from hnkit.scaled.rewards.preprocess import Tokens, check_images, preprocess
+from hnkit.scaled.rewards.weights import architecture, load_strict, read_state_dict
 
 REPOSITORY = "THUDM/ImageReward"
 FILE = "ImageReward.pt"
@@ -36,19 +36,16 @@ class ImageReward(nn.Module):
         super().__init__()
         self.name, self.weight = "imagereward", weight
         self.vision, self.text, self.mlp = (part.eval().requires_grad_(False).float() for part in (vision, text, mlp))
-        self._tokenizer = tokenizer
+        self._tokens = Tokens(tokenizer, min(35, int(text.config.max_position_embeddings)))
         self._size = int(vision.config.image_size)
-        self._max_length = min(35, int(text.config.max_position_embeddings))
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores of `images` `(n, 3, H, W)` in [0, 1] for `prompts`: `(n,)` float32. Prompts are cut at 35 tokens."""
         check_images(self.name, images, prompts)
-        tokens = tokenise(self._tokenizer, prompts, self._max_length, images)
         with torch.autocast(images.device.type, enabled=False):
             patches = self.vision(pixel_values=preprocess(images, self._size)).last_hidden_state
             state = self.text(
-                input_ids=tokens["input_ids"],
-                attention_mask=tokens["attention_mask"],
+                **self._tokens(prompts, images),
                 encoder_hidden_states=patches,
                 encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device),
                 is_decoder=False,
@@ -62,24 +59,24 @@ def imagereward(
     weight: float = 1.0,
     model_id: str = REPOSITORY,
     tokenizer_id: str = "bert-base-uncased",
-    vision_config: BlipVisionConfig | None = None,
-    text_config: BlipTextConfig | None = None,
     device: str = "cpu",
 ) -> ImageReward:
     """ImageReward from its published file (a hub name, or a local folder that holds `ImageReward.pt`).
+
+    Weights of another size have a `config.json` beside them, written by `BlipConfig.save_pretrained`.
 
     Args:
         weight: its weight in a sum of rewards.
         model_id: where `ImageReward.pt` is.
         tokenizer_id: BERT's tokenizer, by hub name or local folder.
-        vision_config: the image encoder, ViT-L/16 at 224 unless given.
-        text_config: the text encoder, BERT-base with cross-attention unless given.
         device: where it runs.
     """
     what = "reward 'imagereward'"
-    state = convert_imagereward(read_state_dict(hub_file(model_id, FILE, what=what), what=what), what=what)
-    vision = BlipVisionModel(vision_config or _vit_l16())
-    text = BlipTextModel(text_config or _bert_base(), add_pooling_layer=False)
+    file = hub_file(model_id, FILE, what=what)
+    config = architecture(file, published_config(), what=what)
+    state = convert_imagereward(read_state_dict(file, what=what), what=what)
+    vision = BlipVisionModel(config.vision_config)
+    text = BlipTextModel(config.text_config, add_pooling_layer=False)
     mlp = score_head(text.config.hidden_size)
     for part, prefix in ((vision, "vision."), (text, "text."), (mlp, "mlp.")):
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -94,18 +91,17 @@ def score_head(width: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
 
 
-def _vit_l16() -> BlipVisionConfig:
-    return BlipVisionConfig(
+def published_config() -> BlipConfig:
+    """ViT-L/16 at 224 pixels, and BERT-base with cross-attention to it."""
+    vision = BlipVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
         patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu",
     )  # fmt: skip
-
-
-def _bert_base() -> BlipTextConfig:
-    return BlipTextConfig(
+    text = BlipTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=30524,
         encoder_hidden_size=1024, max_position_embeddings=512, is_decoder=True, hidden_act="gelu",
     )  # fmt: skip
+    return BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
 
 
 _VISION = (
@@ -119,10 +115,21 @@ _VISION = (
     (re.compile(r"^cls_token$"), "embeddings.class_embedding"),
 )
 _HEAD = {"0": "0", "2": "1", "4": "2", "6": "3", "7": "4"}  # dropout layers have no weights, but numbers
+_UNUSED = {
+    *(f"blip.{part}_proj.{kind}" for part in ("vision", "text") for kind in ("weight", "bias")),
+    "blip.text_encoder.embeddings.position_ids",
+}
+"""Tensors of the published file that its score does not use: BLIP's projections for contrastive training, and a buffer
+that transformers builds itself."""
 
 
 def convert_imagereward(state: Mapping[str, Tensor], *, what: str = "ImageReward weights") -> dict[str, Tensor]:
     """Rename the published keys to `vision.*`, `text.*` (transformers' BLIP names) and `mlp.*`.
+
+    Args:
+        state: the published state dict (a `module.` prefix is dropped). The tensors that the score does not use are
+            left out: BLIP's projections for contrastive training, and a buffer of positions.
+        what: named in errors.
 
     Raises:
         InputError: a key is not ImageReward's.
@@ -130,8 +137,8 @@ def convert_imagereward(state: Mapping[str, Tensor], *, what: str = "ImageReward
     converted: dict[str, Tensor] = {}
     for raw, tensor in state.items():
         key = raw.removeprefix("module.")
-        if key.endswith("position_ids"):
-            continue  # a buffer that transformers builds itself
+        if key in _UNUSED:
+            continue
         if key.startswith("blip.visual_encoder."):
             name = key.removeprefix("blip.visual_encoder.")
             for pattern, replacement in _VISION:

@@ -1,12 +1,13 @@
-"""CLIP-family rewards in transformers' own classes: CLIPScore, PickScore, HPSv2.1, and a linear head on CLIP.
+"""CLIP-family rewards in transformers' own classes: CLIPScore, PickScore, HPSv2.1, and an aesthetic head on CLIP.
 
 Sources: CLIPScore arXiv 2104.08718, PickScore arXiv 2305.01569, HPSv2 arXiv 2306.09341.
 """
 
 from __future__ import annotations
 
+import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from hnkit.errors import InputError
 from hnkit.scaled.internal.hub import hub_file, pretrained
-from hnkit.scaled.rewards.preprocess import check_images, preprocess, tokenise
-from hnkit.scaled.rewards.weights import load_strict, read_state_dict
+from hnkit.scaled.rewards.preprocess import Tokens, check_images, preprocess
+from hnkit.scaled.rewards.weights import architecture, load_strict, read_state_dict
 
 LAION_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -33,26 +34,27 @@ class ClipReward(nn.Module):
     """
 
     def __init__(
-        self, name: str, weight: float, model: CLIPModel, tokenizer: CLIPTokenizerFast, *, scaled: bool
+        self,
+        name: str,
+        weight: float,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizerFast,
+        *,
+        scaled: bool,
+        clean: Callable[[str], str] = str,
     ) -> None:
         super().__init__()
         self.name, self.weight, self._scaled = name, weight, scaled
         self.model = model.eval().requires_grad_(False).float()
-        self._tokenizer = tokenizer
+        self._tokens = Tokens(tokenizer, min(77, int(model.config.text_config.max_position_embeddings)), clean)
         self._size = int(model.config.vision_config.image_size)
-        self._max_length = min(77, int(model.config.text_config.max_position_embeddings))
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores of `images` `(n, 3, H, W)` in [0, 1] for `prompts`: `(n,)` float32. Prompts are cut at 77 tokens."""
         check_images(self.name, images, prompts)
-        tokens = tokenise(self._tokenizer, prompts, self._max_length, images)
         # never under autocast: in bfloat16 a score near 0.28 moves in steps of 0.002
         with torch.autocast(images.device.type, enabled=False):
-            output = self.model(
-                pixel_values=preprocess(images, self._size),
-                input_ids=tokens["input_ids"],
-                attention_mask=tokens["attention_mask"],
-            )
+            output = self.model(pixel_values=preprocess(images, self._size), **self._tokens(prompts, images))
             cosine: Tensor = (output.image_embeds * output.text_embeds).sum(-1)
             return cosine * self.model.logit_scale.exp() if self._scaled else cosine
 
@@ -113,25 +115,26 @@ def hpsv2(
     weight: float = 1.0,
     model_id: str = HPS,
     tokenizer_id: str = LAION_H14,
-    config: CLIPConfig | None = None,
     device: str = "cpu",
 ) -> ClipReward:
     """HPSv2.1: the cosine of OpenCLIP's ViT-H-14 fine-tuned on human preferences.
 
-    The published file has OpenCLIP's names; `convert_open_clip` renames them to transformers'.
+    The published file has OpenCLIP's names; `convert_open_clip` renames them to transformers'. Prompts are cleaned as
+    HPSv2 cleans them (`clean_text`). Weights of another size have a `config.json` beside them, written by
+    `CLIPConfig.save_pretrained`.
 
     Args:
         weight: its weight in a sum of rewards.
         model_id: a hub name or a local folder that holds `HPS_v2.1_compressed.pt`.
         tokenizer_id: a CLIP tokenizer, by hub name or local folder.
-        config: the architecture, ViT-H-14 unless given.
         device: where it runs.
     """
     what = "reward 'hpsv2'"
-    state = read_state_dict(hub_file(model_id, HPS_FILE, what=what), what=what)
-    model = CLIPModel(config or vit_h14_config())
-    load_strict(model, convert_open_clip(state, what=what), what=what)
-    return ClipReward("hpsv2", weight, model, _tokenizer(tokenizer_id, what), scaled=False).to(device)
+    file = hub_file(model_id, HPS_FILE, what=what)
+    model = CLIPModel(architecture(file, vit_h14_config(), what=what))
+    load_strict(model, convert_open_clip(read_state_dict(file, what=what), what=what), what=what)
+    tokenizer = _tokenizer(tokenizer_id, what)
+    return ClipReward("hpsv2", weight, model, tokenizer, scaled=False, clean=clean_text).to(device)
 
 
 def aesthetic(
@@ -141,23 +144,68 @@ def aesthetic(
     head: str = "",
     device: str = "cpu",
 ) -> LinearHeadReward:
-    """An aesthetic-style score: a linear head (`weight` `(1, e)`, `bias` `(1,)`) on CLIP's image embedding.
+    """An aesthetic score: a linear head on CLIP's normalised image embedding, such as LAION's aesthetic predictor.
 
     Args:
         weight: its weight in a sum of rewards.
-        model_id: the CLIP model the head was trained on.
-        head: a safetensors file with the head; it has no default.
+        model_id: the CLIP model the head was trained on; the published head was on OpenAI's ViT-L/14.
+        head: the file with the head, safetensors or `.pth`; it has no default. See `linear_head` for what it holds.
         device: where it runs.
     """
     what = "reward 'aesthetic'"
     if not head:
-        raise InputError(f"{what} needs the option head: a safetensors file with 'weight' (1, e) and 'bias' (1,)")
+        raise InputError(f"{what} needs the option head: LAION's aesthetic predictor, or a safetensors file like it")
     if not Path(head).is_file():
-        raise InputError(f"{what}: the head {head} is not a file: give a safetensors file")
+        raise InputError(f"{what}: the head {head} is not a file: give LAION's .pth or a safetensors file")
+    folded = linear_head(read_state_dict(Path(head), what=what), what=what)
     model = pretrained(CLIPModel.from_pretrained, model_id, what=what)
     linear = nn.Linear(model.config.projection_dim, 1)
-    load_strict(linear, read_state_dict(Path(head), what=what), what=what)
+    load_strict(linear, folded, what=what)
     return LinearHeadReward("aesthetic", weight, model, linear).to(device)
+
+
+def linear_head(state: Mapping[str, Tensor], *, what: str = "head") -> dict[str, Tensor]:
+    """An aesthetic head as one linear layer: `weight` `(1, e)` and `bias` `(1,)`.
+
+    LAION's published head is five linear layers with dropout and nothing else between them, `layers.0`, `2`, `4`, `6`
+    and `7`, whose product is one linear layer; it is taken in float64. A head of one layer is returned as it is.
+
+    Args:
+        state: the tensors of either.
+        what: named in errors.
+
+    Raises:
+        InputError: another set of layers, such as that of the head with ReLUs, or shapes that do not follow each other.
+    """
+    if set(state) == {"weight", "bias"}:
+        return dict(state)
+    if set(state) != {f"layers.{number}.{kind}" for number in _HEAD_LAYERS for kind in ("weight", "bias")}:
+        raise InputError(
+            f"{what}: the head is neither 'weight' (1, e) and 'bias' (1,) nor LAION's linear layers "
+            f"{', '.join(_HEAD_LAYERS)} (its first tensor is {min(state, default='missing')!r}): a head with "
+            f"activations between its layers is not linear"
+        )
+    layers = [(state[f"layers.{n}.weight"].double(), state[f"layers.{n}.bias"].double()) for n in _HEAD_LAYERS]
+    (weight, bias), *rest = layers
+    try:
+        for matrix, shift in rest:
+            weight, bias = matrix @ weight, matrix @ bias + shift
+    except RuntimeError as error:
+        raise InputError(
+            f"{what}: the layers of the head do not follow each other ({error}): fetch it again"
+        ) from error
+    return {"weight": weight.float(), "bias": bias.float()}
+
+
+_HEAD_LAYERS = ("0", "2", "4", "6", "7")
+
+
+def clean_text(text: str) -> str:
+    """A prompt as HPSv2's tokenizer cleans it: mended Unicode, HTML unescaped twice, single spaces, lower case."""
+    import ftfy
+
+    # str.lower knows the Greek final sigma, which the lower case of transformers' tokenizer does not
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
 def vit_h14_config() -> CLIPConfig:

@@ -1,13 +1,13 @@
-"""The differentiable preprocessing shared by the CLIP- and BLIP-based rewards."""
+"""What the CLIP- and BLIP-based rewards do with images and prompts before their model sees them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from hnkit.errors import InputError
 
@@ -23,14 +23,34 @@ def check_images(name: str, images: Tensor, prompts: Sequence[str]) -> None:
         raise InputError(f"reward {name!r} takes one prompt per image: got {len(prompts)} for {len(images)} images")
 
 
-def tokenise(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], length: int, images: Tensor) -> Any:
-    """`input_ids` and `attention_mask`, `(n, length)`, on the images' device; prompts are cut or padded to `length`."""
-    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return tokens.to(images.device)
+@dataclass(frozen=True)
+class Tokens:
+    """How a reward turns prompts into tokens.
+
+    Attributes:
+        tokenizer: of the model.
+        length: prompts are cut or padded to this many tokens.
+        clean: applied to every prompt first.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+    clean: Callable[[str], str] = str
+
+    def __call__(self, prompts: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, each `(n, length)`, on the device of the images."""
+        texts = [self.clean(prompt) for prompt in prompts]
+        tokens = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        return {name: tokens[name].to(images.device) for name in ("input_ids", "attention_mask")}
 
 
 def preprocess(images: Tensor, size: int) -> Tensor:
     """Resize (shorter side to `size`, bicubic, antialiased), centre-crop to a square and normalise.
+
+    Sizes and offsets are torchvision's `Resize` and `CenterCrop`: the longer side is rounded down, the offset of the
+    crop to the nearest integer, halves to the even one.
 
     Args:
         images: `(n, 3, H, W)` in [0, 1], any floating dtype.
@@ -45,7 +65,7 @@ def preprocess(images: Tensor, size: int) -> Tensor:
     if short != size:
         resized = (size * height // short, size * width // short)
         pixels = F.interpolate(pixels, size=resized, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
+    top, left = (round((side - size) / 2) for side in pixels.shape[-2:])
     pixels = pixels[..., top : top + size, left : left + size]
     mean = pixels.new_tensor(CLIP_MEAN).view(3, 1, 1)
     std = pixels.new_tensor(CLIP_STD).view(3, 1, 1)

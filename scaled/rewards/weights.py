@@ -1,31 +1,30 @@
-"""Reading published reward weights: safetensors as they are, `.pt` once with `weights_only=True`."""
+"""Reading published reward weights: plain tensors from safetensors and `.pt` files, loaded whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
-import os
+import json
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from hnkit.errors import InputError
 
-
-def _cache_folder() -> Path:
-    root = os.environ.get("HNKIT_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "hnkit" / "rewards"
+Config = TypeVar("Config", bound=PretrainedConfig)
 
 
 def read_state_dict(path: Path, *, what: str) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file, or of a `.pt` file read without running any code.
 
-    A `.pt` file is converted once to safetensors in the user's cache (`$HNKIT_CACHE`, else `$XDG_CACHE_HOME`, else
-    `~/.cache`), keyed by its size, time and path, and read from there afterwards. A nested `state_dict` is unwrapped.
+    Tensors of a `.pt` file that torch wrote since 1.6 are mapped, not copied. A nested `state_dict` is unwrapped.
 
     Raises:
         InputError: the file is damaged, or holds anything but tensors.
@@ -33,12 +32,7 @@ def read_state_dict(path: Path, *, what: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        stat = path.resolve().stat()
-        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        cached = _cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-        if cached.is_file():
-            return load_file(cached)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (
         OSError,
         SafetensorError,
@@ -50,24 +44,33 @@ def read_state_dict(path: Path, *, what: str) -> dict[str, Tensor]:
     ) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise InputError(f"{what}: {path} cannot be read as plain tensors ({reason}): fetch it again") from error
-    tensors = _tensors_of(content, path, what)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, temporary)
-        temporary.replace(cached)
-    except OSError:
-        return tensors  # a cache that cannot be written costs time, never correctness
-    return tensors
-
-
-def _tensors_of(content: object, path: Path, what: str) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"{what}: {path} does not hold a state dict of tensors: give the published weights file")
-    # clone: published files may hold several names for one storage, which safetensors refuses
-    return {str(key): value.detach().clone().contiguous() for key, value in content.items()}
+    return {str(key): value.detach() for key, value in content.items()}
+
+
+def architecture(weights: Path, published: Config, *, what: str) -> Config:
+    """The configuration of the model in a weights file: that of a `config.json` beside it, else the published one.
+
+    Args:
+        weights: the file; weights of another size than the published ones bring their `config.json` along.
+        published: of the published weights; a `config.json` of another `model_type` is none of ours.
+        what: named in errors.
+
+    Raises:
+        InputError: the `config.json` is damaged.
+    """
+    file = weights.with_name("config.json")
+    try:
+        document = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not isinstance(document, dict) or document.get("model_type") != published.model_type:
+            return published
+        return type(published).from_dict(document)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StrictDataclassError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(f"{what}: {file} cannot be read ({reason}): mend it, or leave it out") from error
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], *, what: str) -> None:

@@ -11,18 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hnkit import InputError
-from hnkit.prompts import read_prompts, require_disjoint, split_prompts
+from hnkit.prompts import read_prompts, read_records, require_disjoint, split_prompts
 
-EXPECTED = ["a red three", "two fours", "ünïcode 漢字"]
+EXPECTED = ["a red three", "two   fours", "ünïcode 漢字"]
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("p.txt", "a red three\n\n  two   fours \nünïcode 漢字\ntwo fours\n"),
-        ("p.json", json.dumps(["a red three", "two fours", " ünïcode 漢字", "two fours"])),
-        ("q.json", json.dumps({"1": "a red three", "2": "two fours", "3": "ünïcode 漢字"})),
+        ("p.txt", "a red three\n\n  two   fours \nünïcode 漢字\ntwo   fours\n"),
+        ("P.TXT", "a red three\r\n\r\n  two   fours\t\r\nünïcode 漢字"),
+        ("p.json", json.dumps(["a red three", "two   fours", " ünïcode 漢字", "two   fours"])),
+        ("q.json", json.dumps({"1": "a red three", "2": "two   fours", "3": "ünïcode 漢字"})),
         ("p.jsonl", "\n".join(json.dumps({"tag": "x", "prompt": p}) for p in [*EXPECTED, EXPECTED[0]])),
+        ("p.jsonl", "\r\n".join(json.dumps({"prompt": p}, ensure_ascii=False) for p in EXPECTED)),
+        ("p.csv", "id, prompt\r\n1,a red three\r\n2,two   fours \r\n\r\n3,ünïcode 漢字\r\n4,\r\n"),
+        ("p.tsv", "prompt\tid\na red three\t1\ntwo   fours\t2\nünïcode 漢字\t3\n"),
     ],
 )
 def test_formats(tmp_path, name, content):
@@ -36,7 +40,17 @@ def test_formats(tmp_path, name, content):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.csv", b"a", r"\.csv.*accepted are"),
+        ("p.yaml", b"a", r"\.yaml.*accepted are"),
+        ("p.csv", b"", "no column 'prompt'; it has nothing"),
+        ("p.csv", b"text,id\na,1\n", r"no column 'prompt'; it has text, id: name one as p\.csv:COLUMN"),
+        ("p.csv", b"prompt,prompt\na,b\n", "more than one column 'prompt'"),
+        ("p.csv", b"prompt,id\na red, three,1\n", "line 2: 3 fields where the header has 2.*double quotes"),
+        ("p.csv", b"id,prompt\n1\n", "line 2: 1 fields"),
+        ("p.csv", b'prompt\n"a', "line 2: not valid CSV"),
+        ("p.csv", b'prompt\n"a"b\n', "line 2: not valid CSV"),
+        ("p.csv", b"prompt\n \n", "no prompt"),
+        ("p.csv", b"\xff\n", "not UTF-8"),
+        ("p.parquet", b"PAR1", "cannot be read"),
         ("p", b"a", "without a suffix"),
         ("p.txt", b"", "no prompt"),
         ("p.txt", b" \n\t\n", "no prompt"),
@@ -59,11 +73,76 @@ def test_bad_files_are_one_line(tmp_path, name, content, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
-        read_prompts(tmp_path / "none.txt")
+    for name in ("none.txt", "none.csv", "none.parquet", "none.csv:text"):
+        with pytest.raises(InputError, match="cannot be read"):
+            read_prompts(f"{tmp_path}/{name}")
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(InputError, match="cannot be read"):
         read_prompts(tmp_path / "folder.txt")
+    with pytest.raises(InputError, match="no file is named"):
+        read_prompts("")
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv", "p.json"])
+def test_only_line_feeds_end_a_line(tmp_path, name, separator):
+    """JSON allows U+2028 inside a string, and a prompt in a text file may hold one; str.splitlines cuts there."""
+    prompt = f"a red{separator}three"
+    record = json.dumps(prompt, ensure_ascii=False)  # which escapes what JSON forbids
+    content = {
+        "p.txt": prompt,
+        "p.jsonl": f'{{"prompt": {record}}}',
+        "p.csv": f"prompt\n{prompt}\n",
+        "p.json": f"[{record}]",
+    }
+    (tmp_path / name).write_text(content[name], encoding="utf-8")
+    assert read_prompts(tmp_path / name) == [prompt]
+
+
+def test_columns_are_named_behind_the_file(tmp_path):
+    (tmp_path / "p.csv").write_text('prompt,a caption\none,"two, and\nthree"\n')
+    assert read_prompts(f"{tmp_path}/p.csv:a caption") == ["two, and\nthree"]
+    assert read_prompts(f"{tmp_path}/p.csv:") == ["one"]
+    with pytest.raises(InputError, match="no column 'text'"):
+        read_prompts(f"{tmp_path}/p.csv:text")
+    (tmp_path / "a:b.txt").write_text("one")  # a colon in a name is no column
+    assert read_prompts(tmp_path / "a:b.txt") == ["one"]
+
+
+def test_parquet(tmp_path, monkeypatch):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table(
+        {"prompt": ["a  b", None, " c ", "a  b"], "caption": pa.array(["x", "y", "z", "w"]).dictionary_encode(),
+         "number": [1, 2, 3, 4]}
+    )  # fmt: skip
+    parquet.write_table(table, tmp_path / "p.parquet")
+    assert read_prompts(tmp_path / "p.parquet") == ["a  b", "c"]
+    assert read_prompts(f"{tmp_path}/p.parquet:caption") == ["x", "y", "z", "w"]
+    with pytest.raises(InputError, match="row 1 is a int, not a string"):
+        read_prompts(f"{tmp_path}/p.parquet:number")
+    with pytest.raises(InputError, match="no column 'text'; it has prompt, caption, number"):
+        read_prompts(f"{tmp_path}/p.parquet:text")
+    whole = (tmp_path / "p.parquet").read_bytes()
+    for size in (4, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.parquet").write_bytes(whole[:size])
+        with pytest.raises(InputError, match="cannot be read") as caught:
+            read_prompts(tmp_path / "cut.parquet")
+        assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="pip install pyarrow"):
+        read_prompts(tmp_path / "p.parquet")
+
+
+def test_records_are_what_the_source_says_of_a_prompt(tmp_path):
+    lines = [{"prompt": " a ", "tag": 1}, {"prompt": "b", "tag": 2}, {"prompt": "a", "tag": 3}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert read_records(tmp_path / "p.jsonl") == {"a": lines[0], "b": lines[1]}
+    (tmp_path / "p.csv").write_text("prompt,tag\na,1\n")
+    assert read_records(tmp_path / "p.csv") == {"a": {"prompt": "a", "tag": "1"}}
+    (tmp_path / "p.txt").write_text("a\n")
+    assert read_records(tmp_path / "p.txt") == {"a": {}}
 
 
 class Table(dict):
@@ -79,7 +158,7 @@ def test_hub_data_sets(monkeypatch):
         asked.append((name, split))
         if name == "missing/one":
             raise RuntimeError("no such data set\nand a second line")
-        return Table(prompt=["a", "b", "a"], caption=["c"])
+        return Table(prompt=["a", "b", None, "a"], caption=["c"], label=[3])
 
     module = ModuleType("datasets")
     module.load_dataset = load_dataset
@@ -87,8 +166,10 @@ def test_hub_data_sets(monkeypatch):
     assert read_prompts("hf:org/name") == ["a", "b"]
     assert read_prompts("hf:org/name:test:caption") == ["c"]
     assert asked == [("org/name", "train"), ("org/name", "test")]
-    with pytest.raises(InputError, match="no column 'text'; it has prompt, caption"):
+    with pytest.raises(InputError, match="no column 'text'; it has prompt, caption, label"):
         read_prompts("hf:org/name:train:text")
+    with pytest.raises(InputError, match="row 1 is a int"):
+        read_prompts("hf:org/name:train:label")
     with pytest.raises(InputError, match=r"could not be loaded \(no such data set\)"):
         read_prompts("hf:missing/one")
     with pytest.raises(InputError, match="no data set is named"):

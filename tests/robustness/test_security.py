@@ -402,24 +402,34 @@ def test_prompts_name_no_files_and_are_escaped(tmp_path):
 def test_layouts_stay_inside_the_run_folder(layout, tmp_path):
     folder = tmp_path / "outer" / "run"
     folder.mkdir(parents=True)
+    records = {
+        prompt: {"prompt": prompt, "item_id": f"item-{number}", "tag": prompt, "include": []}
+        for number, prompt in enumerate([*NASTY, "a\0b", "a\nb"])
+    }
+    count = LAYOUTS[layout].count or 4
     prompts = []
-    for prompt in [*NASTY, "a\0b", "a\nb"]:
+    for prompt in records:
         try:
-            check_layout(layout, [prompt], 4)
+            check_layout(layout, [prompt], count, records)
         except InputError:
             continue
         prompts.append(prompt)
     assert len(prompts) > 5
-    records = {prompt: {"prompt": prompt, "item_id": f"{number}{prompt}"} for number, prompt in enumerate(prompts)}
-    settings = GenerateSettings(count=4, layout=layout)
+    settings = GenerateSettings(count=count, layout=layout)
     generate_pairs(FakeBackend(Options()), prompts, settings, folder, records=records)
     assert all(name == "outer" or name.startswith("outer/run") for name in tree(tmp_path))
     images = [path for path in folder.glob(f"{layout}-steered/**/*.png") if path.is_file()]
-    assert len(images) == len(prompts) * (1 if layout == "dpg-bench" else 4)
+    assert len(images) == len(prompts) * (1 if layout == "dpg-bench" else count)
+
+
+@pytest.mark.parametrize("item", [name for name in NASTY if "/" in name or "." in name or "\\" in name])
+def test_item_names_never_lead_elsewhere(item):
+    with pytest.raises(InputError, match="item_id"):
+        check_layout("dpg-bench", ["a"], 4, {"a": {"item_id": item}})
 
 
 def test_two_items_never_share_a_file(tmp_path):
-    records = {prompt: {"item_id": item} for prompt, item in (("one", "../x"), ("two", "/../x"[1:]))}
+    records = {prompt: {"item_id": item} for prompt, item in (("one", "x1"), ("two", "X1"))}
     with pytest.raises(InputError, match="item_id"):
         generate_pairs(
             FakeBackend(Options()), list(records), GenerateSettings(count=4, layout="dpg-bench"), tmp_path,
