@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TypeVar
 
 import torch
@@ -36,7 +36,7 @@ def read_state_dict(path: Path, *, what: str) -> dict[str, Tensor]:
     except (
         OSError,
         SafetensorError,
-        pickle.UnpicklingError,
+        UnpicklingError,
         RuntimeError,
         EOFError,
         ValueError,
