@@ -1,0 +1,142 @@
+"""Bounds that hold with a stated probability whatever the law of the reward: nats from a target, and nats spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from hnkit.errors import InputError
+from hnkit.frontier.curve import LEAST_SAMPLES, checked_samples
+
+_SCALES = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
+_CLIPS = (0.5, 1.0, 2.0, 3.0)
+
+
+@dataclass(frozen=True)
+class GapBound:
+    """How far a steered law is from the tilted law of a temperature, in nats, from below.
+
+    Attributes:
+        lower: with probability `confidence` the mean over these prompts of `KL(p0^phi || p0*)` is at least this.
+        estimate: what the same samples suggest it is; an estimate, too small where exp(r / alpha) varies too much.
+        stderr: Monte Carlo error of the mean of `ell - r / alpha` under the steered law.
+        penalty: what the bound of log Z* costs, `log(2 / (1 - confidence)) / C` nats for C prompts.
+        confidence: of the bound.
+        prompts: how many prompts there are, C.
+    """
+
+    lower: float
+    estimate: float
+    stderr: float
+    penalty: float
+    confidence: float
+    prompts: int
+
+
+def gap_lower_bound(
+    kl: Sequence[Tensor], steered: Sequence[Tensor], base: Sequence[Tensor], alpha: float, *, confidence: float = 0.95
+) -> GapBound:
+    """Nats between the law of a map and the tilted law of a temperature, from below, on any model.
+
+    `KL(p0^phi || p0*) = KL(p0^phi || p0) - E[r] / alpha + log Z*`. The first is at least the mean of the integrand of
+    eq. 53 or 55; the last is bounded by Markov's inequality: with `Zhat_c` the mean of `exp(r / alpha)` over
+    independent base samples of prompt c, `E prod_c Zhat_c / Z_c = 1`, so that with probability `1 - delta`
+    `mean_c log Z_c >= mean_c log Zhat_c - log(1 / delta) / C`, whatever the variance of `exp(r / alpha)`. Half of
+    delta goes there and half to Student's t for the mean of `ell - r / alpha`.
+
+    Args:
+        kl: for each prompt the integrand `ell` of the KL at its samples, `(m_c,)`, nats.
+        steered: for each prompt the rewards of the same samples, `(m_c,)`.
+        base: for each prompt the rewards of independent base samples, `(n_c,)`.
+        alpha: the temperature of the target, in units of the reward.
+        confidence: of the bound.
+
+    Raises:
+        InputError: fewer than two prompts, lists that do not match, values that are not finite, or a temperature or
+            confidence out of range.
+    """
+    if not alpha > 0:
+        raise InputError(f"a temperature of {alpha:g}: give a positive number")
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence {confidence:g}: give a number between 0 and 1")
+    rewards, values, bases = (
+        checked_samples(steered, "steered", 1),
+        checked_samples(kl, "KL", 1),
+        checked_samples(base, "base", 1),
+    )
+    count = len(bases)
+    if count < 2:
+        raise InputError(
+            "one prompt only: a certificate needs 2 prompts or more, for it costs log(2 / delta) nats over their number"
+        )
+    if [len(r) for r in rewards] != [len(k) for k in values] or len(values) != count:
+        raise InputError("kl and steered need one value a sample each, and kl, steered and base one entry a prompt")
+    terms = [k - r / alpha for k, r in zip(values, rewards, strict=True)]
+    freedom = sum(len(term) - 1 for term in terms)
+    means = torch.stack([term.mean() for term in terms])
+    if all(len(term) > 1 for term in terms):
+        stderr = math.sqrt(sum(float(term.var()) / len(term) for term in terms)) / count
+    else:  # one sample a prompt: the spread between prompts contains that within them
+        stderr, freedom = float(means.std()) / math.sqrt(count), count - 1
+    log_z = torch.stack([(r / alpha).logsumexp(0) - math.log(len(r)) for r in bases])
+    delta = (1 - confidence) / 2
+    penalty = math.log(1 / delta) / count
+    estimate = float(means.mean() + log_z.mean())
+    lower = estimate - penalty - float(student.isf(delta, freedom)) * stderr
+    return GapBound(max(0.0, lower), estimate, stderr, penalty, confidence, count)
+
+
+def nats_lower_bound(base: Sequence[Tensor], method: Sequence[Tensor], *, confidence: float = 0.95) -> float:
+    """Nats between the outputs of a method and those of the base, from below, by their rewards alone.
+
+    For every function T, `KL(q || p) >= E_q T - log E_p exp T` (Donsker and Varadhan). T is the reward, centred by base
+    samples that are used for nothing else, scaled and clipped: both means are then of bounded variables, and their
+    errors are bounded by the empirical Bernstein inequality of Maurer and Pontil (arXiv 0907.3740, Theorem 4), for all
+    tried scales and clips at once. Over prompts the mean of the log is at most the log of the mean.
+
+    Args:
+        base: for each prompt the rewards of its base samples, `(n_c,)`, `LEAST_SAMPLES` at least.
+        method: for each prompt the rewards of the method's samples, `(m_c,)`; prompts in the order of `base`.
+        confidence: of the bound.
+
+    Returns:
+        A number that the mean over prompts of `KL(q_c || p_c)` exceeds with that probability; at least 0.
+
+    Raises:
+        InputError: lists that do not match, too few samples, or non-finite values.
+    """
+    bases, found = checked_samples(base, "base", LEAST_SAMPLES), checked_samples(method, "method's", 1)
+    if len(bases) != len(found):
+        raise InputError(f"{len(bases)} prompts of base samples and {len(found)} of the method: give the same prompts")
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence {confidence:g}: give a number between 0 and 1")
+    half, rows = min(len(r) for r in bases) // 2, min(len(r) for r in found)
+    centres = torch.stack([r[half:].mean() for r in bases])
+    spread = math.sqrt(sum(float(r[half:].var()) for r in bases) / len(bases))
+    if spread == 0:
+        return 0.0
+    p = torch.stack([r[:half] for r in bases]) - centres[:, None]
+    q = torch.stack([r[:rows] for r in found]) - centres[:, None]
+    tried = [(beta / spread, clip) for beta in _SCALES for clip in _CLIPS]
+    delta = (1 - confidence) / (2 * len(tried))
+    best = 0.0
+    for beta, clip in tried:
+        t_q, z = (beta * q).clamp(-clip, clip), (beta * p).clamp(-clip, clip).exp()
+        gain = float(t_q.mean()) - _bernstein(t_q, 2 * clip, delta)
+        cost = math.log(float(z.mean()) + _bernstein(z, 2 * math.sinh(clip), delta))
+        best = max(best, gain - cost)
+    return best
+
+
+def _bernstein(values: Tensor, width: float, delta: float) -> float:
+    """How far the mean of independent variables in an interval of this width may lie to one side, but for `delta`."""
+    n = values.numel()
+    if n < 2:
+        return width
+    log = math.log(2 / delta)
+    return math.sqrt(2 * float(values.var()) * log / n) + 7 * width * log / (3 * (n - 1))

@@ -1,0 +1,167 @@
+"""Anyone's method on the frontier: a table of rewards in, gains and efficiencies out; no model is needed."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hnkit.errors import InputError
+from hnkit.frontier.certified import nats_lower_bound
+from hnkit.frontier.curve import Frontier
+from hnkit.internal.values import finite
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards of a method's samples, prompt by prompt, and its nats where they are known.
+
+    Attributes:
+        rewards: prompt -> `(m,)` rewards.
+        nats: mean over prompts of the method's KL from the base (or an upper bound of it); `None` if unknown.
+    """
+
+    rewards: Mapping[str, Tensor]
+    nats: float | None = None
+
+
+@dataclass(frozen=True)
+class MethodGain:
+    """What a method gains over the base, and what its nats could have bought.
+
+    Attributes:
+        gain: mean over prompts of the difference of mean rewards.
+        stderr: its standard error over prompts; NaN where there is one.
+        nats_lower_bound: see the function of that name, at 95%.
+        nats: the method's nats where they are known, else `None`.
+        efficiency: `gain / R*(nats)`, `None` where the nats are unknown or beyond what the samples carry. (At the
+            nats that its rewards alone show, every method would be efficient: its nats must be known.)
+    """
+
+    gain: float
+    stderr: float
+    nats_lower_bound: float
+    nats: float | None
+    efficiency: float | None
+
+
+def read_rewards(path: str | Path) -> dict[str, Rewards]:
+    """Read a CSV with the columns prompt, method, reward and, if nats are known, nats (any order, others ignored).
+
+    A method's nats are the mean over prompts of the mean over its rows. A method called `best-of-N` has at most
+    `log N - (N - 1) / N` nats, which are used where the column is absent or empty.
+
+    Raises:
+        InputError: the file cannot be read, a column is missing, or a value is no finite number (the line is named).
+    """
+    file = Path(path)
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            table = csv.DictReader(lines)
+            missing = {"prompt", "method", "reward"} - set(table.fieldnames or ())
+            if missing:
+                raise InputError(
+                    f"{file}: no column {', '.join(sorted(missing))}; give a CSV with a header and the columns prompt, "
+                    "method, reward"
+                )
+            rewards: dict[str, dict[str, list[float]]] = {}
+            nats: dict[str, dict[str, list[float]]] = {}
+            for row in table:
+                where = f"{file}, line {table.line_num}"
+                prompt, method = row["prompt"] or "", (row["method"] or "").strip()
+                if not method:
+                    raise InputError(f"{where}: no method; give a name, `base` for samples of the base")
+                rewards.setdefault(method, {}).setdefault(prompt, []).append(_number(row["reward"], f"{where}: reward"))
+                if row.get("nats"):
+                    nats.setdefault(method, {}).setdefault(prompt, []).append(_number(row["nats"], f"{where}: nats"))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}): give a CSV file") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{file} is no CSV file in UTF-8 ({error})") from None
+    return {
+        method: Rewards(
+            {prompt: torch.tensor(values, dtype=torch.float64) for prompt, values in prompts.items()},
+            _known_nats(method, nats.get(method)),
+        )
+        for method, prompts in rewards.items()
+    }
+
+
+def _number(text: str | None, what: str) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{what} {text!r} is no finite number; leave such rows out, and say so")
+    return value
+
+
+def _known_nats(method: str, given: Mapping[str, Sequence[float]] | None) -> float | None:
+    if given:
+        return sum(sum(values) / len(values) for values in given.values()) / len(given)
+    named = re.fullmatch(r"best-of-(\d+)", method)
+    if named and int(named[1]) >= 1:
+        return math.log(int(named[1])) - (int(named[1]) - 1) / int(named[1])
+    return None
+
+
+def methods_on_frontier(
+    table: Mapping[str, Rewards], *, base: str = "base", seed: int = 0
+) -> tuple[Frontier, dict[str, MethodGain]]:
+    """The frontier of the base samples of a table, and every other method of it measured against it.
+
+    Args:
+        table: method -> its rewards, as `read_rewards` gives them.
+        base: which of the methods is the base.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: there is no base, or a method lacks a prompt of the base or has one that the base lacks.
+    """
+    if base not in table:
+        raise InputError(
+            f"no method is called {base!r}, which is to be the base: there are {', '.join(table) or 'none'}"
+        )
+    prompts = list(table[base].rewards)
+    base_rewards = [table[base].rewards[prompt] for prompt in prompts]
+    frontier = Frontier(base_rewards, seed=seed)
+    found = {}
+    for name, method in table.items():
+        if name == base:
+            continue
+        if different := set(prompts) ^ set(method.rewards):
+            raise InputError(f"method {name!r} and the base differ in prompts, {sorted(different)[0]!r} among them")
+        rewards = [method.rewards[prompt] for prompt in prompts]
+        gains = torch.stack([r.mean() - b.mean() for r, b in zip(rewards, base_rewards, strict=True)])
+        error = float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+        efficiency = None
+        if method.nats is not None and 0 < method.nats < frontier.most_nats:
+            efficiency = frontier.efficiency(float(gains.mean()), method.nats)
+        bound = nats_lower_bound(base_rewards, rewards)
+        found[name] = MethodGain(float(gains.mean()), error, bound, method.nats, efficiency)
+    return frontier, found
+
+
+def frontier_document(frontier: Frontier, methods: Mapping[str, MethodGain]) -> dict[str, Any]:
+    """The JSON document of a frontier: its points, best-of-N up to the samples of a prompt, and the methods by name."""
+    least = min(len(r) for r in frontier.base)
+    counts = [n for n in (2, 4, 8, 16, 32, 50, 64, 100, 128, 256) if n <= least]
+    document: dict[str, Any] = finite(
+        {
+            "prompts": len(frontier.base),
+            "base_samples": sum(len(r) for r in frontier.base),
+            "most_nats": frontier.most_nats,
+            "frontier": [asdict(point) for point in frontier.curve()],
+            "best_of": [asdict(frontier.best_of(n)) for n in counts],
+            "methods": {name: asdict(method) for name, method in methods.items()},
+        }
+    )
+    return document

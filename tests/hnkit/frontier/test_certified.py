@@ -1,0 +1,120 @@
+"""Bounds that hold with their stated probability: counted over repetitions on laws whose nats are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy.stats import binom
+
+from hnkit.errors import InputError
+from hnkit.frontier import gap_lower_bound, nats_lower_bound
+from hnkit.toy import PROBLEMS
+
+FALSE_ALARM = 1e-6
+F64 = torch.float64
+
+
+def most_failures(repetitions: int, rate: float) -> int:
+    """Failures that a bound of this rate exceeds with the file's false-alarm probability at most."""
+    return int(binom.isf(FALSE_ALARM, repetitions, rate))
+
+
+def shifted(prompts: int, samples: int, base: int, shift: float, generator: torch.Generator):
+    """A map x -> x + shift on the line under r(x) = x: KL = shift^2 / 2, log Z = 1 / (2 alpha^2), gap known."""
+    x = torch.randn(prompts, samples, generator=generator, dtype=F64)
+    kl = (x * shift + shift**2 / 2).unbind()  # eq. 53's integrand
+    return (
+        list(kl),
+        list((x + shift).unbind()),
+        list(torch.randn(prompts, base, generator=generator, dtype=F64).unbind()),
+    )
+
+
+@pytest.mark.parametrize(("alpha", "confidence"), [(1.0, 0.95), (0.25, 0.95), (2.0, 0.5)])
+def test_the_gap_is_not_overstated(alpha, confidence):
+    """At alpha = 1/4 the variance of exp(r / alpha) is e^16: the estimate is hopeless and the bound still holds."""
+    generator, shift = torch.Generator().manual_seed(0), 0.3
+    truth = (shift - 1 / alpha) ** 2 / 2  # KL(N(shift, 1) || N(1 / alpha, 1))
+    repetitions = 300
+    bounds = [
+        gap_lower_bound(*shifted(12, 6, 30, shift, generator), alpha, confidence=confidence) for _ in range(repetitions)
+    ]
+    failures = sum(bound.lower > truth for bound in bounds)
+    assert failures <= most_failures(repetitions, 1 - confidence)
+
+
+def test_the_gap_is_found_where_there_is_one():
+    bound = gap_lower_bound(*shifted(60, 40, 400, 0.0, torch.Generator().manual_seed(1)), 0.7)
+    truth = 1 / 0.7**2 / 2
+    assert 0.7 * truth < bound.lower < truth
+    assert bound.estimate == pytest.approx(truth, abs=0.1)
+    assert bound.penalty == pytest.approx(math.log(40) / 60)
+    assert bound.prompts == 60
+
+
+def test_the_gap_of_the_linear_gaussian_toy():
+    """Prompts are repetitions of one toy; its exact gap at the L2 optimum is known in closed form."""
+    problem = PROBLEMS["linear-gaussian"]()
+    f, generator = problem.l2_map(), torch.Generator().manual_seed(2)
+    kl, steered, base = [], [], []
+    J = torch.func.jacrev(lambda z: f(z[None])[0])(torch.zeros(problem.noise_shape, dtype=F64))
+    error = J.trace() - torch.linalg.slogdet(torch.eye(len(J), dtype=F64) + J).logabsdet
+    for _ in range(40):
+        x = torch.randn(50, *problem.noise_shape, generator=generator, dtype=F64)
+        delta = f(x)
+        kl.append(delta.square().sum(1) / 2 + error)
+        steered.append(problem.reward(problem.generate(x + delta)))
+        y = torch.randn(400, *problem.noise_shape, generator=generator, dtype=F64)
+        base.append(problem.reward(problem.generate(y)))
+    bound = gap_lower_bound(kl, steered, base, problem.alpha)
+    assert bound.lower < problem.l2_gap()
+    assert bound.estimate == pytest.approx(problem.l2_gap(), abs=0.5)
+
+
+def test_the_penalty_is_needed():
+    """Without it, the plain mean of log Zhat exceeds the mean of log Z more often than the confidence allows."""
+    generator = torch.Generator().manual_seed(3)
+    bounds = [gap_lower_bound(*shifted(3, 400, 3, 1.0, generator), 1.0) for _ in range(300)]
+    assert sum(bound.lower > 0 for bound in bounds) <= most_failures(300, 0.05)
+    assert sum(bound.lower + bound.penalty > 0 for bound in bounds) > most_failures(300, 0.05)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 3.0])
+def test_nats_by_rewards_alone_are_not_overstated(shift):
+    generator = torch.Generator().manual_seed(4)
+    repetitions = 200
+    failures = 0
+    for _ in range(repetitions):
+        base = torch.randn(10, 60, generator=generator, dtype=F64)
+        method = shift + torch.randn(10, 20, generator=generator, dtype=F64)
+        failures += nats_lower_bound(list(base), list(method)) > shift**2 / 2
+    assert failures <= most_failures(repetitions, 0.05)
+
+
+def test_nats_by_rewards_alone_are_found():
+    generator = torch.Generator().manual_seed(5)
+    base = list(7 + torch.randn(40, 400, generator=generator, dtype=F64))
+    method = list(8 + torch.randn(40, 50, generator=generator, dtype=F64))
+    assert 0.25 < nats_lower_bound(base, method) < 0.5
+    assert nats_lower_bound(base, base) == 0.0
+    # heavy tails: exp of the reward has no mean, and the bound still says something true
+    heavy = [r.tan() for r in base]
+    assert nats_lower_bound(heavy, heavy) == 0.0
+
+
+def test_bad_input_is_one_line():
+    kl, steered, base = shifted(4, 5, 30, 0.1, torch.Generator().manual_seed(0))
+    for call, message in (
+        (lambda: gap_lower_bound(kl[:1], steered[:1], base[:1], 1.0), "one prompt only"),
+        (lambda: gap_lower_bound(kl, steered, base, 0.0), "positive"),
+        (lambda: gap_lower_bound(kl, steered, base, 1.0, confidence=1.0), "between 0 and 1"),
+        (lambda: gap_lower_bound(kl[:3], steered, base, 1.0), "one entry a prompt"),
+        (lambda: gap_lower_bound([k[:2] for k in kl], steered, base, 1.0), "one value a sample"),
+        (lambda: gap_lower_bound(kl, [r * math.inf for r in steered], base, 1.0), "not finite"),
+        (lambda: nats_lower_bound(base, steered[:2]), "the same prompts"),
+        (lambda: nats_lower_bound([b[:3] for b in base], steered), "8 or more"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()

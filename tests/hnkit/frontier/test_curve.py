@@ -1,0 +1,149 @@
+"""The frontier against laws whose own is known: Gaussian and two-point rewards, and best-of-N by enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from hnkit.errors import InputError
+from hnkit.frontier import Frontier, curve
+
+FALSE_ALARM = 1e-6
+
+
+def gaussian(prompts: int, samples: int, seed: int, scale: float = 0.5) -> list[torch.Tensor]:
+    """Rewards of law N(prompt, scale^2): `psi = beta^2 scale^2 / 2` whatever the prompt's mean."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(prompts, samples, generator=generator, dtype=torch.float64)
+    return list(scale * draws + torch.arange(prompts)[:, None])
+
+
+def within(found: torch.Tensor, truth: float) -> bool:
+    """A z-test of the mean of independent replicates at the file's false-alarm rate."""
+    radius = norm.isf(FALSE_ALARM / 2) * float(found.std()) / math.sqrt(len(found))
+    return abs(float(found.mean()) - truth) <= radius
+
+
+@pytest.mark.parametrize(("samples", "nats"), [(60, 0.2), (300, 0.6)])
+def test_gaussian_rewards(samples, nats):
+    points = [Frontier(gaussian(12, samples, seed)).point(nats) for seed in range(16)]
+    gains = torch.tensor([point.gain for point in points], dtype=torch.float64)
+    assert within(gains, 0.5 * math.sqrt(2 * nats))
+    # the error bars are those of the replicates, within the chi-square spread of 16 of them
+    ratio = float(gains.std()) / (sum(point.stderr for point in points) / len(points))
+    assert 0.4 < ratio < 1.7
+    # at the optimum beta = sqrt(2 K) / scale
+    assert points[0].beta == pytest.approx(math.sqrt(2 * nats) / 0.5, rel=0.25)
+
+
+def test_one_prompt_has_an_error_bar_over_its_samples():
+    gains = [Frontier(gaussian(1, 400, seed)).point(0.3) for seed in range(16)]
+    values = torch.tensor([point.gain for point in gains], dtype=torch.float64)
+    assert within(values, 0.5 * math.sqrt(0.6))
+    assert 0.4 < float(values.std()) / (sum(point.stderr for point in gains) / 16) < 2
+
+
+def bernoulli_kl(q: float, p: float) -> float:
+    return q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_two_point_rewards(share):
+    """The best law within K nats of a coin is the coin q with KL(q || p) = K; the samples hold the share exactly."""
+    count, nats = 500, 0.1
+    r = (torch.arange(count) < share * count).double()
+    found = Frontier([r, 3 + r]).point(nats)
+    best = brentq(lambda q: bernoulli_kl(q, share) - nats, share, 1 - 1e-12)
+    # without the jackknife the two agree exactly; it moves the estimate by a term of order 1 / n
+    assert found.gain == pytest.approx(best - share, abs=5 / count)
+    frontier = Frontier([r, 3 + r])
+    alpha = frontier.temperature(nats)
+    assert frontier.nats_at(alpha) == pytest.approx(nats, rel=0.05)
+    odds = math.log(best / (1 - best)) - math.log(share / (1 - share))
+    assert 1 / alpha == pytest.approx(odds, rel=0.05)
+
+
+def test_units_and_offsets_of_the_reward():
+    base = gaussian(5, 200, 3)
+    plain, scaled = Frontier(base), Frontier([1e6 + 1e-3 * r for r in base])
+    assert scaled.point(0.3).gain == pytest.approx(1e-3 * plain.point(0.3).gain, rel=1e-6)
+    assert scaled.temperature(0.3) == pytest.approx(1e-3 * plain.temperature(0.3), rel=1e-6)
+    order = Frontier(base[::-1])
+    assert order.point(0.3).gain == pytest.approx(plain.point(0.3).gain, rel=1e-12)
+
+
+def test_the_budget_goes_to_the_prompts_where_it_pays():
+    """Two prompts of scales a and b: `psi = beta^2 (a^2 + b^2) / 4`, so that one beta beats equal nats a prompt."""
+    a, b = gaussian(1, 4000, 0, 1.0)[0], gaussian(1, 4000, 1, 0.1)[0]
+    found = Frontier([a, b]).point(0.2)
+    together = math.sqrt(2 * 0.2 * (1 + 0.01) / 2)
+    assert found.gain == pytest.approx(together, rel=0.05)
+    assert found.gain > 0.5 * (1 + 0.1) * math.sqrt(2 * 0.2) * 1.1
+
+
+def test_the_curve_rises_ends_and_says_why():
+    frontier = Frontier(gaussian(10, 50, 0))
+    points = frontier.curve()
+    assert points[0].nats == 0.01
+    assert all(b.gain > a.gain and b.effective < a.effective for a, b in itertools.pairwise(points))
+    assert all(point.effective >= curve.LEAST_EFFECTIVE for point in points)
+    assert points[-1].nats <= frontier.most_nats < math.log(50)
+    with pytest.raises(InputError, match="carry the frontier up to"):
+        frontier.point(3.0)
+    with pytest.raises(InputError, match="the lowest that these samples carry"):
+        frontier.nats_at(0.05)
+
+
+def test_best_of_n_is_the_mean_over_all_choices():
+    base = [
+        torch.tensor([0.0, 5.0, 1.0, 1.0, 3.0, -2.0, 0.5, 2.0], dtype=torch.float64),
+        torch.arange(9, dtype=torch.float64).square(),
+    ]
+    for n in (1, 2, 3, 8):
+        gains = []
+        for r in base:
+            choices = list(itertools.combinations(r.tolist(), n))
+            gains.append(sum(max(choice) for choice in choices) / len(choices) - float(r.mean()))
+        assert Frontier(base).best_of(n).gain == pytest.approx(sum(gains) / 2, rel=1e-12, abs=1e-12)
+    assert Frontier(base).best_of(4).nats == pytest.approx(math.log(4) - 0.75)
+
+
+def test_best_of_n_lies_below_the_frontier_at_its_nats():
+    frontier = Frontier(gaussian(30, 400, 5))
+    for n in (2, 4):
+        best = frontier.best_of(n)
+        assert 0.8 < frontier.efficiency(best.gain, best.nats) < 1
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ([], "no prompts"),
+        ([torch.zeros(20)], "constant"),
+        ([torch.full((20,), 1e9), torch.full((20,), 3.0)], "constant"),
+        ([torch.randn(5)], "8 or more"),
+        ([torch.randn(4, 5)], "8 or more"),
+        ([torch.randn(20), torch.tensor([math.nan] * 20)], "prompt 1: a base value is not finite"),
+    ],
+)
+def test_bad_base_samples(base, message):
+    with pytest.raises(InputError, match=message):
+        Frontier(base)
+
+
+def test_bad_arguments():
+    frontier = Frontier(gaussian(3, 50, 0))
+    for call, message in (
+        (lambda: frontier.point(0.0), "positive"),
+        (lambda: frontier.point(math.nan), "positive"),
+        (lambda: frontier.nats_at(-1.0), "positive"),
+        (lambda: frontier.best_of(0), "from 1 to 50"),
+        (lambda: frontier.best_of(51), "from 1 to 50"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()

@@ -1,0 +1,96 @@
+"""A table of rewards: what is read, what is refused, and what comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from hnkit.errors import InputError
+from hnkit.frontier import Frontier, frontier_document, methods_on_frontier, read_rewards
+
+
+def write(path, rows, header="prompt,method,reward", encoding="utf-8"):
+    path.write_text("\n".join([header, *rows]) + "\n", encoding=encoding)
+    return path
+
+
+def table_rows(samples=60):
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for prompt in ('a "red" dog', "two, cats", "ü"):
+        quoted = '"' + prompt.replace('"', '""') + '"'
+        draws = torch.randn(samples, generator=generator).tolist()
+        rows += [f"{quoted},base,{r}," for r in draws]
+        rows += [f"{quoted},ours,{r + 0.4},0.2" for r in draws[:10]]
+        rows += [f"{quoted},best-of-2,{max(a, b)}," for a, b in zip(draws[::2], draws[1::2], strict=True)]
+    return rows
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_table_is_read_and_measured(tmp_path, encoding):
+    file = write(tmp_path / "rewards.csv", table_rows(), "prompt,method,reward,nats", encoding)
+    table = read_rewards(str(file))
+    assert list(table["base"].rewards) == ['a "red" dog', "two, cats", "ü"]
+    frontier, methods = methods_on_frontier(table)
+    ours = methods["ours"]
+    assert ours.nats == pytest.approx(0.2)
+    assert ours.efficiency == pytest.approx(ours.gain / frontier.point(0.2).gain)
+    best = methods["best-of-2"]
+    assert best.nats == pytest.approx(math.log(2) - 0.5)
+    assert best.gain == pytest.approx(frontier.best_of(2).gain, abs=0.15)
+    document = json.loads(json.dumps(frontier_document(frontier, methods), allow_nan=False))
+    assert {"nats", "gain", "stderr"} <= set(document["frontier"][0])
+    assert document["frontier"][0]["nats"] == 0.01
+    assert {"n", "nats", "gain", "stderr"} <= set(document["best_of"][0])
+    assert {"gain", "stderr", "nats_lower_bound", "efficiency"} <= set(document["methods"]["ours"])
+
+
+def test_without_nats_there_is_no_efficiency(tmp_path):
+    rows = [
+        f"p{k},{m},{(k * 7 + j * 3) % 11 + shift}"
+        for k in range(3)
+        for m, shift in (("base", 0), ("x", 1))
+        for j in range(9)
+    ]
+    _, methods = methods_on_frontier(read_rewards(write(tmp_path / "r.csv", rows)))
+    assert methods["x"].efficiency is None
+    assert methods["x"].nats is None
+    assert methods["x"].gain == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "message"),
+    [
+        (["a,base,1"], "prompt,method", "no column reward"),
+        (["a,base,1", "a,base,many"], "prompt,method,reward", "line 3: reward 'many' is no finite number"),
+        (["a,base,nan"], "prompt,method,reward", "no finite number"),
+        (["a,base"], "prompt,method,reward", "reward None is no finite number"),
+        (["a,,1"], "prompt,method,reward", "no method"),
+        (["a,base,1,inf"], "prompt,method,reward,nats", "nats 'inf'"),
+    ],
+)
+def test_bad_tables(tmp_path, rows, header, message):
+    with pytest.raises(InputError, match=message):
+        read_rewards(write(tmp_path / "r.csv", rows, header))
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_rewards(tmp_path / "absent.csv")
+    (tmp_path / "latin.csv").write_bytes("prompt,method,reward\nä,base,1\n".encode("latin-1"))
+    with pytest.raises(InputError, match="UTF-8"):
+        read_rewards(tmp_path / "latin.csv")
+
+
+def test_methods_and_prompts_have_to_match(tmp_path):
+    rows = [f"p{k},{m},{j}" for k in range(2) for m in ("plain", "x") for j in range(9)]
+    table = read_rewards(write(tmp_path / "r.csv", rows))
+    with pytest.raises(InputError, match="'base', which is to be the base: there are plain, x"):
+        methods_on_frontier(table)
+    assert isinstance(methods_on_frontier(table, base="plain")[0], Frontier)
+    table = read_rewards(write(tmp_path / "r.csv", [*rows, "p9,x,1"]))
+    with pytest.raises(InputError, match="differ in prompts, 'p9'"):
+        methods_on_frontier(table, base="plain")
