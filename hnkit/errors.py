@@ -16,6 +16,13 @@ class ExpansiveMapError(InputError):
     """The local norm is 1 or more where a method needs less; the message names the norm."""
 
 
+class NotApplicable(Exception):  # noqa: N818 - it is a verdict, not an error
+    """A hypothesis of a statement is not met, so that the statement says nothing; the message names the hypothesis.
+
+    Raised where the hypothesis is tested, and nowhere else: whatever else goes wrong inside a check makes it fail.
+    """
+
+
 class NotCertifiedError(InputError):
     """No proof of a Lipschitz constant is known for a map; the message names the layer in the way."""
 

@@ -8,11 +8,12 @@ rate of a whole table (at most `FAMILY` comparisons) under `FALSE_ALARM`. The ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from hnkit.errors import InputError
+from hnkit.errors import NotApplicable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,10 +98,6 @@ class Finding:
         return self.tolerance - {"=": abs(difference), "<=": difference, ">=": -difference}[self.relation]
 
 
-class NotApplicable(Exception):  # noqa: N818 - it is a verdict, not an error
-    """Raised inside a check whose hypothesis is not met; the message names the hypothesis."""
-
-
 @dataclass(frozen=True)
 class Statement:
     """A check that can be run: its name, its statement, its proof, and the function that measures it."""
@@ -112,14 +109,21 @@ class Statement:
     measure: Callable[[Any], Finding]
 
     def check(self, subject: Any, group: str) -> Check:
-        """Measure the statement on `subject` and judge it."""
+        """Measure the statement on `subject` and judge it.
+
+        Only a hypothesis that is not met (`NotApplicable`, raised where it is tested) leaves the statement unjudged. A
+        check that cannot be measured for any other reason *fails*: the code it rests on does.
+        """
         blank = Check(self.name, self.text, self.proof, group, None, None, None, self.kind, None, "not applicable")
         try:
             found = self.measure(subject)
-        except (NotApplicable, InputError) as reason:  # InputError: the map lacks something that this check needs
+        except NotApplicable as reason:
             return replace(blank, note=str(reason))
-        # Written so that a NaN anywhere fails.
-        verdict: Verdict = "fails" if not found.slack >= 0 else "holds" if found.certified else "not certified"
+        except Exception as error:  # noqa: BLE001 - whatever it is, the statement has not been shown to hold
+            return replace(blank, verdict="fails", note=f"could not be measured: {one_line(error)}")
+        # Written so that a NaN anywhere fails, and an infinite tolerance or figure does.
+        sound = found.slack >= 0 and math.isfinite(found.measured) and math.isfinite(found.tolerance)
+        verdict: Verdict = "fails" if not sound else "holds" if found.certified else "not certified"
         return replace(
             blank,
             measured=found.measured,
@@ -131,6 +135,24 @@ class Statement:
             relation=found.relation,
             kind=found.kind or self.kind,
         )
+
+
+def reported(what: str, group: str, make: Callable[[], list[Any]]) -> tuple[list[Any], tuple[Check, ...]]:
+    """What is reported beside the checks, such as figures or plots, and a check that fails if it cannot be made.
+
+    Args:
+        what: figures or plots, as the check is called.
+        group: the toy or map.
+        make: returns them; `NotApplicable` means that there are none.
+    """
+    try:
+        return make(), ()
+    except NotApplicable:
+        return [], ()
+    except Exception as error:  # noqa: BLE001 - a report that lacks them must not look whole
+        text, note = f"the {what} can be made", f"could not be made: {one_line(error)}"
+        proof = "estimates_certificates"
+        return [], (Check(what, text, proof, group, None, None, None, "exact", None, "fails", note),)
 
 
 class Registry:
@@ -155,6 +177,17 @@ class Registry:
     def run(self, subject: Any, group: str) -> tuple[Check, ...]:
         """Every check of the registry on one subject."""
         return tuple(statement.check(subject, group) for statement in self.statements.values())
+
+
+def one_line(error: Exception) -> str:
+    """An error as a note: its type, and the first line of what it says."""
+    reason = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+
+
+def worst(*values: float) -> float:
+    """The largest of some numbers, or NaN if one of them is NaN: Python's own `max` may drop it."""
+    return math.nan if any(math.isnan(value) for value in values) else max(values)
 
 
 def mean_finding(

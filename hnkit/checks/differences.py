@@ -6,6 +6,7 @@ As the temperature falls, the optimal map becomes such a map: it jumps from mode
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -40,7 +41,7 @@ def explained_by_steps(finding: Finding, f: NoiseMap, x: Tensor, *, continuous: 
         NotApplicable: the finding fails, the steps explain it, and `f` is continuous.
     """
     dim = x[0].numel()
-    if finding.slack >= 0 or x.dtype != torch.float64 or dim > _MOST_DIMENSIONS:
+    if finding.slack >= 0 or not math.isfinite(finding.slack) or x.dtype != torch.float64 or dim > _MOST_DIMENSIONS:
         return finding
     traces = dense_jacobian(f, x).diagonal(dim1=1, dim2=2).sum(1)
     with torch.no_grad():

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from hnkit.bounds import frobenius_bound, local_theorem7_bound, second_order_remainder_bound, theorem7_bound
-from hnkit.checks.check import Finding, NotApplicable, Registry, confidence_radius, mean_finding
+from hnkit.checks.check import Finding, NotApplicable, Registry, confidence_radius, mean_finding, worst
 from hnkit.checks.differences import explained_by_steps
 from hnkit.checks.subjects import RowStatistics, Subject
+from hnkit.errors import MissingDerivativeError
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.jacobian import RowJacobian
 from hnkit.kl.divergence import noise_kl
@@ -84,7 +85,10 @@ def jacobian_differences(subject: Subject) -> Finding:
     h = 1e-5
     with torch.no_grad():
         difference = (f(x + h * v) - f(x - h * v)).flatten(1) / (2 * h)
-    product = RowJacobian(f, x).jvp(v.flatten(1))
+    try:
+        product = RowJacobian(f, x).jvp(v.flatten(1))
+    except MissingDerivativeError as reason:
+        raise NotApplicable(str(reason)) from None
     relative = (product - difference).norm(dim=1) / (1e-3 + difference.norm(dim=1))
     # A kink inside the difference (ReLU, clipping) spoils single rows, never most of them.
     measured = relative.max() if subject.smooth else relative.median()
@@ -106,8 +110,9 @@ def estimate_record(subject: Subject) -> Finding:
     variance = math.fsum((value - mean) ** 2 for value in samples) / (len(samples) - 1)
     stderr = math.sqrt(variance / len(samples))
     error = abs(kl.value - mean) / (abs(mean) + 1e-300) if mean else abs(kl.value)
-    spread = abs(kl.stderr - stderr) / stderr if stderr > _ROUNDING * abs(mean) else 0.0
-    return Finding(max(error, spread), 0.0, 1e-6)
+    # Where the samples agree to rounding, so must the standard error.
+    spread = abs(kl.stderr - stderr) / max(stderr, _ROUNDING * abs(mean), 1e-300)
+    return Finding(worst(error, spread), 0.0, 1e-6)
 
 
 @MAP_CHECKS.add(
@@ -129,7 +134,7 @@ def kl_affine(subject: Subject) -> Finding:
     measured = noise_kl(subject.f, points, method="exact", check=False).value
     identity = torch.eye(subject.dim, dtype=torch.float64)
     expected = kl_gaussians(c, K @ K.mT, torch.zeros_like(c), identity)
-    if not math.isfinite(expected):
+    if expected == math.inf:
         raise NotApplicable("I + A is singular: the KL is infinite")
     return Finding(measured, expected, 1e-8 * (1 + abs(expected)))
 
@@ -220,8 +225,8 @@ def bound_order(subject: Subject) -> Finding:
     tight = rows.singular[kept]
     middle = frobenius_bound(rows.frobenius[kept], rows.norm[kept])
     loose = local_theorem7_bound(subject.dim, rows.norm[kept])
-    worst = max(float(_ratio(tight, middle).max()), float(_ratio(middle, loose).max()))
-    return Finding(worst, 1.0, _ROUNDING, "<=")
+    ratio = worst(float(_ratio(tight, middle).max()), float(_ratio(middle, loose).max()))
+    return Finding(ratio, 1.0, _ROUNDING, "<=")
 
 
 @MAP_CHECKS.add(
@@ -244,7 +249,7 @@ def second_order(subject: Subject) -> Finding:
 def field_of_values(subject: Subject) -> Finding:
     """The smallest distance of E(J) from either end of its interval."""
     rows = subject.rows
-    kept = rows.least_symmetric > -1
+    kept = ~(rows.least_symmetric <= -1)
     if not bool(kept.any()):
         raise NotApplicable(f"λ_min(S) = {float(rows.least_symmetric.max()):.3g} is not above -1 at any sample")
     low, high, error = rows.field_lower[kept], rows.field_upper[kept], rows.error[kept]
@@ -259,8 +264,10 @@ def field_of_values(subject: Subject) -> Finding:
 def symmetry_index(subject: Subject) -> Finding:
     """The index of `noise_kl` against dense Jacobians where these hold all samples, else its range alone."""
     measured = subject.stein.symmetry_index
-    if math.isnan(measured):
-        raise NotApplicable("J = 0, or the method does not look at J")
+    if subject.method == "l2":
+        raise NotApplicable("method l2 does not look at J")
+    if math.isnan(measured) and not bool(subject.probed_frobenius.any()):
+        raise NotApplicable("J = 0")
     rows = subject.rows_or_none
     if rows is not None and len(rows.trace) == len(subject.x) and subject.method == "exact":
         expected = float(rows.trace_square.sum() / rows.frobenius.square().sum())
@@ -316,7 +323,7 @@ def lemma_5_inverse(subject: Subject) -> Finding:
     rounding = 1e4 * torch.finfo(subject.value.dtype).eps * float(y.abs().max()) * math.sqrt(subject.dim)
     tolerance = constant**steps * float(start) + rounding / (1 - constant)
     note = f"{steps} steps at rate L = {constant:.4g}"
-    _not_refuted(subject, float(error.max()) <= tolerance, constant)
+    _not_refuted(subject, float(error.max()) - tolerance, constant)
     return Finding(float(error.max()), 0.0, tolerance, note=note, certified=subject.certified_constant is not None)
 
 
@@ -325,7 +332,7 @@ def lemma_5_bilipschitz(subject: Subject) -> Finding:
     """The largest relative change of a distance under T, over pairs far apart and close together."""
     constant = _contraction(subject)
     f, x = subject.first(min(256, subject.pass_rows))
-    worst = 0.0
+    change = 0.0
     for size in (0.0, 1.0, 1e-3):
         other = x.flip(0) if size == 0 else x + size * torch.randn(
             x.shape, dtype=x.dtype, generator=subject.generator(f"pairs/{size}")
@@ -335,10 +342,10 @@ def lemma_5_bilipschitz(subject: Subject) -> Finding:
             moved = (x + f(x) - other - f(other)).double().flatten(1).norm(dim=1)
         kept = distance > 0
         if bool(kept.any()):
-            worst = max(worst, float((moved[kept] / distance[kept] - 1).abs().max()))
+            change = worst(change, float((moved[kept] / distance[kept] - 1).abs().max()))
     tolerance = 1e-6 if subject.value.dtype == torch.float64 else 1e-2
-    _not_refuted(subject, worst <= constant + tolerance, constant)
-    return Finding(worst, constant, tolerance, "<=", certified=subject.certified_constant is not None)
+    _not_refuted(subject, change - constant - tolerance, constant)
+    return Finding(change, constant, tolerance, "<=", certified=subject.certified_constant is not None)
 
 
 @MAP_CHECKS.add(
@@ -357,9 +364,9 @@ def injectivity(subject: Subject) -> Finding:
         if status != "certified":
             raise NotApplicable("no certificate, and no determinants in so many dimensions")
         return Finding(0.0, 0.0, 0.0)
-    negative = float((rows.sign < 0).double().mean())
+    negative = float(((1 - rows.sign) / 2).mean())
     note = "" if status == "certified" else "no change of orientation seen; that proves nothing"
-    return Finding(min(negative, 1 - negative), 0.0, 0.0, note=note, certified=status == "certified")
+    return Finding(negative if negative <= 0.5 else 1 - negative, 0.0, 0.0, note=note, certified=status == "certified")
 
 
 # --- estimators -------------------------------------------------------------------------------------------------
@@ -383,7 +390,7 @@ def arnoldi(subject: Subject) -> Finding:
     estimate = noise_kl(f, x, method="arnoldi", probes=2, generator=subject.generator("arnoldi"), check=False)
     difference = estimate.per_sample - subject.stein.per_sample[:count]
     mean, stderr = mean_and_stderr(difference)
-    bias = max(estimate.bias_estimate, estimate.bias_bound or 0.0)
+    bias = worst(estimate.bias_estimate, estimate.bias_bound or 0.0)
     radius = confidence_radius(stderr, count) + bias + _ROUNDING
     return Finding(mean, 0.0, radius, note=f"{estimate.num_vjp / count:.3g} products per sample")
 
@@ -410,7 +417,7 @@ def _zero(residual: Tensor, subject: Subject, scale: Tensor) -> Finding:
 
 def _contracting(subject: Subject) -> tuple[RowStatistics, Tensor]:
     rows = subject.rows
-    kept = rows.contracting
+    kept = ~(rows.norm >= 1)  # written so that a NaN stays, and fails
     if not bool(kept.any()):
         raise NotApplicable(f"local norm {float(rows.norm.min()):.3g} or more at every sample: L < 1 is needed")
     return rows, kept
@@ -428,9 +435,9 @@ def _contraction(subject: Subject) -> float:
     return constant
 
 
-def _not_refuted(subject: Subject, held: bool, constant: float) -> None:
-    """An estimate of L that is too small refutes the estimate, not the lemma."""
-    if not held and subject.certified_constant is None:
+def _not_refuted(subject: Subject, excess: float, constant: float) -> None:
+    """An estimate of L that is too small refutes the estimate, not the lemma; NaN refutes nothing, and fails."""
+    if excess > 0 and subject.certified_constant is None:
         raise NotApplicable(f"L is larger than its ascended estimate {constant:.4g}")
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hnkit.checks.check import Finding, NotApplicable, Registry
+from hnkit.checks.check import Finding, NotApplicable, Registry, worst
 from hnkit.checks.subjects import Subject
 from hnkit.jacobian import dense_jacobian
 from hnkit.linalg.enclosures import BallCertificate, certify_bounds
@@ -57,15 +57,15 @@ class Certified:
 )
 def certified_error(certified: Certified) -> Finding:
     """The largest distance of `log_det_error` from the enclosure, relative to `|tr J| + |log|det(I+J)||`."""
-    worst = 0.0
+    deviation = 0.0
     for J, record in zip(certified.jacobians, certified.certificates, strict=True):
         value = float(log_det_error(J))
-        outside = max(record.error.lower - value, value - record.error.upper, 0.0)
+        outside = worst(record.error.lower - value, value - record.error.upper, 0.0)
         size = abs(value) + abs(record.trace.upper) + abs(record.log_abs_det.upper)
-        worst = max(worst, outside / size if size > 0 else outside)
+        deviation = worst(deviation, outside / size if size > 0 else outside)
     first = certified.certificates[0]
     note = f"E(J) in [{first.error.lower!r}, {first.error.upper!r}] at the first sample"
-    return Finding(worst, 0.0, 100 * torch.finfo(torch.float64).eps, "<=", note)
+    return Finding(deviation, 0.0, 100 * torch.finfo(torch.float64).eps, "<=", note)
 
 
 def _bound(name: str, text: str, proof: str) -> None:
@@ -77,7 +77,7 @@ def _bound(name: str, text: str, proof: str) -> None:
         if not records:
             notes = [c.bounds[name].note for c in certified.certificates if name in c.bounds]
             raise NotApplicable(notes[0] if notes else "no certified constant below 1")
-        worst, held = 0.0, True
+        share, held = 0.0, True
         for record in records:
             held = held and record.verdict == "holds"
             if record.value is None or record.bound is None:
@@ -87,10 +87,10 @@ def _bound(name: str, text: str, proof: str) -> None:
             ):  # proved false: say by how much, and fail whatever the rounding of the quotient
                 excess = record.value.lower - record.bound.upper
                 return Finding(max(excess, math.ulp(0.0)), 0.0, 0.0, "<=", "the inequality is proved false")
-            worst = max(worst, record.value.upper / record.bound.lower if record.bound.lower > 0 else 0.0)
+            share = worst(share, 0.0 if record.bound.lower <= 0 else record.value.upper / record.bound.lower)
         bits = max(certificate.precision for certificate in certified.certificates)
         note = f"proved for {len(records)} matrices with {bits} bits" if held else "attained, or undecided: no proof"
-        return Finding(min(worst, 1.0), 1.0, 0.0, "<=", note, certified=held)
+        return Finding(share if not share > 1 else 1.0, 1.0, 0.0, "<=", note, certified=held)
 
     CERTIFIED_CHECKS.add(f"certified-{name.replace(', ', '-').replace(' ', '-')}", text, proof=proof)(measure)
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from hnkit.checks.check import (
     Check,
+    reported,
 )
 from hnkit.checks.report import Quantity, Report
-from hnkit.errors import InputError
+from hnkit.errors import ExpansiveMapError, InputError, NotApplicable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from hnkit.maps import NoiseMap
 
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -177,7 +179,9 @@ def verify_toys(
         subjects.append(subject)
         notes.append((name, shows))
         checks += MAP_CHECKS.run(subject, name)
-        figures += _headline(subject)
+        found, failed = reported("figures", name, partial(_headline, subject))
+        figures += found
+        checks += failed
         if settings.certify:
             checks += certified_checks(subject)
     tilts = []
@@ -190,10 +194,15 @@ def verify_toys(
         subjects.append(subject)
         checks += TOY_CHECKS.run(tilted, problem.name)
         checks += MAP_CHECKS.run(subject, problem.name)
-        figures += [*_headline(subject), *_toy_figures(tilted)]
+        for make in (partial(_headline, subject), partial(_toy_figures, tilted)):
+            found, failed = reported("figures", problem.name, make)
+            figures += found
+            checks += failed
         if settings.certify:
             checks += certified_checks(subject)
     names = [subject.name for subject in subjects]
+    plots, failed = reported("plots", names[-1], partial(toy_plots, subjects, tilts)) if names else ([], ())
+    checks += failed
     title = "hnkit verify-bound: " + (names[0] if len(names) == 1 else f"{len(problems)} closed-form problems")
     config = {"toys": names, "alpha": {p.name: p.alpha for p in problems}}
     return Report(
@@ -202,7 +211,7 @@ def verify_toys(
         tuple(checks),
         tuple(figures),
         tuple(notes),
-        tuple(toy_plots(subjects, tilts)),
+        tuple(plots),
     )
 
 
@@ -258,6 +267,10 @@ def _map_report(
     extra: Sequence[Quantity] = (),
     more_checks: Sequence[Check] = (),
 ) -> Report:
+    try:
+        _ = subject.stein  # a KL that cannot be estimated is bad input: one line, and no report
+    except NotApplicable as reason:
+        raise ExpansiveMapError(str(reason)) from None
     checks = [*MAP_CHECKS.run(subject, subject.name), *more_checks]
     if settings.certify:
         checks += certified_checks(subject)

@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 
 from hnkit.bounds import field_of_values_bounds, singular_value_bound
-from hnkit.checks.check import NotApplicable
-from hnkit.errors import InputError
+from hnkit.errors import (
+    ExpansiveMapError,
+    MissingDerivativeError,
+    NonFiniteError,
+    NotApplicable,
+    NotCertifiedError,
+)
 from hnkit.internal.seeds import generator_for
-from hnkit.jacobian import RowJacobian, check_map, dense_jacobian, rows_per_pass
+from hnkit.jacobian import RowJacobian, check_finite, check_map, dense_jacobian, rows_per_pass
 from hnkit.kl.divergence import KLEstimate, noise_kl
 from hnkit.lipschitz.local import LipschitzEstimate, lipschitz_lower, lipschitz_upper, local_lipschitz
 from hnkit.logdet import log_det_error
@@ -32,6 +37,10 @@ DENSE_ENTRIES = 4 * 10**7
 
 DENSE_PRODUCTS = 2**14
 """Products that the checks spend on dense Jacobians of their own, at most; a quarter of them for a map of images."""
+
+
+_NORM_ERROR = 1e-3
+"""Relative error of `local_lipschitz` that is allowed for where a norm is compared with 1."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,19 @@ class Subject:
 
     @cached_property
     def stein(self) -> KLEstimate:
-        """`noise_kl` in the Stein form; under a budget it may stop after the first samples."""
-        return noise_kl(self.f, self.x, method=self.method, generator=self.generator("kl"), check=False, **self.options)  # type: ignore[arg-type]
+        """`noise_kl` in the Stein form; under a budget it may stop after the first samples.
+
+        Raises:
+            NotApplicable: the method needs local norms below 1, and they are not, by their own measurement.
+        """
+        try:
+            return noise_kl(
+                self.f, self.x, method=self.method, generator=self.generator("kl"), check=False, **self.options
+            )  # type: ignore[arg-type]
+        except ExpansiveMapError as reason:
+            if float(self.norms.max()) >= 1 - _NORM_ERROR:
+                raise NotApplicable(str(reason)) from None
+            raise
 
     @property
     def _dense_count(self) -> int:
@@ -213,8 +233,15 @@ class Subject:
 
     @cached_property
     def norms(self) -> Tensor:
-        """`|J(x)|_2` per sample, by power iteration, `(n,)`."""
-        return local_lipschitz(self.f, self.x, generator=self.generator("norms"))
+        """`|J(x)|_2` per sample, by power iteration, `(n,)`.
+
+        Raises:
+            NotApplicable: the map has no `J v` products.
+        """
+        try:
+            return local_lipschitz(self.f, self.x, generator=self.generator("norms"))
+        except MissingDerivativeError as reason:
+            raise NotApplicable(str(reason)) from None
 
     @cached_property
     def lower(self) -> LipschitzEstimate:
@@ -223,15 +250,15 @@ class Subject:
         f, x = select_rows(self.f, start), self.x[start]
         try:
             return lipschitz_lower(f, x, ascent_steps=self.ascent_steps)
-        except InputError:  # it has no second derivative, or leaves the finite numbers on the way
-            return LipschitzEstimate(float(self.norms.max()), "sampled", "largest |J(x)|_2 of the samples")
+        except (MissingDerivativeError, NonFiniteError):  # no second derivative, or it overflows on the way up
+            return lipschitz_lower(f, x, ascent_steps=0)
 
     @cached_property
     def certificate(self) -> LipschitzEstimate | str:
         """The certified Lipschitz constant, or why there is none."""
         try:
             return lipschitz_upper(self.f if self.module is None else self.module)
-        except InputError as reason:
+        except NotCertifiedError as reason:
             return str(reason)
 
     @property
@@ -241,6 +268,7 @@ class Subject:
 
 
 def _statistics(J: Tensor) -> RowStatistics:
+    check_finite(J, "the Jacobian")  # LAPACK's eigenvalues of NaN end the process
     symmetric = (J + J.mT) / 2
     skew = (J - J.mT) / 2
     eigenvalues = torch.linalg.eigvals(J)

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from hnkit.checks.check import Finding, NotApplicable, confidence_radius, mean_finding
+from hnkit.checks.check import Finding, NotApplicable, confidence_radius, mean_finding, worst
 from hnkit.internal.seeds import generator_for
 from hnkit.maps import NoiseMap
 from hnkit.tilt import GapEstimate, TiltedProblem, optimality_gap
@@ -76,7 +76,8 @@ class Tilted:
         """Standard deviation of `log p0*/p0` under `p0*` by weights of base noise: `E[w (log w - KL)^2]`."""
         logs = self.log_tilt(self.problem.generate(self.noise("spread")))
         terms = logs.exp() * (logs - self.problem.kl_optimal()).square()
-        return math.sqrt(float(torch.nan_to_num(terms).mean()))
+        terms = torch.where(logs == -math.inf, 0.0, terms)  # no weight there
+        return math.sqrt(float(terms.mean()))
 
     def divergence(self, logs: Tensor, floor: float) -> Finding:
         """The mean of `log p0*/p0` over draws of `p0*` against KL(p0* || p0).
@@ -90,7 +91,7 @@ class Tilted:
         """
         finding = mean_finding(logs, self.problem.kl_optimal(), floor=floor)
         radius = confidence_radius(self._spread / math.sqrt(len(logs)), len(logs)) + floor
-        return replace(finding, tolerance=max(finding.tolerance, radius))
+        return replace(finding, tolerance=worst(finding.tolerance, radius if math.isfinite(radius) else math.nan))
 
     @cached_property
     def tilted_noise(self) -> Tensor:

@@ -11,15 +11,18 @@ import torch
 from scipy.stats import norm
 from torch import nn
 
-from hnkit import InputError, noise_kl, verify_bound
+from hnkit import InputError, NonFiniteError, noise_kl, verify_bound
 from hnkit.checks.check import FALSE_ALARM, FAMILY, Finding, NotApplicable, Registry, confidence_radius, mean_finding
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import CERTIFIED_CHECKS, Certified
 from hnkit.checks.problems import TOY_CHECKS
+from hnkit.checks.report import Report
 from hnkit.checks.runs import VerifySettings, checks_by_proof, reference_maps, verify_toys
 from hnkit.checks.subjects import Subject
 from hnkit.checks.tilted import Tilted, contraction
+from hnkit.errors import ExpansiveMapError
 from hnkit.toy import PROBLEMS
+from tests.hnkit.functions import Once
 
 
 def judged(**finding):
@@ -66,6 +69,54 @@ def test_unmet_hypothesis_is_named():
     assert (check.verdict, check.note, check.measured) == ("not applicable", "local norm 1.3 is not below 1", None)
     with pytest.raises(ValueError, match="two checks"):
         registry.add("one", "again", proof="lemma_6_stein")(one)
+
+
+@pytest.mark.parametrize("error", [InputError, NonFiniteError, ExpansiveMapError, RuntimeError, ZeroDivisionError])
+def test_any_other_error_fails(error):
+    registry = Registry()
+
+    @registry.add("one", "a statement", proof="lemma_6_stein")
+    def one(_):
+        raise error("the reason\nand more")
+
+    check = registry.run(None, "g")[0]
+    assert (check.verdict, check.note) == ("fails", f"could not be measured: {error.__name__}: the reason")
+    assert not Report("t", {}, (check,)).ok
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.inf])
+@pytest.mark.parametrize("field", ["measured", "tolerance"])
+def test_infinity_never_holds(field, value):
+    values = {"measured": 1.0, "expected": 1.0, "tolerance": 1.0, "relation": "<=", field: value}
+    assert judged(**values).verdict == "fails"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["log-z-sampling", "theorem-3-pushforward", "control-reduction", "l2-is-proximal"])
+def test_a_reward_that_is_not_finite_is_no_strong_tilt(name, value, monkeypatch):
+    problem = PROBLEMS["linear-gaussian"]()
+    right = type(problem).reward
+    spoiled = lambda self, y: torch.where(y[:, 0] > 0, value, right(self, y))  # noqa: E731
+    monkeypatch.setattr(type(problem), "reward", spoiled)
+    check = TOY_CHECKS.statements[name].check(Tilted(problem, 64), "toy")
+    assert check.verdict == "fails", check.note
+
+
+def test_a_method_that_needs_a_contraction_says_so():
+    """Its own hypothesis, tested by itself: on a map of norm 1.5 Arnoldi's checks do not apply, and nothing fails."""
+    x = torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    subject = Subject("steep", lambda x: 1.5 * x, x, method="arnoldi")
+    checks = MAP_CHECKS.run(subject, "steep")
+    assert "fails" not in {check.verdict for check in checks}
+    assert any("below 1" in check.note for check in checks if check.verdict == "not applicable")
+    with pytest.raises(InputError, match="below 1"):
+        verify_bound(lambda x: 1.5 * x, (3,), samples=16, method="arnoldi")
+
+
+def test_maps_without_second_derivatives_are_green():
+    """The ascent and `J v` products do not exist for it; the dense Jacobian by `J' v` products does."""
+    report = verify_bound(lambda x: 0.3 * Once.apply(x), (3,), samples=16)
+    assert report.ok, [check for check in report.checks if check.verdict == "fails"]
 
 
 def test_statistical_radius_has_the_stated_level():

@@ -1,8 +1,16 @@
-"""`hnkit verify-bound` turns red under errors planted in the code it runs on, and is green without them."""
+"""`hnkit verify-bound` turns red under errors planted in the code it runs on, and is green without them.
+
+The errors are wrong values, chosen by hand, and for every function that the checks rest on, exceptions and NaN.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
+import importlib.util
+import inspect
+import math
 import pkgutil
 import sys
 
@@ -10,14 +18,19 @@ import pytest
 import torch
 
 import hnkit
-from hnkit import bounds, logdet, loss, tilt, toy
+from hnkit import InputError, NonFiniteError, bounds, jacobian, logdet, loss, tilt, toy
+from hnkit.checks.maps import MAP_CHECKS
+from hnkit.checks.matrices import CERTIFIED_CHECKS, Certified
+from hnkit.checks.problems import TOY_CHECKS
 from hnkit.checks.report import Report
+from hnkit.checks.subjects import Subject
+from hnkit.checks.tilted import Tilted, contraction
 from hnkit.cli import app as cli
 from hnkit.internal import stats as stats
 from hnkit.kl import divergence as kl
 from hnkit.kl import estimators, moments
 from hnkit.lipschitz import local as lipschitz
-from hnkit.toy.linear_gaussian import LinearGaussian
+from hnkit.toy.linear_gaussian import LinearGaussian, linear_gaussian_low_rank
 
 # A module first imported while an error is planted would keep it for good.
 for package in (hnkit, toy):
@@ -46,7 +59,6 @@ def trace(A):
 
 def with_fields(**changes):
     """The record a function returns, with some fields changed by functions of the record."""
-    import dataclasses
 
     def wrong(right):
         def call(*args, **kwargs):
@@ -192,3 +204,120 @@ def test_every_planted_error_patches_something(monkeypatch):
     PLANTED["half of |f|^2 dropped"](monkeypatch)
     assert logdet.log_det_error is not before[0]
     assert kl.dense_moments is not before[1]
+
+
+# --- exceptions and NaN, in everything that the checks rest on --------------------------------------------------
+
+
+def functions():
+    """Every function of hnkit that a module of checks imports from elsewhere, by where it is defined."""
+    found = set()
+    for name in ("maps", "problems", "subjects", "tilted", "matrices", "differences"):
+        for imported, value in vars(importlib.import_module(f"hnkit.checks.{name}")).items():
+            home = getattr(value, "__module__", "")
+            elsewhere = home.startswith("hnkit.") and not home.startswith("hnkit.checks")
+            if inspect.isfunction(value) and elsewhere and imported not in NO_FIGURES:
+                found.add((home, imported))
+    return sorted(found | {("hnkit.kl.estimators", "arnoldi"), ("hnkit.kl.moments", "dense_moments")})
+
+
+NO_FIGURES = {"generator_for", "rows_per_pass", "select_rows", "check_map", "check_finite"}
+METHODS = [
+    (jacobian.RowJacobian, "jvp"), (jacobian.RowJacobian, "vjp"), (loss.NoiseLoss, "__call__"),
+    *((LinearGaussian, name) for name, value in vars(hnkit.tilt.TiltedProblem).items()
+      if inspect.isfunction(value) and not name.startswith("_") and name != "with_alpha"),
+    (LinearGaussian, "second_order_map"), (LinearGaussian, "second_order_gap"),
+]  # fmt: skip
+
+
+def poisoned(value):
+    """The same result with NaN in place of every number."""
+    if isinstance(value, float):
+        return math.nan
+    if isinstance(value, torch.Tensor):
+        return torch.full_like(value, math.nan) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(map(poisoned, value))
+    if isinstance(value, torch.nn.Module) or inspect.isfunction(value):
+        return lambda *args: poisoned(value(*args)) + 0 * args[0]
+    if dataclasses.is_dataclass(value):
+        changes = {field.name: poisoned(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changes)
+    return value
+
+
+def raising(error):
+    def wrong(right):
+        @functools.wraps(right)
+        def call(*args, **kwargs):
+            raise error
+
+        return call
+
+    return wrong
+
+
+def returning_nan(right):
+    @functools.wraps(right)
+    def call(*args, **kwargs):
+        return poisoned(right(*args, **kwargs))
+
+    return call
+
+
+WRONG = {
+    "InputError": raising(InputError("planted")),
+    "NonFiniteError": raising(NonFiniteError("planted")),
+    "RuntimeError": raising(RuntimeError("planted")),
+    "NaN": returning_nan,
+}
+
+
+# Every exception takes one way through a check: two of them are tried in the slow suite alone.
+KINDS = [
+    "InputError",
+    "NaN",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("NonFiniteError", "RuntimeError")),
+]
+
+
+def map_checks():
+    """On a certified map, on an affine one, and on the matrices of the first."""
+    x = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    subject = Subject("contraction", contraction(3), x)
+    yield from MAP_CHECKS.run(subject, "contraction")
+    yield MAP_CHECKS.statements["kl-affine"].check(Subject("affine", lambda x: 0.3 * x + 0.1, x), "affine")
+    if importlib.util.find_spec("flint") is not None:
+        yield from CERTIFIED_CHECKS.run(Certified(subject), "contraction")
+
+
+def problem_checks():
+    """On a problem that has every member."""
+    yield from TOY_CHECKS.run(Tilted(linear_gaussian_low_rank(), 128), "toy")
+
+
+def failing(checks):
+    return [check for check in checks if check.verdict == "fails"]
+
+
+def test_nothing_fails_as_it_is():
+    assert failing([*map_checks(), *problem_checks()]) == []
+
+
+@pytest.mark.parametrize("wrong", KINDS)
+@pytest.mark.parametrize(("home", "name"), functions(), ids=lambda part: part.rpartition(".")[2])
+def test_red_under_exceptions_and_nan(home, name, wrong, monkeypatch):
+    plant(monkeypatch, importlib.import_module(home), name, WRONG[wrong])
+    failed = failing(map_checks()) or failing(problem_checks())
+    assert failed
+    assert wrong == "NaN" or any("planted" in check.note for check in failed)
+
+
+@pytest.mark.parametrize("wrong", KINDS)
+@pytest.mark.parametrize(("owner", "name"), METHODS, ids=lambda part: getattr(part, "__name__", part))
+def test_red_under_exceptions_and_nan_in_methods(owner, name, wrong, monkeypatch):
+    value = getattr(owner, name)
+    if name == "__call__":
+        value = owner.__call__
+    monkeypatch.setattr(owner, name, WRONG[wrong](value))
+    assert failing(problem_checks() if owner is LinearGaussian else [*map_checks(), *problem_checks()])
