@@ -2,8 +2,9 @@
 
 All rest on one scalar function, `h(s) = -log(1 - s) - s = sum_{k>=2} s^k / k`, because
 `|Re z - log|1 + z|| <= h(|z|)` for complex `|z| < 1`. It is evaluated without cancellation: every bound here has full
-relative accuracy down to `L = 0`. Values are rounded to nearest, not outward; enclosures are in
-`hnkit.linalg.enclosures`.
+relative accuracy down to `L = 0`, and what it gives is rounded outward: the numbers given are taken as exact, and
+singular values and eigenvalues, which a bound near norm 1 magnifies, are moved outward by the error of their solver.
+Enclosures that are theorems about the matrix are in `hnkit.linalg.enclosures`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from hnkit.errors import InputError
 
 Number: TypeAlias = float | Tensor
 
+_EPS = torch.finfo(torch.float64).eps
 _SWITCH = 0.5  # |s| up to which the series is used
 _TERMS = 18  # t^2 <= 1/9 there, so the first term left out is below 1/39 * 9^-18 = 2e-19 of the leading one
 
@@ -46,8 +48,26 @@ def _quotients(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value, torch.where(near, 0.5 + tail, ratio), torch.where(near, tail, ratio - 0.5)
 
 
+def solver_margin(dim: int) -> float:
+    """Relative to `|A|_2`, more than LAPACK's singular values and eigenvalues of a `(dim, dim)` matrix are off.
+
+    They are those of a matrix within a small multiple of `dim eps |A|_2` of A.
+    """
+    return 8 * dim * _EPS
+
+
+def _outward(value: Tensor, units: float) -> Tensor:
+    """A number that is not negative, rounded up by some units of rounding."""
+    return value * (1 + units * _EPS)
+
+
 def _tensor(name: str, value: Number) -> Tensor:
-    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise InputError(f"{name} = {value!r:.60}: give a real number or a tensor") from None
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise InputError(f"{name} is a tensor on device {tensor.device}, {tensor.layout}: give a dense one with values")
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise InputError(f"{name} has dtype {tensor.dtype}: give real numbers")
     tensor = tensor.to(torch.float64)
@@ -142,7 +162,7 @@ def theorem7_bound(dim: int, lipschitz: Number) -> Number:
         arXiv 2508.09968, Theorem 7 (Theorem 1 in the main text).
     """
     constant = _contraction("lipschitz", lipschitz)
-    return _like(_dimension(dim) * _quotients(constant)[0], lipschitz)
+    return _like(_outward(_dimension(dim) * _quotients(constant)[0], 4), lipschitz)
 
 
 def local_theorem7_bound(dim: int, norms: Tensor) -> Tensor:
@@ -161,7 +181,7 @@ def local_theorem7_bound(dim: int, norms: Tensor) -> Tensor:
     Raises:
         InputError: a norm is negative, nan or at least 1; the message names the sample.
     """
-    return _dimension(dim) * _quotients(_contraction("local norm", norms))[0]
+    return _outward(_dimension(dim) * _quotients(_contraction("local norm", norms))[0], 4)
 
 
 @overload
@@ -187,7 +207,9 @@ def frobenius_bound(frobenius_norm: Number, lipschitz: Number) -> Number:
         InputError: L is negative, nan or at least 1; the Frobenius norm is negative or not finite.
     """
     norm, constant = _non_negative("frobenius_norm", frobenius_norm), _contraction("lipschitz", lipschitz)
-    return _like(norm.square() * _quotients(constant)[1], frobenius_norm, lipschitz)
+    bound = norm.square() * _quotients(constant)[1]
+    # Exact at L = 0, where A = 0.
+    return _like(torch.where(constant > 0, _outward(bound, 4), bound), frobenius_norm, lipschitz)
 
 
 @overload
@@ -212,10 +234,14 @@ def second_order_remainder_bound(frobenius_norm: Number, lipschitz: Number) -> N
         InputError: L is negative, nan or at least 1; the Frobenius norm is negative or not finite.
     """
     norm, constant = _non_negative("frobenius_norm", frobenius_norm), _contraction("lipschitz", lipschitz)
-    return _like(norm.square() * _quotients(constant)[2], frobenius_norm, lipschitz)
+    return _like(_outward(norm.square() * _quotients(constant)[2], 8), frobenius_norm, lipschitz)
 
 
 def _matrices(A: Tensor) -> Tensor:
+    if not isinstance(A, Tensor):
+        raise InputError(f"A is a {type(A).__name__}: give a tensor of square matrices (..., d, d)")
+    if A.is_meta or A.layout != torch.strided:
+        raise InputError(f"A is on device {A.device}, {A.layout}: give a dense tensor with values")
     if A.ndim < 2 or A.shape[-1] != A.shape[-2] or A.shape[-1] == 0:
         raise InputError(f"A has shape {tuple(A.shape)}: give square matrices (..., d, d)")
     if A.is_complex():
@@ -237,7 +263,8 @@ def singular_value_bound(A: Tensor) -> Tensor:
         A: shape `(..., d, d)`, real, `|A|_2 < 1`.
 
     Returns:
-        The bounds in nats, shape `(...)`, float64.
+        The bounds in nats, shape `(...)`, float64; infinite where the largest singular value is below 1 by less than
+        the error of the solver.
 
     Raises:
         InputError: not square, not finite, or a spectral norm of at least 1 (named).
@@ -245,9 +272,14 @@ def singular_value_bound(A: Tensor) -> Tensor:
     Source:
         H. Weyl, PNAS 35 (1949), DOI 10.1073/pnas.35.7.408.
     """
-    values = torch.linalg.svdvals(_matrices(A))
+    matrices = _matrices(A)
+    values = torch.linalg.svdvals(matrices)
     _contraction("spectral norm", values[..., 0])
-    return _quotients(values)[0].sum(-1)
+    dim = values.shape[-1]
+    above = values + solver_margin(dim) * values[..., :1]
+    beyond = above[..., 0] >= 1
+    bound = _outward(_quotients(above.clamp(max=1 - _EPS))[0].sum(-1), 4 + dim)
+    return torch.where(beyond, torch.full_like(bound, torch.inf), bound)
 
 
 def leading_singular_value_bound(singular_values: Tensor, frobenius_norm: Number) -> Tensor:
@@ -275,8 +307,10 @@ def leading_singular_value_bound(singular_values: Tensor, frobenius_norm: Number
     _require("singular value", values[..., 1:], rising, "give them in descending order")
     norm = _non_negative("frobenius_norm", frobenius_norm)
     _, ratio, _ = _quotients(values)
-    excess = (values.square() * (ratio - ratio[..., -1:])).sum(-1)
-    return excess + norm.square() * ratio[..., -1]
+    squares = values.square()
+    excess = (squares * (ratio - ratio[..., -1:])).sum(-1)
+    rounding = (8 + values.shape[-1]) * _EPS * (squares * ratio).sum(-1)  # of differences of close ratios, and sums
+    return _outward(excess + norm.square() * ratio[..., -1], 8) + rounding
 
 
 def field_of_values_bounds(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,7 +323,8 @@ def field_of_values_bounds(A: Tensor) -> tuple[Tensor, Tensor]:
         A: shape `(..., d, d)`, real, with `lambda_min((A + A')/2) > -1`; norms above 1 are fine.
 
     Returns:
-        `(lower, upper)` in nats, each of shape `(...)`, float64.
+        `(lower, upper)` in nats, each of shape `(...)`, float64; infinite where `lambda_min(S)` is above -1 by less
+        than the error of the solver.
 
     Raises:
         InputError: not square, not finite, or `lambda_min(S) <= -1` (named).
@@ -299,12 +334,21 @@ def field_of_values_bounds(A: Tensor) -> tuple[Tensor, Tensor]:
         `proofs/field_of_values`.
     """
     matrices = _matrices(A)
-    symmetric = (matrices + matrices.mT) / 2
-    skew = (matrices - matrices.mT) / 2
+    symmetric = matrices / 2 + matrices.mT / 2
+    skew = matrices / 2 - matrices.mT / 2
     eigenvalues = torch.linalg.eigvalsh(symmetric)
-    least = eigenvalues[..., 0]
+    dim, least = eigenvalues.shape[-1], eigenvalues[..., 0]
     accepted = "the field-of-values bounds need it above -1"
     _require("lambda_min of the symmetric part", least, least <= -1, accepted)
-    upper = _quotients(-eigenvalues)[0].sum(-1)
-    slack = skew.square().sum((-1, -2)) / (2 * (1 + least).square())
-    return upper - slack, upper
+    margin = solver_margin(dim) * eigenvalues.abs().amax(-1, keepdim=True)
+    below, above = eigenvalues - margin, eigenvalues + margin
+    beyond = below[..., 0] <= -1
+    # z - log(1 + z) falls up to 0 and rises from there.
+    inside = below.clamp(min=_EPS - 1)
+    most = torch.maximum(_quotients(-inside)[0], _quotients(-above)[0]).sum(-1)
+    nearest = torch.where(inside > 0, inside, above.clamp(max=0))
+    upper, fewest = _outward(most, 4 + dim), _quotients(-nearest)[0].sum(-1)
+    slack = skew.square().sum((-1, -2)) / (2 * (1 + inside[..., 0]).square())
+    lower = fewest - (4 + dim) * _EPS * fewest - _outward(slack, 8 + 2 * dim)
+    infinite = torch.full_like(upper, torch.inf)
+    return torch.where(beyond, -infinite, lower), torch.where(beyond, infinite, upper)

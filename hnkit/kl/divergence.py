@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hnkit.errors import InputError, NotCertifiedError
 from hnkit.internal.stats import mean_and_stderr
+from hnkit.internal.values import number
 from hnkit.jacobian import check_batch, check_map, compile_map, reusable_graphs
 from hnkit.kl.estimators import PROBES, Probe
 from hnkit.kl.moments import (
@@ -147,7 +148,7 @@ def noise_kl(
     _check_names(method, form, probe, variance_reduction)
     _check_numbers(probes=probes, steps=steps, budget=budget, chunk=chunk)
     _check_fractions(tolerance=tolerance, rel_error=rel_error)
-    if lipschitz is not None and not 0 <= lipschitz < math.inf:
+    if lipschitz is not None and not 0 <= number(lipschitz, f"lipschitz {lipschitz!r}") < math.inf:
         raise InputError(f"lipschitz {lipschitz!r} is no Lipschitz constant: give a finite number, 0 or more")
     if method in ("exact", "l2") and (rel_error is not None or budget is not None):
         raise InputError(f"method {method} uses no probes: rel_error and budget go with the stochastic methods")

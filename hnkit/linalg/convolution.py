@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hnkit.bounds import solver_margin
+
 _EPS = torch.finfo(torch.float64).eps
 _WORK = 2e10  # floating-point operations spent on one layer at most, before the grid of frequencies gets coarser
 _POINT = 1e5  # what one frequency costs beside them
@@ -21,15 +23,32 @@ _CHUNK = 2**21  # complex entries of the symbol held at once
 
 
 def spectral_norm_bound(matrix: Tensor) -> float:
-    """`|A|_2` from the singular values in float64, times `1 + 32 max(m, n) eps`.
+    """`|A|_2` from the singular values in float64, moved outward by the error of the solver.
 
-    LAPACK's singular values are those of a matrix within a small multiple of `max(m, n) eps |A|_2` of A, which the
-    margin covers.
+    The matrix is brought near size 1 before by a power of two.
     """
     if matrix.numel() == 0:
         return 0.0
-    norm = float(torch.linalg.svdvals(matrix.detach().double())[0])
-    return norm * (1 + 32 * max(matrix.shape) * _EPS)
+    scaled, exponent = _near_one(matrix)
+    norm = float(torch.linalg.svdvals(scaled)[0])
+    return _scaled_up(norm * (1 + solver_margin(max(matrix.shape))), exponent)
+
+
+def _near_one(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor in float64 over a power of two near its largest entry, exactly but for what that makes negligible."""
+    tensor = tensor.detach().double()
+    exponent = math.frexp(float(tensor.abs().max()))[1]
+    return torch.ldexp(
+        torch.ldexp(tensor, torch.tensor(-exponent // 2)), torch.tensor(-exponent - -exponent // 2)
+    ), exponent
+
+
+def _scaled_up(bound: float, exponent: int) -> float:
+    """`bound 2^exponent`, rounded up; infinite where it leaves the range."""
+    try:
+        return math.nextafter(math.ldexp(bound, exponent), math.inf) if bound > 0 else 0.0
+    except OverflowError:
+        return math.inf
 
 
 def convolution_norm_bound(weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int = 1) -> float:
@@ -52,16 +71,20 @@ def convolution_norm_bound(weight: Tensor, stride: Sequence[int], dilation: Sequ
     Source:
         M. Riesz, Jahresber. DMV 23 (1914); H. Ehlich and K. Zeller, Math. Z. 86 (1964), DOI 10.1007/BF01111276.
     """
-    taps = _polyphase(_dilate(weight.detach().double(), dilation), stride)
+    if weight.numel() == 0:
+        return 0.0
+    scaled, exponent = _near_one(weight)
+    taps = _polyphase(_dilate(scaled, dilation), stride)
     out, inner = taps.shape[0] // groups, taps.shape[1]
     grouped = taps.reshape(groups, out, inner, *taps.shape[2:])
     degrees = [size - 1 for size in taps.shape[2:]]
     points = _grid(degrees, groups * out * inner * min(out, inner))
     factor = math.prod(1 / math.sqrt(math.cos(math.pi * n / N)) for n, N in zip(degrees, points, strict=True))
     largest = _largest_on_grid(grouped, points)
-    # Rounding: of the eigenvalue solver (relative), and of the sums over taps (absolute, by the sum of their norms).
+    # Rounding of the sums over taps: absolute, by the sum of their norms.
     taps_norm = float(grouped.flatten(3).norm(dim=(1, 2)).sum(-1).max())
-    return (largest * (1 + 1e-11) + 64 * math.prod(taps.shape[2:]) * _EPS * taps_norm) * factor
+    bound = (largest + 64 * math.prod(taps.shape[2:]) * _EPS * taps_norm) * factor * (1 + 64 * _EPS)
+    return _scaled_up(bound, exponent)
 
 
 def _dilate(weight: Tensor, dilation: Sequence[int]) -> Tensor:
@@ -109,6 +132,8 @@ def _largest_on_grid(grouped: Tensor, points: Sequence[int]) -> float:
         phases = torch.polar(torch.ones_like(angles), angles).to(flat.device)
         symbol = torch.einsum("goik,fk->fgoi", flat, phases)
         gram = symbol @ symbol.mH if out <= inner else symbol.mH @ symbol
-        top = float(torch.linalg.eigvalsh(gram)[..., -1].max())
+        # The product and the eigenvalues are those of a matrix within (out + in) eps |P|_F^2 times a small number.
+        margin = 8 * (out + inner + 8) * _EPS * gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)
+        top = float((torch.linalg.eigvalsh(gram)[..., -1] + margin).max())
         largest = max(largest, top)
     return math.sqrt(max(largest, 0.0))

@@ -1,5 +1,6 @@
 """How much a map can stretch: local norms, lower bounds of the Lipschitz constant, and certified upper bounds."""
 
+from hnkit.lipschitz import rules as _rules  # noqa: F401  registers the rules of torch's layers
 from hnkit.lipschitz.certify import (
     InjectivityCertificate,
     JacobianBounds,

@@ -18,6 +18,7 @@ from hnkit.bounds import (
     log_gap,
     second_order_remainder_bound,
     singular_value_bound,
+    solver_margin,
     theorem7_bound,
 )
 
@@ -99,20 +100,20 @@ def test_the_limits_at_zero():
 def test_bounds_hold_and_are_ordered(kind, d, norm):
     A = random_matrix(kind, d, norm, seed=d)
     error = exact_error(A)
-    frobenius = float(torch.linalg.matrix_norm(A))
-    L = float(torch.linalg.matrix_norm(A, 2)) * (1 + 1e-15)
-    weyl = float(singular_value_bound(A))
     values = torch.linalg.svdvals(A)
+    values = values + solver_margin(d) * values[0]  # as the bound by singular values takes them
+    L, frobenius = float(values[0]), float(torch.linalg.vector_norm(values))
+    weyl = float(singular_value_bound(A))
     leading = [float(leading_singular_value_bound(values[: r + 1], frobenius)) for r in range(d)]
     theorem7, fro = theorem7_bound(d, L), frobenius_bound(frobenius, L)
     lower, upper = (float(side) for side in field_of_values_bounds(A))
     tiny = 1e-14 * weyl
-    assert abs(error) <= weyl + tiny
+    assert abs(error) <= weyl
     assert weyl <= leading[-1] + tiny
     assert all(later <= earlier + tiny for earlier, later in itertools.pairwise(leading))
     assert leading[0] <= fro * (1 + 1e-14)
     assert fro <= theorem7 * (1 + 1e-14)
-    assert lower - tiny <= error <= upper + tiny
+    assert lower <= error <= upper
     second = error - float(torch.trace(A @ A)) / 2
     assert abs(second) <= second_order_remainder_bound(frobenius, L) + tiny
 
@@ -124,9 +125,9 @@ def test_frobenius_weyl_and_theorem7_are_attained():
     error = k * float(h(L))
     assert exact_error(A) == pytest.approx(error, rel=1e-15)
     assert frobenius_bound(L * math.sqrt(k), L) == pytest.approx(error, rel=4e-15)
-    assert float(singular_value_bound(A)) == pytest.approx(error, rel=4e-15)
     assert theorem7_bound(k, L) == pytest.approx(error, rel=4e-15)
-    assert tuple(map(float, field_of_values_bounds(A))) == pytest.approx((error, error), rel=4e-15)
+    assert float(singular_value_bound(A)) == pytest.approx(error, rel=4 * solver_margin(d))
+    assert tuple(map(float, field_of_values_bounds(A))) == pytest.approx((error, error), rel=4 * solver_margin(d))
 
 
 def test_the_second_order_remainder_is_attained():
@@ -146,7 +147,8 @@ def test_field_of_values_needs_no_contraction_and_both_sides_are_sharp():
     assert float(field_of_values_bounds(small)[0]) == pytest.approx(exact_error(small), rel=1e-6)
     S = torch.tensor([[4.0, 1.0], [1.0, -0.5]])
     lower, upper = field_of_values_bounds(S)
-    assert float(lower) == float(upper) == pytest.approx(exact_error(S), rel=1e-13)
+    assert float(lower) <= exact_error(S) <= float(upper)
+    assert float(upper) - float(lower) < 1e-12
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -156,6 +158,53 @@ def test_field_of_values_holds_beyond_norm_one(seed):
     A = S * (0.9 / torch.linalg.matrix_norm(S, 2)) + 5 * K
     lower, upper = field_of_values_bounds(A)
     assert float(lower) <= exact_error(A) <= float(upper)
+
+
+NEAR = [1e-6, 1e-9, 1e-11, 1e-12, 3e-13]
+
+
+@pytest.mark.parametrize("gap", NEAR)
+@pytest.mark.parametrize("d", [2, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_bound_falls_below_the_error_by_conditioning(gap, d, seed):
+    """A symmetric matrix whose least eigenvalue is `gap` above -1, taken as the floats it is stored in.
+
+    There `E` is attained by every bound but for the positive eigenvalues, and `log(gap)` magnifies an error of the
+    solver by `1 / gap`. The oracle takes the determinant in 60 digits.
+    """
+    Q = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
+    values = torch.full((d,), -0.5, dtype=torch.float64)
+    values[0] = gap - 1
+    A = Q @ torch.diag(values) @ Q.T
+    A = (A + A.T) / 2
+    M = mpmath.matrix(A.tolist())
+    error = sum(A.diagonal().tolist(), mpmath.mpf(0)) - mpmath.log(mpmath.det(mpmath.eye(d) + M))
+    assert error > 0
+    weyl, (lower, upper) = float(singular_value_bound(A)), field_of_values_bounds(A)
+    assert error <= weyl
+    assert float(lower) <= error <= float(upper)
+    if gap > 1e-11:  # and not by giving up
+        assert weyl <= error * (1 + 0.01)
+        assert float(lower) >= error * (1 - 0.01)
+        assert float(upper) <= error * (1 + 0.01)
+
+
+def test_bounds_of_a_matrix_that_the_solver_cannot_tell_from_one_of_norm_1_are_infinite():
+    A = -torch.diag(torch.tensor([1 - 1e-16, 0.5], dtype=torch.float64))
+    assert float(singular_value_bound(A)) == math.inf
+    assert [float(side) for side in field_of_values_bounds(A)] == [-math.inf, math.inf]
+
+
+@pytest.mark.parametrize("s", [k / 64 for k in range(1, 64)] + [1 - 2.0**-k for k in range(7, 54)] + SIZES[3:])
+def test_bounds_of_norms_are_rounded_outward(s):
+    with mpmath.workdps(200):
+        ratio = h(s) / mpmath.mpf(s) ** 2
+        assert theorem7_bound(3, s) >= 3 * h(s)
+        assert frobenius_bound(0.3, s) >= mpmath.mpf(0.3) ** 2 * ratio
+        assert second_order_remainder_bound(0.3, s) >= mpmath.mpf(0.3) ** 2 * (ratio - 0.5)
+        assert float(local_theorem7_bound(3, torch.tensor([s], dtype=torch.float64))) >= 3 * h(s)
+        one = torch.tensor([s, s], dtype=torch.float64)
+        assert float(leading_singular_value_bound(one, 2 * s)) >= 4 * h(s)
 
 
 def test_the_worked_example_of_a_gaussian_matrix():
@@ -237,6 +286,12 @@ def test_the_derivative_of_h_is_finite_and_right(s):
         (lambda: leading_singular_value_bound(torch.tensor([0.1, 0.2]), 1.0), r"descending"),
         (lambda: leading_singular_value_bound(torch.zeros(0), 1.0), r"empty"),
         (lambda: theorem7_bound(3, torch.tensor(True)), r"bool"),
+        (lambda: theorem7_bound(3, "a"), r"lipschitz = 'a': give a real number"),
+        (lambda: frobenius_bound(None, 0.5), r"frobenius_norm = None: give a real number"),
+        (lambda: theorem7_bound(3, torch.ones(2, device="meta")), r"lipschitz is a tensor on device meta"),
+        (lambda: singular_value_bound(torch.ones(2, 2, device="meta")), r"A is on device meta"),
+        (lambda: singular_value_bound([[0.5]]), r"A is a list"),
+        (lambda: field_of_values_bounds(torch.eye(2).to_sparse()), r"A is .*sparse"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -194,7 +194,7 @@ ACTIVATIONS = [
     nn.ReLU(), nn.ReLU6(), nn.Tanh(), nn.Sigmoid(), nn.LogSigmoid(), nn.Softsign(), nn.Tanhshrink(), nn.Softshrink(),
     nn.Hardtanh(), nn.Hardsigmoid(), nn.Hardswish(), nn.SiLU(), nn.Mish(), nn.SELU(), nn.CELU(0.5), nn.GELU(),
     nn.GELU(approximate="tanh"), nn.LeakyReLU(0.2), nn.LeakyReLU(2.0), nn.LeakyReLU(-3.0), nn.PReLU(init=-1.5),
-    nn.ELU(), nn.ELU(2.5), nn.Softplus(), nn.Softplus(beta=3.0),
+    nn.ELU(), nn.ELU(2.5), nn.Softplus(threshold=40.0), nn.Softplus(beta=3.0, threshold=40.0),
 ]  # fmt: skip
 
 
@@ -449,7 +449,7 @@ def test_the_range_of_a_linear_layer_is_that_of_its_symmetric_part():
         (nn.LeakyReLU(math.inf), r"LeakyReLU: its negative_slope is inf"),
         (nn.Upsample(scale_factor=2, mode="bilinear"), r"Upsample: .*nearest"),
         (nn.Flatten(0), r"Flatten: .*batch dimension"),
-        (Sum(nn.Identity(), nn.ReLU(inplace=True)), r"Sum: .*in place"),
+        (Sum(nn.Identity(), nn.ReLU(inplace=True)), r"ReLU 'terms.1': .*in place"),
         (Scaled(nn.Identity(), math.inf), r"Scaled: its factor is inf"),
         (nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), r"Linear: .*training mode"),
         (torch.sin, r"lipschitz_lower gives a lower bound"),

@@ -46,9 +46,8 @@ def test_bounds_of_one_dimension_are_the_scalar_function():
     h = -math.log(0.6) - 0.4
     assert theorem7_bound(1, 0.4) == pytest.approx(h, rel=1e-14)
     assert local_theorem7_bound(1, f64(0.4)).tolist() == pytest.approx([h], rel=1e-14)
-    assert singular_value_bound(f64([-0.4])).item() == pytest.approx(h, rel=1e-14)
-    lower, upper = field_of_values_bounds(f64([-0.4]))
-    assert lower.item() == upper.item() == pytest.approx(h, rel=1e-14)
+    assert singular_value_bound(f64([-0.4])).item() == pytest.approx(h, rel=1e-13)
+    assert [side.item() for side in field_of_values_bounds(f64([-0.4]))] == pytest.approx([h, h], rel=1e-13)
 
 
 @pytest.mark.parametrize("bound", [frobenius_bound, second_order_remainder_bound])
@@ -80,12 +79,12 @@ def test_batches_of_any_depth_give_the_bounds_of_each_matrix():
     A[:, 0, 0], A[:, 1, 1], A[:, 0, 2], A[:, 2, 0] = -s, s / 2, k, -k
     lower, upper = field_of_values_bounds(A.reshape(2, 5, 3, 3))
     expected = (-s - torch.log1p(-s)) + (s / 2 - torch.log1p(s / 2))
-    torch.testing.assert_close(upper.flatten(), expected, rtol=1e-13, atol=0)
-    torch.testing.assert_close((upper - lower).flatten(), k.square() / (1 - s).square(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(upper.flatten(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close((upper - lower).flatten(), k.square() / (1 - s).square(), rtol=1e-12, atol=1e-12)
     diagonal = torch.diag_embed(torch.stack([-s, s / 2], -1))
     values = singular_value_bound(diagonal.reshape(2, 5, 2, 2))
     expected = -torch.log1p(-s) - s - torch.log1p(-s / 2) - s / 2
-    torch.testing.assert_close(values.flatten(), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(values.flatten(), expected, rtol=1e-12, atol=0)
 
 
 def test_singular_values_must_descend_all_the_way():

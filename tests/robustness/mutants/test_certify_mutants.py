@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hnkit import InputError
-from hnkit.lipschitz.certify import JacobianBounds, Scaled, Sum, _times, certified_bounds, certify_injective
+from hnkit.lipschitz.certify import JacobianBounds, Scaled, Sum, certified_bounds, certify_injective, times
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
@@ -64,7 +64,7 @@ FACTORS = [0.0, 1.0, 0.1, 0.3, 2.0, 3.0, 7.3, 1e-200]
 @pytest.mark.parametrize(("a", "b"), list(itertools.product(FACTORS, FACTORS)))
 @pytest.mark.parametrize("toward", [math.inf, -math.inf])
 def test_a_product_of_bounds_is_rounded_outward_and_exact_for_factors_0_and_1(a, b, toward):
-    exact, found = Fraction(a) * Fraction(b), _times(a, b, toward)
+    exact, found = Fraction(a) * Fraction(b), times(a, b, toward)
     if {a, b} & {0.0, 1.0}:
         assert Fraction(found) == exact
     else:
@@ -129,7 +129,11 @@ def test_one_weight_that_is_not_finite_is_enough(kind):
         certified_bounds(module)
 
 
-@pytest.mark.parametrize("module", [nn.CELU(0.0), nn.CELU(-1.0), nn.Softplus(beta=0.0), nn.Softplus(threshold=19)])
+@pytest.mark.parametrize(
+    "module", [nn.CELU(0.0), nn.CELU(-1.0), nn.Softplus(beta=0.0), nn.Softplus(threshold=19), nn.Softplus()]
+)
+    "module", [nn.CELU(0.0), nn.CELU(-1.0), nn.Softplus(beta=0.0), nn.Softplus(threshold=19), nn.Softplus()]
+)
 def test_activations_that_jump_or_have_no_constant_are_refused(module):
     with pytest.raises(InputError, match="use "):
         certified_bounds(module)
