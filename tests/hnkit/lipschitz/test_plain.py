@@ -45,13 +45,13 @@ def test_a_module_that_comes_twice_counts_twice():
     doubled = linear([2.0, 0.0], [0.0, 2.0])
     twice = nn.Sequential(doubled, doubled)
     assert lipschitz_upper(twice).value == pytest.approx(4)
-    assert noise_kl(twice, torch.randn(4, 2, dtype=F64), method="power", steps=2, check=False).bias_bound is None
+    assert noise_kl(twice, torch.randn(4, 2, dtype=F64), method="l2").bias_bound is None
 
     leaky = nn.LeakyReLU(3.0)
-    assert lipschitz_upper(nn.Sequential(leaky, leaky)).value == 9
+    assert lipschitz_upper(nn.Sequential(leaky, leaky)).value == pytest.approx(9)
     inner = nn.Sequential(leaky, leaky)
-    assert lipschitz_upper(nn.Sequential(inner, nn.Flatten(), inner)).value == 81
-    assert lipschitz_upper(Sum(leaky, leaky, inner)).value == 15
+    assert lipschitz_upper(nn.Sequential(inner, nn.Flatten(), inner)).value == pytest.approx(81)
+    assert lipschitz_upper(Sum(leaky, leaky, inner)).value == pytest.approx(15)
     assert lipschitz_upper(nn.Sequential(Scaled(leaky, 2.0), Scaled(leaky, 2.0))).value == pytest.approx(36)
 
 

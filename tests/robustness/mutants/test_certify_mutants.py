@@ -132,8 +132,6 @@ def test_one_weight_that_is_not_finite_is_enough(kind):
 @pytest.mark.parametrize(
     "module", [nn.CELU(0.0), nn.CELU(-1.0), nn.Softplus(beta=0.0), nn.Softplus(threshold=19), nn.Softplus()]
 )
-    "module", [nn.CELU(0.0), nn.CELU(-1.0), nn.Softplus(beta=0.0), nn.Softplus(threshold=19), nn.Softplus()]
-)
 def test_activations_that_jump_or_have_no_constant_are_refused(module):
     with pytest.raises(InputError, match="use "):
         certified_bounds(module)
