@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from hnkit.backend import BackendBase, RecordsOptions, backend_factory, completed
-from hnkit.config import CONFIG_FILE, RunConfig, resolve_config
+from hnkit.config import CONFIG_FILE, RunConfig, parse_options, resolve_config
 from hnkit.errors import InputError
 
 
-def load_trained(name: str, adapter: Path | None, overrides: Sequence[str] = ()) -> tuple[BackendBase, float | None]:
+def adapter_folder(folder: str | Path) -> Path:
+    """Where an adapter's files are: in the folder that is named, or, of a run folder, in its folder `adapter`."""
+    inside = Path(folder) / "adapter"
+    return inside if inside.is_dir() else Path(folder)
+
+
+def load_trained(
+    name: str, adapter: str | Path | None, overrides: Sequence[str] = ()
+) -> tuple[BackendBase, float | None]:
     """A backend with its adapter loaded, and the effective temperature it was trained at if its run says so.
 
     The options are those of the run or adapter where these record them, and `--set backend.*` on top.
@@ -28,9 +37,10 @@ def load_trained(name: str, adapter: Path | None, overrides: Sequence[str] = ())
             raise InputError(f"--set {override}: only backend.KEY=VALUE applies here")
     if adapter is None:
         return completed(factory.load(resolve_config(backend=name, overrides=overrides).options)), None
+    adapter = Path(adapter)
     if not adapter.is_dir():
         raise InputError(f"--adapter {adapter} is not a folder: name the folder of a trained adapter, or its run")
-    weights = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
+    weights = adapter_folder(adapter)
     run = next((folder for folder in (adapter, adapter.parent) if (folder / CONFIG_FILE).is_file()), None)
     config: RunConfig | None = None
     if run is not None:
@@ -38,8 +48,8 @@ def load_trained(name: str, adapter: Path | None, overrides: Sequence[str] = ())
         if config.backend != name:
             raise InputError(f"--adapter {adapter} was trained with --backend {config.backend}, not {name}")
         options = config.options
-    elif isinstance(factory, RecordsOptions) and not overrides:
-        options = factory.adapter_options(weights)
+    elif isinstance(factory, RecordsOptions):
+        options = replace(factory.adapter_options(weights), **parse_options(overrides, factory.options, "backend"))
     else:
         options = resolve_config(backend=name, overrides=overrides).options
     backend = completed(factory.load(options))

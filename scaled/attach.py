@@ -5,117 +5,254 @@ Three lines, the first and last of them diffusers' own:
     pipe = SanaSprintPipeline.from_pretrained("Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers").to("cuda")
     pipe = attach(pipe, "runs/my-run/adapter")
     image = pipe("a red fox", num_inference_steps=2, generator=torch.Generator("cuda").manual_seed(0)).images[0]
+
+The result is a pipeline of the same class: a scheduler or a decoder is exchanged on it, it is offloaded, copied, pickled
+and saved like any other. `pipe.detached()` is the plain pipeline again.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hnkit.errors import InputError
 from hnkit.maps import Condition
-from hnkit.scaled.lora.adapter import Adapter, adapter_options, read_adapter
+from hnkit.scaled.backends import factory_for
+from hnkit.scaled.lora.adapter import Adapter, adapter_options, read_adapter, write_adapter
 from hnkit.scaled.lora.twin import LoraSpec, load_lora, lora_targets, make_twin
 from hnkit.scaled.pipelines import memory
 from hnkit.scaled.pipelines.families.family import Family
-from hnkit.scaled.pipelines.families.flux import FluxFamily
-from hnkit.scaled.pipelines.families.sana import SanaFamily
-from hnkit.scaled.pipelines.families.sd_turbo import SDTurboFamily
 from hnkit.scaled.pipelines.hypernetwork import HyperNetwork
 
-FAMILIES: tuple[Family, ...] = (SanaFamily(), SDTurboFamily(), FluxFamily())
-_GUIDANCE = {"sana": 4.5}
+ADAPTER_FOLDER = "adapter"
+"""Where `save_pretrained` of a steered pipeline puts the adapter, beside the pipeline's own folders."""
+
+_HINT = "a smaller batch, or pipe.vae.enable_slicing()"
+_embeddings: ContextVar[dict[str, Tensor] | None] = ContextVar("embeddings of the running call", default=None)
 
 
-def attach(pipe: Any, adapter: str | Path) -> SteeredPipeline:
+def attach(pipe: Any, adapter: str | Path) -> Any:
     """A pipeline that moves its noise by a trained hypernetwork and otherwise is `pipe`, which is left unmodified.
 
     Args:
-        pipe: a loaded diffusers pipeline of one of the supported classes, on its device.
-        adapter: folder of a trained adapter (hnkit's, or in the layout of the paper's published one).
+        pipe: a loaded diffusers pipeline of one of the supported classes, on its device. Offloading, compilation and
+            other LoRAs are added to the result, not to `pipe` before.
+        adapter: folder of a trained adapter (hnkit's, or in the layout of the paper's published one), or of its run.
+
+    Returns:
+        A pipeline of a subclass of `pipe`'s class, and a `SteeredPipeline`; the components are shared.
 
     Raises:
-        InputError: another pipeline class, offloading hooks, or an adapter that does not belong to this model.
+        InputError: another pipeline class, a network with hooks or another LoRA on it, or an adapter that does not
+            belong to this model.
     """
-    family = next((family for family in FAMILIES if family.pipeline_class == type(pipe).__name__), None)
-    if family is None:
-        known = ", ".join(family.pipeline_class for family in FAMILIES)
-        raise InputError(f"a {type(pipe).__name__} was given: noise hypernetworks exist for {known}")
-    if getattr(pipe, "_all_hooks", None):
-        raise InputError("the pipeline has offloading hooks: attach the adapter to a pipeline without them")
-    folder = Path(adapter)
+    factory = factory_for(pipe)
+    family = factory.family
     base = getattr(pipe, family.network)
-    options = adapter_options(folder)
+    base = getattr(base, "_orig_mod", base)  # a compiled network stands for the one inside
+    _refuse_hooks(pipe, base, family)
+    recorded = adapter_options(adapter, family.conditioning, family.published)
     expected = Adapter(
         objective="hypernoise",
         base_model=str(pipe.config._name_or_path),
         base=base,
-        spec=LoraSpec(int(options["rank"]), options["lora_alpha"], lora_targets(base)),
+        spec=LoraSpec(int(recorded["rank"]), recorded["lora_alpha"], lora_targets(base)),
         zero_base=family.last_layer,
-        guidance=_GUIDANCE.get(family.name, 0.0),
+        guidance=factory.options().guidance,
         weights={},
+        conditioning=family.published,
     )
-    found = read_adapter(folder, expected)
+    found = read_adapter(adapter, expected)
     twin = make_twin(base, found.spec, zero_base=family.last_layer)
     load_lora(twin, found.weights)
-    hint = "a smaller batch, or pipe.vae.enable_slicing()"
-    return SteeredPipeline(pipe, HyperNetwork(family, pipe, twin, found.guidance, hint), family)
+    steered = copy.copy(pipe)
+    steered.__class__ = _steered_class(type(pipe))
+    steered._steer(family, found, twin)
+    return steered
 
 
 class SteeredPipeline:
-    """A diffusers pipeline whose noise x is replaced by x + f(x); takes every argument that the pipeline takes.
+    """What a pipeline becomes when its noise x is replaced by x + f(x); it takes every argument that it took before.
 
-    Each call works on a shallow copy of the pipeline that notes the prompt embeddings on their way from
-    `encode_prompt` and moves the noise on its way out of `prepare_latents`; the sampler is the library's, and so is
-    the order of random draws: with f = 0 the images are bit-equal to the plain pipeline's. One forward of f is added,
-    whatever the number of steps. Every other attribute is the pipeline's.
+    A call notes the prompt embeddings on their way from `encode_prompt` and moves the noise on its way out of
+    `prepare_latents`; the sampler is the library's, and so is the order of random draws: with f = 0 the images are
+    bit-equal to the plain pipeline's. One forward of f is added, whatever the number of steps. Prompts reach f as they
+    did in training: what the adapter records (SANA's instruction, the prompt's length) is the default of the call.
     """
 
-    def __init__(self, pipe: Any, hypernetwork: HyperNetwork, family: Family) -> None:
-        self.pipe = pipe
-        self.hypernetwork = hypernetwork
-        self.family = family
+    hypernetwork: HyperNetwork
+    family: Family
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline's own call returns."""
-        tensors: dict[str, Tensor] = {}
+        call = super().__call__  # type: ignore[misc]
+        given = inspect.signature(call).bind_partial(*args, **kwargs).arguments
+        defaults = self.family.attached_arguments(self._adapter.conditioning)
+        token = _embeddings.set({})
+        try:
+            with memory.explained(_HINT):
+                return call(*args, **{key: value for key, value in defaults.items() if key not in given}, **kwargs)
+        finally:
+            _embeddings.reset(token)
 
-        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            encoded = self.pipe.encode_prompt(*args, **kwargs)
-            if not tensors:  # a second call is for a negative prompt
-                tensors.update(self.family.embeddings(encoded))
-            return encoded
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """What the pipeline's own method returns."""
+        encoded = super().encode_prompt(*args, **kwargs)  # type: ignore[misc]
+        noted = _embeddings.get()
+        if noted is not None and not noted:  # a second call is for a negative prompt
+            noted.update(self.family.embeddings(encoded))
+        return encoded
 
-        def prepare_latents(
-            count: int, channels: int, height: int, width: int, dtype: torch.dtype, *args: Any, **kwargs: Any
-        ) -> Any:
-            prepared = self.pipe.prepare_latents(count, channels, height, width, dtype, *args, **kwargs)
-            latents = prepared[0] if isinstance(prepared, tuple) else prepared
-            moved = self._move(latents, height, width, Condition(("",) * count, tensors))
-            return (moved, *prepared[1:]) if isinstance(prepared, tuple) else moved
+    def prepare_latents(
+        self, count: int, channels: int, height: int, width: int, dtype: torch.dtype, *args: Any, **kwargs: Any
+    ) -> Any:
+        """What the pipeline's own method returns; inside a call, with the noise moved."""
+        prepared = super().prepare_latents(count, channels, height, width, dtype, *args, **kwargs)  # type: ignore[misc]
+        noted = _embeddings.get()
+        if noted is None:
+            return prepared
+        latents = prepared[0] if isinstance(prepared, tuple) else prepared
+        token = _embeddings.set(None)  # f may prepare latents of its own
+        try:
+            moved = self._move(latents, height, width, Condition(("",) * count, noted))
+        finally:
+            _embeddings.reset(token)
+        return (moved, *prepared[1:]) if isinstance(prepared, tuple) else moved
 
-        steered = copy.copy(self.pipe)
-        steered.encode_prompt = encode_prompt
-        steered.prepare_latents = prepare_latents
-        with memory.explained("a smaller batch, or pipe.vae.enable_slicing()"):
-            return type(self.pipe).__call__(steered, *args, **kwargs)
+    def detached(self) -> Any:
+        """The pipeline without the hypernetwork: of the class it had, with the components that this one has now."""
+        plain_class: Any = type(self).__mro__[2]  # behind the subclass and this class
+        plain = plain_class.__new__(plain_class)
+        plain.__dict__.update(self.__dict__)
+        for name in ("hypernetwork", "family", "_adapter"):
+            del plain.__dict__[name]
+        return plain
 
-    def to(self, *args: Any, **kwargs: Any) -> SteeredPipeline:
-        """Move the pipeline, and the hypernetwork with it."""
-        self.pipe.to(*args, **kwargs)
-        self.hypernetwork.to(device=getattr(self.pipe, self.family.network).device)
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Save the pipeline as it always is, and the adapter in the folder `adapter` inside, for `attach`."""
+        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        write_adapter(Path(save_directory) / ADAPTER_FOLDER, self._adapter)
+        return result
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """The pipeline's own `from_pipe`, steered like `pipeline`; `detached()` comes without the hypernetwork."""
+        if not isinstance(pipeline, SteeredPipeline):
+            raise InputError("from_pipe of a steered class needs a steered pipeline: use attach(pipe, adapter)")
+        plain_class: Any = cls.__mro__[2]
+        made = plain_class.from_pipe(pipeline, **kwargs)
+        made.__class__ = cls
+        made._steer(pipeline.family, pipeline._adapter, pipeline.hypernetwork.twin)
+        return made
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move the pipeline, and the hypernetwork with it; the LoRA weights stay float32."""
+        super().to(*args, **kwargs)  # type: ignore[misc]
+        self.hypernetwork.to(device=next(self._network.parameters()).device)
         return self
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["pipe"], name)
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
+        """The pipeline's own method, and the same for the hypernetwork."""
+        super().enable_sequential_cpu_offload(gpu_id, device)  # type: ignore[misc]
+        from accelerate import cpu_offload
+
+        cpu_offload(self.hypernetwork.twin, self._execution_device)
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """The pipeline's own method, and the same for the hypernetwork."""
+        method = super().enable_group_offload  # type: ignore[misc]
+        method(*args, **kwargs)
+        given = inspect.signature(method).bind(*args, **kwargs).arguments
+        given.pop("exclude_modules", None)
+        twin: Any = self.hypernetwork.twin
+        twin.enable_group_offload(**given)
+
+    def remove_all_hooks(self) -> None:
+        """The pipeline's own method, and the same for the hypernetwork."""
+        super().remove_all_hooks()  # type: ignore[misc]
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(self.hypernetwork.twin, recurse=True)
+
+    def __copy__(self) -> Any:
+        """A pipeline of its own over the same components: what is set on it does not reach this one."""
+        other = _bare(type(self).__mro__[2])
+        other.__dict__.update(self.__dict__)
+        other._steer(self.family, self._adapter, self.hypernetwork.twin)
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """The subclass is made on the spot, so that it is made again where the pipeline is copied or unpickled."""
+        return _bare, (type(self).__mro__[2],), self.__dict__
+
+    @property
+    def _network(self) -> nn.Module:
+        network: nn.Module = getattr(self, self.family.network)
+        return network
+
+    def _steer(self, family: Family, adapter: Adapter, twin: nn.Module) -> None:
+        self.family = family
+        self._adapter = adapter
+        self.hypernetwork = HyperNetwork(family, self, twin, adapter.guidance, _HINT)
 
     def _move(self, latents: Tensor, height: int, width: int, condition: Condition) -> Tensor:
-        family, pipe = self.family, self.pipe
-        scale = family.prepared_scale(pipe)
-        noise = family.unpack(pipe, latents, height, width).float() / scale
-        delta = family.pack(pipe, self.hypernetwork(noise, condition))
+        network = self._network
+        if any(parameter.dtype.itemsize == 1 for parameter in network.parameters()):
+            raise InputError(
+                "the network's weights are stored in 8 bits, and the hypernetwork shares them: take layerwise casting "
+                "or quantisation off"
+            )
+        offload = getattr(network, "_hf_hook", None)
+        if offload is not None:  # the hypernetwork shares the weights: have them where the network would run
+            offload.pre_forward(network)
+        lora = [parameter for parameter in self.hypernetwork.parameters() if parameter.requires_grad]
+        if any(parameter.device != latents.device and not parameter.is_meta for parameter in lora):
+            for parameter in lora:
+                parameter.data = parameter.data.to(latents.device)
+        scale = self.family.prepared_scale(self)
+        noise = self.family.unpack(self, latents, height, width).float() / scale
+        delta = self.family.pack(self, self.hypernetwork(noise, condition))
         return (latents.float() + scale * delta.float()).to(latents.dtype)
+
+
+@functools.cache
+def _steered_class(plain: type) -> Any:
+    """The steered subclass of a pipeline class, under the name of that class: libraries write it to their files."""
+    return type(plain.__name__, (SteeredPipeline, plain), {"__module__": plain.__module__, "__doc__": plain.__doc__})
+
+
+def _bare(plain: type) -> Any:
+    steered = _steered_class(plain)
+    return steered.__new__(steered)
+
+
+def _refuse_hooks(pipe: Any, base: nn.Module, family: Family) -> None:
+    """Hooks and LoRA layers would be shared with the hypernetwork, or copied into it at their present state."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules: Mapping[str, nn.Module] = dict(base.named_modules())
+    if getattr(pipe, "_all_hooks", None) or any(hasattr(module, "_hf_hook") for module in modules.values()):
+        raise InputError(
+            "the pipeline has offloading hooks: attach the adapter first, then enable offloading on the result"
+        )
+    names = {
+        name for module in modules.values() for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
+    }
+    if names:
+        raise InputError(
+            f"the pipeline's {family.network} has the hooks {', '.join(sorted(names))}: attach the adapter first, then "
+            "enable group offloading on the result; layerwise casting is not for weights that are shared"
+        )
+    if any(isinstance(module, BaseTunerLayer) for module in modules.values()):
+        raise InputError(
+            f"the pipeline's {family.network} carries another LoRA: pipe.unload_lora_weights(), attach the adapter, "
+            "and load that LoRA into the result"
+        )

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from hnkit.adapters import adapter_folder
 from hnkit.backend import Backend, Reward, backend_factory, completed
 from hnkit.config import resolve_config
 from hnkit.errors import InputError
@@ -22,7 +23,6 @@ from hnkit.maps import ConditionedMap
 from hnkit.output.terminal import Steps, steps
 from hnkit.prompts import require_disjoint
 from hnkit.rewards import CallableReward, load_rewards
-from hnkit.scaled.backends import PipelineFactory
 from hnkit.scaled.compare.baselines import (
     Base,
     BestOfN,
@@ -39,6 +39,7 @@ from hnkit.scaled.compare.page import write_page
 from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
 from hnkit.scaled.compare.tables import method_row
 from hnkit.scaled.lora.adapter import adapter_options
+from hnkit.scaled.pipelines.factory import PipelineFactory
 from hnkit.training.checkpoint import run_lock
 
 PLAN = "plan.json"
@@ -92,7 +93,7 @@ class Comparison:
                 )
             files = {}
             if adapter is not None:
-                adapter_options(_weights_folder(adapter))
+                adapter_options(adapter)
                 files = _digests(adapter)
             chosen = _chosen_prompts(backend, prompts, plan, others)
             where = None if adapter is None else str(adapter.resolve())
@@ -159,13 +160,8 @@ def _read_plan(folder: Path, backend: str) -> Settings:
     return settings
 
 
-def _weights_folder(adapter: Path) -> Path:
-    """Where an adapter's files are: in the folder that is named, or in that run's folder `adapter`."""
-    return adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
-
-
 def _digests(adapter: Path) -> dict[str, str]:
-    folder = _weights_folder(adapter)
+    folder = adapter_folder(adapter)
     return {path.name: file_digest(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 

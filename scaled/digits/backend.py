@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,9 @@ from hnkit.scaled.digits.checkpoint import CANVAS, GUIDANCE_SCALE, JUDGE_FILE, M
 from hnkit.scaled.digits.propose import propose
 from hnkit.scaled.digits.scenes import eval_prompts, train_prompts, validate_prompt
 from hnkit.scaled.pipelines.backend import PipelineBackend
-from hnkit.scaled.pipelines.families.sana import SanaOptions
+from hnkit.scaled.pipelines.factory import PipelineFactory, Preset
+from hnkit.scaled.pipelines.families.sana import SanaFamily, SanaOptions
+from hnkit.scaled.pipelines.options import PipelineOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,6 @@ class DigitsOptions(SanaOptions):
     lora_alpha: float = 32.0
     guidance: float = GUIDANCE_SCALE
     max_sequence_length: int = MAX_SEQUENCE_LENGTH
-    instruction: bool = False
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache_dir: str = ""
@@ -94,3 +95,41 @@ class DigitsBackend(PipelineBackend):
         from hnkit.scaled.digits.judge import Judge
 
         return Judge.load(Path(self.options.model_id) / JUDGE_FILE)
+
+
+class DigitsFactory(PipelineFactory):
+    """The factory of a model that comes with the package: it is wherever the package is installed."""
+
+    def located(self, options: PipelineOptions) -> PipelineOptions:
+        """The options with the bundled folder named, every file of it checked."""
+        assert isinstance(options, DigitsOptions)
+        return replace(options, model_id=str(options.folder()))
+
+    def recorded(self, folder: str | Path) -> dict[str, Any]:
+        """What the adapter records but for the model's folder, which is another on each machine."""
+        return {key: value for key, value in super().recorded(folder).items() if key != "model_id"}
+
+
+_DEFAULT: Preset = {
+    "train.optimizer": "adamw",
+    "train.lr": 3e-4,
+    "train.schedule": "linear",
+    "train.warmup": 10,
+    "train.clip": 1.0,
+    "train.batch": 32,
+    "train.steps": 600,
+    "train.alpha": 0.1,
+    "train.measure_samples": 32,
+    "train.validate_samples": 158,
+    "heldout.legibility": 1.0,
+    "heldout.redness": 1.0,
+}
+
+FACTORY = DigitsFactory(
+    name="digits",
+    summary="a trained miniature SANA-Sprint on handwritten digits, 32 px, d = 256; bundled",
+    options=DigitsOptions,
+    presets={"default": _DEFAULT},
+    family=SanaFamily(),
+    backend=DigitsBackend,
+)

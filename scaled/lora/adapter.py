@@ -2,14 +2,17 @@
 
 `adapter_model.safetensors` has peft's keys (`base_model.model.<layer>.lora_A.weight`); `adapter_config.json` is a LoRA
 configuration that plain peft reads, with a block `hnkit` for what peft has no word for: the zero-base last layer, the
-base the weights belong to, and checksums. Nothing is ignored on reading: whatever does not fit is an error.
+base the weights belong to, what f is given of a prompt, and checksums. Nothing is ignored on reading: whatever does
+not fit is an error.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,15 +24,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from hnkit.adapters import adapter_folder
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write
 from hnkit.scaled.lora.twin import LoraSpec
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PICKLED = "adapter_model.bin"
+"""What the paper's trainer writes in place of `WEIGHTS`: the same tensors by `torch.save`."""
 _FORMAT = 1
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
-_UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
+_UNSUPPORTED = (
+    "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "fan_in_fan_out",
+    "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
+    "use_bdlora", "arrow_config", "monteclora_config", "velora_config", "kasa_config",
+)  # fmt: skip
+"""Settings of peft's LoRA that change the layers' outputs, or where there is one."""
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PROBES = 32
 
 Objective = Literal["hypernoise", "direct"]
@@ -48,14 +60,17 @@ class Adapter:
     guidance: float
     weights: Mapping[str, Tensor] = field(repr=False)
     """By `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
+    conditioning: Mapping[str, Any] = field(default_factory=dict)
+    """Options that change what f is given of a prompt, by name; empty where nothing is recorded."""
 
 
-def write_adapter(folder: Path, adapter: Adapter) -> None:
+def write_adapter(folder: str | Path, adapter: Adapter) -> None:
     """Write an adapter to a new or empty folder; the configuration comes last, so that its presence means complete.
 
     Raises:
         InputError: the folder is not empty, or cannot be written.
     """
+    folder = Path(folder)
     weights = save(
         {_PREFIX + key: value.detach().cpu().contiguous() for key, value in adapter.weights.items()},
         metadata={"format": "pt"},
@@ -75,6 +90,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
             "objective": adapter.objective,
             "zero_base_layer": adapter.zero_base,
             "guidance": adapter.guidance,
+            "conditioning": dict(adapter.conditioning),
             "base_class": type(adapter.base).__name__,
             "base_probe": _probe(adapter.base),
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
@@ -91,36 +107,40 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         raise InputError(f"the adapter cannot be written to {folder}: {error.strerror}") from error
 
 
-def read_adapter(folder: Path, expected: Adapter) -> Adapter:
+def read_adapter(folder: str | Path, expected: Adapter) -> Adapter:
     """Read an adapter for the place that `expected` describes.
 
-    Accepts what `write_adapter` wrote and, for noise hypernetworks, the layout of the paper's published adapter: peft's
+    Accepts what `write_adapter` wrote and, for noise hypernetworks, what the paper's code publishes and writes: peft's
     files without the block `hnkit`, keys with or without `base_model.model.` and with or without an adapter name, LoRA
-    on depthwise convolutions too.
+    on depthwise convolutions too, as safetensors or as `adapter_model.bin`, of which nothing but tensors is unpickled.
+
+    Args:
+        folder: of the adapter, or the run folder that holds it.
+        expected: rank, base and objective of the place; of an adapter without the block, guidance and conditioning.
 
     Raises:
         InputError: a file is missing, truncated or altered; a key is missing or unknown; rank, shapes, base model or
             objective differ from `expected`; a value is not finite.
     """
-    config, data = _read_files(folder)
-    adapter_options = _lora_fields(folder, config)
+    files = _read_files(Path(folder))
+    folder, config = files.folder, files.config
+    rank, alpha = _lora_fields(folder, config)
     block = config.get("hnkit")
-    if block is None:
-        if expected.objective != "hypernoise":
-            raise InputError(f"{folder} does not say that it is a direct fine-tuning adapter: hnkit wrote none there")
-        guidance = expected.guidance
-    else:
-        guidance = _check_block(folder, config, block, data, expected)
-    rank, alpha = adapter_options
+    guidance, conditioning = expected.guidance, expected.conditioning
+    if block is not None:
+        guidance = _check_block(files, block, expected)
+        conditioning = block.get("conditioning", {})
+    elif expected.objective != "hypernoise":
+        raise InputError(f"{folder} does not say that it is a direct fine-tuning adapter: hnkit wrote none there")
     if (rank, alpha) != (expected.spec.rank, expected.spec.alpha):
         raise InputError(
             f"{folder} has rank {rank} and alpha {alpha:g}, this backend {expected.spec.rank} and"
             f" {expected.spec.alpha:g}: set backend.rank = {rank} and backend.lora_alpha = {alpha:g}"
         )
-    weights = _weights(folder, data, rank)
+    weights = _weights(files, rank)
     layers = {key.rsplit(".lora_", 1)[0] for key in weights}
     _check_layers(folder, layers, expected)
-    _check_shapes(folder, weights, layers, rank, expected.base)
+    _check_shapes(files, weights, layers, rank, expected.base)
     return Adapter(
         objective=expected.objective,
         base_model=str(config.get("base_model_name_or_path") or expected.base_model),
@@ -129,41 +149,104 @@ def read_adapter(folder: Path, expected: Adapter) -> Adapter:
         zero_base=expected.zero_base,
         guidance=guidance,
         weights=weights,
+        conditioning=conditioning,
     )
 
 
-def adapter_options(folder: Path) -> dict[str, Any]:
-    """The backend options that the adapter in `folder` records: rank, lora_alpha, model_id and, by hnkit, guidance."""
-    config, _ = _read_files(folder)
-    rank, alpha = _lora_fields(folder, config)
+def adapter_options(
+    folder: str | Path, conditioning: Mapping[str, type] | None = None, published: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The backend options that an adapter records: rank, lora_alpha, model_id and, by hnkit, guidance and more.
+
+    Args:
+        folder: of the adapter, or the run folder that holds it.
+        conditioning: names and types of the options that change what f is given of a prompt.
+        published: those of an adapter without hnkit's block.
+
+    Raises:
+        InputError: the files are missing or damaged, or the weights have another rank than their configuration.
+    """
+    files = _read_files(Path(folder))
+    rank, alpha = _lora_fields(files.folder, files.config)
+    _weights(files, rank)  # what a configuration claims is held against its weights before anything is allocated
     options: dict[str, Any] = {"rank": rank, "lora_alpha": alpha}
-    base, block = config.get("base_model_name_or_path"), config.get("hnkit")
+    base, block = files.config.get("base_model_name_or_path"), files.config.get("hnkit")
     if isinstance(base, str) and base:
         options["model_id"] = base
-    if isinstance(block, dict) and isinstance(block.get("guidance"), float):
+    if not isinstance(block, dict):
+        return options | dict(published or {})
+    if isinstance(block.get("guidance"), float):
         options["guidance"] = block["guidance"]
+    recorded = block.get("conditioning", {})
+    for name, kind in (conditioning or {}).items() if isinstance(recorded, dict) else ():
+        if type(recorded.get(name)) is kind:
+            options[name] = recorded[name]
     return options
 
 
-def _read_files(folder: Path) -> tuple[dict[str, Any], bytes]:
+@dataclass(frozen=True)
+class _Files:
+    """The two files of an adapter as they lie in its folder."""
+
+    folder: Path
+    config: dict[str, Any]
+    data: bytes
+    name: str
+    """Of the file of weights."""
+
+    @property
+    def weights(self) -> Path:
+        """Path of the file of weights, for messages."""
+        return self.folder / self.name
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The weights by the names in the file; nothing but tensors is unpickled."""
+        try:
+            raw: Any = (
+                torch.load(io.BytesIO(self.data), map_location="cpu", weights_only=True)
+                if self.name == PICKLED
+                else load(self.data)
+            )
+        except (SafetensorError, pickle.UnpicklingError, EOFError, ValueError, LookupError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(f"{self.weights} is damaged, or holds more than tensors: {reason}") from error
+        if not isinstance(raw, Mapping) or not all(
+            isinstance(key, str) and isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+            for key, value in raw.items()
+        ):
+            raise InputError(f"{self.weights} holds no tensors by name: it is not the weights of an adapter")
+        return raw
+
+
+def _read_files(folder: Path) -> _Files:
     if not folder.is_dir():
         raise InputError(f"no adapter at {folder}: give the folder that holds {CONFIG} and {WEIGHTS}")
+    folder = adapter_folder(folder)
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = json.loads(_content(folder / CONFIG))
     except FileNotFoundError:
         raise InputError(f"{folder} has no {CONFIG}: it is not an adapter, or its saving was interrupted") from None
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{folder / CONFIG} is damaged: it is not JSON") from error
     if not isinstance(config, dict):
         raise InputError(f"{folder / CONFIG} is damaged: it is not a JSON object")
+    for name in (WEIGHTS, PICKLED):
+        try:
+            return _Files(folder, config, _content(folder / name), name)
+        except FileNotFoundError:
+            continue
+    raise InputError(f"{folder} has no {WEIGHTS}: it is missing")
+
+
+def _content(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a regular file: give the folder of an adapter")
     try:
-        return config, (folder / WEIGHTS).read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
-        pickled = (folder / "adapter_model.bin").exists()
-        hint = "adapter_model.bin is not read (hnkit unpickles nothing): convert it" if pickled else "it is missing"
-        raise InputError(f"{folder} has no {WEIGHTS}: {hint}") from None
+        raise
     except OSError as error:
-        raise InputError(f"{folder / WEIGHTS} cannot be read: {error.strerror}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _lora_fields(folder: Path, config: Mapping[str, Any]) -> tuple[int, float]:
@@ -182,14 +265,15 @@ def _lora_fields(folder: Path, config: Mapping[str, Any]) -> tuple[int, float]:
     return rank, float(alpha)
 
 
-def _check_block(folder: Path, config: Mapping[str, Any], block: Any, data: bytes, expected: Adapter) -> float:
+def _check_block(files: _Files, block: Any, expected: Adapter) -> float:
+    folder, config = files.folder, files.config
     where = folder / CONFIG
     if not isinstance(block, dict) or block.get("format") != _FORMAT:
         raise InputError(f"{where} has an hnkit block of another format: this version reads format {_FORMAT}")
     if block.get("config_sha256") != _config_checksum(config):
         raise InputError(f"{where} is damaged or was edited: its checksum does not match")
-    if block.get("weights_sha256") != hashlib.sha256(data).hexdigest():
-        raise InputError(f"{folder / WEIGHTS} is damaged: its checksum does not match")
+    if block.get("weights_sha256") != hashlib.sha256(files.data).hexdigest():
+        raise InputError(f"{files.weights} is damaged: its checksum does not match")
     if block.get("objective") != expected.objective:
         raise InputError(
             f"{folder} is an adapter for objective {block.get('objective')!r},"
@@ -207,30 +291,36 @@ def _check_block(folder: Path, config: Mapping[str, Any], block: Any, data: byte
     if block.get("zero_base_layer") != expected.zero_base:
         found = block.get("zero_base_layer")
         raise InputError(f"{where} has zero_base_layer {found!r}: {expected.zero_base!r} is expected")
-    return float(block["guidance"])
+    guidance, conditioning = block.get("guidance"), block.get("conditioning", {})
+    if not isinstance(guidance, int | float) or not math.isfinite(guidance):
+        raise InputError(f"{where} has guidance {guidance!r}: it is a finite number")
+    if not isinstance(conditioning, dict):
+        raise InputError(f"{where} has conditioning {conditioning!r}: it is a table of options")
+    return float(guidance)
 
 
-def _weights(folder: Path, data: bytes, rank: int) -> dict[str, Tensor]:
-    try:
-        raw = load(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{folder / WEIGHTS} is damaged: {' '.join(str(error).split())[:120]}") from error
+def _weights(files: _Files, rank: int) -> dict[str, Tensor]:
+    folder, path = files.folder, files.weights
     weights: dict[str, Tensor] = {}
-    for name, value in raw.items():
+    for name, value in files.tensors().items():
         match = _KEY.fullmatch(name)
         if match is None:
-            raise InputError(f"{folder / WEIGHTS} has the key {name!r}: only lora_A and lora_B weights are accepted")
+            raise InputError(f"{path} has the key {name!r}: only lora_A and lora_B weights are accepted")
         key = f"{match['layer']}.lora_{match['side']}.weight"
         if key in weights:
-            raise InputError(f"{folder / WEIGHTS} has two tensors for {key!r}")
-        if not value.is_floating_point() or value.ndim not in (2, 4):
-            raise InputError(f"{folder / WEIGHTS}: {name!r} is no LoRA weight ({value.dtype}, {value.ndim} dimensions)")
+            raise InputError(f"{path} has two tensors for {key!r}")
+        if value.dtype not in _DTYPES or value.ndim not in (2, 4):
+            raise InputError(f"{path}: {name!r} is no LoRA weight ({value.dtype}, {value.ndim} dimensions)")
         held = value.shape[0 if match["side"] == "A" else 1]
         if held != rank:
             raise InputError(f"{folder}: {name!r} has rank {held}, {CONFIG} says {rank}")
+        if value.nbytes > len(files.data):
+            raise InputError(f"{path}: {name!r} claims {value.nbytes} bytes, more than the file has: it is damaged")
         if not bool(torch.isfinite(value).all()):
-            raise InputError(f"{folder / WEIGHTS}: {name!r} has values that are not finite")
+            raise InputError(f"{path}: {name!r} has values that are not finite")
         weights[key] = value.float()
+    if not weights:
+        raise InputError(f"{path} has no LoRA weights: it is not complete")
     return weights
 
 
@@ -245,7 +335,7 @@ def _check_layers(folder: Path, layers: set[str], expected: Adapter) -> None:
         raise InputError(f"{folder} has no LoRA for {missing[0]!r} ({len(missing)} such): it is not complete")
 
 
-def _check_shapes(folder: Path, weights: Mapping[str, Tensor], layers: set[str], rank: int, base: nn.Module) -> None:
+def _check_shapes(files: _Files, weights: Mapping[str, Tensor], layers: set[str], rank: int, base: nn.Module) -> None:
     for layer in sorted(layers):
         out, *ins = base.get_submodule(layer).get_parameter("weight").shape
         if len(ins) == 1:
@@ -256,10 +346,10 @@ def _check_shapes(folder: Path, weights: Mapping[str, Tensor], layers: set[str],
         for side, shape in zip("AB", shapes, strict=True):
             key = f"{layer}.lora_{side}.weight"
             if key not in weights:
-                raise InputError(f"{folder / WEIGHTS} has no {key!r}: it is not complete")
+                raise InputError(f"{files.weights} has no {key!r}: it is not complete")
             if tuple(weights[key].shape) != shape:
                 raise InputError(
-                    f"{folder} is of another base model: {key!r} has shape {tuple(weights[key].shape)},"
+                    f"{files.folder} is of another base model: {key!r} has shape {tuple(weights[key].shape)},"
                     f" this one needs {shape}"
                 )
 

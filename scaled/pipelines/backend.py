@@ -170,11 +170,11 @@ class PipelineBackend(BackendBase):
             f"images = pipe(prompt, {arguments}).images"
         )
 
-    def save_adapter(self, folder: Path) -> None:
+    def save_adapter(self, folder: str | Path) -> None:
         """Write the LoRA weights and what they belong to; `folder` must be new or empty."""
         write_adapter(folder, self._adapter())
 
-    def load_adapter(self, folder: Path) -> None:
+    def load_adapter(self, folder: str | Path) -> None:
         """Read what `save_adapter` wrote, or an adapter in the layout of the paper's published one.
 
         Raises:
@@ -203,6 +203,7 @@ class PipelineBackend(BackendBase):
             zero_base=zero_base,
             guidance=self.options.guidance,
             weights=lora_state(self._twin),
+            conditioning={name: getattr(self.options, name) for name in self.family.conditioning},
         )
 
     def _install(self, spec: LoraSpec) -> HyperNetwork | NoDelta:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
+
 import diffusers
 import pytest
 import torch
 
 from hnkit import InputError
 from hnkit.scaled.attach import SteeredPipeline, attach
+from hnkit.scaled.lora.adapter import CONFIG
 from tests.scaled import tiny
 from tests.scaled.conftest import noise_for, perturb, steered
 
@@ -25,7 +30,9 @@ def arguments(name, **changes):
     side = tiny.SIZES[name]
     common = {"height": side, "width": side, "output_type": "pt", "num_inference_steps": 1}
     if name == "sana":
-        common |= {"use_resolution_binning": False, "intermediate_timesteps": None}
+        common |= {
+            "use_resolution_binning": False, "intermediate_timesteps": None, "complex_human_instruction": None,
+        }  # fmt: skip
         if changes.get("num_inference_steps") == 2:
             common["intermediate_timesteps"] = 1.3
     return common | changes
@@ -141,3 +148,166 @@ def test_the_model_cards_code_runs(name, make_backend, tmp_path):
     expected = steered(backend, noise, backend.encode(PROMPTS))
     torch.testing.assert_close(scope["images"], expected, atol=2e-6, rtol=0)
     assert "direct()" in backend.direct().usage()
+
+
+@pytest.fixture
+def trained(checkpoint, make_backend, tmp_path):
+    """`trained(name)`: a tiny pipeline with a trained adapter on it, and the adapter's folder."""
+
+    def make(name, **options):
+        backend = make_backend(name, **options)
+        perturb(backend)
+        backend.save_adapter(tmp_path / f"{name}-adapter")
+        return attach(load(checkpoint, name), tmp_path / f"{name}-adapter"), tmp_path / f"{name}-adapter"
+
+    return make
+
+
+def images_of(pipe, name, **changes):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(PROMPTS, generator=seeded(), **arguments(name, **changes)).images
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_result_is_a_pipeline_like_any_other(name, trained, checkpoint, tmp_path):
+    with_f, _ = trained(name)
+    plain_class = type(load(checkpoint, name))
+    expected, plain = images_of(with_f, name), images_of(load(checkpoint, name), name)
+    assert isinstance(with_f, plain_class)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    assert torch.equal(images_of(with_f.detached(), name), plain)
+    assert type(with_f.detached()) is plain_class
+    copies = {
+        "copy": copy.copy(with_f),
+        "deepcopy": copy.deepcopy(with_f),
+        "pickle": pickle.loads(pickle.dumps(with_f)),
+        "from_pipe": type(with_f).from_pipe(with_f),
+    }
+    with_f.save_pretrained(tmp_path / "saved")
+    saved = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert type(saved) is plain_class
+    copies["save_pretrained"] = attach(saved, tmp_path / "saved")
+    for label, other in copies.items():
+        assert isinstance(other, SteeredPipeline), label
+        assert torch.equal(images_of(other, name), expected), label
+    with pytest.raises(InputError, match="needs a steered pipeline"):
+        type(with_f).from_pipe(load(checkpoint, name))
+
+
+def test_what_is_set_on_the_result_is_what_runs(trained, checkpoint):
+    with_f, _ = trained("sd-turbo")
+    before, other = images_of(with_f, "sd-turbo", num_inference_steps=2), copy.copy(with_f)
+    ancestral = diffusers.EulerAncestralDiscreteScheduler.from_config(with_f.scheduler.config)
+    other.scheduler = ancestral
+    changed = images_of(other, "sd-turbo", num_inference_steps=2)
+    assert not torch.equal(changed, before)
+    assert torch.equal(images_of(with_f, "sd-turbo", num_inference_steps=2), before)
+    other.vae = load(checkpoint, "sd-turbo").vae
+    other.vae.decoder.conv_out.weight.data.zero_()
+    assert float(images_of(other, "sd-turbo").std(dim=(0, 2, 3)).max()) < 1e-6, "a decoder of zeros paints one colour"
+    called = []
+    with_f.unet = torch.compile(with_f.unet, backend=lambda graph, inputs: called.append(1) or graph.forward)
+    torch.testing.assert_close(images_of(with_f, "sd-turbo", num_inference_steps=2), before)
+    assert called
+
+
+def test_a_compiled_network_stands_for_the_one_inside(trained, checkpoint):
+    with_f, folder = trained("flux")
+    pipe = load(checkpoint, "flux")
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    torch.testing.assert_close(images_of(attach(pipe, folder), "flux"), images_of(with_f, "flux"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_offloading_after_attaching(name, trained, monkeypatch):
+    """The hypernetwork shares its weights with a network that is elsewhere: they are fetched before it runs."""
+    from accelerate.hooks import CpuOffload
+
+    with_f, _ = trained(name)
+    expected = images_of(with_f, name)
+    order = []
+    fetch = CpuOffload.pre_forward
+    monkeypatch.setattr(
+        CpuOffload, "pre_forward", lambda self, module, *a, **k: order.append(module) or fetch(self, module, *a, **k)
+    )
+    with_f.hypernetwork.register_forward_pre_hook(lambda *_: order.append("f"))
+    with_f.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        order.clear()
+        assert torch.equal(images_of(with_f, name), expected)
+        assert getattr(with_f, with_f.family.network) in order[: order.index("f")]
+    with_f.remove_all_hooks()
+    with_f.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(images_of(with_f, name), expected)
+    assert any(hasattr(module, "_diffusers_hook") for module in with_f.hypernetwork.modules())
+
+
+def test_sequential_offloading_reaches_the_hypernetwork(trained):
+    """Only its hooks: without an accelerator the library's sequential offloading itself does not run."""
+    with_f, _ = trained("sana")
+    with_f.enable_sequential_cpu_offload(device="cpu")
+    twin = with_f.hypernetwork.twin
+    assert all(parameter.is_meta for parameter in twin.parameters())
+    assert hasattr(twin.get_submodule("proj_out.lora_A.hypernoise"), "_hf_hook")
+    with_f.remove_all_hooks()
+    assert not any(parameter.is_meta for parameter in twin.parameters())
+    assert not any(hasattr(module, "_hf_hook") for module in twin.modules())
+
+
+def test_what_comes_before_attaching_and_cannot(trained, checkpoint):
+    import peft
+
+    _, folder = trained("sana")
+    pipe = load(checkpoint, "sana")
+    pipe.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(InputError, match="attach the adapter first, then enable offloading"):
+        attach(pipe, folder)
+    pipe = load(checkpoint, "sana")
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(InputError, match="attach the adapter first, then enable offloading"):
+        attach(pipe, folder)
+    pipe = load(checkpoint, "sana")
+    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(InputError, match="hooks group_offloading"):
+        attach(pipe, folder)
+    pipe = load(checkpoint, "sana")
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(InputError, match="layerwise casting is not for weights that are shared"):
+        attach(pipe, folder)
+    with_f = attach(load(checkpoint, "sana"), folder)
+    before = images_of(with_f, "sana")
+    with_f.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["proj_out"], init_lora_weights=False))
+    assert not torch.equal(images_of(with_f, "sana"), before), "another LoRA is loaded into the result"
+    with pytest.raises(InputError, match="carries another LoRA"):
+        attach(with_f.detached(), folder)
+    with_f = attach(load(checkpoint, "sana"), folder)
+    with_f.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(InputError, match="stored in 8 bits"):
+        images_of(with_f, "sana")
+
+
+def test_prompts_reach_f_as_they_did_in_training(trained, checkpoint):
+    """An adapter that records nothing was trained without SANA's instruction; what a call says wins."""
+
+    with_f, folder = trained("sana", instruction=True, max_sequence_length=200)
+    document = json.loads((folder / CONFIG).read_text())
+    assert document["hnkit"]["conditioning"] == {"instruction": True, "max_sequence_length": 200}
+    call = {key: value for key, value in arguments("sana").items() if key != "complex_human_instruction"}
+    default = with_f(PROMPTS, generator=seeded(), **call)
+    without = images_of(with_f, "sana")
+    assert not torch.equal(default.images, without)
+    del document["hnkit"]
+    (folder / CONFIG).write_text(json.dumps(document))
+    published = attach(load(checkpoint, "sana"), folder)
+    published.set_progress_bar_config(disable=True)
+    assert torch.equal(published(PROMPTS, generator=seeded(), max_sequence_length=200, **call).images, without)
+    said = published(PROMPTS, generator=seeded(), complex_human_instruction=["Say more:"], **call).images
+    assert not torch.equal(said, without)
+
+
+def test_a_run_folder_is_taken_where_its_adapter_is(trained, checkpoint, tmp_path):
+    with_f, folder = trained("sana")
+    (tmp_path / "run").mkdir()
+    folder.rename(tmp_path / "run" / "adapter")
+    again = attach(load(checkpoint, "sana"), tmp_path / "run")
+    assert torch.equal(images_of(again, "sana"), images_of(with_f, "sana"))

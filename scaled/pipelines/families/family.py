@@ -22,6 +22,10 @@ class Family(ABC):
     max_steps: ClassVar[int] = 1000
     multiple: ClassVar[int] = 8
     """What divides every image side that the pipeline takes."""
+    conditioning: ClassVar[Mapping[str, type]] = {}
+    """Options that change what f is given of a prompt, with their types: an adapter records them."""
+    published: ClassVar[Mapping[str, Any]] = {}
+    """Options of adapters that record nothing, those of the paper's code."""
 
     @abstractmethod
     def noise_shape(self, pipe: Any, size: int) -> tuple[int, ...]:
@@ -49,6 +53,14 @@ class Family(ABC):
         """Keyword arguments of a plain one-step call of the pipeline, beside the prompt, that match `options`."""
         size, guidance = options.size, options.guidance
         return {"num_inference_steps": 1, "guidance_scale": guidance, "height": size, "width": size}
+
+    def attached_arguments(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of a plain call of the pipeline by which prompts reach f as they did in training.
+
+        Args:
+            conditioning: what the adapter records of `conditioning`.
+        """
+        return {key: value for key, value in conditioning.items() if key == "max_sequence_length"}
 
     def pack(self, pipe: Any, noise: Tensor) -> Tensor:
         """The noise in the layout of the pipeline's argument `latents`."""

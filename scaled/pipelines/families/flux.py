@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hnkit.scaled.pipelines.factory import PREFERENCES, PUBLISHED, PipelineFactory, Preset, epochs
 from hnkit.scaled.pipelines.families.family import Family
 from hnkit.scaled.pipelines.options import PipelineOptions
 
@@ -33,6 +34,7 @@ class FluxFamily(Family):
     last_layer: ClassVar[str] = "proj_out"
     multiple: ClassVar[int] = 16
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    conditioning: ClassVar[Mapping[str, type]] = {"max_sequence_length": int}
 
     def noise_shape(self, pipe: Any, size: int) -> tuple[int, ...]:
         """`(channels, side, side)`, 16 x 64 x 64 at 512 px."""
@@ -91,3 +93,31 @@ class FluxFamily(Family):
         """The inverse of `pack`, for an image of `height` x `width` pixels."""
         noise: Tensor = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
         return noise
+
+
+# The published script runs 7 processes and warms up over 100 steps times their number (ExplainableML/HyperNoise at
+# bbe3ab4, scripts/flux_hypernoise.sh, training/optim.py lines 11 and 33).
+_PREFERENCE: Preset = {
+    **PUBLISHED,
+    **PREFERENCES,
+    "train.optimizer": "adamw",
+    "train.weight_decay": 1e-4,
+    "train.lr": 2e-5,
+    "train.clip": 1.0,
+    "train.batch": 7 * 4,
+    "train.accumulate": 4,
+    "train.steps": epochs(7 * 4),
+    "train.warmup": 100 * 7,
+    "backend.rank": 128,
+    "backend.lora_alpha": 640.0,
+    "backend.size": 512,
+    "backend.hypernetwork_checkpointing": True,
+}
+
+FACTORY = PipelineFactory(
+    name="flux",
+    summary="FLUX.1-schnell, 512 px, d = 65,536",
+    options=FluxOptions,
+    presets={"default": _PREFERENCE, "preference": _PREFERENCE},
+    family=FluxFamily(),
+)

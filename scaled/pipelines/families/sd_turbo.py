@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from hnkit.scaled.pipelines.factory import PREFERENCES, PUBLISHED, PipelineFactory, Preset, epochs
 from hnkit.scaled.pipelines.families.family import Family
 from hnkit.scaled.pipelines.options import PipelineOptions
 
@@ -63,3 +64,30 @@ class SDTurboFamily(Family):
     def prepared_scale(self, pipe: Any) -> float:
         """Euler samplers start from noise of the largest sigma."""
         return float(pipe.scheduler.init_noise_sigma)
+
+
+# AdamW's weight decay is the published code's (ExplainableML/HyperNoise at bbe3ab4, training/optim.py line 11). It has
+# no script for this model: the warm-up is that of one process.
+_PREFERENCE: Preset = {
+    **PUBLISHED,
+    **PREFERENCES,
+    "train.optimizer": "adamw",
+    "train.weight_decay": 1e-4,
+    "train.lr": 1e-5,
+    "train.clip": 1000.0,
+    "train.batch": 18,
+    "train.accumulate": 1,
+    "train.steps": epochs(18),
+    "train.warmup": 100,
+    "backend.rank": 256,
+    "backend.lora_alpha": 256.0,
+    "backend.size": 512,
+}
+
+FACTORY = PipelineFactory(
+    name="sd-turbo",
+    summary="SD-Turbo, 512 px, d = 16,384",
+    options=SDTurboOptions,
+    presets={"default": _PREFERENCE, "preference": _PREFERENCE},
+    family=SDTurboFamily(),
+)

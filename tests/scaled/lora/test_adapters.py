@@ -231,7 +231,8 @@ def test_foreign_missing_and_doubled_keys(saved, reader, tmp_path):
         "shape": (weights | {one: torch.zeros(4, 3, *weights[one].shape[2:])}, "another base model"),
         "integer": (weights | {one: weights[one].long()}, "is no LoRA weight"),
         "nan": (weights | {one: weights[one] * float("nan")}, "not finite"),
-        "empty": ({}, "no LoRA for"),
+        "empty": ({}, "has no LoRA weights"),
+        "fp8": (weights | {one: weights[one].to(torch.float8_e4m3fn)}, "is no LoRA weight"),
     }
     for name, (content, message) in cases.items():
         assert message in refused(reader, rewritten(saved, tmp_path / name, weights=content)), name
@@ -274,7 +275,7 @@ def test_missing_files_and_pickles(saved, reader, tmp_path):
     assert "has no adapter_config.json" in refused(reader, tmp_path / "empty")
     pickled = shutil.copytree(saved, tmp_path / "pickled")
     (pickled / WEIGHTS).rename(pickled / "adapter_model.bin")
-    assert "unpickles nothing" in refused(reader, pickled)
+    assert "holds more than tensors" in refused(reader, pickled)
     listed = shutil.copytree(saved, tmp_path / "list")
     (listed / CONFIG).write_text("[1]")
     assert "not a JSON object" in refused(reader, listed)

@@ -172,6 +172,8 @@ def test_loss_gradients_agree_with_finite_differences(kl, make_backend):
     """Backward through a forward-mode product of a network with LayerNorm is silently wrong by 10 to 20 per cent.
 
     SANA's attention has ReLUs: J jumps where one of them switches, so the smallest of several steps' errors counts.
+    The second-order loss' gradient is that of its value in the mean over probes only: 2 probes leave 3 per cent between
+    them, 128 leave 0.2.
     """
     backend = make_backend("sana")
     perturb(backend, 0.03)
@@ -179,7 +181,7 @@ def test_loss_gradients_agree_with_finite_differences(kl, make_backend):
     condition = f.condition
     weights = torch.tensor([1.0, -0.4])
     parameters = [p for p in backend.hypernetwork.parameters() if p.requires_grad]
-    loss = NoiseLoss(kl=kl, probes=2) if kl == "second-order" else NoiseLoss(kl=kl)
+    loss = NoiseLoss(kl=kl, probes=128) if kl == "second-order" else NoiseLoss(kl=kl)
 
     def value():
         terms = loss(

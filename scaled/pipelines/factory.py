@@ -1,0 +1,87 @@
+"""A pipeline backend that is known before it is loaded: its options, its presets, and what it still needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hnkit.errors import InputError
+from hnkit.scaled.lora.adapter import adapter_options
+from hnkit.scaled.pipelines.backend import PipelineBackend
+from hnkit.scaled.pipelines.families.family import Family
+from hnkit.scaled.pipelines.loading import find_model, load_pipeline
+from hnkit.scaled.pipelines.options import PipelineOptions
+
+Preset = Mapping[str, Any]
+"""Named overrides of a run's configuration: keys `train.*`, `backend.*`, `rewards.*`, `heldout.*`."""
+
+PREFERENCES: Preset = {
+    "rewards.hpsv2": 5.0,
+    "rewards.imagereward": 1.0,
+    "rewards.pickscore": 0.05,
+    "rewards.clipscore": 0.01,
+}
+"""The paper's ensemble of four rewards (arXiv 2508.09968, section 5)."""
+
+PUBLISHED: Preset = {"train.reduction": "mean", "train.alpha": 1.0}
+"""What all runs of the published code share: an L2 term that is a mean over the noise dimensions."""
+
+
+def epochs(batch: int) -> int:
+    """Optimiser steps of the paper's 25 epochs over its 70,000 training prompts."""
+    return 25 * 70_000 // batch
+
+
+@dataclass(frozen=True)
+class PipelineFactory:
+    """A backend that is known without being loaded; implements `hnkit.backend.BackendFactory`."""
+
+    name: str
+    summary: str
+    options: type[Any]
+    presets: Mapping[str, Preset]
+    family: Family
+    backend: type[PipelineBackend] = PipelineBackend
+
+    def load(self, options: Any = None) -> PipelineBackend:
+        """Load pipeline and twin.
+
+        Raises:
+            InputError: a package or the model is missing, damaged or of another class; the device cannot be used.
+        """
+        missing = _missing_packages()
+        if missing:
+            raise InputError(f"backend {self.name!r} needs {', '.join(missing)}: pip install 'hnkit[scaled]' adds it")
+        chosen = self.located(self.options() if options is None else options)
+        return self.backend(self.family, chosen, load_pipeline(self.family, chosen), name=self.name)
+
+    def adapter_options(self, folder: str | Path) -> PipelineOptions:
+        """The default options, at what the adapter in `folder` records: rank, alpha, base model and conditioning."""
+        options: PipelineOptions = self.options(**self.recorded(folder))
+        return options
+
+    def recorded(self, folder: str | Path) -> dict[str, Any]:
+        """The options of this backend that the adapter in `folder` fixes, by name."""
+        return adapter_options(folder, self.family.conditioning, self.family.published)
+
+    def located(self, options: PipelineOptions) -> PipelineOptions:
+        """The options with the model named that they leave to the backend; here they are taken as they are."""
+        return options
+
+    def status(self) -> str:
+        """Ready, or what is missing and how to get it; loads no weights."""
+        missing = _missing_packages()
+        if missing:
+            return f"needs {', '.join(missing)}: pip install 'hnkit[scaled]'"
+        try:
+            folder = find_model(self.located(self.options()).model_id)
+        except InputError as error:
+            return str(error)
+        return f"ready: {folder}"
+
+
+def _missing_packages() -> list[str]:
+    return [name for name in ("diffusers", "peft", "transformers") if find_spec(name) is None]
