@@ -6,8 +6,8 @@ Three lines, the first and last of them diffusers' own:
     pipe = attach(pipe, "runs/my-run/adapter")
     image = pipe("a red fox", num_inference_steps=2, generator=torch.Generator("cuda").manual_seed(0)).images[0]
 
-The result is a pipeline of the same class: a scheduler or a decoder is exchanged on it, it is offloaded, copied, pickled
-and saved like any other. `pipe.detached()` is the plain pipeline again.
+The result is a pipeline of the same class: a scheduler is exchanged on it, it is offloaded, copied, pickled and saved
+like any other. `pipe.detached()` is the plain pipeline again.
 """
 
 from __future__ import annotations
