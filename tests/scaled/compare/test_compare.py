@@ -53,13 +53,14 @@ def redness_alone():
     presets = {name: {k: v for k, v in preset.items() if not k.startswith("rewards.")}
                for name, preset in factory.presets.items()}  # fmt: skip
     patch = pytest.MonkeyPatch()
-    patch.setattr("hnkit.backend.backend_factory", lambda _: replace(factory, presets=presets))
+    # the module that defines it comes last: one that is first imported while it is replaced would keep the replacement
     for module in (
         "hnkit.config",
         "hnkit.training.session",
         "hnkit.cli.commands",
         "hnkit.scaled.compare.run",
         "hnkit.scaled.compare.networks",
+        "hnkit.backend",
     ):
         patch.setattr(f"{module}.backend_factory", lambda _: replace(factory, presets=presets))
     yield
