@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE")
     options = parser.parse_args()
     # imported once, before any fork: numerics run in the children alone
-    for module in ("hnkit.cli.commands", "hnkit.training.run", "hnkit.toy.backend", "matplotlib.backends.backend_agg"):
+    for module in ("hnkit.cli.train", "hnkit.training.run", "hnkit.toy.backend", "matplotlib.backends.backend_agg"):
         importlib.import_module(module)
     with tempfile.TemporaryDirectory(prefix="hnkit-kill-") as work:
         test = KillTest(Path(work), options.backend, options.set, options.seed)

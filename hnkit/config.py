@@ -2,37 +2,45 @@
 
 Later sources win: the dataclasses' defaults, the backend's preset `default`, `--preset`, the file, the flags. An
 unknown key, a wrong type or a value out of range is an `InputError` of one line that names the key and what is
-accepted. An import path (`pkg.mod:fn`) is code, so it is taken from flags alone, never from a file or a preset.
+accepted. An import path (`pkg.mod:fn`) is code, so it is taken from flags alone, never from a file or a preset; so is
+leave to download. A relative path in a file is looked for beside that file first, then in the working directory.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
-import operator
-import sys
+import shlex
 import tomllib
-import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from hnkit.backend import BackendFactory, backend_factory, installed_names
+import tomli_w
+
 from hnkit.errors import InputError
-from hnkit.prompts import is_unicode
+from hnkit.internal.values import (
+    annotations,
+    parse_text,
+    plain_record,
+    printable,
+    require_ranges,
+    setting,
+    shown,
+    typed_value,
+    typed_values,
+)
+
+if TYPE_CHECKING:
+    from hnkit.backend import BackendFactory
 
 Scalar = bool | int | float | str
 CONFIG_FILE = "config.toml"
-
-
-def _in_range(
-    default: float, *, least: float | None = None, above: float | None = None, below: float | None = None
-) -> Any:
-    return field(default=default, metadata={"least": least, "above": above, "below": below})
+PERMISSIONS: dict[str, Scalar] = {"local_files_only": True}
+"""Options that allow what a file must not switch on, with the value that allows nothing. They are taken from flags,
+and are not part of a run: a run folder that is passed on does not hold them."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,8 @@ class TrainConfig:
     """The table `[train]`: everything about a run that does not belong to the generator or the rewards.
 
     Attributes:
-        objective: `"hypernoise"` trains f on the noise; `"direct"` trains the backend's direct fine-tuning twin on
-            `-reward / alpha` alone, the baseline.
+        objective: `"hypernoise"` trains f on the noise; `"direct"` trains the backend's direct fine-tuning twin, the
+            baseline. The latter's loss is `-reward / alpha` alone.
         kl: the KL term of `NoiseLoss`.
         alpha: temperature of the tilt, in units of the reward.
         reduction: `"sum"` over the noise dimensions, or `"mean"`, which hides a factor d in alpha.
@@ -60,7 +68,7 @@ class TrainConfig:
         schedule: what the rate does afterwards, until the last step.
         ema: decay of an exponential average of the weights, which is then what is measured and saved; 0 is none.
         precision: `"bfloat16"` runs network and generator under autocast; KL and rewards stay in float32 or better.
-        seed: of noise, prompt order and probes. Sample i of step t depends on the seed, t and i alone, not on the
+        seed: seed of noise, prompt order and probes. Sample i of step t depends on the seed, t and i alone, not on the
             number of processes.
         max_skipped: so many batches with a non-finite loss or gradient in a row end the run.
         measure_every: steps between measurements of the exact KL, L2 term and their gap; 0 is only at the end.
@@ -78,43 +86,42 @@ class TrainConfig:
         trackers: besides metrics.jsonl.
     """
 
-    objective: Literal["hypernoise", "direct"] = "hypernoise"
-    kl: Literal["l2", "second-order", "arnoldi", "exact"] = "l2"
-    alpha: float = _in_range(1.0, above=0)
-    reduction: Literal["sum", "mean"] = "sum"
+    objective: Literal["hypernoise", "direct"] = setting("hypernoise", flags=())
+    kl: Literal["l2", "second-order", "arnoldi", "exact"] = setting("l2", flags=())
+    alpha: float = setting(1.0, above=0, flags=())
+    reduction: Literal["sum", "mean"] = setting("sum", flags=())
     noise: Literal["fresh", "fixed"] = "fresh"
-    generator_steps: int = _in_range(1, least=1)
-    steps: int = _in_range(1000, least=1)
-    batch: int = _in_range(16, least=1, below=2**24)
-    accumulate: int = _in_range(1, least=1)
+    generator_steps: int = setting(1, least=1)
+    steps: int = setting(1000, least=1, flags=())
+    batch: int = setting(16, least=1, below=2**24, flags=())
+    accumulate: int = setting(1, least=1)
     optimizer: Literal["sgd", "adamw", "adamw8bit"] = "adamw"
-    lr: float = _in_range(1e-3, above=0)
-    momentum: float = _in_range(0.0, least=0, below=1)
+    lr: float = setting(1e-3, above=0, flags=())
+    momentum: float = setting(0.0, least=0, below=1)
     nesterov: bool = False
-    weight_decay: float = _in_range(0.0, least=0)
-    clip: float = _in_range(1.0, least=0)
-    warmup: int = _in_range(0, least=0)
+    weight_decay: float = setting(0.0, least=0)
+    clip: float = setting(1.0, least=0)
+    warmup: int = setting(0, least=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    ema: float = _in_range(0.0, least=0, below=1)
+    ema: float = setting(0.0, least=0, below=1)
     precision: Literal["float32", "bfloat16"] = "float32"
-    seed: int = _in_range(0, least=0, below=2**63)
-    max_skipped: int = _in_range(20, least=1)
-    measure_every: int = _in_range(0, least=0)
-    measure_samples: int = _in_range(256, least=2, below=2**24)
+    seed: int = setting(0, least=0, below=2**63, flags=())
+    max_skipped: int = setting(20, least=1)
+    measure_every: int = setting(0, least=0)
+    measure_samples: int = setting(256, least=2, below=2**24)
     measure_method: Literal["auto", "exact", "arnoldi", "lanczos", "power", "roulette", "second-order"] = "auto"
-    measure_rel_error: float = _in_range(0.05, above=0, below=1)
-    checkpoint_every: int = _in_range(100, least=1)
-    keep: int = _in_range(3, least=1)
-    validate_every: int = _in_range(0, least=0)
-    validate_samples: int = _in_range(16, least=1, below=2**24)
-    prompts: str = ""
-    validation_prompts: str = ""
-    validation_share: float = _in_range(0.1, least=0, below=1)
+    measure_rel_error: float = setting(0.05, above=0, below=1)
+    checkpoint_every: int = setting(100, least=1)
+    keep: int = setting(3, least=1)
+    validate_every: int = setting(0, least=0)
+    validate_samples: int = setting(16, least=1, below=2**24)
+    prompts: str = setting("", flags=(), metavar="FILE", beside=True)
+    validation_prompts: str = setting("", beside=True)
+    validation_share: float = setting(0.1, least=0, below=1)
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            _check_range(f"train.{item.name}", getattr(self, item.name), item.metadata)
+        require_ranges(self, "train.")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise InputError("train.nesterov = true needs train.optimizer = 'sgd' and train.momentum above 0")
         if self.batch % self.accumulate:
@@ -122,6 +129,32 @@ class TrainConfig:
                 f"train.batch = {self.batch} is not a multiple of train.accumulate = {self.accumulate}: "
                 "batch counts the samples of one optimiser step, all micro-batches together"
             )
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """What a run of `generate` is told.
+
+    Attributes:
+        count: images per prompt, each from its own noise. Image k of every prompt starts from the same noise.
+        steps: sampler steps of the generator.
+        seed: seed of the noise.
+        batch: images generated together.
+        layout: also write the folder that a scorer reads.
+    """
+
+    count: int = setting(4, least=1, flags=("--count", "-n"))
+    steps: int = setting(1, least=1, flags=())
+    seed: int = setting(0, least=0, flags=())
+    batch: int = setting(8, least=1, flags=())
+    layout: Literal["geneval", "geneval2", "t2i-compbench", "dpg-bench"] | None = setting(None, flags=())
+
+    def __post_init__(self) -> None:
+        require_ranges(self, "--", " ")
+        if self.layout is not None:
+            from hnkit.output.layouts import check_layout
+
+            check_layout(self.layout, (), self.count)
 
 
 @dataclass(frozen=True)
@@ -148,30 +181,27 @@ class RunConfig:
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The configuration as plain tables: what `config.toml` and `report.json` hold."""
         return {
-            "train": _plain(self.train),
-            "backend": {"name": self.backend, **_plain(self.options)},
+            "train": plain_record(self.train),
+            "backend": {"name": self.backend, **_without_permissions(plain_record(self.options))},
             "rewards": {name: _plain_reward(spec) for name, spec in self.rewards.items()},
             "heldout": {name: _plain_reward(spec) for name, spec in self.heldout.items()},
         }
 
     def to_toml(self) -> str:
         """The same as TOML; `resolve_config(config_file=...)` reads it back to an equal record."""
-        lines = ["# The resolved configuration of this run."]
-        for table, entries in self.to_dict().items():
-            lines.append(f"\n[{table}]")
-            lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in entries.items()]
-        return "\n".join(lines) + "\n"
+        return "# The resolved configuration of this run.\n\n" + tomli_w.dumps(self.to_dict())
 
 
 def resolve_config(
     *,
     backend: str | None = None,
-    config_file: Path | None = None,
+    config_file: str | Path | None = None,
     preset: str | None = None,
     overrides: Sequence[str] = (),
     rewards: Sequence[str] = (),
     heldout: Sequence[str] = (),
-    resume: Path | None = None,
+    resume: str | Path | None = None,
+    training: bool = True,
 ) -> RunConfig:
     """Merge defaults, preset, file and flags into one checked configuration.
 
@@ -180,52 +210,84 @@ def resolve_config(
         config_file: TOML with the tables `[train]`, `[backend]`, `[rewards]`, `[heldout]`.
         preset: one of the backend's presets.
         overrides: `"table.key=value"`, value in TOML or bare text, in order.
-        rewards: `"name=weight"` or `"pkg.mod:fn=weight"`; given, they replace the table `[rewards]`.
+        rewards: `"name=weight"` or `"pkg.mod:fn=weight"`; given, they replace the table `[rewards]`. With `resume`
+            they repeat entries of the saved table instead, as every import path there has to be.
         heldout: the same for `[heldout]`.
         resume: a run folder; its saved configuration takes the place of the defaults and of the preset `default`.
+        training: the run is to be trained; else the rewards of files are left out, so that their code is not needed.
 
     Raises:
         InputError: in one line, naming the key.
     """
-    sources: list[tuple[str, dict[str, dict[str, Any]]]] = []
+    from hnkit.backend import backend_factory, installed_names
+
+    files = []
     if resume is not None:
         if preset is not None:
             raise InputError(f"--preset {preset} with --resume: a resumed run keeps its own configuration")
-        sources.append((str(resume / CONFIG_FILE), read_tables(resume / CONFIG_FILE)))
+        files.append(Path(resume) / CONFIG_FILE)
     if config_file is not None:
-        sources.append((str(config_file), read_tables(config_file)))
-    for where, tables in sources:
+        files.append(Path(config_file))
+    sources = [(file, read_tables(file)) for file in files]
+    for file, tables in sources:
         named = tables.get("backend", {}).get("name", backend)
         if named is not None and not isinstance(named, str):
-            raise InputError(f"{where}: [backend] name = {_show(named)}: accepted is a string")
+            raise InputError(f"{file}: [backend] name = {shown(named)}: accepted is a string")
         if backend is not None and named != backend:
-            raise InputError(f"{where} is for backend {named!r}, not {backend!r}: leave its name out, or use another")
+            raise InputError(f"{file} is for backend {named!r}, not {backend!r}: leave its name out, or use another")
         backend = named
     if backend is None:
         raise InputError(f"no backend given: use --backend with one of {', '.join(installed_names('hnkit.backends'))}")
     factory = backend_factory(backend)
     presets = [] if resume is not None else _preset_tables(factory, preset)
     set_tables = _override_tables(overrides, factory)
-    sources.append(("--set", {table: set_tables[table] for table in ("train", "backend")}))
+    flags = {"rewards": rewards, "heldout": heldout}
 
     merged: dict[str, dict[str, Any]] = {"train": {}, "backend": {}, "rewards": {}, "heldout": {}}
-    for where, tables in [*presets, *sources]:
+    layers: list[tuple[str, Path | None, dict[str, dict[str, Any]]]] = [
+        *((where, None, tables) for where, tables in presets),
+        *((str(file), file, tables) for file, tables in sources),
+        ("--set", None, {table: set_tables[table] for table in ("train", "backend")}),
+    ]
+    for where, path, tables in layers:
         for table, entries in tables.items():
-            if table in ("rewards", "heldout") and entries:
-                merged[table] = _reward_specs(entries, f"{where}: [{table}]", rewards if resume else ())
-            elif table in ("train", "backend"):
+            place = f"{where}: [{table}]"
+            if path is not None:
+                _require_no_permissions(entries, place, table, set_tables[table])
+            if table in ("rewards", "heldout"):
+                if entries and training:
+                    replaced = bool(flags[table]) and resume is None
+                    known_code = entries if replaced else {parse_reward_flag(flag)[0] for flag in flags[table]}
+                    merged[table] = _reward_specs(entries, place, table, known_code, path)
+            else:
                 accepted = TrainConfig if table == "train" else factory.options
                 known = {key: value for key, value in entries.items() if (table, key) != ("backend", "name")}
-                merged[table] |= typed_values(known, accepted, f"{where}: [{table}]")
-    for table, flags in (("rewards", rewards), ("heldout", heldout)):
-        if flags:
-            merged[table] = dict(parse_reward_flag(flag, f"--{table.removesuffix('s')}") for flag in flags)
+                merged[table] |= _beside(typed_values(known, accepted, place), accepted, path)
+    for table, given in flags.items():
+        if given:
+            specs = dict(parse_reward_flag(flag, _flag(table)) for flag in given)
+            merged[table] = _confirmed(merged[table], specs, given) if resume is not None else specs
         merged[table] |= _set_rewards(set_tables[table], merged[table], table)
+    options = make_options(factory.options, merged["backend"])
+    return RunConfig(backend, options, TrainConfig(**merged["train"]), merged["rewards"], merged["heldout"])
+
+
+def make_options(record: type[Any], values: Mapping[str, Any]) -> Any:
+    """A backend's options of these values; whatever its own checks refuse is an `InputError`."""
     try:
-        options = factory.options(**merged["backend"])
+        return record(**values)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"[backend] {error}") from error
-    return RunConfig(backend, options, TrainConfig(**merged["train"]), merged["rewards"], merged["heldout"])
+
+
+def resume_command(config: RunConfig, folder: Path) -> str:
+    """The flags that go on with a run, as they are typed into a shell: code is named again, it is never in a file."""
+    words = ["--resume", str(folder)]
+    for table, specs in (("rewards", config.rewards), ("heldout", config.heldout)):
+        for name, spec in specs.items():
+            if ":" in name:
+                words += [_flag(table), f"{name}={spec.weight:g}"]
+    return shlex.join(printable(word) for word in words)
 
 
 def parse_reward_flag(flag: str, name: str = "--reward") -> tuple[str, RewardSpec]:
@@ -257,17 +319,18 @@ def parse_options(overrides: Sequence[str], record: type[Any], table: str) -> di
         key = dotted.strip().removeprefix(f"{table}.")
         if not equals:
             raise InputError(f"--set {override!r}: write {table}.KEY=VALUE")
-        entries[key] = _parse_text(text.strip(), _annotations(record).get(key))
+        entries[key] = parse_text(text.strip(), annotations(record).get(key))
     return typed_values(entries, record, f"--set {table}")
 
 
 def differing_keys(one: Mapping[str, Mapping[str, Any]], two: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Dotted names of the keys in which two configurations, as `RunConfig.to_dict` gives them, differ."""
+    keys = [(table, key) for table in one for key in dict.fromkeys([*one[table], *two[table]])]
+    missing = dataclasses.MISSING
     return [
         f"{table}.{key}"
-        for table in one
-        for key in dict.fromkeys([*one[table], *two[table]])
-        if one[table].get(key, dataclasses.MISSING) != two[table].get(key, dataclasses.MISSING)
+        for table, key in keys
+        if key not in PERMISSIONS and one[table].get(key, missing) != two[table].get(key, missing)
     ]
 
 
@@ -319,9 +382,13 @@ def _override_tables(overrides: Sequence[str], factory: BackendFactory) -> dict[
         if (table, key) == ("backend", "name"):
             raise InputError(f"--set {override!r}: the backend is named with --backend")
         records: dict[str, type[Any]] = {"train": TrainConfig, "backend": factory.options}
-        annotation = _annotations(records[table]).get(key) if table in records else None
-        tables[table][key] = _parse_text(text.strip(), annotation)
+        annotation = annotations(records[table]).get(key) if table in records else None
+        tables[table][key] = parse_text(text.strip(), annotation)
     return tables
+
+
+def _flag(table: str) -> str:
+    return {"rewards": "--reward", "heldout": "--heldout"}[table]
 
 
 def _set_rewards(entries: Mapping[str, Any], specs: Mapping[str, RewardSpec], table: str) -> dict[str, RewardSpec]:
@@ -329,205 +396,84 @@ def _set_rewards(entries: Mapping[str, Any], specs: Mapping[str, RewardSpec], ta
     tables: dict[str, Any] = {}
     for dotted, value in entries.items():
         if ":" in dotted:
-            raise InputError(f"--set {table}.{dotted}: an import path is given with --{table.removesuffix('s')}")
+            raise InputError(f"--set {table}.{dotted}: an import path is given with {_flag(table)}")
         name, dot, option = dotted.partition(".")
-        saved = _plain_reward(specs[name]) if name in specs else {}
+        saved = {"weight": specs[name].weight, **specs[name].options} if name in specs else {}
         tables[name] = tables.get(name, saved) | {option if dot else "weight": value}
-    return _reward_specs(tables, f"--set {table}", ())
+    return _reward_specs(tables, f"--set {table}", table, ())
 
 
-def _parse_text(text: str, annotation: Any) -> Any:
-    """A flag's value: bare text where a string (or path, or literal) may stand, else TOML, else the text itself."""
-    if text[:1] not in {'"', "'"} and _accepts_text(annotation):
-        if text == "none" and type(None) in typing.get_args(annotation):
-            return None
-        return text
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return [part.strip() for part in text.split(",")] if typing.get_origin(annotation) is tuple else text
+def _confirmed(
+    saved: Mapping[str, RewardSpec], given: Mapping[str, RewardSpec], flags: Sequence[str]
+) -> dict[str, RewardSpec]:
+    """Saved rewards with those that the flags name again; a flag without a weight keeps the saved one."""
+    weighed = {parse_reward_flag(flag)[0] for flag in flags if "=" in flag}
+    again = {
+        name: (replace(saved[name], weight=spec.weight) if name in weighed else saved[name]) if name in saved else spec
+        for name, spec in given.items()
+    }
+    return {**saved, **again}
 
 
-def _accepts_text(annotation: Any) -> bool:
-    if _is_union(annotation):
-        members = [member for member in typing.get_args(annotation) if member is not type(None)]
-        return all(_accepts_text(member) for member in members)
-    if typing.get_origin(annotation) is Literal:
-        return all(isinstance(choice, str) for choice in typing.get_args(annotation))
-    return annotation in (str, Path)
-
-
-# --- types -----------------------------------------------------------------------------------------------------
-
-
-def _annotations(record: type[Any]) -> dict[str, Any]:
-    hints = typing.get_type_hints(record)
-    return {item.name: hints[item.name] for item in dataclasses.fields(record) if item.init}
-
-
-def typed_values(entries: Mapping[str, Any], record: type[Any], where: str) -> dict[str, Any]:
-    """The values of a table as the fields of a dataclass ask for them.
-
-    Args:
-        entries: from TOML, JSON or flags.
-        record: the dataclass.
-        where: the source, for messages.
-
-    Raises:
-        InputError: an unknown key or a value of another type.
-    """
-    annotations = _annotations(record)
-    checked: dict[str, Any] = {}
-    for key, value in entries.items():
-        if key not in annotations:
-            near = difflib.get_close_matches(key, annotations, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            accepted = ", ".join(sorted(annotations)) or "none"
-            raise InputError(f"{where} has the unknown key {key!r}{hint}: accepted are {accepted}")
-        checked[key] = typed_value(value, annotations[key], f"{where} {key}")
-    return checked
-
-
-def typed_value(value: Any, annotation: Any, name: str) -> Any:
-    """`value` as a type annotation asks for it; `InputError` names it and what is accepted."""
-    try:
-        return _coerce(value, annotation)
-    except TypeError:
-        raise InputError(f"{name} = {_show(value)}: accepted is {_describe(annotation)}") from None
-
-
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-
-def _coerce(value: Any, annotation: Any) -> Any:
-    """`value` as `annotation` asks; the only conversions are integer to float, text to path, list to tuple."""
-    if _is_union(annotation):
-        for member in typing.get_args(annotation):
-            try:
-                return _coerce(value, member)
-            except TypeError:
-                continue
-        raise TypeError
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        for choice in typing.get_args(annotation):
-            if type(choice) is type(value) and choice == value:
-                return value
-        raise TypeError
-    if origin is tuple:
-        members = typing.get_args(annotation)
-        if not isinstance(value, list | tuple):
-            raise TypeError
-        if members[-1] is Ellipsis:
-            members = (members[0],) * len(value)
-        if len(members) != len(value):
-            raise TypeError
-        return tuple(_coerce(entry, member) for entry, member in zip(value, members, strict=True))
-    if annotation is Path and isinstance(value, str | Path):
-        return Path(value)
-    if annotation is float and _is_finite_number(value):
-        return float(value)
-    if annotation is str and isinstance(value, str) and not is_unicode(value):
-        raise TypeError
-    if annotation is type(None) and value is None:
-        return None
-    if annotation in (bool, int, str) and type(value) is annotation:
-        return value
-    raise TypeError
-
-
-def _is_finite_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def _describe(annotation: Any) -> str:
-    if _is_union(annotation):
-        return " or ".join(_describe(member) for member in typing.get_args(annotation))
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        choices = [_show(choice) for choice in typing.get_args(annotation)]
-        return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
-    if origin is tuple:
-        members = typing.get_args(annotation)
-        if members[-1] is Ellipsis:
-            return f"a list, each entry {_describe(members[0])}"
-        return f"a list of {len(members)} entries, each {_describe(members[0])}"
-    words = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string", Path: "a path"}
-    return words.get(annotation, "none")
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _check_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    tests: dict[str, Callable[[Any, Any], bool]] = {"least": operator.ge, "above": operator.gt, "below": operator.lt}
-    signs = {"least": ">=", "above": ">", "below": "<"}
-    bounds = {name: metadata[name] for name in tests if metadata.get(name) is not None}
-    if not all(tests[name](value, bound) for name, bound in bounds.items()):
-        accepted = " and ".join(f"{signs[name]} {bound:g}" for name, bound in bounds.items())
-        raise InputError(f"{key} = {value}: accepted is a value {accepted}")
-
-
-def _reward_specs(entries: Mapping[str, Any], where: str, flags: Sequence[str]) -> dict[str, RewardSpec]:
-    """The rewards of a table. `flags` name the import paths that the user has repeated on the command line."""
-    repeated = {parse_reward_flag(flag)[0] for flag in flags}
+def _reward_specs(
+    entries: Mapping[str, Any], where: str, table: str, known_code: Collection[str], file: Path | None = None
+) -> dict[str, RewardSpec]:
+    """The rewards of a table. `known_code` holds the import paths that the user has typed on the command line."""
     specs: dict[str, RewardSpec] = {}
     for name, value in entries.items():
-        if ":" in name and name not in repeated:
-            raise InputError(
-                f"{where} names the import path {name!r}: code is never taken from a file, give --reward {name}=WEIGHT"
-            )
+        if ":" in name and name not in known_code:
+            flag = f"{_flag(table)} {shlex.quote(f'{name}=WEIGHT')}"
+            raise InputError(f"{where} names the import path {name!r}: code is never taken from a file, give {flag}")
         options = dict(value) if isinstance(value, dict) else {"weight": value}
-        weight = options.pop("weight", 1.0)
-        if not _is_finite_number(weight):
+        try:
+            weight = typed_value(options.pop("weight", 1.0), float, name)
+        except InputError:
             raise InputError(
-                f"{where} {name!r} = {_show(value)}: accepted is a finite weight, or a table with `weight`"
-            )
+                f"{where} {name!r} = {shown(value)}: accepted is a finite weight, or a table with `weight`"
+            ) from None
         for key, option in options.items():
             if not isinstance(option, Scalar):
                 raise InputError(
-                    f"{where} {f'{name}.{key}'!r} = {_show(option)}: accepted is a string, a number or a boolean"
+                    f"{where} {f'{name}.{key}'!r} = {shown(option)}: accepted is a string, a number or a boolean"
                 )
-        specs[name] = RewardSpec(float(weight), options)
+            options[key] = _found_beside(option, file)
+        specs[name] = RewardSpec(weight, options)
     return specs
 
 
-# --- plain values and TOML -------------------------------------------------------------------------------------
-
-
-def _plain(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass as JSON and TOML values; `None` fields, which TOML cannot hold, are left out."""
-    values = {item.name: getattr(record, item.name) for item in dataclasses.fields(record) if item.init}
-    return {key: _plain_value(value) for key, value in values.items() if value is not None}
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_plain_value(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 def _plain_reward(spec: RewardSpec) -> dict[str, Scalar]:
-    return {"weight": spec.weight, **spec.options}
+    return {"weight": spec.weight, **_without_permissions(spec.options)}
 
 
-def _toml_key(key: str) -> str:
-    bare = bool(key) and all(character.isascii() and (character.isalnum() or character in "_-") for character in key)
-    return key if bare else _toml_value(key)
+def _beside(values: dict[str, Any], record: type[Any], file: Path | None) -> dict[str, Any]:
+    """The values of a table, paths that exist beside the file they stand in taken from there."""
+    kinds = annotations(record)
+    paths = {item.name for item in dataclasses.fields(record) if item.metadata.get("beside") or item.name == "model_id"}
+    paths |= {name for name, kind in kinds.items() if kind is Path or Path in typing.get_args(kind)}
+    return {key: _found_beside(value, file) if key in paths else value for key, value in values.items()}
 
 
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return repr(value)  # "1e-05" and "0.5" are TOML; infinities cannot get here
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml_key(key)} = {_toml_value(entry)}" for key, entry in value.items()) + " }"
-    return "[" + ", ".join(_toml_value(entry) for entry in value) + "]"
+def _found_beside(value: Any, file: Path | None) -> Any:
+    if file is None or not isinstance(value, str | Path) or str(value) in ("", ".") or Path(value).is_absolute():
+        return value
+    try:
+        beside = file.parent / value
+        return type(value)(beside) if beside.exists() else value
+    except (OSError, ValueError):  # not the name of a file at all
+        return value
+
+
+def _require_no_permissions(
+    entries: Mapping[str, Any], where: str, table: str, given: Mapping[str, Any], prefix: str = ""
+) -> None:
+    """Refuse a file that lifts a restriction, such as that on downloads, unless the user's own flag lifts it too."""
+    for key, value in entries.items():
+        if isinstance(value, dict) and not prefix:
+            _require_no_permissions(value, where, table, given, f"{key}.")
+        elif key in PERMISSIONS and value is not PERMISSIONS[key] and given.get(f"{prefix}{key}") != value:
+            flag = shlex.quote(f"{table}.{prefix}{key}={str(value).lower()}")
+            raise InputError(f"{where} has {prefix}{key} = {shown(value)}: a file cannot allow that, give --set {flag}")
+
+
+def _without_permissions(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in PERMISSIONS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hnkit.backend import Backend, completed
+from hnkit.config import GenerateSettings
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write, write_json
 from hnkit.internal.seeds import generator_for
@@ -24,32 +25,6 @@ from hnkit.output.plots import GREY, new_canvas, style, to_png
 from hnkit.prompts import Records
 
 _SHEET_PROMPTS, _SHEET_IMAGES = 8, 6
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    """What a run of `generate` is told.
-
-    Attributes:
-        count: images per prompt, each from its own noise; image k of every prompt starts from the same noise.
-        steps: sampler steps.
-        seed: of the noise.
-        batch: images generated together.
-        layout: name of a folder layout that a scorer reads (see `hnkit.output.layouts`), or `None`.
-    """
-
-    count: int = 4
-    steps: int = 1
-    seed: int = 0
-    batch: int = 8
-    layout: str | None = None
-
-    def __post_init__(self) -> None:
-        for key, least in (("count", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
-            if getattr(self, key) < least:
-                raise InputError(f"--{key} {getattr(self, key)}: give an integer of {least} or more")
-        if self.layout is not None:
-            check_layout(self.layout, (), self.count)
 
 
 def generate_pairs(

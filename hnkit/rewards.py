@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from hnkit.backend import Reward, load_installed
-from hnkit.config import RewardSpec, typed_value
+from hnkit.config import RewardSpec
 from hnkit.errors import InputError
+from hnkit.internal.values import typed_value
 
 
 def import_object(path: str, flag: str) -> Any:

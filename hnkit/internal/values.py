@@ -1,12 +1,28 @@
-"""Values as JSON and TOML hold them, and as options are checked."""
+"""Typed values: settings as fields of frozen records, strictly read from TOML, JSON and flags, and plain again."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import inspect
+import json
 import math
-from collections.abc import Mapping
-from typing import Any
+import operator
+import os
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
 from hnkit.errors import InputError
+
+_RANGES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "least": (">=", operator.ge), "above": (">", operator.gt), "below": ("<", operator.lt)
+}  # fmt: skip
 
 
 def finite(value: Any) -> Any:
@@ -32,3 +48,180 @@ def number(value: Any, what: str) -> float:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise InputError(f"{what} is no real number: give one")
+
+
+def printable(text: str) -> str:
+    r"""Text without what a terminal obeys: control characters and overrides of direction are spelt out, as `\x1b`.
+
+    Line breaks and tabs stay. Names, prompts and messages may come from a folder that somebody sent.
+    """
+    return "".join(
+        ascii(character)[1:-1] if _is_control(ord(character)) and character not in "\n\t" else character
+        for character in text
+    )
+
+
+def _is_control(code: int) -> bool:
+    return code < 0x20 or 0x7F <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
+
+
+# --- records of settings ---------------------------------------------------------------------------------------
+
+
+def setting(
+    default: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    flags: Sequence[str] | None = None,
+    metavar: str | None = None,
+    beside: bool = False,
+) -> Any:
+    """One field of a frozen record: its default, its range, and the flag that a command makes of it.
+
+    What it says, in `--help` too, stands in the record's docstring under `Attributes`.
+
+    Args:
+        default: its value where nothing else is said.
+        least: the value is at least this.
+        above: the value is above this.
+        below: the value is below this.
+        flags: a command offers it; empty: as `--name`; else under these names.
+        metavar: what stands for a value in `--help`; `None`: by its type.
+        beside: the value is a path, or a name that may be one: in a file it is first looked for beside that file.
+    """
+    metadata = {"least": least, "above": above, "below": below, "flags": flags, "metavar": metavar, "beside": beside}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def described(record: type[Any]) -> dict[str, str]:
+    """What the docstrings of a record and of its bases say of each field under `Attributes`."""
+    found: dict[str, str] = {}
+    for base in reversed(record.__mro__):
+        _, _, attributes = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")
+        for match in re.finditer(r"^    (\w+): (.+(?:\n {5,}.+)*)", attributes, flags=re.MULTILINE):
+            found[match[1]] = " ".join(match[2].split())
+    return found
+
+
+def require_ranges(record: Any, prefix: str, equals: str = " = ") -> None:
+    """Refuse a record with a value out of its range; `prefix` stands before the field's name, `equals` after it."""
+    for item in dataclasses.fields(record):
+        value = getattr(record, item.name)
+        bounds = {name: item.metadata[name] for name in _RANGES if item.metadata.get(name) is not None}
+        if value is not None and not all(_RANGES[name][1](value, bound) for name, bound in bounds.items()):
+            accepted = " and ".join(f"{_RANGES[name][0]} {bound:g}" for name, bound in bounds.items())
+            raise InputError(f"{prefix}{item.name}{equals}{value}: accepted is a value {accepted}")
+
+
+def annotations(record: type[Any]) -> dict[str, Any]:
+    """The types of a dataclass's fields that its constructor takes, by name."""
+    hints = typing.get_type_hints(record)
+    return {item.name: hints[item.name] for item in dataclasses.fields(record) if item.init}
+
+
+def plain_record(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass as JSON and TOML values; `None` fields, which TOML cannot hold, are left out."""
+    values = {item.name: getattr(record, item.name) for item in dataclasses.fields(record) if item.init}
+    return {key: _plain(value) for key, value in values.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+# --- strict types ----------------------------------------------------------------------------------------------
+
+
+def typed_values(entries: Mapping[str, Any], record: type[Any], where: str) -> dict[str, Any]:
+    """The values of a table as the fields of a dataclass ask for them.
+
+    Args:
+        entries: from TOML, JSON or flags.
+        record: the dataclass.
+        where: the source, for messages.
+
+    Raises:
+        InputError: an unknown key or a value of another type.
+    """
+    accepted = annotations(record)
+    checked: dict[str, Any] = {}
+    for key, value in entries.items():
+        if key not in accepted:
+            near = difflib.get_close_matches(key, accepted, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            names = ", ".join(sorted(accepted)) or "none"
+            raise InputError(f"{where} has the unknown key {key!r}{hint}: accepted are {names}")
+        checked[key] = typed_value(value, accepted[key], f"{where} {key}")
+    return checked
+
+
+def typed_value(value: Any, annotation: Any, name: str) -> Any:
+    """`value` as a type annotation asks for it; `InputError` names it and what is accepted.
+
+    Nothing is converted but an integer to a float, text to a path and a list to a tuple: JSON's strict mode of
+    pydantic. A number is finite, text is Unicode.
+    """
+    try:
+        return _adapter(annotation).validate_json(json.dumps(value, default=os.fspath), strict=True)
+    except (ValueError, TypeError, RecursionError):
+        raise InputError(f"{name} = {shown(value)}: accepted is {describe(annotation)}") from None
+
+
+@cache
+def _adapter(annotation: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+
+
+def describe(annotation: Any) -> str:
+    """What values of a type are accepted, in words."""
+    if is_union(annotation):
+        return " or ".join(describe(member) for member in typing.get_args(annotation))
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        choices = [shown(choice) for choice in typing.get_args(annotation)]
+        return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+    if origin is tuple:
+        members = typing.get_args(annotation)
+        if members[-1] is Ellipsis:
+            return f"a list, each entry {describe(members[0])}"
+        return f"a list of {len(members)} entries, each {describe(members[0])}"
+    words = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string", Path: "a path"}
+    return words.get(annotation, "none")
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it, at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def is_union(annotation: Any) -> bool:
+    """Whether an annotation is `A | B`."""
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def parse_text(text: str, annotation: Any) -> Any:
+    """A flag's value: bare text where a string (or path, or literal) may stand, else TOML, else the text itself."""
+    if text[:1] not in {'"', "'"} and _accepts_text(annotation):
+        if text == "none" and type(None) in typing.get_args(annotation):
+            return None
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return [part.strip() for part in text.split(",")] if typing.get_origin(annotation) is tuple else text
+
+
+def _accepts_text(annotation: Any) -> bool:
+    if is_union(annotation):
+        members = [member for member in typing.get_args(annotation) if member is not type(None)]
+        return all(_accepts_text(member) for member in members)
+    if typing.get_origin(annotation) is Literal:
+        return all(isinstance(choice, str) for choice in typing.get_args(annotation))
+    return annotation in (str, Path)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hnkit.config import parse_options, typed_values
+from hnkit.config import parse_options
 from hnkit.errors import InputError
+from hnkit.internal.values import typed_values
 
 METHODS = ("base", "hypernoise", "direct", "best-of-n", "reno", "prompt-optimisation")
 

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnkit import InputError
-from hnkit import config as module
 from hnkit.config import RewardSpec, RunConfig, TrainConfig, differing_keys, parse_reward_flag, resolve_config
 
 
@@ -47,7 +46,7 @@ class Factory:
 
 @pytest.fixture(autouse=True)
 def _fake_backend(monkeypatch):
-    monkeypatch.setattr(module, "backend_factory", lambda name: Factory())
+    monkeypatch.setattr("hnkit.backend.backend_factory", lambda name: Factory())
 
 
 def write(path: Path, text: str) -> Path:

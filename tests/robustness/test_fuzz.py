@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from hnkit import InputError
 from hnkit.backend import backend_factory
 from hnkit.cli import app as cli
-from hnkit.cli.commands import parse_shape
+from hnkit.cli.verify_bound import parse_shape
 from hnkit.config import CONFIG_FILE, RunConfig, parse_reward_flag, resolve_config
 from hnkit.internal.files import file_digest, write_sealed
 from hnkit.prompts import read_prompts

@@ -149,7 +149,7 @@ def test_import_paths_come_from_two_flags_alone():
                 flag = node.args[1]
                 assert isinstance(flag, ast.Constant)
                 found.add((path.name, flag.value))
-    assert found == {("commands.py", "--map"), ("rewards.py", "--reward")}
+    assert found == {("verify_bound.py", "--map"), ("rewards.py", "--reward")}
 
 
 # --- configuration, presets, run folders and plans name no code -------------------------------------------------

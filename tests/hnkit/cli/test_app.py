@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
+import typing
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
+import typer
 
 from hnkit.cli import app as cli
+from hnkit.cli import backends, compare, generate, train, verify_bound
+from hnkit.cli.options import command
+from hnkit.config import GenerateSettings
 from hnkit.errors import InputError
+from hnkit.internal.values import annotations, described, setting
+from hnkit.kl.divergence import METHODS
+from hnkit.output.layouts import LAYOUTS
 
 MAPS = """
 import torch
@@ -303,10 +316,10 @@ def test_backends_lists_what_is_installed(here, capsys):
     ],
 )
 def test_every_error_becomes_one_line(error, code, words, monkeypatch, capsys):
-    def fail(**_):
+    def fail(*_):
         raise error
 
-    monkeypatch.setattr("hnkit.cli.commands.verify", fail)
+    monkeypatch.setattr("hnkit.cli.verify_bound.verify", fail)
     found, out, err = run(capsys, "verify-bound")
     assert found == code
     assert out == ""
@@ -352,6 +365,105 @@ def test_help_imports_no_torch():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+
+
+COMMANDS = {
+    "verify-bound": verify_bound,
+    "train": train,
+    "generate": generate,
+    "compare": compare,
+    "backends": backends,
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_choices_defaults_and_an_example_and_no_python_types(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, name, "--help")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert f"Example: {COMMANDS[name].EXAMPLE}" in out  # whole on one line, to paste
+    for word in ("<bool>", "<int>", "<str>", "<path>", "list["):
+        assert word not in out
+    text = " ".join(out.replace("│", " ").split())
+    for record, item in offered(COMMANDS[name].Options):
+        kind = annotations(record)[item.name]
+        for choice in typing.get_args(next((k for k in (kind, *typing.get_args(kind)) if is_literal(k)), None)):
+            assert choice in text
+        if type(item.default) in (int, float):
+            assert f"default: {item.default}" in text, item.name
+        assert described(record)[item.name].split()[1].strip("`.,;") in text
+
+
+def is_literal(kind):
+    return typing.get_origin(kind) is Literal
+
+
+def offered(record):
+    """The settings that a command offers, with the record that declares them."""
+    for item in dataclasses.fields(record):
+        inner = item.metadata.get("record")
+        if inner is None:
+            yield record, item
+        else:
+            yield from ((inner, part) for part in dataclasses.fields(inner) if part.metadata.get("flags") is not None)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_of_each_command_is_one_that_it_takes(name, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(COMMANDS[name], "run", lambda options: seen.append(options) or 0)
+    program, command, *arguments = shlex.split(COMMANDS[name].EXAMPLE)
+    assert (program, command) == ("hnkit", name)
+    assert run(capsys, command, *arguments)[0] == 0
+    assert isinstance(seen[0], COMMANDS[name].Options)
+
+
+def test_a_flag_is_one_field_of_a_record(capsys):
+    """The name, the default, the help, the choices and the value of a flag all come from the one field."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """Bake.
+
+        Attributes:
+            oven_heat: how hot the `oven` is.
+            shape: of the loaf.
+            seed: a seed
+                (repeatable).
+        """
+
+        oven_heat: int = setting(200, least=50)
+        shape: Literal["round", "long"] | None = setting(None, flags=("--shape", "-s"))
+        seed: tuple[str, ...] = setting(())
+
+    seen = []
+    module = SimpleNamespace(Options=Options, EXAMPLE="", run=lambda options: seen.append(options) or 3)
+    app = typer.Typer(add_completion=False)
+    app.command()(command(module))
+    for arguments, wanted in (
+        ([], Options()),
+        (["--oven-heat", "9", "-s", "long"], Options(9, "long")),
+        (["--seed", "rye", "--seed", "oat"], Options(seed=("rye", "oat"))),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            app(arguments)
+        assert ended.value.code == 3
+        assert seen.pop() == wanted
+    with pytest.raises(SystemExit) as ended:
+        app(["--shape", "square"])
+    assert ended.value.code == 2
+    with pytest.raises(SystemExit):
+        app(["--help"])
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "How hot the oven is; at least 50. [default: 200]" in out
+    assert "Of the loaf; one of round, long." in out
+    assert "A seed (repeatable)." in out
+
+
+def test_choices_are_the_librarys():
+    assert set(typing.get_args(typing.get_args(annotations(verify_bound.Options)["method"])[0])) == set(METHODS)
+    assert typing.get_args(typing.get_args(annotations(GenerateSettings)["layout"])[0]) == tuple(LAYOUTS)
 
 
 def test_runs_as_a_module_and_survives_a_c_locale(tmp_path):

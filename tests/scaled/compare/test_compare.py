@@ -55,9 +55,7 @@ def redness_alone():
     patch = pytest.MonkeyPatch()
     # the module that defines it comes last: one that is first imported while it is replaced would keep the replacement
     for module in (
-        "hnkit.config",
         "hnkit.training.session",
-        "hnkit.cli.commands",
         "hnkit.scaled.compare.run",
         "hnkit.scaled.compare.networks",
         "hnkit.backend",

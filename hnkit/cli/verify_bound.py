@@ -1,0 +1,187 @@
+"""`hnkit verify-bound`: check the theory on toys, on a map, or on a trained network."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hnkit.cli.folders import refuse_existing
+from hnkit.cli.options import WithBackend
+from hnkit.errors import InputError
+from hnkit.internal.values import setting
+
+if TYPE_CHECKING:
+    from hnkit.checks.report import Report
+    from hnkit.checks.runs import VerifySettings
+    from hnkit.maps import NoiseMap
+
+EXAMPLE = "hnkit verify-bound --map mymaps:f --shape 3,16,16 --samples 64"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(WithBackend):
+    """Check the theory: on every closed-form toy, on a map of yours, or on a trained network.
+
+    Exit code 0: no check fails; 1: a check fails; 2: bad input.
+
+    Attributes:
+        toy: one toy (repeatable); default: all.
+        map_path: your own map: callable, nn.Module or factory.
+        shape: noise shape of one row of --map.
+        adapter: trained adapter, or the run folder that holds it.
+        prompts: .txt, .json, .jsonl, .csv:COLUMN, a folder of .txt, hf:NAME; default: the backend's held-out ones.
+        method: how E(J) is computed; default: exact where it can be.
+        samples: noise samples; default 2048 for a toy, 256 to 32 for a map, by dimension.
+        seed: seed of noise and probes.
+        alpha: temperature of the tilt; default: the toy's own.
+        probes: probes per sample of a stochastic method.
+        steps: Krylov steps or series terms; default: adaptive.
+        rel_error: stop at this relative standard error of E(J).
+        budget: matrix-vector products in all, at most.
+        certify: enclose E(A) and its bounds in ball arithmetic.
+        verbose: print every check in full.
+    """
+
+    toy: tuple[str, ...] = setting((), metavar="NAME")
+    map_path: str | None = setting(None, flags=("--map",), metavar="PKG.MOD:F")
+    shape: str | None = setting(None, metavar="C,H,W")
+    adapter: Path | None = setting(None, metavar="DIR")
+    prompts: str | None = setting(None, metavar="FILE")
+    method: Literal["exact", "arnoldi", "lanczos", "power", "roulette", "second-order", "l2"] | None = setting(None)
+    samples: int | None = setting(None)
+    seed: int = setting(0)
+    alpha: float | None = setting(None)
+    probes: int | None = setting(None)
+    steps: int | None = setting(None)
+    rel_error: float | None = setting(None)
+    budget: int | None = setting(None)
+    certify: bool = setting(False)
+    verbose: bool = setting(False, flags=("--verbose", "-v"))
+
+    def __post_init__(self) -> None:
+        named = [flag for flag, given in self._subjects().items() if given]
+        if len(named) > 1:
+            raise InputError(f"{' and '.join(named)} together: name one thing to verify")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise InputError(f"--alpha {self.alpha:g}: give a finite positive temperature")
+        for flag, given, needs in (
+            ("--shape", self.shape is not None, "--map"),
+            ("--adapter", self.adapter is not None, "--backend"),
+            ("--prompts", self.prompts is not None, "--backend"),
+            ("--set", bool(self.overrides), "--backend"),
+        ):
+            if given and needs not in named:
+                raise InputError(f"{flag} without {needs}: it says nothing about {named[0] if named else 'the toys'}")
+        if self.alpha is not None and self.map_path is not None:
+            raise InputError("--alpha with --map: the temperature belongs to a tilted law, and a map has none")
+
+    def _subjects(self) -> dict[str, bool]:
+        return {"--toy": bool(self.toy), "--map": self.map_path is not None, "--backend": self.backend is not None}
+
+    def settings(self) -> VerifySettings:
+        """What every run of checks is told."""
+        from hnkit.checks.runs import VerifySettings
+
+        chosen = {name: getattr(self, name) for name in ("probes", "steps", "rel_error", "budget")}
+        options = {name: value for name, value in chosen.items() if value is not None}
+        return VerifySettings(self.samples, self.seed, self.method, self.certify, options)
+
+
+def run(options: Options) -> int:
+    """Measure and check what was named, write the run folder, print the report."""
+    from hnkit.checks.view import report_view
+    from hnkit.internal.files import new_run_folder
+    from hnkit.output import terminal
+
+    settings = options.settings()
+    refuse_existing(options.out)
+    report = verify(options, settings)
+    folder: Path | None = None
+    try:
+        folder = new_run_folder(options.out, "verify")
+        report.write(folder)
+    except (OSError, InputError):
+        if options.as_json:  # what was measured is not lost with the disk
+            terminal.print_json({**report.to_json(), "run_folder": None})
+        else:
+            terminal.console().print(report_view(report, verbose=options.verbose))
+        raise
+    if options.as_json:
+        terminal.print_json({**report.to_json(), "run_folder": str(folder)})
+    else:
+        terminal.console().print(report_view(report, verbose=options.verbose))
+        print(f"report: {folder / 'report.html'}")
+    return 0 if report.ok else 1
+
+
+def verify(options: Options, settings: VerifySettings) -> Report:
+    """The report on the map, the trained network or the toys that the options name."""
+    from hnkit.adapters import default_prompts, load_trained
+    from hnkit.checks.runs import chosen_problems, reference_maps, verify_backend, verify_map, verify_toys
+    from hnkit.output import terminal
+    from hnkit.prompts import read_prompts
+
+    if options.map_path is not None:
+        sizes = parse_shape(options.shape)
+        return verify_map(load_map(options.map_path), sizes, settings, name=options.map_path)
+    if options.backend is not None:
+        if options.adapter is None:
+            raise InputError(
+                f"--backend {options.backend} without --adapter: name the folder of the adapter or its run"
+            )
+        loaded, trained_alpha = load_trained(options.backend, options.adapter, options.overrides)
+        texts = read_prompts(options.prompts) if options.prompts is not None else default_prompts(loaded)
+        alpha = trained_alpha if options.alpha is None else options.alpha
+        return verify_backend(loaded, texts, settings, alpha=alpha)
+    problems = chosen_problems(options.toy, options.alpha)
+    references = [name for name in reference_maps() if not options.toy or name in options.toy]
+    with terminal.steps(len(problems) + len(references)) as steps:
+        return verify_toys(problems, settings, references=references, say=steps.start)
+
+
+def parse_shape(text: str | None) -> tuple[int, ...]:
+    """Read `3,16,16`; at most 2^24 entries in all."""
+    if text is None:
+        raise InputError("--map without --shape: give the noise shape of one row, such as --shape 3,16,16")
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--shape {text}: write positive integers with commas, such as 3,16,16") from None
+    if any(size < 1 for size in shape) or math.prod(shape) > 2**24:
+        raise InputError(f"--shape {text}: give positive sizes, at most {2**24} entries in all, such as 3,16,16")
+    return shape
+
+
+def load_map(path: str) -> NoiseMap:
+    """The map at `pkg.mod:f`: a function of the noise, a module, or something that makes one without arguments."""
+    from torch import nn
+
+    from hnkit.rewards import import_object
+
+    found = import_object(path, "--map")
+    if isinstance(found, type) or (not isinstance(found, nn.Module) and callable(found) and _takes_nothing(found)):
+        try:
+            found = found()
+        except Exception as error:  # the user's code may raise anything: say so in one line, keep the cause
+            reason = (str(error).splitlines() or [""])[0]
+            raise InputError(f"--map {path}: making the map failed ({type(error).__name__}: {reason})") from error
+    if not callable(found):
+        raise InputError(f"--map {path} is {type(found).__name__}: name a callable f(x), a module, or a factory of one")
+    return found.eval() if isinstance(found, nn.Module) else found
+
+
+def _takes_nothing(function: Callable[..., Any]) -> bool:
+    """Whether a callable is a factory: no argument is required and none is taken by position alone."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return not any(
+        parameter.kind is parameter.VAR_POSITIONAL or parameter.default is parameter.empty
+        for parameter in parameters
+        if parameter.kind is not parameter.VAR_KEYWORD
+    )
