@@ -22,7 +22,7 @@ import tomli_w
 
 from hnkit.errors import InputError
 from hnkit.internal.values import (
-    annotations,
+    field_types,
     parse_text,
     plain_record,
     printable,
@@ -319,7 +319,7 @@ def parse_options(overrides: Sequence[str], record: type[Any], table: str) -> di
         key = dotted.strip().removeprefix(f"{table}.")
         if not equals:
             raise InputError(f"--set {override!r}: write {table}.KEY=VALUE")
-        entries[key] = parse_text(text.strip(), annotations(record).get(key))
+        entries[key] = parse_text(text.strip(), field_types(record).get(key))
     return typed_values(entries, record, f"--set {table}")
 
 
@@ -382,7 +382,7 @@ def _override_tables(overrides: Sequence[str], factory: BackendFactory) -> dict[
         if (table, key) == ("backend", "name"):
             raise InputError(f"--set {override!r}: the backend is named with --backend")
         records: dict[str, type[Any]] = {"train": TrainConfig, "backend": factory.options}
-        annotation = annotations(records[table]).get(key) if table in records else None
+        annotation = field_types(records[table]).get(key) if table in records else None
         tables[table][key] = parse_text(text.strip(), annotation)
     return tables
 
@@ -447,7 +447,7 @@ def _plain_reward(spec: RewardSpec) -> dict[str, Scalar]:
 
 def _beside(values: dict[str, Any], record: type[Any], file: Path | None) -> dict[str, Any]:
     """The values of a table, paths that exist beside the file they stand in taken from there."""
-    kinds = annotations(record)
+    kinds = field_types(record)
     paths = {item.name for item in dataclasses.fields(record) if item.metadata.get("beside") or item.name == "model_id"}
     paths |= {name for name, kind in kinds.items() if kind is Path or Path in typing.get_args(kind)}
     return {key: _found_beside(value, file) if key in paths else value for key, value in values.items()}

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,7 @@ from typer.core import TyperGroup
 
 from hnkit import __version__
 from hnkit.cli import backends, compare, generate, train, verify_bound
-from hnkit.cli.options import NEWEST, Command, CommandModule, command
+from hnkit.cli.options import NEWEST, Command, PlainHelp, command
 from hnkit.errors import InputError
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -27,15 +28,8 @@ class _Interrupted(Exception):  # noqa: N818 - not an error
     """Ctrl-C, in a form that typer does not answer itself."""
 
 
-class _Commands(TyperGroup):
+class _Commands(PlainHelp, TyperGroup):
     """The group of commands: every error becomes one line on stderr and an exit code."""
-
-    def get_help_option(self, ctx: Any) -> Any:
-        """The option `--help`, without a value."""
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.metavar = ""
-        return option
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -139,7 +133,7 @@ def _root(
         print(context.get_help())
 
 
-def _register(name: str, module: CommandModule) -> None:
+def _register(name: str, module: ModuleType) -> None:
     app.command(name, cls=Command, epilog=f"Example: {module.EXAMPLE}")(command(module))
 
 

@@ -13,24 +13,17 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from types import ModuleType
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
 
 from hnkit.errors import InputError
-from hnkit.internal.values import annotations, described, is_union, setting
+from hnkit.internal.values import described, field_types, is_union, setting
 
 NEWEST = "newest"
 """What a bare `--resume` stands for: the run in `--out`, or the newest run of `runs/`."""
-
-
-class CommandModule(Protocol):
-    """What a file of a command holds."""
-
-    Options: type[Any]
-    EXAMPLE: str
-    run: Callable[[Any], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +71,7 @@ def flags_of(record: type[Any], defaults: str = "") -> Any:
     return dataclasses.field(default_factory=dict, metadata={"record": record, "defaults": defaults})
 
 
-def command(module: CommandModule) -> Callable[..., None]:
+def command(module: ModuleType) -> Callable[..., None]:
     """The function that typer makes a command of: its parameters are the fields of the module's `Options`."""
     record = module.Options
     flags: dict[str, tuple[inspect.Parameter, Callable[[dict[str, Any], Any], None]]] = {}
@@ -107,15 +100,19 @@ def command(module: CommandModule) -> Callable[..., None]:
     return call
 
 
-class Command(TyperCommand):
-    """A command whose flags show no `<bool>`, and whose example is a line to paste."""
+class PlainHelp:
+    """What makes `--help` show no `<bool>` for itself, in a command and in the group of commands."""
 
     def get_help_option(self, ctx: Any) -> Any:
         """The option `--help`, without a value."""
-        option = super().get_help_option(ctx)
+        option = super().get_help_option(ctx)  # type: ignore[misc]
         if option is not None:
             option.metavar = ""
         return option
+
+
+class Command(PlainHelp, TyperCommand):
+    """A command made of a record."""
 
 
 def _own_fields_first(record: type[Any]) -> list[dataclasses.Field[Any]]:
@@ -142,7 +139,7 @@ def _nested(field: str, name: str) -> Callable[[dict[str, Any], Any], None]:
 
 def _parameter(record: type[Any], item: dataclasses.Field[Any], inherited: str | None) -> inspect.Parameter:
     """The parameter that typer reads of one field; `inherited` is given for a field of another record."""
-    kind = annotations(record)[item.name]
+    kind = field_types(record)[item.name]
     many = typing.get_origin(kind) is tuple
     value = typing.get_args(kind)[0] if many else _without_none(kind)
     metavar = item.metadata.get("metavar")

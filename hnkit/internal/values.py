@@ -115,7 +115,7 @@ def require_ranges(record: Any, prefix: str, equals: str = " = ") -> None:
             raise InputError(f"{prefix}{item.name}{equals}{value}: accepted is a value {accepted}")
 
 
-def annotations(record: type[Any]) -> dict[str, Any]:
+def field_types(record: type[Any]) -> dict[str, Any]:
     """The types of a dataclass's fields that its constructor takes, by name."""
     hints = typing.get_type_hints(record)
     return {item.name: hints[item.name] for item in dataclasses.fields(record) if item.init}
@@ -147,7 +147,7 @@ def typed_values(entries: Mapping[str, Any], record: type[Any], where: str) -> d
     Raises:
         InputError: an unknown key or a value of another type.
     """
-    accepted = annotations(record)
+    accepted = field_types(record)
     checked: dict[str, Any] = {}
     for key, value in entries.items():
         if key not in accepted:

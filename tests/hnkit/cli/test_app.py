@@ -23,7 +23,7 @@ from hnkit.cli import backends, compare, generate, train, verify_bound
 from hnkit.cli.options import command
 from hnkit.config import GenerateSettings
 from hnkit.errors import InputError
-from hnkit.internal.values import annotations, described, setting
+from hnkit.internal.values import described, field_types, setting
 from hnkit.kl.divergence import METHODS
 from hnkit.output.layouts import LAYOUTS
 
@@ -387,7 +387,7 @@ def test_help_shows_choices_defaults_and_an_example_and_no_python_types(name, ca
         assert word not in out
     text = " ".join(out.replace("│", " ").split())
     for record, item in offered(COMMANDS[name].Options):
-        kind = annotations(record)[item.name]
+        kind = field_types(record)[item.name]
         for choice in typing.get_args(next((k for k in (kind, *typing.get_args(kind)) if is_literal(k)), None)):
             assert choice in text
         if type(item.default) in (int, float):
@@ -462,8 +462,8 @@ def test_a_flag_is_one_field_of_a_record(capsys):
 
 
 def test_choices_are_the_librarys():
-    assert set(typing.get_args(typing.get_args(annotations(verify_bound.Options)["method"])[0])) == set(METHODS)
-    assert typing.get_args(typing.get_args(annotations(GenerateSettings)["layout"])[0]) == tuple(LAYOUTS)
+    assert set(typing.get_args(typing.get_args(field_types(verify_bound.Options)["method"])[0])) == set(METHODS)
+    assert typing.get_args(typing.get_args(field_types(GenerateSettings)["layout"])[0]) == tuple(LAYOUTS)
 
 
 def test_runs_as_a_module_and_survives_a_c_locale(tmp_path):

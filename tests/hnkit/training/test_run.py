@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-import hnkit.config
+import hnkit.backend
 import hnkit.training.run
 import hnkit.training.session
 from hnkit import InputError
@@ -68,7 +68,7 @@ def records(folder: Path) -> list[dict]:
 @pytest.fixture
 def fake(monkeypatch) -> FakeFactory:
     factory = FakeFactory()
-    for module in (hnkit.config, hnkit.training.session):
+    for module in (hnkit.backend, hnkit.training.session):
         monkeypatch.setattr(module, "backend_factory", lambda name: factory)
     return factory
 
