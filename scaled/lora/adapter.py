@@ -12,11 +12,11 @@ import hashlib
 import io
 import json
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, cast
 
 import torch
@@ -207,7 +207,7 @@ class _Files:
                 if self.name == PICKLED
                 else load(self.data)
             )
-        except (SafetensorError, pickle.UnpicklingError, EOFError, ValueError, LookupError, RuntimeError) as error:
+        except (SafetensorError, UnpicklingError, EOFError, ValueError, LookupError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise InputError(f"{self.weights} is damaged, or holds more than tensors: {reason}") from error
         if not isinstance(raw, Mapping) or not all(

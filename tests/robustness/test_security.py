@@ -319,7 +319,7 @@ def test_pickled_adapters_are_not_read(bomb, model, tmp_path):
     with pytest.raises(InputError):
         backend.load_adapter(tmp_path / "a")
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(InputError, match="unpickles nothing"):
+    with pytest.raises(InputError, match="holds more than tensors"):
         backend.load_adapter(tmp_path / "a")
     assert not bomb[1].exists()
 
