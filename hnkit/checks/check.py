@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +41,9 @@ FAMILY = 1000
 """Statistical comparisons that one run may make, at most; each is tested at level `FALSE_ALARM / FAMILY`."""
 
 
+_comparisons: ContextVar[int] = ContextVar("comparisons", default=0)
+
+
 @dataclass(frozen=True)
 class Check:
     """One statement, what was measured, and whether the two agree.
@@ -59,6 +63,7 @@ class Check:
             estimate, and no certificate exists).
         note: which hypothesis is not met, or how loose a bound is.
         relation: how `measured` is to stand to `expected`.
+        comparisons: statistical comparisons that the check made, each at level `FALSE_ALARM / FAMILY`.
     """
 
     name: str
@@ -73,6 +78,7 @@ class Check:
     verdict: Verdict
     note: str = ""
     relation: Relation = "="
+    comparisons: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,10 +121,11 @@ class Statement:
         check that cannot be measured for any other reason *fails*: the code it rests on does.
         """
         blank = Check(self.name, self.text, self.proof, group, None, None, None, self.kind, None, "not applicable")
+        made = _comparisons.get()
         try:
             found = self.measure(subject)
         except NotApplicable as reason:
-            return replace(blank, note=str(reason))
+            return replace(blank, note=str(reason), comparisons=_comparisons.get() - made)
         except Exception as error:  # noqa: BLE001 - whatever it is, the statement has not been shown to hold
             return replace(blank, verdict="fails", note=f"could not be measured: {one_line(error)}")
         # Written so that a NaN anywhere fails, and an infinite tolerance or figure does.
@@ -133,6 +140,7 @@ class Statement:
             verdict=verdict,
             note=found.note,
             relation=found.relation,
+            comparisons=_comparisons.get() - made,
             kind=found.kind or self.kind,
         )
 
@@ -215,9 +223,16 @@ def mean_finding(
 
 
 def confidence_radius(stderr: float, count: int) -> float:
-    """Half-width `t * stderr` of the interval that a mean of `count` samples leaves with the family's level."""
+    """Half-width `t * stderr` of the interval that a mean of `count` samples leaves with the family's level.
+
+    Every call is a comparison, and is counted as one of the `FAMILY`.
+
+    Raises:
+        NotApplicable: fewer than two samples: their error is not known.
+    """
     from scipy.stats import t as student
 
     if count < 2:
         raise NotApplicable("one sample has no standard error: use --samples 2 or more")
+    _comparisons.set(_comparisons.get() + 1)
     return float(student.isf(FALSE_ALARM / FAMILY / 2, count - 1)) * stderr

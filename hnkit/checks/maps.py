@@ -30,7 +30,7 @@ _ROUNDING = 1e-9
 def stein_identity(subject: Subject) -> Finding:
     """The residual `x·f - tr J` has mean zero; its z-score is in the note."""
     residual = subject.alignment - subject.traces
-    finding = mean_finding(residual, 0.0, floor=_ROUNDING)
+    finding = mean_finding(residual, 0.0, floor=_floor(subject, subject.alignment, subject.traces))
     finding = explained_by_steps(finding, subject.f, subject.x, continuous=subject.continuous)
     mean, stderr = mean_and_stderr(residual)
     score = mean / stderr if stderr > 0 else 0.0
@@ -48,7 +48,8 @@ def two_forms(subject: Subject) -> Finding:
     """The two forms of the exact KL agree in the mean (paired samples)."""
     _need_exact(subject)
     count = len(subject.change)
-    finding = mean_finding(subject.change - subject.stein.per_sample[:count], 0.0, floor=_ROUNDING)
+    floor = _floor(subject, subject.alignment, subject.stein.per_sample)
+    finding = mean_finding(subject.change - subject.stein.per_sample[:count], 0.0, floor=floor)
     return explained_by_steps(finding, subject.f, subject.x, continuous=subject.continuous)
 
 
@@ -149,6 +150,8 @@ def kl_one_dimensional(subject: Subject) -> Finding:
     _need_exact(subject)
     if subject.dim != 1:
         raise NotApplicable(f"d = {subject.dim}")
+    if torch.finfo(subject.value.dtype).eps > 1e-6:
+        raise NotApplicable(f"bins need float32 or better; the map computes in {subject.value.dtype}")
     (coarse, coarse_binned), (measured, expected) = (_binned_kl(subject, bins) for bins in (4096, 8192))
     # The midpoint rule and the binned divergence both err by O(h^2), h = 0.002; a kink of T by O(h), and a step of T
     # that is narrower than h by what halving h shows.
@@ -161,14 +164,15 @@ def _binned_kl(subject: Subject, bins: int) -> tuple[float, float]:
     edges = torch.linspace(-8.5, 8.5, bins + 1, dtype=torch.float64)
     shape = (-1, *subject.x.shape[1:])
     with torch.no_grad():
-        moved = edges + subject.f(edges.reshape(shape)).double().flatten()
+        moved = edges + subject.f(edges.reshape(shape).to(subject.x)).double().flatten().cpu()
     if not bool((moved.diff() > 0).all()):
         raise NotApplicable("T is not increasing, so it is not injective")
     mass, image = _normal_masses(edges), _normal_masses(moved)
     kept = (mass > 1e-300) & (image > 1e-300)
     middles = (edges[1:] + edges[:-1]) / 2
-    integrand = noise_kl(subject.f, middles.reshape(shape), method="exact", form="change-of-variables", check=False)
-    return float((mass * integrand.per_sample).sum()), float((mass * (mass.log() - image.log()))[kept].sum())
+    middles = middles.reshape(shape).to(subject.x)
+    integrand = noise_kl(subject.f, middles, method="exact", form="change-of-variables", check=False)
+    return float((mass * integrand.per_sample.cpu()).sum()), float((mass * (mass.log() - image.log()))[kept].sum())
 
 
 # --- bounds -----------------------------------------------------------------------------------------------------
@@ -284,14 +288,14 @@ def local_norms(subject: Subject) -> Finding:
     """The largest relative deviation from the largest singular value of the dense Jacobian."""
     norm = subject.rows.norm
     deviation = (subject.norms[: len(norm)] - norm).abs() / (norm + 1e-12)
-    return Finding(float(deviation.max()), 0.0, 2e-3)
+    return Finding(float(deviation.max()), 0.0, max(2e-3, subject.resolution))
 
 
 @MAP_CHECKS.add("lipschitz-order", "sampled ≤ ascended ≤ certified Lipschitz constant", proof="estimates_certificates")
 def lipschitz_order(subject: Subject) -> Finding:
     """The ascended estimate between the sampled maximum and the certificate."""
     sampled, ascended = float(subject.norms.max()), subject.lower.value
-    tolerance = 2e-3 * (sampled + 1e-12)
+    tolerance = max(2e-3, subject.resolution) * (sampled + 1e-12)
     if isinstance(subject.certificate, str):
         note = f"sampled {sampled:.4g} ≤ ascended; no certificate: {subject.certificate}"
         return Finding(ascended, sampled, tolerance, ">=", note, certified=False)
@@ -320,7 +324,8 @@ def lemma_5_inverse(subject: Subject) -> Finding:
             found = y - f(found)
     error = (found - x).flatten(1).norm(dim=1)
     start = (y - x).flatten(1).norm(dim=1).max()
-    rounding = 1e4 * torch.finfo(subject.value.dtype).eps * float(y.abs().max()) * math.sqrt(subject.dim)
+    eps = torch.finfo(subject.value.dtype).eps
+    rounding = (64 if eps > 1e-5 else 1e4) * eps * float(y.abs().max()) * math.sqrt(subject.dim)
     tolerance = constant**steps * float(start) + rounding / (1 - constant)
     note = f"{steps} steps at rate L = {constant:.4g}"
     _not_refuted(subject, float(error.max()) - tolerance, constant)
@@ -329,20 +334,25 @@ def lemma_5_inverse(subject: Subject) -> Finding:
 
 @MAP_CHECKS.add("lemma-5-bilipschitz", "(1-L)|x-x'| ≤ |T(x)-T(x')| ≤ (1+L)|x-x'|", proof="lemma_5_diffeomorphism")
 def lemma_5_bilipschitz(subject: Subject) -> Finding:
-    """The largest relative change of a distance under T, over pairs far apart and close together."""
+    """The largest relative change of a distance under T beyond the rounding of f, over pairs far and close."""
     constant = _contraction(subject)
     f, x = subject.first(min(256, subject.pass_rows))
+    unit = 8 * torch.finfo(subject.value.dtype).eps
     change = 0.0
     for size in (0.0, 1.0, 1e-3):
         other = x.flip(0) if size == 0 else x + size * torch.randn(
             x.shape, dtype=x.dtype, generator=subject.generator(f"pairs/{size}")
         ).to(x.device)  # fmt: skip
         with torch.no_grad():
-            distance = (x - other).double().flatten(1).norm(dim=1)
-            moved = (x + f(x) - other - f(other)).double().flatten(1).norm(dim=1)
+            here, there = f(x).double(), f(other).double()
+        distance = (x - other).double().flatten(1).norm(dim=1)
+        moved = (x.double() - other.double() + here - there).flatten(1).norm(dim=1)
+        # The map itself is rounded, in half precision by more than close points lie apart.
+        rounding = unit * (here.flatten(1).norm(dim=1) + there.flatten(1).norm(dim=1))
         kept = distance > 0
         if bool(kept.any()):
-            change = worst(change, float((moved[kept] / distance[kept] - 1).abs().max()))
+            relative = ((moved - distance).abs() - rounding) / distance
+            change = worst(change, float(relative[kept].max()))
     tolerance = 1e-6 if subject.value.dtype == torch.float64 else 1e-2
     _not_refuted(subject, change - constant - tolerance, constant)
     return Finding(change, constant, tolerance, "<=", certified=subject.certified_constant is not None)
@@ -391,7 +401,8 @@ def arnoldi(subject: Subject) -> Finding:
     difference = estimate.per_sample - subject.stein.per_sample[:count]
     mean, stderr = mean_and_stderr(difference)
     bias = worst(estimate.bias_estimate, estimate.bias_bound or 0.0)
-    radius = confidence_radius(stderr, count) + bias + _ROUNDING
+    floor = _floor(subject, subject.rows.frobenius[:count].square(), subject.stein.per_sample)
+    radius = confidence_radius(stderr, count) + bias + floor
     return Finding(mean, 0.0, radius, note=f"{estimate.num_vjp / count:.3g} products per sample")
 
 
@@ -413,6 +424,12 @@ def _need_exact(subject: Subject) -> None:
 def _zero(residual: Tensor, subject: Subject, scale: Tensor) -> Finding:
     tolerance = subject.resolution * (1 + float(scale.abs().max()) + float(subject.half_square.max()))
     return Finding(float(residual.abs().max()), 0.0, tolerance)
+
+
+def _floor(subject: Subject, *scales: Tensor) -> float:
+    """What rounding of the map, in the type that it computes in, may add to the mean of figures of these sizes."""
+    unit = torch.finfo(subject.value.dtype).eps
+    return _ROUNDING + unit * sum(float(scale.abs().mean()) for scale in scales)
 
 
 def _contracting(subject: Subject) -> tuple[RowStatistics, Tensor]:

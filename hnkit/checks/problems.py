@@ -479,20 +479,27 @@ def _projected(
 
 
 def _same_law(tilted: Tilted, one: Tensor, other: Tensor, weights: Tensor | None) -> Finding:
-    """Two samples, the second with weights of mean one, by the test function whose means differ most."""
-    confidence_radius(0.0, min(len(one), len(other)))  # one sample has no standard error: refused here
+    """Two samples, the second with weights of mean one, by the test function whose means differ most.
+
+    Without weights the standard error is the pooled one of Student's test: the laws are to be the same, so both samples
+    measure one spread, and a sample all of whose values agree, as two values of a reward with steps may, has none of
+    its own to offer.
+    """
+    count = min(len(one), len(other))
     functions = _bounded_functions(tilted, other)
     found: Finding | None = None
     largest = -1.0
     for function in functions:
-        mean, stderr = mean_and_stderr(function(one))
-        values = function(other)
+        sample, values = function(one), function(other)
+        mean, stderr = mean_and_stderr(sample)
         reference, spread = mean_and_stderr(values if weights is None else values * weights)
         error = math.hypot(stderr, spread)
+        if weights is None:
+            error = float(torch.cat([sample, values]).std()) * math.sqrt(1 / len(one) + 1 / len(other))
+        radius = confidence_radius(error, count)
         score = abs(mean - reference) / max(error, 1e-12)
         if not score <= largest:  # the largest, or NaN
             largest = score
-            radius = confidence_radius(error, min(len(one), len(other)))
             note = f"largest of {len(functions)} test functions, z = {score:.2f}"
             found = Finding(mean, reference, radius, note=note)
         if math.isnan(score):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hnkit.checks.check import (
     FALSE_ALARM,
+    FAMILY,
     RELATIONS,
     Check,
 )
@@ -110,6 +111,16 @@ class Report:
         verdicts = ("holds", "fails", "not applicable", "not certified")
         return {verdict: sum(check.verdict == verdict for check in self.checks) for verdict in verdicts}
 
+    @property
+    def comparisons(self) -> int:
+        """Statistical comparisons that the checks made."""
+        return sum(check.comparisons for check in self.checks)
+
+    @property
+    def false_alarm_rate(self) -> float:
+        """Probability that a statistical check fails though every statement is true, at most."""
+        return FALSE_ALARM * max(1.0, self.comparisons / FAMILY)
+
     def to_json(self) -> dict[str, Any]:
         """The whole report as a JSON document; unknown numbers are `null`."""
         document = {
@@ -121,7 +132,8 @@ class Report:
             "figures": [asdict(figure) for figure in self.figures],
             "notes": [{"group": group, "text": text} for group, text in self.notes],
             "plots": [plot.name + ".png" for plot in self.plots],
-            "false_alarm_rate": FALSE_ALARM,
+            "comparisons": self.comparisons,
+            "false_alarm_rate": self.false_alarm_rate,
             "versions": versions(),
         }
         result: dict[str, Any] = _finite(document)
@@ -146,7 +158,8 @@ class Report:
         how = (
             "Slack is what is left before a check fails. Statistical tolerances are confidence radii (Student's t), "
             f"set so that a run in which every statement is true shows a false alarm with probability below "
-            f"{FALSE_ALARM:g}. Not applicable: a hypothesis is not met. Not certified: it holds for the estimate, "
+            f"{self.false_alarm_rate:.2g} over its {self.comparisons} comparisons. Not applicable: a "
+            "hypothesis is not met. Not certified: it holds for the estimate, "
             "and no certificate exists."
         )
         sections.append(Section("How to read this", (Text(how), Code(config, "Resolved configuration"))))
