@@ -21,6 +21,7 @@ PAGES = (
     ("docs/training.md", "Training"),
     ("docs/digits.md", "The miniature"),
     ("docs/real-models.md", "Real models"),
+    ("docs/prompts-and-scorers.md", "Prompts and scorers"),
     ("docs/testing.md", "hnkit.testing"),
     ("docs/estimators.md", "Estimators"),
     ("docs/benchmarks-logdet.md", "Benchmarks"),

@@ -35,6 +35,11 @@ FILES: dict[str, str | bytes] = {
     "prompts.txt": "a red fox\ntwo blue cats\n",
     "no-suffix": "a red fox\n",
     "prompts.csv": "a red fox\n",
+    "commas.csv": "prompt\na red fox, asleep\n",
+    "short.csv": "prompt,id\na red fox\n",
+    "open.csv": 'prompt\n"a red fox\n',
+    "cut.parquet": "PAR1",
+    "two/prompts.txt": "a red fox\ntwo blue cats\n",
     "empty.json": "",
     "number.json": "3",
     "numbers.json": "[1, 2]",
@@ -114,7 +119,8 @@ def write_files(folder: Path) -> None:
 NOT_INTEGERS = ("", "x", "1.5", "nan", "inf", "1e3", "0x10", "1,2", "½", "--", "9" * 5000)
 NOT_NUMBERS = ("", "x", "nan", "inf", "-inf", "1,2", "½", "1e999")
 PROMPT_FILES = (
-    "absent.txt", "empty.txt", "blank.txt", "latin1.txt", "no-suffix", "prompts.csv", "empty.json", "number.json",
+    "absent.txt", "empty.txt", "blank.txt", "latin1.txt", "no-suffix", "prompts.csv", "prompts.csv:text", "commas.csv",
+    "short.csv", "open.csv", "absent.csv:text", "cut.parquet", "two", "empty.json", "number.json",
     "numbers.json", "nested.json", "cut.json", "deep.json", "field.jsonl", "kind.jsonl", "cut.jsonl", "folder.txt",
     "loop.txt", "folder", "", f"{LONG}.txt", "hf:", "hf:::", "surrogate.json", "~nonesuch-user/prompts.txt",
 )  # fmt: skip
@@ -287,7 +293,11 @@ CONFLICTS: list[tuple[str, ...]] = [
     ("generate", "--backend", "sana", "--set", "backend.model_id=folder", "--prompt", "a"),
     ("generate", "--backend", "sana", "--set", "backend.model_id=../../etc", "--prompt", "a"),
     ("generate", *DIGITS, "--prompt", "a three", "--layout", "dpg-bench", "--count", "3"),
-    ("generate", *DIGITS, "--prompt", "a/b", "--layout", "t2i-compbench"),
+    ("generate", *DIGITS, "--prompt", "a three", "--layout", "dpg-bench"),
+    ("generate", *DIGITS, "--prompts", "prompts.txt", "--layout", "geneval"),
+    ("generate", *DIGITS, "--layout", "geneval"),
+    ("generate", *DIGITS, "--prompt", "a three", "--layout", "t2i-compbench"),
+    ("generate", *DIGITS, "--prompt", "a/b", "--layout", "t2i-compbench", "--count", "10"),
     ("compare",),
     ("compare", "--backend", "toy"),
     ("compare", "--resume"),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -164,6 +169,19 @@ def test_redness_is_the_papers():
     images[0, 0], images[1, 1], images[2] = 1.0, 1.0, 1.0
     assert Redness()(images, ["", "", ""]).tolist() == pytest.approx([0.01, -0.005, 0.0])
     assert load_installed("hnkit.rewards", "redness")(weight=2.0).weight == 2.0
+
+
+def test_the_example_of_contributing_is_a_reward():
+    page = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = (
+        textwrap.dedent(text) for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "darkness" in text
+    )
+    namespace: dict[str, Any] = {}
+    exec(compile(block, "CONTRIBUTING.md", "exec"), namespace)
+    reward = namespace["darkness"](weight=2.0, power=2.0)
+    assert isinstance(reward, Reward)
+    assert (reward.name, reward.weight) == ("darkness", 2.0)
+    assert reward(torch.full((2, 3, 4, 4), 0.25), ["", ""]).tolist() == pytest.approx([0.5625, 0.5625])
 
 
 def test_aesthetic_head_is_linear_in_the_normalised_embedding(tmp_path):
