@@ -82,7 +82,7 @@ class TrainConfig:
         validate_samples: pairs of one comparison.
         prompts: training prompts; empty: the backend's own.
         validation_prompts: held-out prompts; empty: the backend's own, or a share of the training prompts.
-        validation_share: that share.
+        validation_share: that share; 0 trains on all of them and validates on the training prompts.
         trackers: besides metrics.jsonl.
     """
 

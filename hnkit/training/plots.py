@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hnkit.errors import InputError
 from hnkit.output.plots import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILION, Plot, new_figure
 from hnkit.tilt import TiltedProblem
+from hnkit.training.validate import prompts_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +40,8 @@ def training_plots(records: Records, problem: TiltedProblem | None) -> list[Plot
         caption = "Distance of the learned noise law from the tilted law, beside the optimum of each loss."
         plots.append(Plot("gap-along-training", caption, partial(_gap, measured, problem)))
     if len(validated) > 1:
-        caption = "Gain of steered over base outputs on held-out prompts; held-out scores are dashed, the judge dotted."
+        prompts = prompts_of(validated[-1]["validation"])
+        caption = f"Gain of steered over base outputs on {prompts}; held-out scores are dashed, the judge dotted."
         plots.append(Plot("gain-along-training", caption, partial(_gains, validated)))
     return plots
 

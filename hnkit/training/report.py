@@ -33,7 +33,7 @@ from hnkit.output.page import (
 from hnkit.tilt import TiltedProblem, affine_coefficients, kl_gaussians
 from hnkit.training.checkpoint import replace_folder
 from hnkit.training.plots import training_plots
-from hnkit.training.validate import Evaluator
+from hnkit.training.validate import Evaluator, prompts_of
 from hnkit.training.view import alpha_sentence
 
 ADAPTER, REPORT = "adapter", "report.json"
@@ -257,8 +257,8 @@ def _sections(report: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Se
             for name, s in report["validation"]["scores"].items()
         ]
         caption = (
-            "Means over held-out prompts; base and steered outputs share noise and prompt, and the gain is paired. A "
-            "trained reward that rises while held-out ones fall is being exploited."
+            f"Means over {prompts_of(report['validation'])}; base and steered outputs share noise and prompt, and the "
+            "gain is paired. A trained reward that rises while held-out ones fall is being exploited."
         )
         headers = ("score", "role", "base", "steered", "gain ± standard error")
         sections.append(Section("Base and steered outputs", (Table(headers, tuple(rows), caption),)))

@@ -221,6 +221,7 @@ class _Recorder:
             session.rewards,
             session.heldout,
             session.validation_prompts,
+            set(session.training_prompts).isdisjoint(session.validation_prompts),
             session.device,
         )
 

@@ -241,7 +241,10 @@ def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _chosen_prompts(config: RunConfig, backend: BackendBase) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts: from the configuration's sources, else the backend's own, else none needed."""
+    """Training and validation prompts: from the configuration's sources, else the backend's own, else none needed.
+
+    Where nothing can or shall be held out (one prompt, or a share of 0) the training prompts are validated on.
+    """
     settings = config.train
     training, heldout = backend.prompts() if backend.prompts is not None else ([""], [""])
     if settings.prompts:
@@ -251,7 +254,7 @@ def _chosen_prompts(config: RunConfig, backend: BackendBase) -> tuple[list[str],
         require_disjoint(training, heldout)
     if not training:
         raise InputError(f"no prompts given and backend {config.backend!r} has none of its own: use --prompts FILE")
-    if not heldout and len(training) > 1:
+    if not heldout and len(training) > 1 and settings.validation_share > 0:
         count = min(max(1, round(settings.validation_share * len(training))), len(training) - 1)
         training, heldout = split_prompts(training, count)
     return list(training), list(heldout or training)

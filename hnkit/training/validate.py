@@ -1,4 +1,4 @@
-"""What is looked at during a run: the KL both ways, and base beside steered outputs on held-out prompts."""
+"""What is looked at during a run: the KL both ways, and base beside steered outputs on the validation prompts."""
 
 from __future__ import annotations
 
@@ -25,9 +25,14 @@ SAMPLES = "samples"
 _GRID_PAIRS = 8
 
 
+def prompts_of(validation: Mapping[str, Any]) -> str:
+    """What the prompts of a validation are called: only those that were not trained on are held out."""
+    return "held-out prompts" if validation.get("held_out", True) else "the training prompts"
+
+
 @dataclass(frozen=True)
 class Evaluator:
-    """Measurements of one run, always on the same noise and the same held-out prompts, so that they are paired.
+    """Measurements of one run, always on the same noise and the same prompts, so that they are paired.
 
     Attributes:
         settings: of the run.
@@ -35,7 +40,8 @@ class Evaluator:
         backend: the backend that is trained (the same, or its direct fine-tuning twin).
         rewards: what is trained on.
         heldout: what is only reported.
-        prompts: held-out prompts.
+        prompts: what it is measured on.
+        held_out: whether none of them is trained on.
         device: of the network.
     """
 
@@ -45,6 +51,7 @@ class Evaluator:
     rewards: RewardSum
     heldout: RewardSum
     prompts: Sequence[str]
+    held_out: bool
     device: torch.device
 
     @property
@@ -84,7 +91,8 @@ class Evaluator:
 
         Returns:
             `scores`: name -> `role` ("trained", "held out" or "judge"), means `base` and `steered`, and their paired
-            difference `gain` with `gain_stderr`; `images`: the file of the grid, or `None` for outputs that are none.
+            difference `gain` with `gain_stderr`; `images`: the file of the grid, or `None` for outputs that are none;
+            `prompts`, and whether they are `held_out`.
         """
         settings = self.settings
         seed_global(settings.seed, "validate")
@@ -107,7 +115,7 @@ class Evaluator:
             images = f"{SAMPLES}/step-{step:08d}.png"
             (folder / SAMPLES).mkdir(exist_ok=True)
             atomic_write(folder / images, grid_png(base, steered))
-        return {"scores": table, "images": images, "prompts": prompts[: len(base)]}
+        return {"scores": table, "images": images, "prompts": prompts[: len(base)], "held_out": self.held_out}
 
     def _noise(self, count: int, purpose: str) -> Tensor:
         generator = generator_for(self.settings.seed, purpose)

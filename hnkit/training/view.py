@@ -28,6 +28,7 @@ from hnkit.errors import InputError
 from hnkit.loss import NoiseLoss
 from hnkit.output.page import format_estimate, format_number
 from hnkit.training.processes import Processes
+from hnkit.training.validate import prompts_of
 
 _SECONDS_BETWEEN_LINES = 20.0
 
@@ -124,7 +125,7 @@ class TrainView:
                 f"{name} {format_number(score['base'])} -> {format_number(score['steered'])}"
                 for name, score in entry["validation"]["scores"].items()
             )
-            self.say(f"step {entry['step']}: held-out prompts, base -> steered: {gains}")
+            self.say(f"step {entry['step']}: {prompts_of(entry['validation'])}, base -> steered: {gains}")
 
     def close(self) -> None:
         """Take the bar away."""

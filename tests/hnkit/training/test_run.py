@@ -26,6 +26,7 @@ from hnkit import InputError
 from hnkit.config import RunConfig, TrainConfig, resolve_config
 from hnkit.training import checkpoint
 from hnkit.training.run import TrainResult, train
+from hnkit.training.session import _chosen_prompts
 from tests.hnkit.fake_backend import FakeBackend, FakeFactory
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -363,6 +364,24 @@ def test_prompt_files_are_split_and_guarded(tmp_path, fake):
     held = set(report["validation"]["prompts"])
     assert len(held) == 3
     assert held < {f"a {k}" for k in range(10)}
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "trained", "held_out"), [(30, 0.0, 30, False), (1, 0.1, 1, False), (30, 0.1, 27, True)]
+)
+def test_only_prompts_that_are_not_trained_on_are_called_held_out(tmp_path, fake, count, share, trained, held_out):
+    prompts = tmp_path / "train.txt"
+    prompts.write_text("\n".join(f"a {k}" for k in range(count)))
+    run(fake_config(prompts=str(prompts), validation_share=share, steps=2), tmp_path / "run")
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["validation"]["held_out"] is held_out
+    config = fake_config(prompts=str(prompts), validation_share=share)
+    training, validation = _chosen_prompts(config, fake.load(config.options))
+    assert len(training) == trained
+    assert set(training).isdisjoint(validation) is held_out
+    page = (tmp_path / "run/report.html").read_text()
+    assert ("Means over held-out prompts" in page) is held_out
+    assert ("Means over the training prompts" in page) is not held_out
 
 
 def test_changed_prompts_are_refused(tmp_path, fake):

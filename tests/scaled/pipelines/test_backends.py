@@ -397,6 +397,7 @@ def test_presets_are_the_papers_columns(backend, preset):
     assert weights == ({"redness": 1.0} if preset.startswith("redness") else ensemble)
     prompts, epochs = (30, 200) if preset.startswith("redness") else (70_000, 25)
     assert abs(settings.steps * settings.batch - prompts * epochs) <= settings.batch
+    assert settings.validation_share == (0.0 if preset.startswith("redness") else 0.1)  # all 30 prompts are trained on
     # what the tables leave out is the published code's: its optimisers, and a warm-up of 100 steps times its processes
     assert settings.momentum == (0.9 if optimizer == "sgd" else 0.0)
     assert not settings.nesterov
