@@ -8,7 +8,7 @@ own kernels, rules that others register, and the declarations of modules of one'
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,14 +27,12 @@ _CALL = {name: getattr(nn.Module, name) for name in ("__call__", "_wrapped_call_
 # Private to torch, which has no other name for their types; each is a function of the stored tensors in eval mode.
 _PURE = (parametrizations._SpectralNorm, parametrizations._WeightNorm, parametrizations._Orthogonal)
 
-Method = tuple[Any, str, Any]
-
-_METHODS: dict[type, tuple[Method, ...]] = {}
+_METHODS: dict[type, list[tuple[Any, str, Any]]] = {}
 
 
 def remember(kind: type[nn.Module]) -> None:
     """Note the methods that a call of a module of this type runs, and torch's functions in them."""
-    found = [(kind, name, getattr(kind, name)) for name in _CALLING if hasattr(kind, name)]
+    found: list[tuple[Any, str, Any]] = [(kind, name, getattr(kind, name)) for name in _CALLING if hasattr(kind, name)]
     pending, seen = ["forward"], set()
     while pending:
         name = pending.pop()
@@ -49,7 +47,7 @@ def remember(kind: type[nn.Module]) -> None:
             found += [
                 (space, used, getattr(space, used)) for space in (F, torch) if callable(getattr(space, used, None))
             ]
-    _METHODS[kind] = tuple(found)
+    _METHODS[kind] = found
 
 
 def require_plain_calls() -> None:
@@ -62,7 +60,8 @@ def require_plain_calls() -> None:
         raise InputError("global forward hooks are registered, which may change what any module computes: remove them")
     if any(getattr(nn.Module, name) is not method for name, method in _CALL.items()):
         raise InputError("the call of torch.nn.Module itself was replaced")
-    modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+    stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    modes = [mode for mode in stack if not isinstance(mode, DeviceContext)]
     if modes or is_in_torch_dispatch_mode():
         raise InputError("a torch function or dispatch mode is active, which may change what torch computes: leave it")
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
@@ -115,25 +114,23 @@ def require_plain_type(module: nn.Module, kind: type) -> None:
 
 def _require_pure(module: nn.Module) -> None:
     """Refuse parametrisations that may return other weights at the next call."""
-    parts = list(_parametrisations(module))
+    lists = list(module.parametrizations.values())  # type: ignore[operator]
+    parts = [part for pieces in lists for part in pieces.modules()]
     if module.training or any(part.training for part in parts):
         raise InputError(
             "it is parametrised and in training mode, so its weights may change between calls: call eval()"
         )
     for part in parts:
-        if type(part) not in _PURE:
+        kind = type(part).__name__
+        if type(part) not in (parametrize.ParametrizationList, *_PURE):
             raise InputError(
-                f"its parametrisation {type(part).__name__} may return other weights at each call: fix them with "
+                f"its parametrisation {kind} may return other weights at each call: fix them with "
                 "torch.nn.utils.parametrize.remove_parametrizations"
             )
-
-
-def _parametrisations(module: nn.Module) -> Iterator[nn.Module]:
-    for pieces in module.parametrizations.values():  # type: ignore[union-attr, operator]
-        if type(pieces) is not parametrize.ParametrizationList:
-            raise InputError(f"its parametrisations are a {type(pieces).__name__}, not torch's")
-        for part in pieces:
-            yield from part.modules()
+        try:
+            require_plain_instance(part)
+        except InputError as refusal:
+            raise InputError(f"its parametrisation {kind}: {refusal}") from None
 
 
 def plain_tensor(value: object, name: str) -> Tensor:
@@ -142,7 +139,12 @@ def plain_tensor(value: object, name: str) -> Tensor:
     Raises:
         InputError: it is missing, of another kind than torch's own dense real tensors, without data, or not finite.
     """
-    if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_quantized:
+    if (
+        not isinstance(value, Tensor)
+        or type(value) not in (Tensor, nn.Parameter)
+        or value.layout != torch.strided
+        or value.is_quantized
+    ):
         raise InputError(f"its {name} is a {type(value).__name__} of another kind than torch's dense tensors")
     if value.is_meta:
         raise InputError(f"its {name} has no values (device meta): load it first")
