@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 
 from hnkit.errors import InputError
+from hnkit.internal.values import number as _number
 
 Verdict = Literal["holds", "fails", "undecided", "not applicable"]
 
 MAX_DIM = 256
 _BITS = 128
 _MAX_BITS = 1024
-_NEWTON_STEPS = 12  # each doubles the digits of the eigenvectors
-_APART = 1024  # Newton steps are below 1/1024: nearer to 1 their squares stop them before a pair is resolved
-_ROUNDS = 8  # of splitting clusters, each sixteen digits finer
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def certify_bounds(
     if unknown := sorted(set(claims) - set(_NAMES)):
         raise InputError(f"unknown bound {unknown[0]!r}: accepted are {', '.join(_NAMES)}")
     for name, number in (*claims.items(), ("lipschitz", 0.0 if lipschitz is None else lipschitz)):
-        if not math.isfinite(number):
+        if not math.isfinite(_number(number, f"{name} = {number!r}")):
             raise InputError(f"{name} = {number}: give a finite number")
     flint = _flint()
     bits = min(_BITS, max_precision)
@@ -291,115 +289,21 @@ def _ratio(arb: Any, s: Any) -> Any:
 def _eigenvalues(flint: Any, M: Any) -> list[Any]:
     """Proved enclosures of the eigenvalues of a symmetric matrix of balls, ascending.
 
-    For any nonsingular Q, the sorted eigenvalues of `N = Q'MQ` are `theta_i lambda_i(M)` with theta_i between the
-    extreme eigenvalues of `Q'Q` (Ostrowski), and they differ from the sorted diagonal of N by at most the Frobenius
-    norm of the rest (Weyl). So Q need not be exact: it is the eigenvector matrix in double precision, refined by
-    Newton steps.
+    Arb encloses them in the plane, each isolated or a cluster in as many copies of one enclosure as it has members.
+    Every enclosure holds a real number, so that disjoint ones have disjoint real parts, which sort. Where Arb gives up,
+    or enclosures overlap without being the same, nothing is known at this precision.
 
     Source:
-        A. Ostrowski, PNAS 45 (1959), DOI 10.1073/pnas.45.5.740; refinement: T. Ogita and K. Aishima, JJIAM 35 (2018),
-        DOI 10.1007/s13160-018-0310-3.
+        S. Rump, Acta Numerica 19 (2010), DOI 10.1017/S096249291000005X, section 13; `acb_mat_eig_multiple` of Arb.
     """
-    arb, d = flint.arb, M.nrows()
-    nearby = torch.tensor([[float(M[i, j]) for j in range(d)] for i in range(d)], dtype=torch.float64)
-    Q = _refined(flint, M, flint.arb_mat(torch.linalg.eigh(nearby)[1].tolist()))
-    N, R = Q.transpose() * M * Q, _defect(flint, Q)
-    radius, defect = (_root(arb, arb(square)).upper() for square in (_rest_square(N), _square_sum(R)))
-    if not defect < 1:
-        return [arb("nan")] * d
-    theta = arb(1) + arb(0).union(defect).union(-defect)
-    # Sorted by their midpoints, compared exactly: order statistics move by at most the largest radius.
-    diagonal = sorted((N[i, i] for i in range(d)), key=lambda ball: ball.mid())
-    margin = radius + 2 * max(value.rad() for value in diagonal)
-    return [(value + arb(0).union(margin).union(-margin)) / theta for value in diagonal]
-
-
-def _refined(flint: Any, M: Any, Q: Any) -> Any:
-    """Eigenvectors of M to the working precision, from ones in double precision.
-
-    Newton steps cannot resolve eigenvalues closer than the error they start from. Such a cluster is diagonalised in
-    double precision again, relative to its own width, which is sixteen digits finer; then Newton steps go on.
-    """
-    best, least = Q, math.inf
-    for _ in range(_ROUNDS):
-        Q, size, clusters = _newton(flint, M, Q)
-        if not size < 0.25 * least:
-            return best
-        best, least = Q, size
-        if not clusters:
-            return Q
-        for cluster in clusters:
-            Q = _rotated(flint, M, Q, cluster)
-    return best
-
-
-def _newton(flint: Any, M: Any, Q: Any) -> tuple[Any, float, list[list[int]]]:
-    """Newton steps while they help; the vectors, the square of what is left, and the clusters not resolved.
-
-    A step between near eigenvalues may add to what is left before the next one takes it away, so two must fail.
-    """
-    best, least, unresolved, failed = Q, math.inf, [], 0
-    for _ in range(_NEWTON_STEPS):
-        N, R = (Q.transpose() * M * Q).mid(), _defect(flint, Q).mid()
-        rest, defect, scale = float(_rest_square(N)), float(_square_sum(R)), float(_square_sum(N))
-        size = defect + rest / scale if scale > 0 else 0.0
-        failed = 0 if size < 0.25 * least else failed + 1
-        if failed > 1:
-            break
-        threshold = _APART * (math.sqrt(rest) + math.sqrt(scale * defect))
-        step, clusters = _newton_step(flint, N, R, threshold)
-        if not failed:
-            best, least, unresolved = Q, size, clusters
-        if size == 0:
-            break
-        Q = (Q + Q * step).mid()
-    return best, least, unresolved
-
-
-def _newton_step(flint: Any, N: Any, R: Any, threshold: float) -> tuple[Any, list[list[int]]]:
-    """The correction of Ogita and Aishima, and the sets of eigenvalues that are closer than `threshold`."""
-    d = N.nrows()
-    values = [N[i, i] / (1 - R[i, i]) for i in range(d)]
-    entries = []
-    for i in range(d):
-        for j in range(d):
-            gap = values[j] - values[i]
-            apart = i != j and abs(gap) > threshold
-            entries.append((N[i, j] + values[j] * R[i, j]) / gap if apart else R[i, j] / 2)
-    order = sorted(range(d), key=lambda i: float(values[i]))
-    clusters = [[order[0]]]
-    for i, j in itertools.pairwise(order):
-        if abs(values[j] - values[i]) > threshold:
-            clusters.append([])
-        clusters[-1].append(j)
-    return flint.arb_mat(d, d, entries), [cluster for cluster in clusters if len(cluster) > 1]
-
-
-def _rotated(flint: Any, M: Any, Q: Any, cluster: list[int]) -> Any:
-    """Q with the columns of a cluster replaced by eigenvectors of M within their span."""
-    d, k = Q.nrows(), len(cluster)
-    columns = flint.arb_mat(d, k, [Q[i, c] for i in range(d) for c in cluster])
-    block = (columns.transpose() * M * columns).mid()
-    centre = block.trace() / k
-    shifted = [[block[a, b] - (centre if a == b else 0) for b in range(k)] for a in range(k)]
-    width = max(abs(entry).mid() for row in shifted for entry in row)
-    if not width > 0:
-        return Q
-    relative = torch.tensor([[float(entry / width) for entry in row] for row in shifted], dtype=torch.float64)
-    rotation = flint.arb_mat(torch.linalg.eigh((relative + relative.T) / 2)[1].tolist())
-    turned = columns * rotation
-    place = {c: a for a, c in enumerate(cluster)}
-    return flint.arb_mat(
-        d, d, [turned[i, place[c]] if c in place else Q[i, c] for i in range(d) for c in range(d)]
-    ).mid()
-
-
-def _defect(flint: Any, Q: Any) -> Any:
-    d = Q.nrows()
-    return flint.arb_mat(d, d, [int(i == j) for i in range(d) for j in range(d)]) - Q.transpose() * Q
-
-
-def _rest_square(N: Any) -> Any:
-    """Sum of the squares off the diagonal."""
-    d = N.nrows()
-    return sum(N[i, j] * N[i, j] for i in range(d) for j in range(d) if i != j)
+    unknown = [flint.arb("nan")] * M.nrows()
+    try:
+        found = [value.real for value in flint.acb_mat(M).eig(multiple=True)]
+    except ValueError:
+        return unknown
+    found.sort(key=lambda ball: ball.mid())
+    pairs = list(itertools.pairwise(found))
+    same = [one.mid() == other.mid() and one.rad() == other.rad() for one, other in pairs]
+    apart = [not one.overlaps(other) for one, other in pairs]
+    known = all(value.is_finite() for value in found) and all(map(max, same, apart))
+    return found if known else unknown
