@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hnkit.errors import InputError
-from hnkit.internal.values import number as _number
+from hnkit.internal.values import number
 
 Verdict = Literal["holds", "fails", "undecided", "not applicable"]
 
@@ -139,9 +139,9 @@ def certify_bounds(
     claims = dict(reported or {})
     if unknown := sorted(set(claims) - set(_NAMES)):
         raise InputError(f"unknown bound {unknown[0]!r}: accepted are {', '.join(_NAMES)}")
-    for name, number in (*claims.items(), ("lipschitz", 0.0 if lipschitz is None else lipschitz)):
-        if not math.isfinite(_number(number, f"{name} = {number!r}")):
-            raise InputError(f"{name} = {number}: give a finite number")
+    for name, claim in (*claims.items(), ("lipschitz", 0.0 if lipschitz is None else lipschitz)):
+        if not math.isfinite(number(claim, f"{name} = {claim!r}")):
+            raise InputError(f"{name} = {claim}: give a finite number")
     flint = _flint()
     bits = min(_BITS, max_precision)
     while True:
@@ -178,6 +178,8 @@ def _checked(A: Tensor) -> Tensor:
         raise InputError(f"A is {kind}: give a float32 or float64 tensor of shape (d, d)")
     if A.ndim != 2 or A.shape[0] != A.shape[1] or not 1 <= A.shape[0] <= MAX_DIM:
         raise InputError(f"A has shape {tuple(A.shape)}: give one square matrix with 1 <= d <= {MAX_DIM}")
+    if A.is_meta or A.layout != torch.strided:
+        raise InputError(f"A is on device {A.device}, {A.layout}: give a dense tensor with values")
     if not bool(torch.isfinite(A).all()):
         raise InputError("A has an entry that is not finite: give a finite matrix")
     return A.detach().double().cpu()
@@ -290,20 +292,39 @@ def _eigenvalues(flint: Any, M: Any) -> list[Any]:
     """Proved enclosures of the eigenvalues of a symmetric matrix of balls, ascending.
 
     Arb encloses them in the plane, each isolated or a cluster in as many copies of one enclosure as it has members.
-    Every enclosure holds a real number, so that disjoint ones have disjoint real parts, which sort. Where Arb gives up,
-    or enclosures overlap without being the same, nothing is known at this precision.
+    Every enclosure holds a real number, so that disjoint ones have disjoint real parts, which sort. Multiple
+    eigenvalues of an exact matrix can make Arb's approximate eigenvectors parallel, so that it gives up; those of
+    `Q^-1 M Q` with a random Q are not. Where that fails too, or enclosures overlap without being the same, nothing is
+    known at this precision.
 
     Source:
         S. Rump, Acta Numerica 19 (2010), DOI 10.1017/S096249291000005X, section 13; `acb_mat_eig_multiple` of Arb.
     """
-    unknown = [flint.arb("nan")] * M.nrows()
-    try:
-        found = [value.real for value in flint.acb_mat(M).eig(multiple=True)]
-    except ValueError:
-        return unknown
-    found.sort(key=lambda ball: ball.mid())
-    pairs = list(itertools.pairwise(found))
-    same = [one.mid() == other.mid() and one.rad() == other.rad() for one, other in pairs]
-    apart = [not one.overlaps(other) for one, other in pairs]
-    known = all(value.is_finite() for value in found) and all(map(max, same, apart))
-    return found if known else unknown
+    d = M.nrows()
+    for seed, precision in ((None, 1), (0, 1), (1, 1), (0, 2)):
+        with flint.ctx.workprec(precision * flint.ctx.prec):
+            try:
+                similar = M if seed is None else _similar(flint, M, seed)
+                found = [value.real for value in flint.acb_mat(similar).eig(multiple=True)]
+            except ValueError:
+                continue
+        found.sort(key=lambda ball: ball.mid())
+        if all(value.is_finite() for value in found) and _apart_or_identical(found):
+            return found
+    return [flint.arb("nan")] * d
+
+
+def _similar(flint: Any, M: Any, seed: int) -> Any:
+    """`Q^-1 M Q` with a nearly orthogonal Q of floats."""
+    d, generator = M.nrows(), torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0]
+    basis = flint.arb_mat(Q.tolist())
+    return basis.inv() * M * basis
+
+
+def _apart_or_identical(balls: list[Any]) -> bool:
+    """Whether sorted balls overlap only where they are the same, as copies that hold a cluster are."""
+    return all(
+        not one.overlaps(other) or (one.mid() == other.mid() and one.rad() == other.rad())
+        for one, other in itertools.pairwise(balls)
+    )

@@ -1,9 +1,14 @@
-"""Functions of which torch can compute some derivatives only."""
+"""Tensors, and functions of which torch can compute some derivatives only, for the tests."""
 
 from __future__ import annotations
 
 import torch
 from torch.autograd.function import once_differentiable
+
+
+def f64(*rows):
+    """A float64 tensor of these rows."""
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 class NoForwardMode(torch.autograd.Function):

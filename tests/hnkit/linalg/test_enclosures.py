@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import mpmath
@@ -10,9 +11,12 @@ import torch
 
 from hnkit import InputError
 from hnkit.bounds import frobenius_bound, singular_value_bound, theorem7_bound
+from hnkit.linalg import enclosures
 from hnkit.linalg.enclosures import Enclosure, certify_bounds
+from tests.hnkit.functions import f64
 
-pytest.importorskip("flint")
+flint = pytest.importorskip("flint")
+arb = flint.arb
 F64 = torch.float64
 mpmath.mp.dps = 60
 
@@ -198,20 +202,6 @@ def test_clusters_and_moderate_size():
     assert c.bounds["theorem 7"].verdict == "holds"
 
 
-def test_eigenvalues_closer_than_a_float_can_tell_keep_their_order():
-    import flint
-
-    from hnkit.linalg.enclosures import _eigenvalues
-
-    with flint.ctx.workprec(256):
-        exact = [flint.arb(1) + k * flint.arb(2) ** -100 for k in (2, 0, 3, 1)]
-        M = flint.arb_mat(4, 4, [exact[i] if i == j else 0 for i in range(4) for j in range(4)])
-        found = _eigenvalues(flint, M)
-        for k, value in enumerate(found):
-            assert value.contains(flint.arb(1) + k * flint.arb(2) ** -100)
-            assert value.rad() < flint.arb(2) ** -200
-
-
 def test_float32_entries_are_exact():
     A = torch.full((1, 1), 0.1)
     c = certify_bounds(A)
@@ -225,6 +215,295 @@ def test_enclosures_print_and_compare():
     assert isinstance(c.error, Enclosure)
 
 
+def holds(enclosure, truth):
+    """The truth is in the interval, and the interval is narrow."""
+    slack = 1e-14 * abs(float(truth))
+    near = enclosure.lower - slack <= truth <= enclosure.upper + slack
+    return near and enclosure.upper - enclosure.lower <= slack + 1e-30 * (abs(truth) > 1e-100)
+
+
+# --- the inequalities -------------------------------------------------------------------------------------------------
+
+MATRICES = {
+    "expanding": [[0.5, 0.2, 0.0], [-0.1, 0.3, 0.1], [0.0, 0.25, 0.4]],
+    "contracting": [[-0.5, 0.2, 0.0], [-0.1, -0.3, 0.1], [0.0, 0.25, -0.4]],
+    "turning": [[0.0, 0.6, 0.0], [-0.6, 0.0, 0.3], [0.0, -0.3, 0.0]],
+    "two by two": [[0.2, 0.7], [-0.1, 0.3]],
+}
+
+
+def both_sides(A, lipschitz=None):
+    """The six inequalities in 50 digits."""
+    h = lambda s: -mpmath.log(1 - s) - s  # noqa: E731
+    M = mpmath.matrix(A.tolist())
+    d = M.rows
+    trace = lambda X: mpmath.fsum(X[i, i] for i in range(X.rows))  # noqa: E731
+    square = lambda X: mpmath.fsum(x * x for x in X)  # noqa: E731
+    E = lambda X: trace(X) - mpmath.log(abs(mpmath.det(mpmath.eye(d) + X)))  # noqa: E731
+    S, K = (M + M.T) / 2, (M - M.T) / 2
+    sigma = list(mpmath.svd_r(M, compute_uv=False))
+    L = max(sigma) if lipschitz is None else mpmath.mpf(lipschitz)
+    ratio = h(L) / L**2 if L else mpmath.mpf(1) / 2
+    least = min(mpmath.eigsy(S, eigvals_only=True))
+    return {
+        "theorem 7": (abs(E(M)), d * h(L)),
+        "frobenius": (abs(E(M)), square(M) * ratio),
+        "singular values": (abs(E(M)), mpmath.fsum(h(s) for s in sigma)),
+        "second order": (abs(E(M) - trace(M * M) / 2), square(M) * (ratio - mpmath.mpf(1) / 2)),
+        "field of values, upper": (E(M), E(S)),
+        "field of values, lower": (E(S) - E(M), square(K) / (2 * (1 + least) ** 2)),
+    }
+
+
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("lipschitz", [None, 0.9375, 0.0])
+def test_both_sides_of_each_inequality_are_enclosed(name, lipschitz):
+    """Also for a constant claimed wrongly, 0: then h(L)/L^2 is 1/2."""
+    A = f64(*MATRICES[name])
+    with mpmath.workdps(50):
+        c = certify_bounds(A, lipschitz=lipschitz)
+        for bound, (left, right) in both_sides(A, lipschitz).items():
+            assert holds(c.bounds[bound].value, left), bound
+            assert holds(c.bounds[bound].bound, right), bound
+            assert c.bounds[bound].verdict == ("holds" if left <= right else "fails")
+            assert c.bounds[bound].note == ""
+
+
+@pytest.mark.parametrize("slope", [-3.0, -1.5])
+def test_a_map_that_turns_space_inside_out_has_the_logarithm_of_the_absolute_determinant(slope):
+    c = certify_bounds(f64([slope]))
+    assert holds(c.log_abs_det, math.log(abs(1 + slope)))
+    assert c.bounds["field of values, upper"].verdict == "not applicable"
+    assert c.bounds["field of values, upper"].note == "needs lambda_min of the symmetric part above -1"
+
+
+@pytest.mark.parametrize("claim", [None, 1.0, 0.5])
+def test_a_norm_of_exactly_one_is_not_below_one(claim):
+    theorem7 = certify_bounds(f64([1.0]), lipschitz=claim).bounds["theorem 7"]
+    assert theorem7.verdict == "not applicable"
+    assert theorem7.note.endswith("below 1")
+
+
+def test_a_hypothesis_that_few_bits_cannot_decide_is_undecided_until_more_do():
+    """lambda_min is -1 + 2^-54; a skew part keeps I + A far from singular."""
+    b = 0.5 - 2.0**-54
+    A = f64([-0.5, b + 0.25], [b - 0.25, -0.5])
+    names = ["field of values, upper", "field of values, lower"]
+    coarse, fine = (certify_bounds(A, max_precision=bits) for bits in (40, 128))
+    assert [coarse.bounds[name].verdict for name in names] == ["undecided", "undecided"]
+    assert coarse.bounds[names[0]].note == "needs lambda_min of the symmetric part above -1, which is not decided"
+    assert [fine.bounds[name].verdict for name in names] == ["holds", "holds"]
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_entries_of_any_sign_and_beside_zeros_may_be_tiny_or_huge(size):
+    """For size 1, A'A has trace 17 and determinant 36, and the symmetric part trace -5 and determinant 5."""
+    c = certify_bounds(size * f64([-3.0, 0.0], [-2.0, -2.0]), max_precision=128)
+    assert holds(c.spectral_norm, size * math.sqrt((17 + math.sqrt(17**2 - 4 * 36)) / 2))
+    assert holds(c.lambda_min, size * (-2.5 - math.sqrt(1.25)))
+
+
+@pytest.mark.parametrize(("most", "used"), [(20, 20), (64, 64), (128, 128), (300, 256)])
+def test_the_precision_starts_at_128_bits_doubles_and_stays_within_the_most_allowed(most, used):
+    """The bound is attained, so no precision decides it."""
+    assert certify_bounds(-0.7 * torch.eye(2, dtype=torch.float64), max_precision=most).precision == used
+
+
+def test_one_entry_that_is_not_finite_is_enough():
+    with pytest.raises(InputError, match="not finite"):
+        certify_bounds(f64([0.1, math.nan], [0.0, 0.2]))
+
+
+def test_the_largest_dimension_is_accepted():
+    assert enclosures._checked(torch.zeros(256, 256)).shape == (256, 256)
+
+
+def test_an_enclosure_prints_twenty_digits():
+    with flint.ctx.workprec(128):
+        assert str(Enclosure.of(arb(1) / 3)).startswith("[0.33333333333333333333 +/-")
+
+
+# --- the function h(s)/s^2 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [128, 4096])
+@pytest.mark.parametrize("s", [0.0, 2.0**-500, 2.0**-60, 2.0**-31, 2.0**-21, 2.0**-20, 3 * 2.0**-21, 1e-3, 0.25, 0.999])
+def test_the_ratio_is_enclosed_and_keeps_all_but_24_bits(s, bits):
+    """From s = 2^-20 down a series is summed: what is left of it, s^62 / 64 at most, is all that is lost."""
+    with flint.ctx.workprec(bits), mpmath.workprec(2 * bits + 1100):
+        found, x = enclosures._ratio(arb, arb(s)), mpmath.mpf(s)
+        truth = (-mpmath.log(1 - x) - x) / x**2 if s else mpmath.mpf(1) / 2
+        low, high = (mpmath.mpf(end.mid().str(2000, radius=False)) for end in (found.lower(), found.upper()))
+        narrow = mpmath.mpf(2) ** (24 - bits) + (x**62 / 64 * (1 + 2 * x + 1e-6) if s <= 2.0**-20 else 0)
+        assert low - mpmath.mpf(10) ** -1900 <= truth <= high + mpmath.mpf(10) ** -1900
+        assert high - low <= narrow
+
+
+@pytest.mark.parametrize("top", [0.5, 0.9])
+def test_the_ratio_of_a_ball_down_to_zero_contains_that_of_every_member(top):
+    found = enclosures._ratio(arb, arb(top / 2, top / 2))
+    for s in (1e-9, top / 2, top):
+        assert found.lower() <= (-math.log1p(-s) - s) / s**2 - 1e-7 * (s < 1e-6) + 1e-12
+        assert found.upper() >= (-math.log1p(-s) - s) / s**2 - 1e-7 * (s < 1e-6) - 1e-12
+
+
+@pytest.mark.parametrize("ball", [arb(0), arb(1e-6), arb(0, 1e-6), arb(-1e-7, 1e-6), arb(1e-7, 1e-6), arb(4)])
+def test_the_root_of_a_ball_contains_the_root_of_every_member_that_is_not_negative(ball):
+    root, least, most = enclosures._root(arb, ball), max(0.0, float(ball.lower())), float(ball.upper())
+    assert float(root.lower()) == pytest.approx(math.sqrt(least), abs=1e-9)
+    assert float(root.upper()) == pytest.approx(math.sqrt(most), abs=1e-9)
+
+
+# --- eigenvalues ------------------------------------------------------------------------------------------------------
+
+
+def ball_matrix(rows):
+    return flint.arb_mat([[arb(entry) for entry in row] for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("rows", "truths"),
+    [
+        ([[3.0]], [3.0]),
+        ([[-2.0]], [-2.0]),
+        ([[1.0, 0.125], [0.125, 2.0]], [1.5 - math.hypot(0.5, 0.125), 1.5 + math.hypot(0.5, 0.125)]),
+        ([[1.0, 0.75], [0.75, 1.0]], [0.25, 1.75]),
+        ([[2.0, 0.0], [0.0, 1.0]], [1.0, 2.0]),
+    ],
+)
+def test_eigenvalues_are_enclosed_in_ascending_order(rows, truths):
+    for found, truth in zip(enclosures._eigenvalues(flint, ball_matrix(rows)), truths, strict=True):
+        assert found.lower() - 1e-12 <= truth <= found.upper() + 1e-12
+        assert found.rad() < 1e-13
+
+
+@pytest.mark.parametrize("radius", [2.0**-40, 2.0**-20, 2.0**-6, 0.25])
+@pytest.mark.parametrize("seed", range(5))
+def test_eigenvalues_of_every_member_of_a_matrix_of_balls(radius, seed):
+    """Enclosures that are given hold for members at the ends of the balls; wide balls may leave them unknown."""
+    g = torch.Generator().manual_seed(seed)
+    middle = torch.randn(4, 4, generator=g, dtype=F64)
+    middle = middle + middle.T
+    found = enclosures._eigenvalues(
+        flint, flint.arb_mat([[arb(entry, radius) for entry in row] for row in middle.tolist()])
+    )
+    if radius < 1e-3:
+        assert all(ball.is_finite() for ball in found)
+    for _ in range(20):
+        signs = torch.randint(-1, 2, (4, 4), generator=g).double().triu()
+        member = middle + radius * (signs + signs.triu(1).T)
+        for ball, truth in zip(found, torch.linalg.eigvalsh(member).tolist(), strict=True):
+            assert not ball.is_finite() or ball.lower() - 1e-12 <= truth <= ball.upper() + 1e-12
+
+
+@pytest.mark.parametrize("bits", [53, 128, 512])
+@pytest.mark.parametrize("gap", [0.0, 2.0**-100, 2.0**-60, 2.0**-40, 2.0**-20, 0.1])
+def test_enclosures_of_eigenvalues_overlap_only_where_they_are_identical(bits, gap):
+    """And hold as many eigenvalues as they come in copies: clusters of 1, 2, 3 and 6 at distances that few bits tell.
+
+    The matrix `H D H` with the rational Householder matrix H of dimension 16 is exact in binary for the larger gaps,
+    so that Arb's own eigenvectors of its multiple eigenvalues are useless.
+    """
+    with flint.ctx.workprec(bits):
+        values = [arb(1) + k * arb(gap) for k in range(6)] + [arb(2)] * 3 + [arb(-1), arb(-1) + arb(gap)]
+        values += [arb(k) for k in range(4, 9)]
+        H = flint.arb_mat(householder(16))
+        D = flint.arb_mat([[values[i] if i == j else 0 for j in range(16)] for i in range(16)])
+        found = enclosures._eigenvalues(flint, H * D * H)
+        finite = [ball.is_finite() for ball in found]
+        assert all(finite) or (not any(finite) and 0 < gap < 0.1)
+        for ball, truth in zip(found, sorted(values, key=lambda value: value.mid()), strict=True):
+            assert not ball.is_finite() or ball.overlaps(truth)
+        assert not all(finite) or max(float(ball.rad()) for ball in found) < 1e-9
+        for one, other in itertools.combinations(found, 2):
+            assert not all(finite) or not one.overlaps(other) or one.mid() == other.mid()
+
+
+@pytest.mark.parametrize(
+    ("values", "most"), [([-0.75] * 8 + [0.5] * 8, 0.75), ([-0.25] * 2 + [-0.5] * 14, 0.5), ([0.0] * 15 + [0.5], 0.5)]
+)
+def test_exact_multiple_eigenvalues_decide_bounds(values, most):
+    """`H diag(values) H`, exact in float64."""
+    H = torch.eye(16, dtype=F64) - 2 / 16
+    A = H @ torch.diag(torch.tensor(values, dtype=F64)) @ H
+    c = certify_bounds(A, max_precision=256)
+    assert c.spectral_norm.lower <= most <= c.spectral_norm.upper
+    assert c.spectral_norm.upper - c.spectral_norm.lower < 1e-15
+    assert c.bounds["theorem 7"].verdict == "holds"
+    assert c.lambda_min.lower <= min(values) <= c.lambda_min.upper
+
+
+def test_eigenvalues_that_arb_does_not_tell_apart_are_unknown(monkeypatch):
+    """No enclosure is picked from among some that overlap in part, nor where Arb gives up."""
+
+    class Answer:
+        def __init__(self, *balls):
+            self.balls = balls
+
+        def eig(self, *, multiple):
+            assert multiple
+            if not self.balls:
+                raise ValueError("failed to isolate eigenvalues")
+            return [flint.acb(ball) for ball in self.balls]
+
+    def eigenvalues(*balls):
+        monkeypatch.setattr(flint, "acb_mat", lambda M: Answer(*balls))
+        return enclosures._eigenvalues(flint, ball_matrix([[1.0, 0.0], [0.0, 1.0]]))
+
+    assert [float(ball.mid()) for ball in eigenvalues(arb(2, 0.5), arb(1, 0.25))] == [1.0, 2.0]
+    assert all(ball.is_finite() for ball in eigenvalues(arb(1, 0.5), arb(1, 0.5)))
+    for balls in ((), (arb(1, 0.5), arb(1.25, 0.5)), (arb(1, 0.5), arb(1, 0.25)), (arb(1), arb("nan"))):
+        assert not any(ball.is_finite() for ball in eigenvalues(*balls))
+
+
+def test_unknown_eigenvalues_leave_what_needs_them_undecided(monkeypatch):
+    monkeypatch.setattr(enclosures, "_eigenvalues", lambda flint, M: [flint.arb("nan")] * M.nrows())
+    c = certify_bounds(random_matrix("general", 3, 0.5), max_precision=128)
+    assert (c.spectral_norm.lower, c.spectral_norm.upper) == (-math.inf, math.inf)
+    assert {bound.verdict for bound in c.bounds.values()} == {"undecided"}
+    assert math.isfinite(c.error.upper)
+
+
+def householder(d):
+    """A symmetric orthogonal matrix of rationals, exact in binary for d = 4; all its entries differ from 0."""
+    return [[arb(int(i == j)) - arb(2) / d for j in range(d)] for i in range(d)]
+
+
+# Eigenvalues that double precision takes for one: sums of powers of two given by (sign, exponent), and their least gap.
+CLUSTERS = {
+    "four": (100, [[(1, 0), (k, -100)] for k in (2, 0, 3, 1)]),
+    "two among others": (100, [[(1, 0)], [(3, 0)], [(1, 0), (1, -100)], [(5, 0)]]),
+    "two rather near": (66, [[(1, 0)], [(3, 0)], [(1, 0), (1, -66)], [(5, 0)]]),
+    "two pairs": (90, [[(1, 0)], [(-1, 0)], [(1, 0), (1, -90)], [(-1, 0), (-1, -80)]]),
+    "one within another": (120, [[(1, 0)], [(1, 0), (1, -60)], [(1, 0), (1, -60), (1, -120)], [(2, 0)]]),
+    "none": (400, [[(1, 0)], [(3, 0)], [(-2, 0)], [(5, 0)]]),
+}
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_eigenvalues_closer_than_a_float_can_tell_are_told_apart(name):
+    with flint.ctx.workprec(512):
+        gap, terms = CLUSTERS[name]
+        values = [sum((sign * arb(2) ** power for sign, power in each), arb(0)) for each in terms]
+        H = flint.arb_mat(householder(4))
+        D = flint.arb_mat([[values[i] if i == j else 0 for j in range(4)] for i in range(4)])
+        found = enclosures._eigenvalues(flint, H * D * H)
+        for ball, truth in zip(found, sorted(values, key=lambda value: value.mid()), strict=True):
+            assert ball.contains(truth)
+            assert ball.rad() < arb(2) ** (-gap - 6)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_cluster_with_equal_diagonal_is_turned(sign):
+    """`[[1, e], [e, 1]]` has eigenvalues 1 - e and 1 + e, and double precision sees the identity."""
+    with flint.ctx.workprec(256):
+        e = sign * arb(2) ** -100
+        found = enclosures._eigenvalues(flint, flint.arb_mat([[1, e], [e, 1]]))
+        for ball, truth in zip(found, (1 - abs(e), 1 + abs(e)), strict=True):
+            assert ball.contains(truth)
+            assert ball.rad() < arb(2) ** -140
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -236,6 +515,10 @@ def test_enclosures_print_and_compare():
         (lambda: certify_bounds(torch.eye(2), reported={"weyl": 1.0}), "unknown bound 'weyl': accepted are theorem 7"),
         (lambda: certify_bounds(torch.eye(2), reported={"frobenius": math.inf}), "frobenius = inf"),
         (lambda: certify_bounds(torch.eye(2), lipschitz=math.nan), "lipschitz = nan"),
+        (lambda: certify_bounds(torch.eye(2), lipschitz="a"), "lipschitz = 'a' is no real number"),
+        (lambda: certify_bounds(torch.eye(2), reported={"frobenius": None}), "frobenius = None is no real number"),
+        (lambda: certify_bounds(torch.eye(2, device="meta")), "meta"),
+        (lambda: certify_bounds(torch.eye(2).to_sparse()), "sparse"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -1,4 +1,4 @@
-"""Small errors in `hnkit/certify.py` that no other test noticed, found by benchmarks/mutate.py."""
+"""Rules of single layers: constants in closed form, outward rounding, what they say, and gradient maps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from torch import nn
 
 from hnkit import InputError
 from hnkit.lipschitz.certify import JacobianBounds, Scaled, Sum, certified_bounds, certify_injective, times
+from tests.hnkit.functions import f64
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
-
-
-def f64(*rows):
-    return torch.tensor(rows, dtype=F64)
 
 
 def layer(*rows):

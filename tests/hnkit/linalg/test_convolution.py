@@ -1,4 +1,4 @@
-"""Small errors in `hnkit/convolution.py` that no other test noticed, found by benchmarks/mutate.py."""
+"""Norm bounds of matrices and convolutions: outward rounding, frequencies, strides, dilations and groups."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import torch
 
 import hnkit.linalg.convolution
 from hnkit.linalg.convolution import _grid, convolution_norm_bound, spectral_norm_bound
+from tests.hnkit.functions import f64
 
 EPS = torch.finfo(torch.float64).eps
-
-
-def f64(*rows):
-    return torch.tensor(rows, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("shape", [(5, 200), (200, 5), (40, 40)])
