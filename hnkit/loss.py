@@ -7,15 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
 from hnkit.errors import InputError
 from hnkit.jacobian import RowJacobian, check_batch, dense_jacobian, evaluate, recording, rows_per_pass
 from hnkit.kl.estimators import PROBES, Probe, dot, draw_probes, ratio
-from hnkit.linalg.krylov import ArnoldiProcess, KrylovSpace, phi_column, spectral_norm
+from hnkit.linalg.krylov import ArnoldiProcess, KrylovSpace, phi_corner, spectral_norm
 from hnkit.logdet import log_det_error
 from hnkit.maps import NoiseMap, select_rows
 
@@ -187,30 +185,13 @@ class NoiseLoss:
         H = space.hessenberg[:, :-1]
         norm = spectral_norm(space.hessenberg)
         inside = norm < 1
-        corner = torch.empty_like(norm)
-        corner[inside] = phi_column(H[inside], _largest(norm[inside]))[:, 0]
-        corner[~inside] = _phi_corner_by_logarithm(H[~inside])
+        corner = phi_corner(H, norm)
         coefficients, residual = _gmres(space)
         weight = torch.bmm(coefficients[:, None, :], space.basis[:, :-1])[:, 0]
         # sigma_min(I + J) >= 1 - |J|_2; the norm known here is a lower bound, and an expansive row has only the small
         # system's own smallest singular value to go by: either way an estimate.
         margin = torch.where(inside, 1 - norm, _smallest_singular_value(space.hessenberg))
         return space.scale**2 * corner, weight, residual / margin
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.max()) if values.numel() else 0.0
-
-
-def _phi_corner_by_logarithm(H: Tensor) -> Tensor:
-    """`e_1^T (H - Re log(I + H)) e_1` of small matrices `(rows, m, m)` of any norm with `I + H` invertible, `(rows,)`.
-
-    The real part of the principal logarithm has the trace `log|det(I + H)|` also where eigenvalues of `I + H` are
-    negative. By the Schur-Parlett logarithm, row by row: such rows are rare.
-    """
-    identity = np.eye(H.shape[-1])
-    logarithms = [scipy.linalg.logm(identity + matrix)[0, 0].real for matrix in H.cpu().numpy()]
-    return H[:, 0, 0] - torch.as_tensor(logarithms, dtype=H.dtype, device=H.device)
 
 
 def _smallest_singular_value(hessenberg: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ bounds the bias of the mean. They need a proved `L >= |J|_2`, `L < 1`, and are N
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from hnkit.bounds import log_gap
 from hnkit.errors import ExpansiveMapError, InputError
-from hnkit.linalg.krylov import ArnoldiProcess, LanczosProcess, Operator, phi_column, spectral_norm
+from hnkit.linalg.krylov import ArnoldiProcess, LanczosProcess, Operator, phi_column, phi_corner, spectral_norm
 
 Probe = Literal["rademacher", "gaussian", "spherical"]
 PROBES: tuple[Probe, ...] = ("rademacher", "gaussian", "spherical")
 
 _MAX_STEPS = 64
+# An estimated error is within a factor of a few of the error: adaptive steps go on until four times it is small enough.
+_SAFETY = 4.0
 # The largest proved L that gives Lanczos a bracket: (1 - L)^2 = 1e-12 stands above the rounding of its matrices.
 _MAX_BRACKET = 1 - 1e-6
 
@@ -88,20 +91,25 @@ def second_order(operator: Operator, probe: Tensor, *, lipschitz: float | None =
     Source: `proofs/second_order`.
     """
     length = probe.norm(dim=1)
-    first = operator.vjp(probe)
-    second = operator.vjp(first)
-    sizes = first.norm(dim=1), second.norm(dim=1)
+    process = ArnoldiProcess(operator, probe)
+    process.advance()
+    process.advance()
+    H, scale = process.space.hessenberg, length.square()
+    first = H[:, :2, 0]
+    # J^T J^T v = |v| Q_3 H (H e_1) and v' J^T J^T v = |v|^2 e_1' H (H e_1).
+    second = torch.einsum("rij,rj->ri", H, first)
+    square = scale * second[:, 0]
+    sizes = length * first.norm(dim=1), length * second.norm(dim=1)
     norm = torch.maximum(ratio(sizes[0], length), ratio(sizes[1], sizes[0]))
-    square = dot(probe, second)
-    # The first term left out is v' J^3 v / 3; two directions of d dimensions agree to about d^(-1/2).
-    truncation = length * sizes[1] * norm / (3 * operator.dim**0.5)
+    # The same two products give Arnoldi's value, and with it what the second order leaves out.
+    truncation = (scale * phi_corner(H[:, :2], spectral_norm(H)) - square / 2).abs() + process.truncation()
     bound = torch.full_like(square, torch.nan)
     if lipschitz is not None and lipschitz < 1:
         factor = (log_gap(lipschitz) / lipschitz**2 - 0.5) if lipschitz > 0 else 0.0
         bound = length * sizes[1] * factor
     products = torch.full_like(square, 2.0)
     return QuadraticForm(
-        square / 2, dot(probe, first), square, sizes[0].square(), norm, truncation, bound, products, steps=2
+        square / 2, scale * H[:, 0, 0], square, sizes[0].square(), norm, truncation, bound, products, steps=2
     )
 
 
@@ -132,7 +140,7 @@ def power_series(
     length = probe.norm(dim=1)
     vector, previous = probe, length
     value, norm = torch.zeros_like(length), torch.zeros_like(length)
-    trace = square = frobenius = rest = growth = torch.zeros_like(length)
+    trace = square = frobenius = rest = seen = torch.zeros_like(length)
     limit = _MAX_STEPS if steps is None else max(2, steps)
     count = 0
     for k in range(1, limit + 1):
@@ -149,10 +157,14 @@ def power_series(
         value = value + (-1) ** k / k * moment
         if k == 2:
             square = moment
-        # Later moments are smaller than |v| |w_k| by the chance of two directions to agree; the last one shows by how
-        # much. The growth of the vectors continues.
-        decay = growth.clamp(max=0.99)
-        rest = torch.maximum(moment.abs(), length * size / probe.shape[1] ** 0.5) * decay / ((k + 1) * (1 - decay))
+        # Later moments are smaller than |v| |w_k| by the chance of two directions to agree; the last two show by how
+        # much (where the spectrum is symmetric about 0 every second one vanishes). The growth of the vectors continues:
+        # sum_(j > 0) g^j / (k + j) is at most g / ((k + 1)(1 - g)) and at most -log(1 - g).
+        decay = growth.clamp(max=1 - 1e-12)
+        largest = torch.maximum(moment.abs(), seen * growth)
+        seen = moment.abs()
+        later = torch.minimum(decay / ((k + 1) * (1 - decay)), -torch.log1p(-decay))
+        rest = torch.maximum(largest, length * size / probe.shape[1] ** 0.5) * later
         if steps is None and float(rest.sum()) <= tolerance * float(frobenius.sum()) / 2:
             break
     refuse_norm(norm, "power")
@@ -248,19 +260,41 @@ def arnoldi(
     return _arnoldi_form(process, lipschitz)
 
 
-def arnoldi_process(operator: Operator, probe: Tensor, *, steps: int | None, tolerance: float) -> ArnoldiProcess:
-    """Arnoldi's process run for `steps`, or adaptively as `arnoldi` describes; a norm of at least 1 raises."""
+def arnoldi_process(
+    operator: Operator,
+    probe: Tensor,
+    *,
+    steps: int | None,
+    tolerance: float,
+    rest: Callable[[ArnoldiProcess], Tensor] = ArnoldiProcess.latest_truncation,
+    size: float | None = None,
+) -> ArnoldiProcess:
+    """Arnoldi's process run for `steps`, or adaptively as `arnoldi` describes; a norm of at least 1 raises.
+
+    Args:
+        operator: J.
+        probe: `(rows, d)`.
+        steps: m; `None`: until `rest`, summed over the rows, is safely below `tolerance` times `size`.
+        tolerance: of the adaptive choice.
+        rest: the estimated error of each row.
+        size: what `tolerance` is relative to; `None`: the size of the forms.
+    """
     process = ArnoldiProcess(operator, probe)
     limit = min(operator.dim, _MAX_STEPS if steps is None else steps)
     while process.steps < limit and bool(process.alive.any()):
         process.advance()
         if steps is None and process.steps >= 3:
-            H = process.space.hessenberg
-            refuse_norm(spectral_norm(H), "arnoldi")
-            size = (process.scale.square() * H[:, :2, 0].square().sum(1)).sum() / 2
-            if float(process.truncation().sum()) <= tolerance * float(size):
+            refuse_norm(spectral_norm(process.space.hessenberg), "arnoldi")
+            aim = tolerance * (_form_size(process) if size is None else size)
+            if _SAFETY * float(rest(process).sum()) <= aim:
                 break
     return process
+
+
+def _form_size(process: ArnoldiProcess) -> float:
+    """`|J^T v|^2 / 2` summed over the rows."""
+    first = process.space.hessenberg[:, :2, 0]
+    return float((process.scale.square() * first.square().sum(1)).sum()) / 2
 
 
 def _arnoldi_form(process: ArnoldiProcess, lipschitz: float | None) -> QuadraticForm:
@@ -328,20 +362,22 @@ def lanczos(
     if lipschitz is not None and lipschitz <= _MAX_BRACKET:
         # (1 - L)^2 - 1, moved outwards by more than rounding, so that no eigenvalue of T_m meets it.
         node = lipschitz * (lipschitz - 2) - 1e-8 * min(lipschitz, max((1 - lipschitz) ** 2, 1e-6)) - 1e-300
-    gauss = radau = truncation = torch.zeros_like(process.scale)
+    gauss = radau = torch.zeros_like(process.scale)
     while process.steps < limit and bool(process.alive.any()):
         process.advance()
-        if steps is not None and process.steps < limit - 1 and bool(process.alive.any()):
+        if steps is not None and process.steps < limit and bool(process.alive.any()):
             continue
-        previous, gauss = gauss, _symmetric_corner(process.matrix())
-        change = (gauss - previous).abs() * process.scale.square() / 2
-        truncation = torch.where(process.alive, change, torch.zeros_like(change))
+        if steps is None and process.steps < 3 and bool(process.alive.any()):
+            continue
+        gauss = _symmetric_corner(process.matrix())
+        rest = _SAFETY * process.latest_truncation()
         if node is not None:
             radau = torch.maximum(gauss, _symmetric_corner(process.radau_matrix(node)))
-            truncation = (radau - gauss) * process.scale.square() / 4
+            rest = (radau - gauss) * process.scale.square() / 4
         size = (process.scale.square() * process.first_transposed.square().sum(1)).sum() / 2
-        if steps is None and process.steps >= 3 and float(truncation.sum()) <= tolerance * float(size):
+        if steps is None and float(rest.sum()) <= tolerance * float(size):
             break
+    truncation = process.truncation() if node is None else (radau - gauss) * process.scale.square() / 4
     scale = process.scale.square()
     pushed, pulled = process.first, process.first_transposed
     corner = gauss if node is None else (gauss + radau) / 2
@@ -401,12 +437,26 @@ def xtrace(
     points = rows // group
     if group < 2 or group > dim or rows % group:
         raise InputError(f"xtrace with {group} probes at dimension {dim}: give 2 or more probes, at most the dimension")
-    first = arnoldi_process(operator, probe, steps=steps, tolerance=tolerance)
+    # Vectors, not forms, are made here, and a vector is known less well than a form of it. About group / dim of a probe
+    # lies in the basis, and every estimate of a point holds the errors of all vectors of the basis.
+    share = (group / dim) ** 0.5
+    first = arnoldi_process(
+        operator, probe, steps=steps, tolerance=tolerance, rest=lambda p: share * p.scale * p.vector_truncation()
+    )
     form = _arnoldi_form(first, lipschitz)
     Y = _apply_phi(first).reshape(points, group, dim).mT
     V = probe.reshape(points, group, dim).mT
     Q, R = torch.linalg.qr(Y)
-    second = arnoldi_process(operator, Q.mT.reshape(rows, dim), steps=steps, tolerance=tolerance)
+    second = arnoldi_process(
+        operator,
+        Q.mT.reshape(rows, dim),
+        steps=steps,
+        tolerance=tolerance,
+        rest=lambda p: group * p.vector_truncation(),
+        size=_form_size(first),
+    )
+    truncation = share * first.scale * first.vector_truncation()
+    truncation = truncation + second.vector_truncation().reshape(points, group).sum(1).repeat_interleave(group)
     Z = _apply_phi(second).reshape(points, group, dim).mT
     T = Q.mT @ Z
     estimates = []
@@ -427,7 +477,7 @@ def xtrace(
         square=form.square,
         frobenius=form.frobenius,
         norm=form.norm,
-        truncation=form.truncation,
+        truncation=truncation,
         bound=torch.full_like(value, torch.nan),
         products=form.products + second.work,
         steps=max(first.steps, second.steps),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
+import scipy.linalg
 import torch
 from scipy.special import roots_legendre
 from torch import Tensor
@@ -60,7 +62,6 @@ class ArnoldiProcess:
         scale: `(rows,)`, the length of the probe.
         alive: `(rows,)`, whether the space can still grow.
         work: `(rows,)`, products spent until the space was exhausted.
-        descent: `(rows,)`, the product of the subdiagonal of H, `|prod_j h_(j+1,j)|`.
     """
 
     def __init__(self, operator: Operator, probe: Tensor) -> None:
@@ -73,8 +74,7 @@ class ArnoldiProcess:
         self.steps = 0
         self.alive = torch.ones_like(self.scale, dtype=torch.bool)
         self.work = torch.zeros_like(self.scale)
-        self.descent = torch.ones_like(self.scale)
-        self._estimate: tuple[int, Tensor] = (0, torch.full_like(self.scale, torch.inf))
+        self._rests: dict[int, Tensor] = {}
 
     def advance(self) -> None:
         """One more transposed product."""
@@ -96,7 +96,6 @@ class ArnoldiProcess:
                 break
         self.alive = self.alive & (rest > _EXHAUSTED * length) & (m + 1 < self._operator.dim)
         rest = torch.where(self.alive, rest, torch.zeros_like(rest))
-        self.descent = self.descent * rest
         self._columns[:, m + 1, m] = rest
         inverse = torch.where(self.alive, 1 / rest, torch.zeros_like(rest))
         torch.mul(vector, inverse[:, None], out=self._basis[:, m + 1])
@@ -111,28 +110,27 @@ class ArnoldiProcess:
     def truncation(self) -> Tensor:
         """Estimated error of `|v|^2 e_1^T phi(H_m) e_1` as a value of `v^T phi(J) v`, `(rows,)`; no bound.
 
-        The larger of two estimates. One is of what the space does not see: the walks from `e_1` down the subdiagonal to
-        `e_(m+1)` (their weight is `descent`) and back to `e_1`, the way back taken to be that from `e_m`. The other
-        continues the last two changes of the value as a geometric series, of one ratio for all rows. The first is not
-        fooled by two values that agree by accident; the second knows how slowly things converge at a norm near 1.
+        The smaller of the estimates of the last two spaces (see `_arnoldi_rest`): that of one space is too large by
+        the size of `e_1^T (I + t H)^-1 e_1` where the vector after it misses the slow directions.
         """
-        m = self.steps
-        if self._estimate[0] == m:
-            return self._estimate[1]
-        H = self._columns[:, :m, :m]
-        row = H[:, 0, :]
-        walks = row[:, -1].abs() / (m + 1)
-        for k in range(2, m + 1):
-            row = torch.bmm(row[:, None, :], H)[:, 0]
-            walks = walks + row[:, -1].abs() / (m + k)
-        norm = float(spectral_norm(H).max())
-        corners = [phi_column(H[:, :k, :k], norm, 1e-6)[:, 0] for k in range(max(1, m - 2), m + 1)]
-        corners = [torch.zeros_like(self.scale)] * (3 - len(corners)) + corners
-        last, previous = (corners[2] - corners[1]).abs(), (corners[1] - corners[0]).abs()
-        decay = min(float(last.sum()) / max(float(previous.sum()), 1e-300), 0.95)
-        series = last * decay / (1 - decay)
-        self._estimate = (m, self.scale.square() * torch.maximum(self.descent * walks, series * self.alive))
-        return self._estimate[1]
+        return torch.minimum(self._rest(max(1, self.steps - 1)), self._rest(self.steps))
+
+    def latest_truncation(self) -> Tensor:
+        """The estimate of the last space alone, `(rows,)`: what a rule that stops has to go by."""
+        return self._rest(self.steps)
+
+    def vector_truncation(self) -> Tensor:
+        """Estimated length of the error of `|v| Q_m phi(H_m) e_1` as a value of `phi(J^T) v`, `(rows,)`; no bound."""
+        self._rest(self.steps)
+        return self._vector_rest
+
+    def _rest(self, m: int) -> Tensor:
+        if m not in self._rests:
+            form, vector = _arnoldi_rest(self._columns[:, : m + 1, :m])
+            self._rests[m] = self.scale.square() * form
+            if m == self.steps:
+                self._vector_rest = self.scale * vector
+        return self._rests[m]
 
 
 class LanczosProcess:
@@ -161,6 +159,7 @@ class LanczosProcess:
         self._beside: list[Tensor] = []
         self.first = self.first_transposed = torch.zeros_like(probe)
         self.norm = torch.zeros_like(self.scale)
+        self._rests: dict[int, tuple[Tensor, Tensor]] = {}
         self.alive = torch.ones_like(self.scale, dtype=torch.bool)
         self.work = torch.zeros_like(self.scale)
 
@@ -204,6 +203,27 @@ class LanczosProcess:
         self._beside.append(rest)
         self._basis.append(torch.where(self.alive[:, None], vector / rest[:, None], torch.zeros_like(vector)))
 
+    def truncation(self) -> Tensor:
+        """Estimated error of `|v|^2 e_1^T phi(T_m) e_1 / 2`, `(rows,)`; no bound.
+
+        The smallest of the estimates of the last three spaces (see `_lanczos_rest`). Gauss quadrature of phi only
+        rises, so its error only falls: an earlier estimate stays one.
+        """
+        last = [self._rest(m)[0] for m in range(max(1, self.steps - 2), self.steps + 1)]
+        return torch.stack(last).amin(0)
+
+    def latest_truncation(self) -> Tensor:
+        """The cautious estimate of the last space alone, `(rows,)`: what a rule that stops has to go by."""
+        return self._rest(self.steps)[1]
+
+    def _rest(self, m: int) -> tuple[Tensor, Tensor]:
+        if m not in self._rests:
+            T = self.matrix()[:, :m, :m]
+            likely, cautious = _lanczos_rest(T, self._beside[m - 1])
+            factor = self.scale.square() / 2
+            self._rests[m] = factor * likely, factor * cautious
+        return self._rests[m]
+
     def matrix(self) -> Tensor:
         """`T_m`, `(rows, m, m)`."""
         matrix = torch.diag_embed(self.diagonal)
@@ -246,18 +266,114 @@ def phi_column(H: Tensor, norm: float, tolerance: float = 1e-15) -> Tensor:
     """
     if norm == 0.0:
         return H.new_zeros(H.shape[:2])
-    nodes, weights = gauss_nodes(norm, tolerance)
     square = torch.bmm(H, H[:, :, :1])
     result = torch.zeros_like(square[:, :, 0])
+    for t, w, solved in _resolvents(H, square, norm, tolerance):
+        result += torch.einsum("t,tri->ri", w * t, solved[..., 0])
+    return result
+
+
+def phi_corner(H: Tensor, norm: Tensor) -> Tensor:
+    """`e_1^T (H - Re log(I + H)) e_1` of small matrices of any norm with `I + H` invertible.
+
+    Below a norm of 1 by the quadrature of `phi_column`. Above it by the Schur-Parlett logarithm, row by row: the real
+    part of the principal logarithm has the trace `log|det(I + H)|` also where eigenvalues of `I + H` are negative.
+
+    Args:
+        H: `(rows, m, m)`.
+        norm: `(rows,)`, `|H|_2` or more.
+
+    Returns:
+        `(rows,)`.
+    """
+    inside = norm < 1
+    corner = torch.empty_like(norm)
+    if bool(inside.any()):
+        corner[inside] = phi_column(H[inside], float(norm[inside].max()))[:, 0]
+    if not bool(inside.all()):
+        identity = np.eye(H.shape[-1])
+        logarithms = [scipy.linalg.logm(identity + matrix)[0, 0].real for matrix in H[~inside].cpu().numpy()]
+        corner[~inside] = H[~inside, 0, 0] - torch.as_tensor(logarithms, dtype=H.dtype, device=H.device)
+    return corner
+
+
+def _resolvents(H: Tensor, right: Tensor, norm: float, tolerance: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Nodes t, weights, and `(I + t H)^-1 right` of shape `(nodes, rows, m, k)`, as many nodes as memory holds."""
+    nodes, weights = gauss_nodes(norm, tolerance)
     block = max(1, _QUADRATURE_ENTRIES // H.numel())
     for start in range(0, len(nodes), block):
         t = torch.as_tensor(nodes[start : start + block], dtype=H.dtype, device=H.device)
         w = torch.as_tensor(weights[start : start + block], dtype=H.dtype, device=H.device)
         shifted = t[:, None, None, None] * H
         shifted.diagonal(dim1=-2, dim2=-1).add_(1)
-        solved = torch.linalg.solve(shifted, square.expand(t.numel(), -1, -1, -1))[..., 0]
-        result += torch.einsum("t,tri->ri", w * t, solved)
-    return result
+        yield t, w, torch.linalg.solve(shifted, right.expand(t.numel(), H.shape[0], -1, -1))
+
+
+# Relative error of the quadratures behind estimates of an error.
+_ROUGH = 1e-2
+
+
+def _arnoldi_rest(H: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimate of what `e_1^T phi(H_m) e_1` leaves out, from the `(rows, m + 1, m)` matrix of Arnoldi's process.
+
+    With `R = (I + t H_m)^-1` the residual of the Galerkin solution of `(I + t J^T) x = e_1` is
+    `-t h_(m+1,m) R_m1 q_(m+1)`, so that what is left out is exactly
+
+        int_0^1 h_(m+1,m) R_m1 (e_1^T (I + t J^T)^-1 q_(m+1)) dt.
+
+    The last factor is the way back from a vector that the space does not hold. It is taken to be the way back from its
+    last vector, `|R_1m|`, or from the one before and as much weaker as that one is reached more weakly,
+    `|R_1,m-1 R_m1 / R_m-1,1|` (the same where J is symmetric; elsewhere two numbers are not both small by accident),
+    times the response of the start, `max(1, |R_11|)`, which says how slowly resolvents converge for these spectra. No
+    difference of two values enters: for a spectrum that is symmetric about 0 every second value repeats the one before.
+    Without the way back, the integral estimates the length of what the vector `Q_m phi(H_m) e_1` leaves out.
+
+    Returns:
+        The estimates for the form and for the vector, each `(rows,)`.
+    """
+    m = H.shape[2]
+    norm = float(spectral_norm(H).max())
+    form, vector = H.new_zeros(H.shape[0]), H.new_zeros(H.shape[0])
+    if norm == 0.0:
+        return form, vector
+    ends = H.new_zeros(m, 3)
+    ends[0, 0] = ends[-1, 1] = 1
+    if m > 2:
+        ends[-2, 2] = 1
+    for _, w, solved in _resolvents(H[:, :m], ends, min(norm, 1 - 1e-12), _ROUGH):
+        there, back = solved[..., 0].abs(), solved[:, :, 0].abs()
+        last = there[:, :, -1]
+        way = back[:, :, 1]
+        if m > 2:
+            weaker = torch.where(there[:, :, -2] > last, last / there[:, :, -2], torch.ones_like(last))
+            way = torch.maximum(way, back[:, :, 2] * weaker)
+        down = last * there[:, :, 0].clamp(min=1)
+        vector += torch.einsum("t,tr->r", w, down)
+        form += torch.einsum("t,tr->r", w, down * way)
+    reached = H[:, m, m - 1].abs()
+    return form * reached, vector * reached
+
+
+def _lanczos_rest(T: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimates of what `e_1^T phi(T_m) e_1` leaves out, from T_m and the length of the residual.
+
+    For a symmetric operator M what is left out is `int_0^1 t (beta_m R_m1)^2 (q_(m+1)^T (I + t M)^-1 q_(m+1)) dt`, with
+    `R = (I + t T_m)^-1`: never negative. The last factor lies between the responses of the fastest and the slowest
+    directions. It is taken to be the geometric mean of that of the first vector, `R_11`, and of the slowest vector met,
+    `R_kk`: the slowest of the last three for a likely value, of all for a cautious one.
+
+    Returns:
+        The likely and the cautious estimate, each `(rows,)`.
+    """
+    values, vectors = torch.linalg.eigh(T)
+    nodes, weights = gauss_nodes(min(max(float(-values.min()), 0.5), 1 - 1e-14), _ROUGH)
+    t = torch.as_tensor(nodes, dtype=T.dtype, device=T.device)
+    w = torch.as_tensor(weights, dtype=T.dtype, device=T.device)
+    inverse = 1 / (1 + t[:, None, None] * values.clamp(min=-1))
+    down = (inverse * (vectors[:, -1] * vectors[:, 0])).sum(2)
+    response = torch.einsum("trk,rik->tri", inverse, vectors.square())
+    base = (w * t)[:, None] * (beside * down).square() * response[:, :, 0].sqrt()
+    return tuple((base * part.amax(2).sqrt()).sum(0) for part in (response[:, :, -3:], response))  # type: ignore[return-value]
 
 
 def spectral_norm(H: Tensor) -> Tensor:

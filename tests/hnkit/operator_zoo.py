@@ -60,6 +60,53 @@ def _unscaled(kind: str, dim: int) -> Tensor:
     }[kind]
 
 
+def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
+    """A symmetric matrix with these eigenvalues, in a random orthonormal basis."""
+    Q = torch.linalg.qr(_gaussian(len(values), seed + 7)).Q
+    return (Q * values.double()) @ Q.T
+
+
+def hard_spectra(dim: int = 120) -> dict[str, Tensor]:
+    """Matrices on which convergence is easily misjudged: gapped, two-sided, clustered, and of a period; norms below 1.
+
+    Where the spectrum is symmetric about 0 every second step of a Krylov process changes nothing; a cluster is resolved
+    at once and hides what comes after; an outlier shows late.
+    """
+    half, span = dim // 2, torch.linspace
+    generator = torch.Generator().manual_seed(3)
+    upper = torch.randn(dim, dim, generator=generator, dtype=torch.float64).triu(1) / dim**0.5
+    wide = torch.cat([span(0.7, 0.9, half), -span(0.7, 0.9, dim - half)]).double()
+    basis = torch.linalg.qr(_gaussian(dim, 9)).Q
+    nonnormal = basis @ (torch.diag(wide) + 0.2 * upper) @ basis.T
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    circle = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    turns = torch.block_diag(*[float(a) * turn for a in span(0.9, 0.99, half)])
+    circles = torch.block_diag(*[float(a) * circle for a in span(0.9, 0.98, dim // 3)])
+    rest = torch.eye(dim, dtype=torch.float64)[:, : dim // 3 * 3]
+    powers = torch.arange(dim)
+    return {
+        "gap at 0.97": with_spectrum(torch.cat([span(0.97, 0.999, half), -span(0.97, 0.999, dim - half)])),
+        "gap at 0.5": with_spectrum(torch.cat([span(0.5, 0.9, half), -span(0.5, 0.9, dim - half)])),
+        "two-sided to 0.9": with_spectrum(span(-0.9, 0.9, dim)),
+        "two-sided to 0.999": with_spectrum(span(-0.999, 0.999, dim)),
+        "lopsided": with_spectrum(torch.cat([span(0.3, 0.5, dim - dim // 6), -span(0.9, 0.99, dim // 6)])),
+        "lopsided the other way": with_spectrum(
+            torch.cat([-span(0.3, 0.5, dim - dim // 6), span(0.9, 0.99, dim // 6)])
+        ),
+        "three clusters": with_spectrum(
+            torch.cat([span(-0.95, -0.949, dim // 4), span(0.1, 0.101, half), span(0.7, 0.701, dim - half - dim // 4)])
+        ),
+        "a small cluster": with_spectrum(torch.cat([span(-0.99, -0.98, 3), span(0.1, 0.101, dim - 3)])),
+        "an outlier": with_spectrum(torch.cat([torch.tensor([-0.99]), span(-0.3, 0.3, dim - 1)])),
+        "decay": with_spectrum(0.9 * 0.8**powers),
+        "decay below 0": with_spectrum(-0.9 * 0.8**powers),
+        "decay on both sides": with_spectrum(0.9 * (-0.8) ** powers),
+        "gap, not normal": nonnormal / torch.linalg.matrix_norm(nonnormal, ord=2) * 0.95,
+        "skew gap": basis[:, : 2 * half] @ turns @ basis[:, : 2 * half].T,
+        "period 3": basis @ rest @ circles @ rest.T @ basis.T,
+    }
+
+
 KINDS = ("gaussian", "symmetric", "skew", "normal", "nilpotent", "low-rank", "jordan", "negative")
 NORMS = (0.0, 1e-9, 0.3, 0.9, 0.99)
 
