@@ -95,9 +95,10 @@ def nats_lower_bound(base: Sequence[Tensor], method: Sequence[Tensor], *, confid
     """Nats between the outputs of a method and those of the base, from below, by their rewards alone.
 
     For every function T, `KL(q || p) >= E_q T - log E_p exp T` (Donsker and Varadhan). T is the reward, centred by base
-    samples that are used for nothing else, scaled and clipped: both means are then of bounded variables, and their
-    errors are bounded by the empirical Bernstein inequality of Maurer and Pontil (arXiv 0907.3740, Theorem 4), for all
-    tried scales and clips at once. Over prompts the mean of the log is at most the log of the mean.
+    samples that are used for nothing else, scaled and clipped. `E_q T` has an ordinary error bar (Student's t);
+    `E_p exp T`, whose law is skewed, is bounded from above by the empirical Bernstein inequality of Maurer and Pontil
+    (arXiv 0907.3740, Theorem 4), at any sample size; both for all tried scales and clips at once. Over prompts the mean
+    of the log is at most the log of the mean.
 
     Args:
         base: for each prompt the rewards of its base samples, `(n_c,)`, `LEAST_SAMPLES` at least.
@@ -118,7 +119,7 @@ def nats_lower_bound(base: Sequence[Tensor], method: Sequence[Tensor], *, confid
     half, rows = min(len(r) for r in bases) // 2, min(len(r) for r in found)
     centres = torch.stack([r[half:].mean() for r in bases])
     spread = math.sqrt(sum(float(r[half:].var()) for r in bases) / len(bases))
-    if spread == 0:
+    if spread == 0 or rows * len(found) < 2:
         return 0.0
     p = torch.stack([r[:half] for r in bases]) - centres[:, None]
     q = torch.stack([r[:rows] for r in found]) - centres[:, None]
@@ -127,7 +128,9 @@ def nats_lower_bound(base: Sequence[Tensor], method: Sequence[Tensor], *, confid
     best = 0.0
     for beta, clip in tried:
         t_q, z = (beta * q).clamp(-clip, clip), (beta * p).clamp(-clip, clip).exp()
-        gain = float(t_q.mean()) - _bernstein(t_q, 2 * clip, delta)
+        gain = float(t_q.mean()) - float(student.isf(delta, t_q.numel() - 1)) * float(t_q.std()) / math.sqrt(
+            t_q.numel()
+        )
         cost = math.log(float(z.mean()) + _bernstein(z, 2 * math.sinh(clip), delta))
         best = max(best, gain - cost)
     return best

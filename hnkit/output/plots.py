@@ -225,3 +225,43 @@ def kl_split(names: Sequence[str], parts: Mapping[str, Sequence[float]], totals:
     axes.set(xlabel="nats", title=title)
     figure.legend(loc="outside lower center", ncols=5, columnspacing=1.4, handlelength=1.6)
     return figure
+
+
+def frontier(
+    curve: tuple[Array, Array, Array],
+    best_of: tuple[Array, Array, Sequence[str]],
+    methods: Mapping[str, tuple[float, float, float, bool]],
+    title: str,
+) -> Figure:
+    """Gain over nats: the frontier with its error band, best-of-N, and methods, whose nats are known or bounded.
+
+    Args:
+        curve: nats, gain and standard error, each `(k,)`.
+        best_of: nats, gain and labels of best-of-N.
+        methods: name -> (nats, gain, standard error of the gain, whether its nats are only a lower bound).
+        title: the finding, in a few words.
+    """
+    figure, (axes,) = new_figure()
+    nats, gain, error = curve
+    axes.fill_between(nats, gain - 2 * error, gain + 2 * error, color=BLUE, alpha=0.15, linewidth=0)
+    axes.plot(nats, gain, color=BLUE, label="the most that any law can gain (± 2 standard errors)")
+    best_nats, best_gain, labels = best_of
+    axes.plot(best_nats, best_gain, "o", color=GREY, markersize=4.5, label="best of N (nats: an upper bound)")
+    for x, y, label in zip(best_nats, best_gain, labels, strict=True):
+        axes.annotate(label, (x, y), textcoords="offset points", xytext=(5, -11), color=GREY, fontsize=8)
+    markers, colours = ("D", "s", "^", "v", "P", "X"), (VERMILION, GREEN, PURPLE, ORANGE, SKY, INK)
+    for index, (name, (x, y, spread, bounded)) in enumerate(methods.items()):
+        colour = colours[index % len(colours)]
+        label = f"{name} (nats: at least)" if bounded else name
+        axes.errorbar(
+            x, y, yerr=None if spread != spread else 2 * spread, xerr=None, fmt=markers[index % len(markers)],
+            color=colour, label=label, capsize=3,
+        )  # fmt: skip
+        if bounded:
+            axes.annotate(
+                "", (x, y), textcoords="offset points", xytext=(16, 0), arrowprops={"arrowstyle": "<-", "color": colour}
+            )
+    axes.set(xlabel="KL from the base,  nats a prompt", ylabel="gain in reward", title=title)
+    axes.set_xlim(left=0)
+    axes.legend(loc="best", fontsize=8)
+    return figure

@@ -1,0 +1,225 @@
+"""`hnkit frontier`: what a budget of nats could buy, and what a method bought."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hnkit.cli.folders import refuse_existing
+from hnkit.cli.options import WithBackend
+from hnkit.errors import InputError
+from hnkit.internal.values import setting
+
+EXAMPLE = "hnkit frontier --rewards scores.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(WithBackend):
+    """Reward per nat: the most that any method could gain, and what yours gains for its nats.
+
+    Either from a table of rewards of anyone's method, without a model, or from a backend with a trained adapter.
+
+    Attributes:
+        rewards: CSV with the columns prompt, method, reward and, where known, nats.
+        base: which method of the CSV is the base.
+        adapter: trained adapter, or the run folder that holds it.
+        prompts: .txt, .json, .jsonl, .csv:COLUMN, a folder of .txt, hf:NAME; default: the backend's held-out ones.
+        reward: what to measure in, NAME=WEIGHT (repeatable); default: what the run was trained on.
+        base_samples: base images a prompt.
+        samples: steered images a prompt.
+        generator_steps: sampler steps of the generator.
+        seed: seed of noise, probes and bootstrap.
+        method: how the KL is computed; default: exact where it can be.
+        alpha: temperature of the target; default: the run's own.
+    """
+
+    rewards: Path | None = setting(None, metavar="FILE.csv")
+    base: str = setting("base", metavar="METHOD")
+    adapter: Path | None = setting(None, metavar="DIR")
+    prompts: str | None = setting(None, metavar="FILE")
+    reward: tuple[str, ...] = setting((), metavar="NAME=WEIGHT")
+    base_samples: int = setting(128)
+    samples: int = setting(8)
+    generator_steps: int = setting(1)
+    seed: int = setting(0)
+    method: Literal["exact", "arnoldi", "lanczos", "second-order"] | None = setting(None)
+    alpha: float | None = setting(None)
+
+    def __post_init__(self) -> None:
+        if (self.rewards is None) == (self.backend is None):
+            raise InputError("give --rewards FILE.csv, or --backend NAME with --adapter DIR (one of the two)")
+        if self.backend is not None and self.adapter is None:
+            raise InputError(f"--backend {self.backend} without --adapter: name the folder of the adapter or its run")
+        if self.rewards is not None:
+            for flag, given in (("--adapter", self.adapter), ("--prompts", self.prompts), ("--alpha", self.alpha)):
+                if given is not None:
+                    raise InputError(f"{flag} with --rewards: a table of rewards has no model; leave it out")
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
+            raise InputError(f"--alpha {self.alpha:g}: give a finite positive temperature")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed}: give an integer from 0 to 2^63 - 1")
+
+
+def run(options: Options) -> int:
+    """Measure, write the run folder, print the figures."""
+    from hnkit.frontier import frontier_document, methods_on_frontier, read_rewards
+    from hnkit.internal.files import atomic_write, new_run_folder, write_json
+    from hnkit.output import terminal
+    from hnkit.output.page import write_html
+
+    refuse_existing(options.out)
+    extra: dict[str, Any] = {}
+    if options.rewards is not None:
+        frontier, methods = methods_on_frontier(read_rewards(options.rewards), base=options.base, seed=options.seed)
+    else:
+        measured = _measured(options)
+        frontier, methods, extra = measured.frontier, measured.methods, {"network": measured.figures()}
+    document = frontier_document(frontier, methods) | extra
+    lead = sentences(document)
+    folder = new_run_folder(options.out, "frontier")
+    picture = _plot(document)
+    atomic_write(folder / "frontier.png", picture)
+    write_json(folder / "report.json", document)
+    write_html(
+        folder / "report.html", "hnkit frontier: reward per nat", _sections(document, picture), lead=" ".join(lead)
+    )
+    if options.as_json:
+        terminal.print_json({**document, "run_folder": str(folder)})
+        return 0
+    screen = terminal.console()
+    screen.print(terminal.simple_table(*_table(document)))
+    for sentence in lead:
+        screen.print(sentence)
+    print(f"report: {folder / 'report.html'}")
+    return 0
+
+
+def _measured(options: Options) -> Any:
+    from hnkit.adapters import default_prompts, load_trained
+    from hnkit.config import CONFIG_FILE, parse_reward_flag, resolve_config
+    from hnkit.frontier.measured import FrontierSettings, network_on_frontier
+    from hnkit.prompts import read_prompts
+    from hnkit.rewards import load_rewards
+
+    settings = FrontierSettings(
+        base_samples=options.base_samples, samples=options.samples, steps=options.generator_steps, seed=options.seed,
+        method=options.method,
+    )  # fmt: skip
+    name, adapter = options.named_backend(), options.adapter
+    assert adapter is not None
+    specs = dict(parse_reward_flag(flag) for flag in options.reward)
+    if not specs:
+        run_folder = next((folder for folder in (adapter, adapter.parent) if (folder / CONFIG_FILE).is_file()), None)
+        if run_folder is not None:
+            specs = dict(resolve_config(resume=run_folder).rewards)
+        if own := next((reward for reward in specs if ":" in reward), None):
+            raise InputError(
+                f"the run was trained on {own!r}, a function of its user's: give --reward {own}=WEIGHT to run it"
+            )
+    backend, trained = load_trained(name, adapter, options.overrides)
+    prompts = read_prompts(options.prompts) if options.prompts is not None else default_prompts(backend)
+    device = next(backend.hypernetwork.parameters()).device
+    rewards = load_rewards(specs, backend.default_reward, device)
+    alpha = trained if options.alpha is None else options.alpha
+    return network_on_frontier(backend, rewards, prompts, settings, alpha=alpha)
+
+
+def sentences(document: Mapping[str, Any]) -> list[str]:
+    """What the figures say, a sentence each: the answer first."""
+    found = []
+    for name, method in document["methods"].items():
+        gain = f"{name} gains {_estimate(method['gain'], method['stderr'])}"
+        if method["efficiency"] is not None:
+            found.append(
+                f"{gain} for {method['nats']:.3g} nats, {100 * method['efficiency']:.0f}% of what they could buy."
+            )
+        elif method["nats"] is not None:
+            found.append(
+                f"{gain} for {method['nats']:.3g} nats; these base samples carry the frontier from 0 to "
+                f"{document['most_nats']:.3g} nats only."
+            )
+        else:
+            found.append(
+                f"{gain} and spends {method['nats_lower_bound']:.3g} nats at least (95%). Its nats are not known, and "
+                "so neither is its efficiency."
+            )
+    network = document.get("network", {})
+    if "gap_lower_bound" in network:
+        found.append(
+            f"It is at least {network['gap_lower_bound']:.3g} nats ({100 * network['gap_confidence']:.0f}%) from the "
+            f"law that its temperature {network['alpha']:.3g} names."
+        )
+    if not document["frontier"]:
+        found.append("The base samples are too few for any point of the frontier: take more a prompt.")
+    return found
+
+
+def _estimate(value: float, stderr: float | None) -> str:
+    from hnkit.output.page import format_estimate
+
+    return format_estimate(value, stderr)
+
+
+def _table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    rows = [
+        (f"best of {entry['n']}", f"at most {entry['nats']:.3g}", _estimate(entry["gain"], entry["stderr"]), "")
+        for entry in document["best_of"]
+    ]
+    for name, method in document["methods"].items():
+        known = method["nats"] is not None
+        nats = f"{method['nats']:.3g}" if known else f"at least {method['nats_lower_bound']:.3g}"
+        share = "" if method["efficiency"] is None else f"{100 * method['efficiency']:.0f}%"
+        rows.append((name, nats, _estimate(method["gain"], method["stderr"]), share))
+    for point in document["frontier"][::4]:
+        rows.append(("frontier", f"{point['nats']:.3g}", _estimate(point["gain"], point["stderr"]), "100%"))
+    return ("", "nats a prompt", "gain in reward", "efficiency"), rows
+
+
+def _plot(document: Mapping[str, Any]) -> bytes:
+    import numpy as np
+
+    from hnkit.output.plots import frontier, style, to_png
+
+    points = document["frontier"]
+    curve = tuple(np.array([point[key] for point in points], dtype=float) for key in ("nats", "gain", "stderr"))
+    shown = [entry for entry in document["best_of"] if entry["nats"] <= document["most_nats"]]
+    best = (
+        np.array([entry["nats"] for entry in shown]), np.array([entry["gain"] for entry in shown]),
+        [str(entry["n"]) for entry in shown],
+    )  # fmt: skip
+    methods = {
+        name: (
+            method["nats_lower_bound"] if method["nats"] is None else method["nats"],
+            method["gain"],
+            float("nan") if method["stderr"] is None else method["stderr"],
+            method["nats"] is None,
+        )
+        for name, method in document["methods"].items()
+    }
+    with style():
+        return to_png(frontier(curve, best, methods, "Reward per nat"))  # type: ignore[arg-type]
+
+
+def _sections(document: Mapping[str, Any], picture: bytes) -> list[Any]:
+    from hnkit.output.page import Picture, Section, Table, Text
+
+    headers, rows = _table(document)
+    points = [
+        tuple(f"{point[key]:.4g}" for key in ("nats", "gain", "stderr", "effective")) for point in document["frontier"]
+    ]
+    how = (
+        "The frontier is the most that any law can gain whose KL from the base is so many nats, on the mean over "
+        "prompts (Gibbs variational principle). It is estimated from rewards of base images alone, and ends where too "
+        "few of them carry the weight. Efficiency is a method's gain as a share of the frontier's at the same nats. Nats "
+        "that are said to be 'at least' come from rewards alone (Donsker and Varadhan) and hold with 95% probability."
+    )
+    caption = (
+        f"{document['prompts']} prompts, {document['base_samples']} base images. ± is one standard error over prompts."
+    )
+    return [
+        Section("Reward per nat", (Picture(picture, caption), Table(headers, tuple(rows), caption))),
+        Section("The frontier", (Table(("nats", "gain", "standard error", "effective samples"), tuple(points)),)),
+        Section("How to read this", (Text(how),)),
+    ]

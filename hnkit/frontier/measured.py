@@ -1,0 +1,151 @@
+"""A trained hypernetwork on the frontier: its gain, its nats and its distance from the law it was trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hnkit.backend import BackendBase
+from hnkit.errors import InputError
+from hnkit.frontier.certified import GapBound, gap_lower_bound
+from hnkit.frontier.curve import LEAST_SAMPLES, Frontier
+from hnkit.frontier.table import MethodGain, Rewards, methods_on_frontier
+from hnkit.internal.seeds import generator_for
+from hnkit.internal.stats import mean_and_stderr
+from hnkit.kl.divergence import Method, noise_kl
+from hnkit.rewards import RewardSum
+
+EXACT_UP_TO = 1024
+"""Largest noise dimension at which the KL is taken from dense Jacobians."""
+
+
+@dataclass(frozen=True)
+class FrontierSettings:
+    """What a measurement of a hypernetwork against the frontier is told.
+
+    Attributes:
+        base_samples: base images a prompt, from which the frontier is estimated.
+        samples: steered images a prompt, from which gain and KL are estimated; the noises of the first base images.
+        steps: sampler steps of the generator.
+        seed: of the noise and of the probes.
+        batch: images generated together.
+        method: of `noise_kl`; `None`: exact up to 1024 dimensions, Golub-Kahan above.
+    """
+
+    base_samples: int = 128
+    samples: int = 8
+    steps: int = 1
+    seed: int = 0
+    batch: int = 16
+    method: Method | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("base_samples", LEAST_SAMPLES), ("samples", 2), ("steps", 1), ("batch", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: give {least} or more")
+
+
+@dataclass(frozen=True)
+class NetworkOnFrontier:
+    """A hypernetwork beside what its nats could buy.
+
+    Attributes:
+        frontier: of the base, by the reward.
+        table: rewards of base and hypernetwork, prompt by prompt.
+        methods: the hypernetwork's gain and efficiency, under its name.
+        kl: mean over prompts of the KL integrand, nats: the KL where the map is injective, else a lower bound of it.
+        kl_stderr: its standard error over samples within prompts.
+        l2: mean over prompts of `|f|^2 / 2`, nats.
+        gap: how far the hypernetwork is from the tilted law of its temperature; `None` without temperature, or where
+            there is one prompt.
+        alpha: that temperature.
+    """
+
+    frontier: Frontier
+    table: dict[str, Rewards]
+    methods: dict[str, MethodGain]
+    kl: float
+    kl_stderr: float
+    l2: float
+    gap: GapBound | None
+    alpha: float | None
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of the hypernetwork beyond its place on the frontier, for the JSON document."""
+        found: dict[str, Any] = {"kl": self.kl, "kl_stderr": self.kl_stderr, "l2": self.l2, "alpha": self.alpha}
+        if self.gap is not None:
+            found["gap_lower_bound"] = self.gap.lower
+            found["gap_confidence"] = self.gap.confidence
+            found["gap_estimate"] = self.gap.estimate
+            found["gap_stderr"] = self.gap.stderr
+        return found
+
+
+@torch.no_grad()
+def network_on_frontier(
+    backend: BackendBase,
+    rewards: RewardSum,
+    prompts: Sequence[str],
+    settings: FrontierSettings,
+    *,
+    alpha: float | None = None,
+    name: str = "hypernetwork",
+) -> NetworkOnFrontier:
+    """Generate base and steered images, score them, and measure the KL of the hypernetwork on the same noises.
+
+    Args:
+        backend: with its adapter loaded.
+        rewards: what the frontier is drawn in.
+        prompts: the prompt set; every prompt counts the same.
+        settings: sizes, seed and method.
+        alpha: effective temperature that the hypernetwork was trained at, in units of the reward.
+        name: how the hypernetwork is called.
+
+    Raises:
+        InputError: no reward, no prompts, or rewards that are constant or not finite.
+    """
+    if not rewards.rewards:
+        raise InputError("no reward: give --reward NAME=WEIGHT, or the folder of the run, which names its own")
+    if not prompts:
+        raise InputError("no prompts: give one at least")
+    base: dict[str, Tensor] = {}
+    steered: dict[str, Tensor] = {}
+    integrands, squares = [], []
+    dim = torch.Size(backend.noise_shape).numel()
+    method = settings.method or ("exact" if dim <= EXACT_UP_TO else "lanczos")
+    backend.prepare(prompts)
+    for index, prompt in enumerate(dict.fromkeys(prompts)):
+        draw = generator_for(settings.seed, "frontier", index)
+        noise = torch.randn(settings.base_samples, *backend.noise_shape, dtype=backend.noise_dtype, generator=draw)
+        noise = noise.to(next(backend.hypernetwork.parameters()).device)
+        base[prompt] = _scores(backend, rewards, prompt, noise, settings)
+        x = noise[: settings.samples]
+        f = backend.map_for([prompt] * len(x))
+        with torch.enable_grad():
+            estimate = noise_kl(f, x, method=method, generator=generator_for(settings.seed, "frontier KL", index))
+        integrands.append(estimate.per_sample.double().cpu())
+        squares.append(estimate.l2)
+        steered[prompt] = _scores(backend, rewards, prompt, x + f(x).to(x.dtype), settings)
+    kl = sum(float(values.mean()) for values in integrands) / len(integrands)
+    errors = [mean_and_stderr(values)[1] ** 2 for values in integrands]
+    table = {"base": Rewards(base), name: Rewards(steered, nats=kl)}
+    frontier, methods = methods_on_frontier(table)
+    gap = None
+    if alpha is not None and len(base) > 1:
+        gap = gap_lower_bound(integrands, list(steered.values()), list(base.values()), alpha)
+    stderr = sum(errors) ** 0.5 / len(errors)
+    return NetworkOnFrontier(frontier, table, methods, kl, stderr, sum(squares) / len(squares), gap, alpha)
+
+
+def _scores(backend: BackendBase, rewards: RewardSum, prompt: str, noise: Tensor, settings: FrontierSettings) -> Tensor:
+    """Rewards of the images of one prompt, float64 on the CPU."""
+    parts = []
+    for part in noise.split(settings.batch):
+        prompts = [prompt] * len(part)
+        images = backend.generate(part, backend.encode(prompts), settings.steps)
+        parts.append(rewards(images, prompts).double().cpu())
+    return torch.cat(parts)

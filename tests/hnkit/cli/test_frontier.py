@@ -1,0 +1,101 @@
+"""`hnkit frontier`: from a table of rewards, and on the bundled miniature."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from hnkit.cli.app import app
+
+
+def command(*arguments: str, capsys) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        app(list(arguments))
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+@pytest.fixture
+def scores(tmp_path):
+    draw = random.Random(0)
+    rows = ["prompt,method,reward,nats"]
+    for prompt in range(6):
+        base = [draw.gauss(prompt, 1) for _ in range(60)]
+        rows += [f"p{prompt},base,{value}," for value in base]
+        rows += [f"p{prompt},ours,{draw.gauss(prompt + 0.5, 1)},0.4" for _ in range(6)]
+        rows += [f"p{prompt},theirs,{draw.gauss(prompt + 1, 1)}," for _ in range(6)]
+    path = tmp_path / "scores.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_a_table_becomes_a_report(scores, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = tmp_path / "out"
+    code, shown, _ = command("frontier", "--rewards", str(scores), "--out", str(out), capsys=capsys)
+    assert code == 0
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("report:")) <= 80
+    assert "% of what they could buy" in shown
+    assert "Its nats are not" in shown
+    document = json.loads((out / "report.json").read_text())
+    assert document["methods"]["theirs"]["efficiency"] is None
+    assert 0 < document["methods"]["ours"]["efficiency"] < 1.5
+    assert {path.name for path in out.iterdir()} >= {"report.html", "report.json", "frontier.png"}
+
+
+def test_json_alone_on_stdout(scores, tmp_path, capsys):
+    code, out, _ = command("frontier", "--rewards", str(scores), "--json", "--out", str(tmp_path / "o"), capsys=capsys)
+    document = json.loads(out)
+    assert code == 0
+    nats = [point["nats"] for point in document["frontier"]]
+    assert nats[0] == 0.01
+    assert nats == sorted(nats)
+    assert [entry["n"] for entry in document["best_of"]][:2] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give --rewards FILE.csv, or --backend"),
+        (("--rewards", "absent.csv"), "cannot be read"),
+        (("--rewards", "{}", "--base", "plain"), "'plain', which is to be the base"),
+        (("--rewards", "{}", "--alpha", "1"), "--alpha with --rewards"),
+        (("--rewards", "{}", "--backend", "digits"), "one of the two"),
+        (("--backend", "digits"), "without --adapter"),
+        (("--backend", "digits", "--adapter", "absent", "--base-samples", "3"), "--base-samples 3: give 8 or more"),
+        (("--backend", "digits", "--adapter", "absent"), "not a folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments, message, scores, tmp_path, capsys):
+    out = tmp_path / "out"
+    filled = [argument.format(scores) for argument in arguments]
+    code, shown, err = command("frontier", *filled, "--out", str(out), capsys=capsys)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not shown
+    assert not out.exists()
+
+
+def test_the_miniature(tmp_path, capsys):
+    """Two steps of training: f is nearly zero, so are its nats and its gain; the frontier is what best-of-2 shows."""
+    run = tmp_path / "run"
+    options = ["steps=2", "batch=4", "measure_samples=2", "validate_samples=2", "checkpoint_every=2"]
+    settings = [part for option in options for part in ("--set", f"train.{option}")]
+    assert command("train", "--backend", "digits", *settings, "--out", str(run), capsys=capsys)[0] == 0
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red three\na blue seven\n")
+    code, out, _ = command(
+        "frontier", "--backend", "digits", "--adapter", str(run), "--prompts", str(prompts), "--base-samples", "32",
+        "--samples", "2", "--json", "--out", str(tmp_path / "out"), capsys=capsys,
+    )  # fmt: skip
+    document = json.loads(out)
+    assert code == 0
+    network, method = document["network"], document["methods"]["hypernetwork"]
+    assert document["prompts"] == 2
+    assert method["nats"] == pytest.approx(network["kl"])
+    assert abs(network["kl"]) < 0.05
+    assert network["gap_lower_bound"] >= 0
+    assert document["best_of"][0]["gain"] > 0
