@@ -212,8 +212,9 @@ def _sections(document: Mapping[str, Any], picture: bytes) -> list[Any]:
     how = (
         "The frontier is the most that any law can gain whose KL from the base is so many nats, on the mean over "
         "prompts (Gibbs variational principle). It is estimated from rewards of base images alone, and ends where too "
-        "few of them carry the weight. Efficiency is a method's gain as a share of the frontier's at the same nats. Nats "
-        "that are said to be 'at least' come from rewards alone (Donsker and Varadhan) and hold with 95% probability."
+        "few of them carry the weight. Efficiency is a method's gain as a share of the frontier's at the same nats. "
+        "Nats that are said to be 'at least' come from rewards alone (Donsker and Varadhan) and hold with 95% "
+        "probability."
     )
     caption = (
         f"{document['prompts']} prompts, {document['base_samples']} base images. ± is one standard error over prompts."

@@ -66,6 +66,7 @@ FILES: dict[str, str | bytes] = {
     "backend-number.toml": "[backend]\nname = 3\n",
     "backend-unknown.toml": '[backend]\nname = "os"\n',
     "backend-path.toml": '[backend]\nname = "hnkit.toy.backend:FACTORY"\n',
+    "scores.csv": "prompt,method,reward\n" + "".join(f"a,base,{k % 7}\na,ours,{k}\n" for k in range(40)),
     "weird.py": "def f(x):\n    return x * float('nan')\ndef r(images, prompts):\n    return images\nnumber = 3\n",
     "adapter-empty/adapter.json": "",
     "adapter-list/adapter.json": "[]",
@@ -171,6 +172,7 @@ VERIFY = ("verify-bound", "--toy", "extremal", "--samples", "8")
 MAP = ("verify-bound", "--map", "math:sin", "--shape", "3", "--samples", "2")
 KL_MAP = ("verify-bound", "--map", "torch:sin", "--shape", "3", "--samples", "2", "--method", "arnoldi")
 DIGITS = ("--backend", "digits")
+FRONTIER = ("frontier", *DIGITS, "--adapter", "folder")
 DIGITS_RUN = ("train", *DIGITS, "--set", "train.steps=1")
 
 FLAGS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
@@ -219,6 +221,20 @@ FLAGS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (("generate", *DIGITS), "--layout", ("", "nonesuch", "../geneval", LONG)),
     (("generate", *DIGITS), "--set", ("", "x", "train.steps=1", "backend.nonesuch=1", "backend.size=0")),
     (("generate", *DIGITS), "--out", ("folder", "precious.txt", "loop", "loop/below", "dangling", "precious.txt/b")),
+    (("frontier",), "--rewards", ("", "nonesuch.csv", "folder", "prompts.csv", "short.csv", "latin1.txt", "empty.txt")),
+    (("frontier", "--rewards", "scores.csv"), "--base", ("", "nonesuch", "BASE", LONG)),
+    (("frontier", "--rewards", "scores.csv"), "--out", ("folder", "precious.txt", "loop", "dangling")),
+    (("frontier",), "--backend", ("", "nonesuch", "toy", LONG)),
+    (("frontier", *DIGITS), "--adapter", (*NONE_SUCH, "precious.txt", "run-cut", "run-code")),
+    (FRONTIER, "--prompts", PROMPT_FILES),
+    (FRONTIER, "--reward", REWARD_FLAGS),
+    (FRONTIER, "--base-samples", (*COUNTS, "7")),
+    (FRONTIER, "--samples", (*COUNTS, "1")),
+    (FRONTIER, "--generator-steps", COUNTS),
+    (FRONTIER, "--seed", (*NOT_INTEGERS, "-1", str(2**63))),
+    (FRONTIER, "--method", ("", "nonesuch", "EXACT")),
+    (FRONTIER, "--alpha", (*NOT_NUMBERS, "0", "-1")),
+    (FRONTIER, "--set", ("", "x", "train.steps=1", "backend.nonesuch=1", "backend.size=0")),
     (("compare",), "--backend", ("", "nonesuch", "toy", LONG)),
     (("compare", *DIGITS), "--methods", ("", ",", "base,", "nonesuch", "base,nonesuch", "BASE", "base;reno")),
     (("compare", *DIGITS), "--adapter", (*NONE_SUCH, "precious.txt")),
