@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hnkit.errors import InputError, NonFiniteError
 from hnkit.internal.stats import mean_and_stderr
-from hnkit.maps import NoiseMap
+from hnkit.maps import NoiseMap, select_rows
 
 if TYPE_CHECKING:
     from hnkit.kl.divergence import Form, Method
@@ -247,7 +247,7 @@ def optimality_gap(
     Args:
         problem: generator, reward and `log Z*`.
         f: batch-first map.
-        x: `(n, *noise_shape)` samples of `N(0, I)`, float64.
+        x: `(n, *noise_shape)` samples of `N(0, I)`, float64; with a `budget` the first of them, as many as it pays for.
         method: of `noise_kl`; anything but `"exact"` makes the result an approximation.
         form: `"change-of-variables"` or `"stein"`; the same mean for smooth `f`, another variance.
         **options: passed to `noise_kl`.
@@ -270,8 +270,10 @@ def optimality_gap(
             f"give (n, {', '.join(map(str, problem.noise_shape))}) with n >= 1"
         )
     kl = noise_kl(f, x, method=method, form=form, **options)
+    index = torch.arange(kl.samples, device=x.device)  # a budget may pay for the first samples only
+    used = x[index]
     with torch.no_grad():
-        reward = problem.reward(problem.generate(x + f(x))).double()
+        reward = problem.reward(problem.generate(used + select_rows(f, index)(used))).double()
     bad = ~torch.isfinite(reward)
     if bool(bad.any()):
         raise NonFiniteError(f"the reward of {problem.name!r} is not finite at sample {int(bad.nonzero()[0])}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import mpmath
 import pytest
 import torch
 from torch import nn
 
-from hnkit import InputError, NonFiniteError
+from hnkit import InputError, NonFiniteError, noise_kl
+from hnkit.internal.stats import mean_and_stderr
 from hnkit.tilt import (
     affine_coefficients,
     kl_gaussians,
@@ -18,10 +20,7 @@ from hnkit.tilt import (
     optimality_gap,
 )
 from hnkit.toy import PROBLEMS, LinearGaussian
-
-
-def f64(*rows):
-    return torch.tensor(rows, dtype=torch.float64)
+from tests.hnkit.functions import f64
 
 
 def spd(seed, d=4):
@@ -121,6 +120,52 @@ def test_other_methods_are_approximations():
     assert abs(gap.value) > 0.01
 
 
+@pytest.mark.parametrize("budget", [12, 64, 3000])
+@pytest.mark.parametrize("method", ["arnoldi", "lanczos"])
+def test_the_gap_under_a_budget_is_that_of_the_samples_it_pays_for(method, budget):
+    """Against the Gaussian KL; at most six z-tests at 4.8 standard errors, false-alarm rate below 1e-5."""
+    problem = quadratic_problem()
+    x = torch.randn(2000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    layer = nn.Linear(2, 2, dtype=torch.float64).requires_grad_(False)
+    layer.weight.copy_(f64([0.2, -0.3], [0.1, 0.25]))
+    layer.bias.copy_(f64(0.4, -0.2))
+    probes = torch.Generator().manual_seed(10)
+    gap = optimality_gap(problem, layer, x, method=method, budget=budget, generator=probes)
+    used = len(gap.per_sample)
+    assert used < len(x)
+    reward = problem.reward(problem.generate(x + layer(x)))[:used]
+    assert gap.reward == pytest.approx(float(reward.mean()), rel=1e-12)
+    assert gap.kl - gap.reward / problem.alpha + problem.log_z() == pytest.approx(gap.value, rel=1e-9)
+    if used > 20:
+        K = layer.weight + torch.eye(2)
+        assert abs(gap.value - problem.gap_of_affine(K, layer.bias)) < 4.8 * gap.stderr
+    else:
+        assert used > 1 or math.isnan(gap.stderr)
+
+
+def test_the_gap_under_a_budget_keeps_rows_with_their_conditions():
+    """A map with a condition for each row is asked for those of the samples that are used."""
+    problem = quadratic_problem()
+    x = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(11))
+
+    class Rows:
+        def __init__(self, shift):
+            self.shift = shift
+
+        def __call__(self, x):
+            return 0.1 * x + self.shift
+
+        def select(self, index):
+            return Rows(self.shift[index])
+
+    shift = torch.linspace(-1, 1, 50, dtype=torch.float64)[:, None]
+    gap = optimality_gap(problem, Rows(shift), x, method="arnoldi", budget=40, generator=torch.Generator())
+    used = len(gap.per_sample)
+    assert used < 50
+    moved = 1.1 * x[:used] + shift[:used]
+    assert gap.reward == pytest.approx(float(problem.reward(problem.generate(moved)).mean()))
+
+
 def test_one_sample_has_no_error_bar():
     problem = quadratic_problem()
     gap = optimality_gap(problem, problem.l2_map(), torch.ones(1, 2, dtype=torch.float64))
@@ -152,3 +197,61 @@ def test_log_z_monte_carlo():
     # a reward of 2000 nats does not overflow
     huge = LinearGaussian(f64([1.0]), f64([0.0]), f64(1e-3), f64(2e6))
     assert log_z_monte_carlo(huge, 100, torch.Generator().manual_seed(6))[0] == pytest.approx(2000, rel=1e-3)
+
+
+def test_affinity_is_tested_on_both_sides():
+    """This map is never above the affine map that it touches at 0 and the unit vectors."""
+    assert affine_coefficients(lambda x: -(torch.sin(math.pi * x).square()), 3) is None
+
+
+def test_a_covariance_that_rounding_made_indefinite_is_singular():
+    zero, identity = torch.zeros(2), torch.eye(2)
+    assert kl_gaussians(zero, f64([1.0, 0.0], [0.0, -1e-10]), zero, identity) == math.inf
+
+
+def test_an_approximate_gap_keeps_the_larger_error():
+    """At the optimal map the terms of the gap cancel sample by sample and the KL's own error is larger."""
+    problem = PROBLEMS["linear-gaussian"]()
+    x = torch.randn(50, *problem.noise_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    f = problem.optimal_map()
+
+    def same_probes():
+        return {"method": "second-order", "form": "change-of-variables", "generator": torch.Generator().manual_seed(8)}
+
+    gap, kl = optimality_gap(problem, f, x, **same_probes()), noise_kl(f, x, **same_probes())
+    assert gap.kind == "approximation"
+    assert mean_and_stderr(gap.per_sample)[1] < kl.stderr
+    assert gap.stderr == kl.stderr
+
+
+@pytest.mark.parametrize(("share", "affine"), [(0.98, True), (1.02, False)])
+def test_the_tolerance_of_affinity_is_relative_to_the_largest_image(share, affine):
+    """An affine map onto one point, of largest entry 9, that misses its mark by a constant off the unit vectors."""
+    tolerance = 1e-6
+    point = f64(-9.0, 0.5)
+
+    def f(x):
+        away = (x.square().sum(1) - 0.5).abs() != 0.5
+        return point - x + share * tolerance * (1 + 9) * away[:, None]
+
+    found = affine_coefficients(f, 2, tolerance=tolerance)
+    assert (found is not None) == affine
+    if found is not None:
+        torch.testing.assert_close(found[0], torch.zeros(2, 2, dtype=torch.float64))
+        torch.testing.assert_close(found[1], point)
+
+
+def test_a_single_number_is_no_batch_of_noise():
+    problem = SimpleNamespace(name="numbers", noise_shape=())
+    with pytest.raises(InputError, match="noise of shape"):
+        optimality_gap(problem, lambda x: 0 * x, torch.tensor(1.0))
+
+
+def test_rewards_beyond_the_range_of_the_exponential():
+    """`exp(2000)` overflows; the logarithm of its mean over the half space is `2000 + log(1/2)`."""
+    problem = SimpleNamespace(
+        noise_shape=(1,), alpha=0.5, generate=lambda x: x, reward=lambda y: 1000.0 * (y[:, 0] > 0).double()
+    )
+    value, stderr = log_z_monte_carlo(problem, 4000, torch.Generator().manual_seed(0))
+    assert stderr == pytest.approx(1 / math.sqrt(4000), rel=0.1)  # of the mean of n coins, relative to the mean
+    assert abs(value - 2000 - math.log(0.5)) < 4.5 * stderr  # false-alarm rate below 1e-5
