@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hnkit.config import TrainConfig
 from hnkit.errors import InputError
 from hnkit.output.plots import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILION, Plot, new_figure
 from hnkit.tilt import TiltedProblem
 from hnkit.training.validate import prompts_of
+from hnkit.training.view import loss_term
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,18 +23,20 @@ Array = NDArray[np.float64]
 Records = Sequence[Mapping[str, Any]]
 
 
-def training_plots(records: Records, problem: TiltedProblem | None) -> list[Plot]:
+def training_plots(records: Records, problem: TiltedProblem | None, settings: TrainConfig) -> list[Plot]:
     """What the records of metrics.jsonl can show.
 
     Args:
         records: in the order of the run.
         problem: the closed-form problem that was trained on, if there is one.
+        settings: of the run, which say what its loss was made of.
     """
     steps = [record for record in records if "loss" in record]
     measured = [record for record in records if record.get("measurement")]
     validated = [record for record in records if "validation" in record]
-    caption = "Loss, KL term and reward of every step, and their running means."
-    plots = [Plot("training", caption, partial(_curves, steps))]
+    term = loss_term(settings)
+    caption = f"Loss, {term[1]} and reward" if term else "Loss and reward"
+    plots = [Plot("training", f"{caption} of every step, and their running means.", partial(_curves, steps, term))]
     if len(measured) > 1:
         caption = "The KL and the L2 term that stands for it, along training; bars are standard errors."
         plots.append(Plot("kl-along-training", caption, partial(_kl, measured)))
@@ -52,8 +56,12 @@ def _column(records: Records, *keys: str) -> Array:
         value: Any = record
         for key in keys:
             value = value[key]
-        values.append(np.nan if value is None else float(value))
+        values.append(_number(value))
     return np.asarray(values)
+
+
+def _number(value: Any) -> float:
+    return np.nan if value is None else float(value)
 
 
 def _running_mean(values: Array) -> Array:
@@ -68,14 +76,16 @@ def _running_mean(values: Array) -> Array:
     return np.where(seen > 0, (total[end] - total[start]) / np.maximum(seen, 1), np.nan)
 
 
-def _curves(steps: Records) -> Figure:
-    figure, axes = new_figure(11.0, 3.4, columns=3)
+def _curves(steps: Records, term: tuple[str, str] | None) -> Figure:
+    looks = {"loss": ("Loss", INK), **({term[0]: (term[1], BLUE)} if term else {}), "reward": ("Reward", GREEN)}
+    figure, axes = new_figure(11.0, 3.4, columns=len(looks))
     at = _column(steps, "step")
-    for axis, key, colour in zip(axes, ("loss", "kl", "reward"), (INK, BLUE, GREEN), strict=True):
-        values = _column(steps, key)
+    for axis, (key, (title, colour)) in zip(axes, looks.items(), strict=True):
+        # runs of earlier versions have every term under "kl"
+        values = np.asarray([_number(record.get(key, record.get("kl"))) for record in steps])
         axis.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
         axis.plot(at, _running_mean(values), color=colour)
-        axis.set(xlabel="step", title={"loss": "Loss", "kl": "KL term", "reward": "Reward"}[key])
+        axis.set(xlabel="step", title=title)
     return figure
 
 

@@ -34,7 +34,7 @@ from hnkit.tilt import TiltedProblem, affine_coefficients, kl_gaussians
 from hnkit.training.checkpoint import replace_folder
 from hnkit.training.plots import training_plots
 from hnkit.training.validate import Evaluator, prompts_of
-from hnkit.training.view import alpha_sentence
+from hnkit.training.view import alpha_sentence, loss_term
 
 ADAPTER, REPORT = "adapter", "report.json"
 _MOMENT_SAMPLES = 2**17
@@ -144,7 +144,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, step: int,
 
     replace_folder(folder / ADAPTER, write_adapter)
     pictures = []
-    for plot in training_plots(records, problem):
+    for plot in training_plots(records, problem, config.train):
         png = plot.png()
         atomic_write(folder / f"{plot.name}.png", png)
         pictures.append(Picture(png, plot.caption))
@@ -169,7 +169,7 @@ def model_card(config: RunConfig, evaluator: Evaluator, report: Mapping[str, Any
         "",
         f"- Base: {base}",
         f"- Reward: {rewards}",
-        f"- Training: {report['step']} steps of {config.train.batch} samples, KL term {config.train.kl}, "
+        f"- Training: {report['step']} steps of {config.train.batch} samples, loss with {_term(config)}, "
         f"seed {config.train.seed}, {report['skipped']} batches skipped",
         f"- {report['temperature']}",
     ]
@@ -199,6 +199,12 @@ def _metadata(config: RunConfig, evaluator: Evaluator) -> ModelCardData:
         pipeline_tag="text-to-image" if len(evaluator.backend.noise_shape) > 1 else None,
         tags=["noise-hypernetwork" if config.train.objective == "hypernoise" else "reward-fine-tuning", _PAPER],
     )
+
+
+def _term(config: RunConfig) -> str:
+    """What stands for the KL in the loss, in words."""
+    term = loss_term(config.train)
+    return "no divergence term" if term is None else f"the {term[1]}"
 
 
 def _temperature(config: RunConfig, evaluator: Evaluator) -> str:
@@ -234,6 +240,11 @@ def _figures(measurement: Mapping[str, Any] | None) -> list[tuple[str, str, str]
     return rows
 
 
+def _known(value: float | None) -> float:
+    """NaN for a figure that is not known; a standard error of 0 is known."""
+    return math.nan if value is None else value
+
+
 def _lead(report: Mapping[str, Any]) -> str:
     parts = [f"{report['step']} steps, {report['skipped']} batches skipped.", f"{report['temperature']}."]
     measurement = report["measurement"]
@@ -253,7 +264,7 @@ def _sections(report: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Se
         sections.append(Section("What was learned", _closed_form_blocks(report)))
     if report["validation"]:
         rows: list[tuple[Cell, ...]] = [
-            (name, s["role"], s["base"], s["steered"], format_estimate(s["gain"], s["gain_stderr"] or math.nan))
+            (name, s["role"], s["base"], s["steered"], format_estimate(s["gain"], _known(s["gain_stderr"])))
             for name, s in report["validation"]["scores"].items()
         ]
         caption = (

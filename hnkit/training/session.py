@@ -37,7 +37,7 @@ from hnkit.training.optimize import (
     optimizer_tensors,
 )
 from hnkit.training.processes import Processes
-from hnkit.training.view import TrainView, require_trackers
+from hnkit.training.view import TrainView, loss_term, require_trackers
 
 
 class Session:
@@ -118,7 +118,8 @@ class Session:
         self.step += 1
         means = (sums / settings.batch).tolist()
         record: dict[str, Any] = {"step": self.step, "epoch": self.stream.epoch(self.step)}
-        record |= dict(zip(("loss", "kl", "reward"), means[:3], strict=True))
+        term = loss_term(settings)
+        record |= {"loss": means[0], **({term[0]: means[1]} if term else {}), "reward": means[2]}
         if len(self.rewards.names) > 1:
             record["rewards"] = dict(zip(self.rewards.names, means[3:], strict=True))
         return record | {"grad_norm": norm, "lr": rate, "skipped": not whole}

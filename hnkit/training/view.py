@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -72,6 +73,7 @@ class TrainView:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._steps = 0
+        self._term: tuple[str, str] | None = None
         self._last_line = 0.0
 
     def say(self, text: str) -> None:
@@ -86,6 +88,7 @@ class TrainView:
     def start(self, settings: TrainConfig, backend: str, dim: int, parameters: int, step: int, folder: Path) -> None:
         """Say what is about to run, and what temperature it aims at."""
         self._steps = settings.steps
+        self._term = loss_term(settings)
         self.say(f"training {backend} (d = {dim}, {parameters:,} trained parameters), run folder {folder}")
         if settings.objective == "hypernoise":
             self.say(alpha_sentence(settings, dim))
@@ -100,7 +103,8 @@ class TrainView:
     def progress(self, record: Mapping[str, Any]) -> None:
         """One step has been taken."""
         step = record["step"]
-        text = f"loss {record['loss']:.4g}  kl {record['kl']:.4g}  reward {record['reward']:.4g}"
+        term = "" if self._term is None else f"  {self._term[1]} {record[self._term[0]]:.4g}"
+        text = f"loss {record['loss']:.4g}{term}  reward {record['reward']:.4g}"
         if record["skipped"]:
             self.say(f"step {step}: loss or gradient is not finite, batch skipped")
         if self._progress is not None and self._task is not None:
@@ -115,10 +119,11 @@ class TrainView:
         """A measurement or a validation has been made."""
         if "measurement" in entry:
             figures = entry["measurement"]
-            text = f"KL {format_estimate(figures['kl'], figures['kl_stderr'], figures['bias_bound'])} nats"
-            text += f", L2 term {format_number(figures['l2'])}"
+            known = {key: math.nan if value is None else value for key, value in figures.items()}
+            text = f"KL {format_estimate(known['kl'], known['kl_stderr'], figures['bias_bound'])} nats"
+            text += f", L2 term {format_estimate(known['l2'], known['l2_stderr'])}"
             if figures.get("gap") is not None:
-                text += f", {format_estimate(figures['gap'], figures['gap_stderr'])} nats from the optimum"
+                text += f", {format_estimate(known['gap'], known['gap_stderr'])} nats from the optimum"
             self.say(f"step {entry['step']}: {text}")
         if "validation" in entry:
             gains = ", ".join(
@@ -132,6 +137,16 @@ class TrainView:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def loss_term(settings: TrainConfig) -> tuple[str, str] | None:
+    """What stands beside the reward in the loss: its key in metrics.jsonl, and its name; `None` for direct fine-tuning.
+
+    The L2 term is no KL and is never called one; the others estimate the KL.
+    """
+    if settings.objective == "direct":
+        return None
+    return ("l2", "L2 term") if settings.kl == "l2" else ("kl", f"KL ({settings.kl})")
 
 
 def alpha_sentence(settings: TrainConfig, dim: int) -> str:

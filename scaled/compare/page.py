@@ -38,7 +38,7 @@ _NAMES = {
     "reno": "+ ReNO",
     "prompt-optimisation": "+ prompt optimisation",
 }
-LOSS_LABELS = {"l2": "L2", "second-order": "second order", "arnoldi": "Arnoldi", "exact": "exact"}
+LOSS_LABELS = {"l2": "L2 term", "second-order": "second order", "arnoldi": "Arnoldi", "exact": "exact"}
 
 
 def write_page(folder: Path, document: Document) -> None:
@@ -254,7 +254,8 @@ def _losses_table(document: Document) -> Table:
         "largest local norm",
     )
     caption = (
-        "Each trained here, alike but for the KL term; KL and L2 term at the end, the largest norm is of the samples."
+        "Each trained here, alike but for what stands for the KL in the loss; KL and L2 term at the end, the largest "
+        "norm is of the samples."
     )
     return Table(headers, tuple(body), caption)
 
