@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from hnkit.backend import BackendBase, RecordsOptions, backend_factory, completed
-from hnkit.config import CONFIG_FILE, RunConfig, parse_options, resolve_config
+from hnkit.config import CONFIG_FILE, RunConfig, make_options, parse_options, resolve_config
 from hnkit.errors import InputError
 
 
@@ -24,12 +26,16 @@ def load_trained(
 ) -> tuple[BackendBase, float | None]:
     """A backend with its adapter loaded, and the effective temperature it was trained at if its run says so.
 
-    The options are those of the run or adapter where these record them, and `--set backend.*` on top.
+    The options are those of the run or adapter where these record them, and `--set backend.*` on top. The rewards of
+    the run are not loaded: only training needs them.
 
     Args:
         name: of an installed backend.
         adapter: the adapter's folder, or the run folder that holds it; `None`: the backend as it starts, f = 0.
         overrides: `backend.key=value`.
+
+    Raises:
+        InputError: there is no adapter, it is damaged or another backend's, or records a value that is not finite.
     """
     factory = backend_factory(name)
     for override in overrides:
@@ -44,14 +50,19 @@ def load_trained(
     run = next((folder for folder in (adapter, adapter.parent) if (folder / CONFIG_FILE).is_file()), None)
     config: RunConfig | None = None
     if run is not None:
-        config = resolve_config(resume=run, overrides=overrides)
+        config = resolve_config(resume=run, overrides=overrides, training=False)
         if config.backend != name:
             raise InputError(f"--adapter {adapter} was trained with --backend {config.backend}, not {name}")
         options = config.options
     elif isinstance(factory, RecordsOptions):
-        options = replace(factory.adapter_options(weights), **parse_options(overrides, factory.options, "backend"))
+        recorded = factory.adapter_options(weights)
+        options = make_options(partial(replace, recorded), parse_options(overrides, factory.options, "backend"))
     else:
         options = resolve_config(backend=name, overrides=overrides).options
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--adapter {adapter} has {item.name} = {value}: give --set backend.{item.name}=VALUE")
     backend = completed(factory.load(options))
     backend.load_adapter(weights)
     if config is None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hnkit.errors import InputError
+from hnkit.internal.values import reason_of
 from hnkit.maps import Condition, ConditionedMap, NoiseMap
 
 
@@ -181,8 +182,19 @@ class RecordsOptions(Protocol):
         ...
 
 
-def _installed(group: str) -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=group)}
+def _installed(group: str) -> dict[str, list[EntryPoint]]:
+    """The entry points of a group by name: several where distributions disagree on what a name means."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=group):
+        same = found.setdefault(point.name, [])
+        if (point.value, _distribution(point)) not in {(other.value, _distribution(other)) for other in same}:
+            same.append(point)  # a distribution that is seen twice, as in a checkout of it, is one
+    return found
+
+
+def _distribution(point: EntryPoint) -> str:
+    """The name of the distribution that declares an entry point; empty if that is not known."""
+    return point.dist.name if point.dist is not None else ""
 
 
 def installed_names(group: str) -> list[str]:
@@ -194,17 +206,26 @@ def load_installed(group: str, name: str) -> Any:
     """The object that the entry point `name` of `group` refers to.
 
     Raises:
-        InputError: nothing of that name is installed, or importing it needs a package that is not.
+        InputError: nothing of that name is installed, two distributions claim it, importing it needs a package that
+            is not installed, or fails in another way: the message names the distribution.
     """
     found = _installed(group)
     kind = group.removeprefix("hnkit.").removesuffix("s")
     if name not in found:
         raise InputError(f"unknown {kind} {name!r}: installed are {', '.join(sorted(found)) or 'none'}")
+    if len(found[name]) > 1:
+        owners = " and ".join(f"{_distribution(point) or 'unnamed'} ({point.value})" for point in found[name])
+        raise InputError(f"{kind} {name!r} is claimed by {owners}: uninstall all but one")
+    point, owner = found[name][0], _distribution(found[name][0])
     try:
-        return found[name].load()
-    except ImportError as error:
+        return point.load()
+    except ModuleNotFoundError as error:
+        cure = "pip install 'hnkit[scaled]' adds it" if owner == "hnkit" else f"{owner or point.value} should bring it"
+        raise InputError(f"{kind} {name!r} needs the package {error.name or error}: {cure}") from error
+    except (Exception, SystemExit) as error:  # another distribution's module may raise anything while it is imported
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise InputError(
-            f"{kind} {name!r} needs the package {error.name or error}: pip install 'hnkit[scaled]' adds it"
+            f"{kind} {name!r} of {owner or point.value} is broken ({reason}): mend or uninstall it"
         ) from error
 
 

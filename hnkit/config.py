@@ -13,7 +13,7 @@ import math
 import shlex
 import tomllib
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -272,10 +272,10 @@ def resolve_config(
     return RunConfig(backend, options, TrainConfig(**merged["train"]), merged["rewards"], merged["heldout"])
 
 
-def make_options(record: type[Any], values: Mapping[str, Any]) -> Any:
-    """A backend's options of these values; whatever its own checks refuse is an `InputError`."""
+def make_options(build: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    """A backend's options, built of these values; whatever its own checks refuse is an `InputError`."""
     try:
-        return record(**values)
+        return build(**values)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"[backend] {error}") from error
 
@@ -321,6 +321,12 @@ def parse_options(overrides: Sequence[str], record: type[Any], table: str) -> di
             raise InputError(f"--set {override!r}: write {table}.KEY=VALUE")
         entries[key] = parse_text(text.strip(), field_types(record).get(key))
     return typed_values(entries, record, f"--set {table}")
+
+
+def split_permissions(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those flags that lift a restriction, which no file may repeat on the user's behalf, and the others."""
+    lifting = [text for text in overrides if text.partition("=")[0].strip().rpartition(".")[2] in PERMISSIONS]
+    return lifting, [text for text in overrides if text not in lifting]
 
 
 def differing_keys(one: Mapping[str, Mapping[str, Any]], two: Mapping[str, Mapping[str, Any]]) -> list[str]:

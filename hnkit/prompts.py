@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hnkit.errors import InputError
+from hnkit.internal.values import reason_of
 
 FORMATS = (
     ".txt (a prompt a line), .json (a list or dict of strings), .jsonl (field 'prompt'), .csv, .tsv or .parquet "
@@ -135,8 +136,8 @@ def _from_path(source: str) -> _Entries:
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    reason = str(getattr(error, "strerror", None) or error).strip().splitlines() or [type(error).__name__]
-    return InputError(f"prompts {path}: cannot be read ({reason[0][:120]}): give an existing, whole file")
+    reason = getattr(error, "strerror", None) or reason_of(error)
+    return InputError(f"prompts {path}: cannot be read ({reason}): give an existing, whole file")
 
 
 def _text(path: Path) -> str:
@@ -176,8 +177,7 @@ def _parse(path: Path, text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise InputError(f"prompts {path}{where}: not valid JSON ({reason}): mend the file") from error
+        raise InputError(f"prompts {path}{where}: not valid JSON ({reason_of(error)}): mend the file") from error
 
 
 def _folder(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -281,9 +281,8 @@ def _from_hub(source: str) -> _Entries:
     try:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # (the hub, the file formats and the network raise anything)
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"prompts {source!r}: could not be loaded ({reason}): check its name, or give a file"
+            f"prompts {source!r}: could not be loaded ({reason_of(error)}): check its name, or give a file"
         ) from error
     if column not in table.column_names:
         raise InputError(f"prompts {source!r}: no column {column!r}; it has {', '.join(table.column_names)}")

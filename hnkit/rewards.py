@@ -6,22 +6,23 @@ import importlib
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hnkit.backend import Reward, load_installed
 from hnkit.config import RewardSpec
 from hnkit.errors import InputError
-from hnkit.internal.values import typed_value
+from hnkit.internal.values import reason_of, typed_value
 
 
 def import_object(path: str, flag: str) -> Any:
-    """The object at `pkg.mod:name`, from a flag that the user typed; the working directory is searched too.
+    """The object at `pkg.mod:name`, from a flag that the user typed; the working directory is searched too, last.
 
     Args:
         path: module and attribute, dots allowed in both.
@@ -33,18 +34,61 @@ def import_object(path: str, flag: str) -> Any:
     module, _, attribute = path.partition(":")
     if not module or not attribute:
         raise InputError(f"{flag} {path}: write pkg.mod:name")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:  # the user's module may raise anything while it is imported
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{flag} {path}: importing {module} failed ({type(error).__name__}: {reason})") from error
+        with _working_directory_on_path():
+            found: Any = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        raise InputError(f"{flag} {path}: importing {module} failed ({reason})") from error
+    where = getattr(found, "__file__", None)
     for name in attribute.split("."):
         if not hasattr(found, name):
-            raise InputError(f"{flag} {path}: {module} has no {attribute}")
+            place = f" ({where})" if where else ""
+            raise InputError(f"{flag} {path}: {module}{place} has no {attribute}: name what it has")
         found = getattr(found, name)
     return found
+
+
+@contextmanager
+def _working_directory_on_path() -> Iterator[None]:
+    """Inside, modules of the working directory are found after installed ones, so that no file hides one of those."""
+    here = str(Path.cwd())
+    if here in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def made(found: Any, path: str, flag: str) -> Any:
+    """What a class or a function without arguments makes; anything else as it is.
+
+    Raises:
+        InputError: making it failed.
+    """
+    if isinstance(found, nn.Module) or not (isinstance(found, type) or (callable(found) and _takes_nothing(found))):
+        return found
+    try:
+        return found()
+    except (Exception, SystemExit) as error:  # the user's code may raise anything: say so in one line, keep the cause
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        raise InputError(f"{flag} {path}: calling it failed ({reason})") from error
+
+
+def _takes_nothing(function: Callable[..., Any]) -> bool:
+    """Whether a callable is a factory: no argument is required and none is taken by position alone."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return not any(
+        parameter.kind is parameter.VAR_POSITIONAL or parameter.default is parameter.empty
+        for parameter in parameters
+        if parameter.kind is not parameter.VAR_KEYWORD
+    )
 
 
 @dataclass
@@ -67,9 +111,10 @@ def load_reward(name: str, spec: RewardSpec, device: torch.device) -> Reward:
         InputError: unknown name or option, or something that it needs is missing.
     """
     if ":" in name:
-        function = import_object(name, "--reward")
+        function = made(import_object(name, "--reward"), name, "--reward")
         if not callable(function):
             raise InputError(f"--reward {name} is a {type(function).__name__}: give a function of (images, prompts)")
+        _require_two_arguments(function, name)
         return CallableReward(name, spec.weight, function)
     factory = load_installed("hnkit.rewards", name)
     accepted = inspect.signature(factory).parameters
@@ -93,6 +138,17 @@ def load_reward(name: str, spec: RewardSpec, device: torch.device) -> Reward:
             raise InputError(f"reward {name!r}: device {device_name!r} cannot be used: choose cpu or cuda") from error
     reward: Reward = factory(weight=spec.weight, **options)
     return reward
+
+
+def _require_two_arguments(function: Callable[..., Any], name: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a compiled function, which does not say what it takes
+        return
+    try:
+        signature.bind((), ())
+    except TypeError as error:
+        raise InputError(f"--reward {name} takes {signature}: give a function of (images, prompts)") from error
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from hnkit import __version__
 from hnkit.cli import backends, compare, frontier, generate, train, verify_bound
 from hnkit.cli.options import NEWEST, Command, PlainHelp, command
 from hnkit.errors import InputError
+from hnkit.internal.values import printable, shortened
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 _LONGEST = 600
@@ -58,7 +59,7 @@ class _Commands(PlainHelp, TyperGroup):
 
 def describe_error(error: BaseException) -> tuple[str, int]:
     """One line for a user, and the exit code, for anything a command may raise."""
-    text = _shortened(" ".join(str(error).split()))
+    text = _one_line(str(error))
     name = type(error).__name__
     if isinstance(error, InputError):
         return text, BAD_INPUT
@@ -68,11 +69,11 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     if usage is not None:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "hnkit"
-        return f"{_shortened(' '.join(usage().split()))} (see {command} --help)", BAD_INPUT
+        return f"{_one_line(usage())} (see {command} --help)", BAD_INPUT
     if isinstance(error, BrokenPipeError):
         return "the reader of the output has gone", BAD_INPUT
     if isinstance(error, OSError):
-        where = f" at {error.filename}" if error.filename else ""
+        where = f" at {printable(str(error.filename))}" if error.filename else ""
         cure = {
             errno.ENOSPC: "free some space, or write elsewhere with --out",
             errno.EDQUOT: "free some space, or write elsewhere with --out",
@@ -83,12 +84,12 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     no_memory = isinstance(error, MemoryError) or name == "OutOfMemoryError"
     if no_memory or "not enough memory" in text or "allocate memory" in text:
         return "out of memory: use fewer --samples, a smaller batch, or --method arnoldi instead of exact", BAD_INPUT
-    return f"internal error, {name}: {text[:300]} (run again with --debug for the traceback)", BAD_INPUT
+    return f"internal error, {name}: {shortened(text, 300)} (run again with --debug for the traceback)", BAD_INPUT
 
 
-def _shortened(text: str) -> str:
-    """The beginning and the end of a line that a huge value has made long: what was given, and what to do."""
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 200]} ... {text[-190:]}"
+def _one_line(text: str) -> str:
+    """A message on one line of bearable length, without what a terminal obeys."""
+    return shortened(printable(" ".join(text.split())), _LONGEST)
 
 
 def _with_resume_value(arguments: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hnkit.errors import InputError
-from hnkit.internal.values import setting
+from hnkit.internal.values import reason_of, setting
 
 EXAMPLE = "hnkit backends --json"
 
@@ -57,6 +57,6 @@ def described_backend(name: str) -> dict[str, Any]:
                 "presets": sorted(factory.presets)}  # fmt: skip
     except InputError as reason:
         status = str(reason)
-    except Exception as error:  # noqa: BLE001 - another distribution's code may raise anything
-        status = f"broken ({type(error).__name__}: {' '.join(str(error).split())}): mend or uninstall it"
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - another distribution's code may raise anything
+        status = f"broken ({type(error).__name__}: {reason_of(error)}): mend or uninstall it"
     return {"name": name, "summary": "", "status": status, "presets": []}

@@ -10,7 +10,7 @@ from typing import Any
 from hnkit.cli.folders import refuse_existing, resumed_folder
 from hnkit.cli.options import WithBackend
 from hnkit.errors import InputError
-from hnkit.internal.values import setting
+from hnkit.internal.values import reason_of, setting
 
 EXAMPLE = "hnkit compare --backend digits --methods base,best-of-n --quick"
 
@@ -77,11 +77,17 @@ def comparison_runner(factory: Any) -> Callable[..., Mapping[str, Any]]:
     """
     from hnkit.backend import installed_names, load_installed
 
+    broken = ""
     for point in installed_names("hnkit.comparisons"):
-        runner: Any = load_installed("hnkit.comparisons", point)
-        if runner.accepts(factory):
+        try:
+            runner: Any = load_installed("hnkit.comparisons", point)
+            accepted = runner.accepts(factory)
+        except Exception as error:  # noqa: BLE001 - one that is broken may not be the one that is meant
+            broken = f"; {point} is left out: {reason_of(error, 300)}"
+            continue
+        if accepted:
             found: Callable[..., Mapping[str, Any]] = runner
             return found
     raise InputError(
-        f"no comparison is installed for backend {factory.name}: it is for image generators, see hnkit backends"
+        f"no comparison is installed for backend {factory.name}: it is for image generators, see hnkit backends{broken}"
     )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from hnkit.cli.folders import refuse_existing
 from hnkit.cli.options import WithBackend
@@ -160,28 +158,9 @@ def load_map(path: str) -> NoiseMap:
     """The map at `pkg.mod:f`: a function of the noise, a module, or something that makes one without arguments."""
     from torch import nn
 
-    from hnkit.rewards import import_object
+    from hnkit.rewards import import_object, made
 
-    found = import_object(path, "--map")
-    if isinstance(found, type) or (not isinstance(found, nn.Module) and callable(found) and _takes_nothing(found)):
-        try:
-            found = found()
-        except Exception as error:  # the user's code may raise anything: say so in one line, keep the cause
-            reason = (str(error).splitlines() or [""])[0]
-            raise InputError(f"--map {path}: making the map failed ({type(error).__name__}: {reason})") from error
+    found = made(import_object(path, "--map"), path, "--map")
     if not callable(found):
         raise InputError(f"--map {path} is {type(found).__name__}: name a callable f(x), a module, or a factory of one")
     return found.eval() if isinstance(found, nn.Module) else found
-
-
-def _takes_nothing(function: Callable[..., Any]) -> bool:
-    """Whether a callable is a factory: no argument is required and none is taken by position alone."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    return not any(
-        parameter.kind is parameter.VAR_POSITIONAL or parameter.default is parameter.empty
-        for parameter in parameters
-        if parameter.kind is not parameter.VAR_KEYWORD
-    )

@@ -24,6 +24,10 @@ _RANGES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "least": (">=", operator.ge), "above": (">", operator.gt), "below": ("<", operator.lt)
 }  # fmt: skip
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What a terminal obeys: control characters but for line feed and tab, and overrides of the direction of writing."""
+_LONGEST_WORD = 80
+
 
 def finite(value: Any) -> Any:
     """The same JSON document with `None` in place of NaN and infinity."""
@@ -55,14 +59,27 @@ def printable(text: str) -> str:
 
     Line breaks and tabs stay. Names, prompts and messages may come from a folder that somebody sent.
     """
-    return "".join(
-        ascii(character)[1:-1] if _is_control(ord(character)) and character not in "\n\t" else character
-        for character in text
-    )
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def _is_control(code: int) -> bool:
-    return code < 0x20 or 0x7F <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
+def shortened(text: str, longest: int) -> str:
+    """The beginning and the end of a line that a huge value has made long: what was given, and what to do.
+
+    No word is cut, but for one that is itself as long as a line.
+    """
+    if len(text) <= longest:
+        return text
+    beginning, end = text[: longest * 2 // 3 - 5], text[-(longest // 3) :]
+    if not text[len(beginning)].isspace() and " " in beginning[-_LONGEST_WORD:]:
+        beginning = beginning.rpartition(" ")[0]
+    if not text[-len(end) - 1].isspace() and " " in end[:_LONGEST_WORD]:
+        end = end.partition(" ")[2]
+    return f"{beginning.rstrip()} ... {end.lstrip()}"
+
+
+def reason_of(error: BaseException, longest: int = 160) -> str:
+    """What another library's exception says, in one short line; its name where it says nothing."""
+    return shortened(" ".join(str(error).split()), longest) or type(error).__name__
 
 
 # --- records of settings ---------------------------------------------------------------------------------------

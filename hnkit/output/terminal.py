@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.table import Table
 
-if TYPE_CHECKING:
-    pass
+from hnkit.internal.values import CONTROL, printable
+
+
+class PlainConsole(Console):
+    """A console on which data cannot move the cursor, change colours or the title: control characters are spelt out."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What is printed, piece by piece; rich's own control codes are pieces of their own and pass."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that never wraps wider than the terminal and shows no markup found in data."""
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    """A console that never wraps wider than the terminal and shows no markup or control characters found in data."""
+    return PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
     """The one JSON document of `--json`, on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
     sys.stdout.flush()
 
 

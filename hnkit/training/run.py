@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hnkit.config import CONFIG_FILE, RunConfig, differing_keys
+from hnkit.config import CONFIG_FILE, RunConfig, differing_keys, resume_command
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write, new_run_folder
+from hnkit.output import terminal
 from hnkit.training.checkpoint import Checkpoint, JsonLog, newest_checkpoint, run_lock, save_checkpoint, sweep
 from hnkit.training.processes import Processes
 from hnkit.training.report import finish_run, finished_report
@@ -70,7 +71,7 @@ def train(
         InputError: bad input, a folder in use, damaged checkpoints, a full disk, too many non-finite batches, out of
             memory: one line, older checkpoints intact.
     """
-    view = TrainView(console or Console(stderr=True, highlight=False), quiet=False)
+    view = TrainView(console or terminal.console(stderr=True), quiet=False)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
         # a backend without the option `device` computes on the CPU
@@ -96,10 +97,11 @@ def train(
                 raise
             raise InputError(
                 f"{error.filename or folder}: {error.strerror}; older checkpoints are intact: mend that and go on with "
-                f"--resume {folder}"
+                f"{resume_command(config, folder)}"
             ) from error
         except torch.OutOfMemoryError as error:
-            raise InputError(f"out of memory: {session.memory_advice()}; go on with --resume {folder}") from error
+            advice = session.memory_advice()
+            raise InputError(f"out of memory: {advice}; go on with {resume_command(config, folder)}") from error
 
 
 def _create(stack: contextlib.ExitStack, config: RunConfig, out: Path | None) -> Path:
@@ -188,7 +190,8 @@ def _run(
                 f"{session.step}: lower train.lr or check the reward; the checkpoint of that step is in {folder}"
             )
         if signum and not last:
-            view.say(f"stopped at step {session.step} after a checkpoint; go on with --resume {folder}")
+            how = resume_command(session.config, folder)
+            view.say(f"stopped at step {session.step} after a checkpoint; go on with {how}")
             return TrainResult(folder, session.step, False, 128 + signum, session.skipped, {})
     report: dict[str, Any] = {}
     if recorder is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hnkit.adapters import adapter_folder
 from hnkit.backend import Backend, Reward, backend_factory, completed
-from hnkit.config import resolve_config
+from hnkit.config import resolve_config, split_permissions
 from hnkit.errors import InputError
 from hnkit.figures import measure
 from hnkit.internal.files import atomic_write, file_digest, new_run_folder, read_sealed, write_json, write_sealed
@@ -57,13 +57,13 @@ class Comparison:
         backend: str,
         *,
         methods: Sequence[str] | None = None,
-        adapter: Path | None = None,
+        adapter: str | Path | None = None,
         prompts: Sequence[str] | None = None,
         seeds: int | None = None,
         quick: bool = False,
-        resume: Path | None = None,
+        resume: str | Path | None = None,
         overrides: Sequence[str] = (),
-        out: Path | None = None,
+        out: str | Path | None = None,
     ) -> dict[str, Any]:
         """Run or resume a comparison and write its folder.
 
@@ -74,7 +74,7 @@ class Comparison:
             prompts: to evaluate on; `None`: the backend's own held-out prompts.
             seeds: noises per prompt.
             quick: the short version.
-            resume: a folder to go on with; everything but `backend` is then taken from it.
+            resume: a folder to go on with; everything is then taken from it, and what is given besides must agree.
             overrides: `table.key=value`, table one of compare, train, backend, rewards, heldout.
             out: a new folder; `None`: under `runs/`.
 
@@ -82,24 +82,30 @@ class Comparison:
             What report.json holds, and `run_folder`.
         """
         if resume is not None:
-            folder = resume
-            session = _Session(_read_plan(resume, backend))
+            folder = Path(resume)
+            settings = _read_plan(folder, backend)
+            _require_same(
+                folder, settings, methods=methods, adapter=adapter, prompts=prompts, seeds=seeds, quick=quick,
+                overrides=overrides,
+            )  # fmt: skip
+            lifting, _ = split_permissions(overrides)
+            session = _Session(replace(settings, overrides=(*settings.overrides, *lifting)))
         else:
             plan, others = make_plan(quick=quick, methods=methods, seeds=seeds, overrides=overrides)
             resolve_config(backend=backend, overrides=others)  # a mistake is refused before a folder is made
-            if adapter is not None and not adapter.is_dir():
+            if adapter is not None and not Path(adapter).is_dir():
                 raise InputError(
                     f"--adapter {adapter} is not a folder: name the folder of a trained adapter, or its run"
                 )
             files = {}
             if adapter is not None:
                 adapter_options(adapter)
-                files = _digests(adapter)
+                files = _digests(Path(adapter))
             chosen = _chosen_prompts(backend, prompts, plan, others)
-            where = None if adapter is None else str(adapter.resolve())
+            where = None if adapter is None else str(Path(adapter).resolve())
             settings = Settings(backend, plan, where, files, tuple(chosen), tuple(others), quick)
             session = _Session(settings)  # what is missing or cannot be used is refused before a folder is made
-            folder = new_run_folder(out, "compare")
+            folder = new_run_folder(None if out is None else Path(out), "compare")
             write_sealed(folder / PLAN, settings.to_json())
         with run_lock(folder):
             document = session.run(folder)
@@ -125,7 +131,7 @@ class Settings:
             **vars(self),
             "plan": self.plan.to_json(),
             "prompts": list(self.prompts),
-            "overrides": list(self.overrides),
+            "overrides": split_permissions(self.overrides)[1],
         }
 
 
@@ -150,6 +156,8 @@ def _read_plan(folder: Path, backend: str) -> Settings:
         raise InputError(
             f"--resume {folder}: no comparison is there ({PLAN} is missing or damaged): name its folder"
         ) from error
+    if lifting := split_permissions(settings.overrides)[0]:
+        raise InputError(f"--resume {folder}: its {PLAN} has {lifting[0]!r}: only your own flag may allow that")
     if settings.backend != backend:
         raise InputError(f"--resume {folder} compares backend {settings.backend!r}, not {backend!r}")
     if settings.adapter is not None and _digests(Path(settings.adapter)) != settings.adapter_files:
@@ -158,6 +166,46 @@ def _read_plan(folder: Path, backend: str) -> Settings:
             f"the new one in a new folder"
         )
     return settings
+
+
+def _require_same(
+    folder: Path,
+    settings: Settings,
+    *,
+    methods: Sequence[str] | None,
+    adapter: str | Path | None,
+    prompts: Sequence[str] | None,
+    seeds: int | None,
+    quick: bool,
+    overrides: Sequence[str],
+) -> None:
+    """Refuse flags beside `--resume` that ask for another comparison than the one in the folder."""
+    plan = settings.plan
+    mine, others = make_plan(quick=settings.quick, methods=methods, seeds=seeds, overrides=overrides)
+    asked: dict[str, tuple[Any, Any]] = {}
+    if methods is not None:
+        asked["--methods"] = mine.methods, plan.methods
+    if seeds is not None:
+        asked["--seeds"] = mine.seeds, plan.seeds
+    if quick:
+        asked["--quick"] = quick, settings.quick
+    if adapter is not None:
+        asked["--adapter"] = str(Path(adapter).resolve()), settings.adapter
+    if prompts is not None:
+        asked["--prompts"] = tuple(prompts[: plan.prompts] if plan.prompts else prompts), settings.prompts
+    for override in overrides:
+        table, _, key = override.partition("=")[0].strip().partition(".")
+        if table == "compare":
+            asked[f"--set {override}"] = getattr(mine, key), getattr(plan, key)
+    for override in split_permissions(others)[1]:
+        asked[f"--set {override}"] = override in settings.overrides, True
+    for flag, (wanted, has) in asked.items():
+        if wanted != has:
+            kept = f" (it has {has!r})" if isinstance(has, int | str) and not isinstance(has, bool) else ""
+            raise InputError(
+                f"--resume {folder} with {flag}: that comparison was begun otherwise{kept}: leave the flag out, or "
+                "start a new one"
+            )
 
 
 def _digests(adapter: Path) -> dict[str, str]:

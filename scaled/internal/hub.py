@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictData
 from safetensors import SafetensorError
 
 from hnkit.errors import InputError
+from hnkit.internal.values import reason_of
 
 Loaded = TypeVar("Loaded")
 _UNREADABLE = (
@@ -43,12 +45,12 @@ def local_folder(source: str) -> Path | None:
 
 def missing_model(what: str, source: str, cause: BaseException) -> InputError:
     """The one line for a model that is neither a readable folder nor in the cache nor reachable."""
-    reason = str(cause).strip().splitlines()[0][:160] if str(cause).strip() else type(cause).__name__
+    reason = reason_of(cause)
     if local_folder(source) is not None:
         return InputError(f"{what}: the folder {source} is not a readable model ({reason}): give a complete folder")
     return InputError(
         f"{what}: {source!r} is not a local folder, not in the local cache, and could not be fetched ({reason}): run "
-        f"'hf download {source}' where there is a network, or give the path of a folder that holds it"
+        f"{shlex.join(('hf', 'download', source))} where there is a network, or give the path of a folder that holds it"
     )
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from hnkit.adapters import adapter_folder
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write
+from hnkit.internal.values import reason_of
 from hnkit.scaled.lora.twin import LoraSpec
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -208,8 +209,7 @@ class _Files:
                 else load(self.data)
             )
         except (SafetensorError, UnpicklingError, EOFError, ValueError, LookupError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise InputError(f"{self.weights} is damaged, or holds more than tensors: {reason}") from error
+            raise InputError(f"{self.weights} is damaged, or holds more than tensors: {reason_of(error)}") from error
         if not isinstance(raw, Mapping) or not all(
             isinstance(key, str) and isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
             for key, value in raw.items()

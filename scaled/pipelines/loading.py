@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from hnkit.errors import InputError
+from hnkit.internal.values import reason_of
 from hnkit.scaled.internal.hub import local_folder, missing_model, without_bars
 from hnkit.scaled.pipelines import memory
 from hnkit.scaled.pipelines.families.family import Family
@@ -41,7 +42,7 @@ def load_pipeline(family: Family, options: PipelineOptions) -> Any:
                 **family.load_arguments,
             )
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error, 200)
         raise InputError(f"model {options.model_id!r} does not load from {folder}: {reason}") from error
     device = find_device(options.device)
     for name, component in pipe.components.items():

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from hnkit.errors import InputError
+from hnkit.internal.values import reason_of
 from hnkit.maps import Condition
 
 if TYPE_CHECKING:
@@ -105,8 +106,7 @@ def compile_checked(hypernetwork: nn.Module, backend: str, noise: Tensor, condit
             hypernetwork.twin.compile(backend=backend)
             compiled = measure()
         except Exception as error:  # whatever goes wrong in a compiler, its user can switch it off
-            reason = " ".join(str(error).split())[:160]
-            raise InputError(f"backend.compile {backend!r} failed: {reason}; set it to no") from error
+            raise InputError(f"backend.compile {backend!r} failed: {reason_of(error)}; set it to no") from error
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, start, strict=True):

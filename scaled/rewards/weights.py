@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from hnkit.errors import InputError
+from hnkit.internal.values import reason_of
 
 Config = TypeVar("Config", bound=PretrainedConfig)
 
@@ -42,7 +43,7 @@ def read_state_dict(path: Path, *, what: str) -> dict[str, Tensor]:
         ValueError,
         KeyError,
     ) as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise InputError(f"{what}: {path} cannot be read as plain tensors ({reason}): fetch it again") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -69,8 +70,7 @@ def architecture(weights: Path, published: Config, *, what: str) -> Config:
             return published
         return type(published).from_dict(document)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StrictDataclassError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(f"{what}: {file} cannot be read ({reason}): mend it, or leave it out") from error
+        raise InputError(f"{what}: {file} cannot be read ({reason_of(error)}): mend it, or leave it out") from error
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], *, what: str) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from hnkit import InputError
-from hnkit.backend import Backend, BackendBase, completed
+from hnkit.backend import Backend, BackendBase, backend_factory, completed, installed_names, load_installed
+from hnkit.cli.backends import Options, run
+from hnkit.cli.compare import comparison_runner
 from hnkit.maps import Condition
 from hnkit.rewards import CallableReward, RewardSum, score
 from hnkit.toy.backend import ToyBackend, ToyOptions
@@ -121,3 +127,91 @@ def test_lack_of_memory_and_input_errors_are_passed_on():
         with pytest.raises(type(error)) as caught:
             score(CallableReward("broken", 1.0, broken), torch.zeros(2, 3, 4, 4), ["x"] * 2)
         assert caught.value is error
+
+
+# --- entry points of other distributions ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Installs a distribution of one module with entry points, as its metadata folder says."""
+
+    def add(name: str, module: str, source: str, **groups: dict[str, str]) -> None:
+        place = tmp_path / name
+        folder = place / f"{name}-1.0.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        lines = [
+            line
+            for group, points in groups.items()
+            for line in (f"[hnkit.{group}]", *(f"{point} = {value}" for point, value in points.items()))
+        ]
+        (folder / "entry_points.txt").write_text("\n".join(lines))
+        (place / f"{module}.py").write_text(source)
+        monkeypatch.syspath_prepend(str(place))
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    return add
+
+
+FACTORY = """
+class F:
+    name, summary, presets = "theirs", "a generator of theirs", {"small": {}}
+    def status(self): return "ready"
+class Unfinished:
+    name = "unfinished"
+class Failing(F):
+    def status(self): raise RuntimeError("the card fell off the bus")
+THEIRS, FAILING = F(), Failing()
+"""
+
+
+def test_one_broken_distribution_hides_no_other_backend(install, capsys):
+    install(
+        "theirs",
+        "theirmodule",
+        FACTORY,
+        backends={
+            "theirs": "theirmodule:THEIRS",
+            "unfinished": "theirmodule:Unfinished",
+            "failing": "theirmodule:FAILING",
+        },
+    )
+    install("worse", "worsemodule", "raise ValueError('half an edit')\n", backends={"worse": "worsemodule:F"})
+    install("needy", "needymodule", "import package_of_theirs\n", backends={"needy": "needymodule:F"})
+    run(Options(as_json=True))
+    found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["backends"]}
+    assert {"toy", "digits", "theirs", "unfinished", "failing", "worse", "needy"} <= set(found)
+    assert "needy should bring it" in found["needy"]["status"]
+    assert "the card fell off the bus" in found["failing"]["status"]
+    assert found["theirs"] | {"status": "ready"} == found["theirs"]
+    assert "pip install 'hnkit[scaled]'" not in found["needy"]["status"]
+    assert "package_of_theirs" in found["needy"]["status"]
+    assert "of worse is broken (ValueError: half an edit)" in found["worse"]["status"]
+    assert "broken" in found["unfinished"]["status"]
+    assert found["toy"]["presets"]
+    run(Options())
+    assert "toy" in capsys.readouterr().out
+
+
+def test_a_name_that_two_distributions_claim_is_refused_and_names_both(install):
+    install("theirs", "theirmodule", FACTORY, backends={"toy": "theirmodule:F"}, rewards={"pretty": "theirmodule:F"})
+    with pytest.raises(InputError, match=r"'toy' is claimed by .*theirs \(theirmodule:F\).*uninstall all but one"):
+        load_installed("hnkit.backends", "toy")
+    assert "toy" in installed_names("hnkit.backends")
+    assert load_installed("hnkit.backends", "digits").name == "digits"
+
+
+def test_a_distribution_that_is_seen_twice_is_one(install, tmp_path, monkeypatch):
+    install("theirs", "theirmodule", FACTORY, rewards={"pretty": "theirmodule:F"})
+    shutil.copytree(tmp_path / "theirs", tmp_path / "again")
+    monkeypatch.syspath_prepend(str(tmp_path / "again"))
+    assert load_installed("hnkit.rewards", "pretty").name == "theirs"
+
+
+def test_a_broken_comparison_of_others_does_not_stop_ours(install):
+    source = "class C:\n    def accepts(self, factory): raise TypeError('an old protocol')\nC = C()\n"
+    install("aaa", "aaamodule", source, comparisons={"aaa": "aaamodule:C", "aab": "aaamodule:missing"})
+    assert type(comparison_runner(backend_factory("digits"))).__name__ == "Comparison"
+    with pytest.raises(InputError, match=r"no comparison is installed for backend toy.*is left out: "):
+        comparison_runner(backend_factory("toy"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnkit import InputError
-from hnkit.config import RewardSpec, RunConfig, TrainConfig, differing_keys, parse_reward_flag, resolve_config
+from hnkit.config import (
+    PERMISSIONS,
+    GenerateSettings,
+    RewardSpec,
+    RunConfig,
+    TrainConfig,
+    differing_keys,
+    parse_reward_flag,
+    resolve_config,
+    resume_command,
+)
+from hnkit.internal.values import described, field_types
 
 
 @dataclass(frozen=True)
@@ -216,12 +228,134 @@ def test_resuming_a_run_with_code_needs_the_flag_again(tmp_path):
     assert resolve_config(resume=tmp_path, rewards=["pkg.mod:fn=0.5"]) == saved
 
 
+CODE = {"rewards": ["pkg.mod:fn=0.5", "redness=2"], "heldout": ["pkg.mod:look=3", "clipscore"]}
+
+
+def test_a_run_with_code_in_either_table_goes_on_with_the_flags_that_name_the_code(tmp_path):
+    saved = resolve_config(backend="fake", **CODE, overrides=["rewards.redness.folder=/w"])
+    write(tmp_path / "config.toml", saved.to_toml())
+    for flags, missing in (
+        ({}, r"\[rewards\] names the import path .* give --reward pkg\.mod:fn=WEIGHT"),
+        ({"heldout": CODE["heldout"]}, "give --reward"),
+        ({"rewards": CODE["rewards"]}, r"\[heldout\] names the import path .* give --heldout pkg\.mod:look=WEIGHT"),
+        ({"rewards": [*CODE["rewards"], "pkg.mod:look"]}, "give --heldout"),
+    ):
+        with pytest.raises(InputError, match=missing):
+            resolve_config(resume=tmp_path, **flags)
+    alone = {"rewards": ["pkg.mod:fn=0.5"], "heldout": ["pkg.mod:look=3"]}
+    unweighed = {"rewards": ["pkg.mod:fn"], "heldout": ["pkg.mod:look"]}
+    for flags in (CODE, alone, unweighed):
+        assert resolve_config(resume=tmp_path, **flags) == saved
+        assert resolve_config(resume=str(tmp_path), **flags) == saved
+    changed = resolve_config(resume=tmp_path, rewards=["pkg.mod:fn=0.7"], heldout=["pkg.mod:look"])
+    assert differing_keys(saved.to_dict(), changed.to_dict()) == ["rewards.pkg.mod:fn"]
+
+
+def test_the_flags_that_go_on_with_a_run_work_as_they_are_printed(tmp_path):
+    run = tmp_path / "my run; touch x"
+    run.mkdir()
+    saved = resolve_config(backend="fake", **CODE)
+    write(run / "config.toml", saved.to_toml())
+    words = shlex.split(resume_command(saved, run))
+    given = {"--resume": [], "--reward": [], "--heldout": []}
+    for flag, value in zip(words[::2], words[1::2], strict=True):
+        given[flag].append(value)
+    assert resolve_config(resume=given["--resume"][0], rewards=given["--reward"], heldout=given["--heldout"]) == saved
+    assert resume_command(resolve_config(backend="fake"), Path("runs/a")) == "--resume runs/a"
+
+
+def test_a_saved_configuration_with_code_serves_a_new_run_that_names_it(tmp_path):
+    saved = resolve_config(backend="fake", **CODE)
+    file = write(tmp_path / "config.toml", saved.to_toml())
+    assert resolve_config(config_file=file, **CODE) == saved
+    other = resolve_config(config_file=file, rewards=["redness"], heldout=["clipscore"])  # the tables are replaced
+    assert (other.rewards, other.heldout) == ({"redness": RewardSpec(1.0)}, {"clipscore": RewardSpec(1.0)})
+    with pytest.raises(InputError, match="code is never taken from a file"):
+        resolve_config(config_file=file, rewards=CODE["rewards"])
+
+
+def test_only_training_asks_for_the_rewards_of_a_run(tmp_path):
+    saved = resolve_config(backend="fake", **CODE, overrides=["train.alpha=3"])
+    write(tmp_path / "config.toml", saved.to_toml())
+    used = resolve_config(resume=tmp_path, training=False)
+    assert (used.options, used.train) == (saved.options, saved.train)
+    assert not used.rewards
+    assert not used.heldout
+
+
+@dataclass(frozen=True)
+class Downloading:
+    model_id: str = "some/model"
+    folder: Path | None = None
+    local_files_only: bool = True
+
+
+@pytest.fixture
+def downloading(monkeypatch):
+    factory = Factory(options=Downloading, presets={})
+    monkeypatch.setattr("hnkit.backend.backend_factory", lambda name: factory)
+
+
+def test_a_file_cannot_switch_downloads_on(tmp_path, downloading):
+    flag = "backend.local_files_only=false"
+    mine = resolve_config(backend="fake", overrides=[flag])
+    assert mine.options.local_files_only is False
+    write(tmp_path / "config.toml", mine.to_toml())
+    assert "local_files_only" not in mine.to_toml()  # leave to download is not passed on with the run
+    again = resolve_config(resume=tmp_path)
+    assert again.options.local_files_only is True
+    assert not differing_keys(mine.to_dict(), again.to_dict())
+    for text, wanted in (
+        ("[backend]\nlocal_files_only = false\n", flag),
+        ("[rewards]\nx = { local_files_only = false }\n", "rewards.x.local_files_only=false"),
+        ("[heldout]\nx = { local_files_only = 0 }\n", "heldout.x.local_files_only=0"),
+    ):
+        file = write(tmp_path / "received.toml", text)
+        for source in ({"config_file": file}, {"resume": tmp_path}):
+            write(tmp_path / "config.toml", text)
+            with pytest.raises(InputError, match=f"a file cannot allow that, give --set {wanted}"):
+                resolve_config(backend="fake", **source)
+        with pytest.raises(InputError, match="a file cannot allow that"):
+            resolve_config(backend="fake", resume=tmp_path, training=False)
+    file = write(tmp_path / "received.toml", "[backend]\nlocal_files_only = false\n")
+    assert resolve_config(backend="fake", config_file=file, overrides=[flag]) == mine
+    assert resolve_config(backend="fake", config_file=write(file, "[backend]\nlocal_files_only = true\n"))
+
+
+def test_paths_in_a_file_are_looked_for_beside_it_first(tmp_path, downloading, monkeypatch):
+    for place in ("here", "there"):
+        (tmp_path / place / "models/mine").mkdir(parents=True)
+        (tmp_path / place / "p.txt").touch()
+    (tmp_path / "here/only.txt").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    document = (
+        '[train]\nprompts = "p.txt"\nvalidation_prompts = "only.txt"\n[backend]\nmodel_id = "models/mine"\n'
+        'folder = "models"\n[rewards]\nx = { head = "p.txt", device = "cpu" }\n'
+    )
+    file = write(tmp_path / "there/c.toml", document)
+    config = resolve_config(backend="fake", config_file="../there/c.toml")
+    assert config.train.prompts == "../there/p.txt"
+    assert config.train.validation_prompts == "only.txt"  # not beside the file, so of the working directory
+    assert config.options == Downloading("../there/models/mine", Path("../there/models"))
+    assert config.rewards["x"].options == {"head": "../there/p.txt", "device": "cpu"}
+    absolute = resolve_config(backend="fake", config_file=file)
+    assert absolute.train.prompts == str(tmp_path / "there/p.txt")
+    flags = ["train.prompts=p.txt", "backend.model_id=models/mine"]
+    typed = resolve_config(backend="fake", config_file=file, overrides=flags)
+    assert (typed.train.prompts, typed.options.model_id) == ("p.txt", "models/mine")
+
+
+def test_every_setting_says_what_it_is():
+    for record in (TrainConfig, GenerateSettings):
+        assert set(described(record)) == set(field_types(record))
+
+
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
 scalars = st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False) | text
 specs = st.builds(
     RewardSpec,
     st.floats(allow_nan=False, allow_infinity=False),
-    st.dictionaries(text.filter(lambda key: key != "weight"), scalars, max_size=3),
+    st.dictionaries(text.filter(lambda key: key not in {"weight", *PERMISSIONS}), scalars, max_size=3),
 )
 rewards = st.dictionaries(text.filter(lambda name: ":" not in name), specs, max_size=3)
 options = st.builds(

@@ -215,12 +215,15 @@ def test_the_users_own_flag_can(evil):
     assert evil.exists()
 
 
+@pytest.mark.parametrize("table", ["rewards", "heldout"])
 @pytest.mark.parametrize("command", ["train --resume run", "verify-bound --backend toy --adapter run",
                                      "generate --backend toy --prompt a --adapter run"])  # fmt: skip
-def test_a_run_folder_cannot_name_code(command, evil, capsys, monkeypatch):
+def test_a_run_folder_cannot_name_code(command, table, evil, capsys, monkeypatch):
+    """Training says so; what uses the adapter needs no rewards, so it leaves them alone (and finds no adapter here)."""
     Path("run/adapter").mkdir(parents=True)
-    Path("run/config.toml").write_text('[backend]\nname = "toy"\n[rewards]\n"evil:r" = 1.0\n')
-    assert "code is never taken from a file" in refused(command.split(), capsys, monkeypatch)
+    Path("run/config.toml").write_text(f'[backend]\nname = "toy"\n[{table}]\n"evil:r" = 1.0\n')
+    said = "code is never taken from a file" in refused(command.split(), capsys, monkeypatch)
+    assert said == command.startswith("train")
     assert not evil.exists()
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,10 +21,12 @@ import typer
 
 from hnkit.cli import app as cli
 from hnkit.cli import backends, compare, generate, train, verify_bound
-from hnkit.cli.options import command
-from hnkit.config import GenerateSettings
+from hnkit.cli.app import describe_error
+from hnkit.cli.folders import resumed_folder
+from hnkit.cli.options import NEWEST, command
+from hnkit.config import GenerateSettings, resolve_config, resume_command
 from hnkit.errors import InputError
-from hnkit.internal.values import described, field_types, setting
+from hnkit.internal.values import CONTROL, described, field_types, setting, shortened
 from hnkit.kl.divergence import METHODS
 from hnkit.output.layouts import LAYOUTS
 
@@ -44,6 +47,8 @@ def random(x): return 0.1 * torch.randn_like(x) * x
 def raises(x): raise RuntimeError("first line\\nsecond line")
 def returns_none(x): return None
 def integer(x): return x.long()
+def score(outputs, prompts): return outputs.flatten(1).mean(1)
+def look(outputs, prompts): return outputs.flatten(1).amax(1)
 def fails_to_build(): raise ValueError("no weights here")
 def builds_nothing(): return None
 number = 5
@@ -289,6 +294,135 @@ def test_train_verify_resume(here, capsys):
         assert figures["optimality gap"]["value"] > 0
         assert figures["Lipschitz, certified"]["value"] > 0
     assert run(capsys, "verify-bound", "--backend", "digits", "--adapter", "run")[0] == 2
+
+
+QUICK_RUN = (
+    "--set",
+    "train.schedule=constant",
+    "--set",
+    "train.batch=4",
+    "--set",
+    "train.measure_samples=4",
+    "--set",
+    "train.validate_samples=4",
+)
+CODE = ("--reward", "mymaps:score=0.5", "--heldout", "mymaps:look=2")
+
+
+def test_a_run_with_code_is_resumed_by_the_hint_and_its_adapter_is_used_without_the_code(here, capsys, monkeypatch):
+    train = ("train", "--backend", "toy", *QUICK_RUN)
+    code, out, err = run(capsys, *train, "--steps", "2", *CODE, "--out", "my run", "--json")
+    assert code == 0, err
+    report = json.loads(out)["report"]
+    code, _, err = run(capsys, "train", "--resume", "my run", "--steps", "3")
+    assert code == 2
+    assert "give --reward mymaps:score=WEIGHT" in err
+    hint = resume_command(resolve_config(resume="my run", rewards=[CODE[1]], heldout=[CODE[3]]), Path("my run"))
+    code, out, err = run(capsys, "train", *shlex.split(hint), "--steps", "3", "--json")
+    assert code == 0, err
+    assert json.loads(out)["step"] == 3
+    assert json.loads(out)["report"]["config"]["heldout"] == report["config"]["heldout"] != {}
+    for flag in ("--heldout", "--reward"):  # another weight is another run
+        code, _, err = run(capsys, "train", *shlex.split(hint), flag, "mymaps:look=3", "--steps", "4")
+        assert code == 2
+    again = ("--config", "my run/config.toml", *CODE, "--steps", "2", "--out", "again", "--json")
+    code, out, err = run(capsys, "train", *again)
+    assert code == 0, err
+    assert json.loads(out)["report"]["config"]["rewards"] == report["config"]["rewards"]
+    sys.modules.pop("mymaps")
+    (here / "mymaps.py").unlink()  # the code is gone, and nobody asks for it
+    code, out, err = run(capsys, "verify-bound", "--backend", "toy", "--adapter", "my run", "--samples", "8", "--json")
+    assert code == 0, err
+    assert json.loads(out)["figures"]
+
+
+def test_stopping_prints_the_flags_that_go_on(here, capsys, monkeypatch):
+    """The whole line, as it stands on the terminal, is what a shell takes."""
+    from hnkit.training.view import StopSignals
+
+    monkeypatch.setattr(StopSignals, "agreed", lambda *_: 2)
+    arguments = ("train", "--backend", "toy", *QUICK_RUN, "--steps", "2", *CODE, "--out", "a; b")
+    code, _, err = run(capsys, *arguments)
+    assert code == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    printed = " ".join(err.split()).partition("go on with ")[2]
+    code, out, err = run(capsys, "train", *shlex.split(printed), "--json")
+    assert code == 0, err
+    assert json.loads(out)["finished"]
+
+
+def test_the_newest_run_is_the_one_that_was_begun_last(here):
+    names = ["train-20260101-000000", "train-20260102-000000", "train-20260102-000000-2", "train-20260102-000000-10"]
+    for name in [*names, "train-of-my-own", "train-20270101-000000-empty", "train-20280101-000000"]:
+        (here / "runs" / name).mkdir(parents=True)
+    (here / "runs" / "train-20290101-000000").symlink_to("nowhere")
+    for age, name in enumerate([*names, "train-of-my-own"]):
+        (here / "runs" / name / "config.toml").touch()
+        os.utime(here / "runs" / name, (10**9 - age, 10**9 - age))  # looked at in the wrong order
+    assert resumed_folder(NEWEST, None, "train", "config.toml") == Path("runs") / names[-1]
+    with pytest.raises(InputError, match="no run under runs/"):
+        resumed_folder(NEWEST, None, "compare", "plan.json")
+
+
+@pytest.mark.parametrize("full", [OSError(errno.ENOSPC, "No space left on device", "x"), InputError("no such place")])
+def test_what_was_verified_is_printed_even_where_it_cannot_be_written(full, here, capsys, monkeypatch):
+    def fail(*_):
+        raise full
+
+    monkeypatch.setattr("hnkit.checks.report.Report.write", fail)
+    code, out, err = run(capsys, *MAP, "mymaps:good", "--json")
+    assert (code, err.count("\n")) == (2, 1)
+    document = json.loads(out)
+    assert document["run_folder"] is None
+    assert document["figures"]
+    code, out, _ = run(capsys, *MAP, "mymaps:good")
+    assert code == 2
+    assert "KL (Stein form)" in out
+
+
+NASTY = "\x1b]0;owned\x07\x1b[2Jclear\x9b31m\u202ereversed"
+
+
+def test_what_comes_from_files_cannot_drive_the_terminal(here, capsys, monkeypatch):
+    (here / "a.toml").write_text(f"[train]\n{json.dumps(NASTY)} = 1\n", encoding="utf-8")
+    code, _, err = run(capsys, "train", "--backend", "toy", "--config", "a.toml")
+    assert code == 2
+    assert not CONTROL.search(err)
+    assert "owned" in err
+    assert not CONTROL.search(describe_error(InputError(NASTY))[0])
+    assert not CONTROL.search(describe_error(OSError(errno.EACCES, "denied", NASTY))[0])
+    from hnkit.output import terminal
+
+    terminal.print_json({"prompt": NASTY})
+    out = capsys.readouterr().out
+    assert not CONTROL.search(out)
+    assert json.loads(out) == {"prompt": NASTY}
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    screen = terminal.console()
+    screen.print(terminal.simple_table(["name"], [[NASTY]]))
+    screen.print(f"[bold]{NASTY}")
+    screen.print("plain", style="bold")
+    out = capsys.readouterr().out
+    assert "\x1b[1m" in out  # the styles of hnkit itself stay
+    assert not CONTROL.search(re.sub(r"\x1b\[[0-9;]*m", "", out))
+    assert r"\x1b]0;owned" in out
+
+
+def test_long_lines_are_cut_between_words():
+    words = " ".join(f"word{k}" for k in range(1000))
+    line, _ = describe_error(InputError(words))
+    assert len(line) <= 600
+    beginning, end = line.split(" ... ")
+    assert words.startswith(f"{beginning} ")
+    assert words.endswith(f" {end}")
+    huge, _ = describe_error(InputError(f"--shape {'7' * 5000}: write positive integers"))
+    assert huge.startswith("--shape 777")
+    assert huge.endswith(": write positive integers")
+    assert len(huge) <= 600
+    for longest in range(20, 200, 7):
+        assert len(shortened(words, longest)) <= longest
+    assert shortened("short", 5) == "short"
 
 
 def test_backends_lists_what_is_installed(here, capsys):

@@ -13,7 +13,9 @@ import torch
 
 from hnkit import InputError
 from hnkit.backend import backend_factory
+from hnkit.internal.files import write_sealed
 from hnkit.scaled.compare import COMPARISON
+from hnkit.scaled.compare import run as run_module
 from hnkit.scaled.compare.evaluation import Row, base_noise
 from hnkit.scaled.compare.page import all_tables, lead, to_csv
 from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
@@ -92,6 +94,44 @@ def test_resumption_repeats_nothing_and_changes_nothing(finished):
     again = COMPARISON("sana", resume=out)
     assert {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()} == before
     assert json.loads(json.dumps(again["table_1"])) == json.loads(json.dumps(document["table_1"]))
+
+
+CONTRADICTIONS = [
+    ({"seeds": 3}, "--seeds: .*it has 2"),
+    ({"methods": ["base", "reno"]}, "--methods"),
+    ({"quick": True}, "--quick"),
+    ({"prompts": ["a red house"]}, "--prompts"),
+    ({"adapter": "somewhere"}, "--adapter"),
+    ({"overrides": ["compare.best_of=3"]}, "--set compare.best_of=3.*it has 2"),
+    ({"overrides": ["train.batch=4"]}, "--set train.batch=4"),
+    ({"overrides": ["compare.nonesuch=4"]}, "nonesuch"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), CONTRADICTIONS, ids=str)
+def test_resumption_refuses_flags_that_ask_for_another_comparison(flags, words, finished):
+    with pytest.raises(InputError, match=words):
+        COMPARISON("sana", resume=finished[0], **flags)
+
+
+def test_resumption_accepts_the_flags_it_was_begun_with(finished, overrides):
+    out, _ = finished
+    settings = run_module._read_plan(out, "sana")
+    same = {"methods": settings.plan.methods, "prompts": PROMPTS, "seeds": 2, "overrides": overrides}
+    run_module._require_same(out, settings, adapter=None, quick=False, **same)
+
+
+def test_a_plan_cannot_switch_downloads_on(overrides, tmp_path):
+    lifting = "backend.local_files_only=false"
+    plan, others = make_plan(quick=True, methods=None, seeds=None, overrides=[])
+    settings = run_module.Settings("sana", plan, None, {}, ("a cat",), (*others, lifting), True)
+    assert lifting not in settings.to_json()["overrides"]  # it is not passed on
+    write_sealed(tmp_path / "plan.json", settings.to_json())
+    assert run_module._read_plan(tmp_path, "sana").overrides == tuple(others)
+    for text in (lifting, "rewards.clipscore.local_files_only = 0"):
+        write_sealed(tmp_path / "plan.json", settings.to_json() | {"overrides": [text]})
+        with pytest.raises(InputError, match="only your own flag may allow that"):
+            COMPARISON("sana", resume=tmp_path)
 
 
 def test_an_interrupted_comparison_ends_as_an_uninterrupted_one(finished, overrides, tmp_path, monkeypatch):
