@@ -20,8 +20,8 @@ def rgb_png(pixels: NDArray[np.uint8]) -> bytes:
 
 def to_pixels(image: Tensor) -> NDArray[np.uint8]:
     """A `(3, H, W)` image in [0, 1] as `(H, W, 3)` bytes, clipped and rounded to the nearest."""
-    values = np.clip(image.permute(1, 2, 0).numpy(), 0.0, 1.0)
-    return np.round(values * 255).astype(np.uint8)
+    values = image.permute(1, 2, 0).clamp(0, 1).mul(255).round()
+    return np.asarray(values.numpy(), dtype=np.uint8)
 
 
 def image_png(image: Tensor) -> bytes:

@@ -33,6 +33,7 @@ WIDTH, LAYERS, HEADS, EMBED, IMAGE, PATCH = 32, 2, 2, 24, 28, 14
 PROMPTS = [
     "a photo of a red cat",
     "Caf&eacute; &amp;amp; bar,  MENU on the wall",
+    "a <3 of &amp;amp; and &amp;lt;b&amp;gt;",  # ftfy leaves entities alone where there is a bracket
     "the dog\u2019s \u201cbest\u201d friend",
     "schÃ¶n, it\u00e2\u20ac\u2122s mended",
     "ﬁne ﬂowers … １２３\u3000wide\u00a0space\ttab\nnew line",

@@ -16,7 +16,7 @@ from hnkit import InputError
 from hnkit.backend import Reward, load_installed
 from hnkit.scaled.rewards import Redness, blip, clip
 from hnkit.scaled.rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess
-from hnkit.scaled.rewards.weights import read_state_dict
+from hnkit.scaled.rewards.weights import architecture, read_state_dict
 from tests.interop.published import (
     CONTEXT,
     EMBED,
@@ -159,7 +159,9 @@ def test_a_damaged_configuration_beside_the_weights_is_refused(imagereward_folde
 
 def test_weights_of_another_size_need_their_configuration(imagereward_folder):
     folder, load, _ = imagereward_folder
-    (folder / "config.json").write_text('{"model_type": "bert"}')  # of another model: not read
+    (folder / "config.json").write_text('{"model_type": "bert", "hidden_size": 3}')  # of another model: not read
+    published = blip.published_config()
+    assert architecture(folder / blip.FILE, published, what="reward") is published
     with torch.device("meta"), pytest.raises(InputError, match="weights are"):
         load()
 
