@@ -53,7 +53,8 @@ class TrainConfig:
         kl: the KL term of `NoiseLoss`.
         alpha: temperature of the tilt, in units of the reward.
         reduction: `"sum"` over the noise dimensions, or `"mean"`, which hides a factor d in alpha.
-        noise: `"fresh"` noise for every sample, or one `"fixed"` noise for each training prompt.
+        noise: `"fresh"` noise for every sample; one for each optimiser `"step"`, shared by all its prompts, as in the
+            published code; or one `"fixed"` noise for each training prompt.
         generator_steps: sampler steps of the generator during training.
         steps: optimiser steps.
         batch: samples per optimiser step, over all processes and accumulated micro-batches together.
@@ -90,7 +91,7 @@ class TrainConfig:
     kl: Literal["l2", "second-order", "arnoldi", "exact"] = setting("l2", flags=())
     alpha: float = setting(1.0, above=0, flags=())
     reduction: Literal["sum", "mean"] = setting("sum", flags=())
-    noise: Literal["fresh", "fixed"] = "fresh"
+    noise: Literal["fresh", "step", "fixed"] = "fresh"
     generator_steps: int = setting(1, least=1)
     steps: int = setting(1000, least=1, flags=())
     batch: int = setting(16, least=1, below=2**24, flags=())

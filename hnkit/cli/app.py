@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 from typer.core import TyperGroup
@@ -18,6 +18,7 @@ from hnkit import __version__
 from hnkit.cli import backends, compare, frontier, generate, train, verify_bound
 from hnkit.cli.options import NEWEST, Command, PlainHelp, command
 from hnkit.errors import InputError
+from hnkit.internal.streams import Droppable
 from hnkit.internal.values import printable, shortened
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -118,6 +119,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a report holds symbols that a C locale cannot encode
             stream.reconfigure(errors="replace")
+    sys.stderr = cast(TextIO, Droppable(sys.stderr))  # a terminal that is gone is no reason to end
     app()
 
 

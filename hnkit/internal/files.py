@@ -1,7 +1,8 @@
-"""Files that are whole or absent: atomic writes, and run folders that are never overwritten."""
+"""Files that are whole or absent: atomic writes, sealed documents, and run folders, marked and never overwritten."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,12 @@ from typing import Any
 
 from hnkit.errors import InputError
 
+MARK = ".hnkit-run"
+"""The file by which hnkit knows a run folder that it has made."""
+_APPLICATION = "hnkit run folder, format 1"
+TEMPORARY = ".hnkit-tmp"
+"""How the name of a file ends that a write has not finished; the name begins with a dot."""
+
 
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Write `content` to `path` so that a reader, or a crash, sees the old file or the new one, never a part.
@@ -23,7 +30,7 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         OSError: the folder is missing, read-only or full; `path` is then untouched and the temporary file removed.
     """
     data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -82,14 +89,14 @@ def file_digest(path: Path) -> str:
 
 
 def new_run_folder(out: Path | None, kind: str) -> Path:
-    """Create the folder a run writes to.
+    """Create the folder a run writes to, and mark it as hnkit's.
 
     Args:
         out: the folder the user asked for; it must not exist yet. `None`: `runs/<kind>-<time>`, made unique.
         kind: the first word of the default name, e.g. `"verify"`.
 
     Returns:
-        The new, empty folder.
+        The new folder, empty but for its mark.
 
     Raises:
         InputError: `out` exists, or cannot be created.
@@ -101,7 +108,7 @@ def new_run_folder(out: Path | None, kind: str) -> Path:
             raise InputError(f"--out {out} exists already and is never overwritten: name a new folder") from None
         except OSError as error:
             raise InputError(f"--out {out} cannot be created ({error.strerror}): name another folder") from None
-        return out
+        return _marked(out, kind)
     stem = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ("", *(f"-{k}" for k in range(2, 1000))):
         candidate = Path("runs") / f"{stem}{suffix}"
@@ -111,5 +118,37 @@ def new_run_folder(out: Path | None, kind: str) -> Path:
             continue
         except OSError as error:
             raise InputError(f"{candidate} cannot be created ({error.strerror}): choose a folder with --out") from None
-        return candidate
+        return _marked(candidate, kind)
     raise InputError(f"runs/{stem} and 999 numbered variants exist: choose a folder with --out")
+
+
+def _marked(folder: Path, kind: str) -> Path:
+    try:
+        atomic_write(folder / MARK, json.dumps({"application": _APPLICATION, "kind": kind}) + "\n")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise InputError(f"{folder} cannot be written to ({error.strerror}): choose a folder with --out") from None
+    return folder
+
+
+def require_run_folder(folder: Path, kind: str, flag: str = "--resume") -> None:
+    """Refuse a folder that hnkit has not marked as a run of this kind.
+
+    Raises:
+        InputError: there is no folder, no mark, or the mark of another kind; or it cannot be read.
+    """
+    try:
+        document = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{flag} {folder}: no run is there ({MARK} is missing): name a run folder") from None
+    except OSError as error:
+        raise InputError(
+            f"{flag} {folder} cannot be read ({error.strerror}: {error.filename}): mend that and try again"
+        ) from None
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict) or document.get("application") != _APPLICATION:
+        raise InputError(f"{flag} {folder}: {MARK} is not the mark of hnkit: name a run folder")
+    if document.get("kind") != kind:
+        raise InputError(f"{flag} {folder} is a run of {document.get('kind')!r}, not of {kind!r}: name another folder")

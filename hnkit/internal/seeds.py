@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -26,3 +28,17 @@ def seed_global(seed: int, purpose: str, *position: int) -> None:
     torch.manual_seed(value)
     random.seed(value)
     np.random.seed(value % 2**32)  # noqa: NPY002 - the global generator is the one meant
+
+
+@contextlib.contextmanager
+def kept_generators() -> Iterator[None]:
+    """Give the caller every global generator back as it was, whatever has been drawn or seeded inside."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        # a device that is not in use yet has no state to give back, and asking for it would take it into use
+        used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if used else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

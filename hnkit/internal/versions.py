@@ -1,13 +1,13 @@
-"""Versions of what figures were computed with."""
+"""Versions and digests of what figures were computed with."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+from importlib.util import find_spec
+from pathlib import Path
 
 
 def versions() -> dict[str, str]:
@@ -19,3 +19,17 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed as a distribution"
     return found
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 of the sources of hnkit as they are installed, toys and pipelines included, whatever the version says."""
+    digest = hashlib.sha256()
+    for package in ("hnkit", "hnkit.toy", "hnkit.scaled"):
+        spec = find_spec(package)
+        for place in sorted(spec.submodule_search_locations or ()) if spec is not None else ():
+            root = Path(place)
+            for path in sorted(root.rglob("*.py")):
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                digest.update(f"{package}/{path.relative_to(root).as_posix()} {content}\n".encode())
+    return digest.hexdigest()

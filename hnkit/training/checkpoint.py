@@ -1,35 +1,37 @@
-"""Checkpoints that are whole or absent, a log that ends where its checkpoint says, and a lock on the run folder.
+"""Checkpoints that are whole or absent, and a log that ends where its checkpoint says.
 
 A checkpoint is a folder `checkpoints/step-NNNNNNNN` with `tensors.safetensors`, `state.json` and `manifest.json`,
 which holds the SHA-256 of the other two and of itself. It is written beside its final place, flushed to the disk and
 renamed, so a crash at any moment leaves the older ones as they were. Damage, down to one flipped bit or one missing
-byte, is found when it is read, and the newest whole one is used.
+byte, is found when it is read, and the newest whole one is used. Nothing is deleted but what is written here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hnkit.errors import InputError
-from hnkit.internal.files import file_digest
+from hnkit.internal.files import TEMPORARY, file_digest, read_sealed, write_sealed
+from hnkit.internal.folders import open_to_append
 from hnkit.internal.values import finite
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 CHECKPOINTS = "checkpoints"
+_NAME = re.compile(r"step-(\d{8,})")
+_HALF = re.compile(r"\.step-\d{8,}\.(tmp|old)")
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,7 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], state: 
     final = parent / f"step-{step:08d}"
     temporary = parent / f".{final.name}.tmp"
     parent.mkdir(exist_ok=True)
-    for leftover in parent.glob(".step-*"):
-        shutil.rmtree(leftover)
+    _sweep_checkpoints(run)
     temporary.mkdir()
     try:
         try:
@@ -87,7 +88,8 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], state: 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in _folders(run)[keep:]:
-        _remove(old)
+        if {path.name for path in old.iterdir()} <= {TENSORS, STATE, MANIFEST}:  # what somebody put there is kept
+            _remove(old)
     return final
 
 
@@ -96,6 +98,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         DamagedCheckpointError: a file is missing, truncated or altered.
+        InputError: a file may not be read, which says nothing about what is in it.
     """
     try:
         manifest = (folder / MANIFEST).read_bytes()
@@ -115,8 +118,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(state["step"], load_file(folder / TENSORS), state)
     except (SafetensorError, ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"what was written is not a checkpoint: {error}") from error
+    except PermissionError as error:
+        raise _unreadable(error, folder) from error
     except OSError as error:
         raise DamagedCheckpointError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
+
+
+def _unreadable(error: OSError, path: Path) -> InputError:
+    return InputError(f"{error.filename or path} cannot be read ({error.strerror}): mend that and resume again")
 
 
 def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -127,7 +136,7 @@ def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | No
         warn: told, in one line each, of the damaged ones that were passed over.
 
     Raises:
-        InputError: there are checkpoints and all are damaged.
+        InputError: there are checkpoints and all are damaged, or one may not be read.
     """
     folders = _folders(run)
     for folder in folders:
@@ -142,26 +151,27 @@ def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | No
 
 def sweep(run: Path) -> None:
     """Remove what writes that were killed have left in a run folder; the caller holds its lock."""
-    for folder in (run / CHECKPOINTS).glob(".step-*"):
-        shutil.rmtree(folder)
-    for path in list(run.rglob(".*.tmp")):
-        if path.is_file():
-            path.unlink()
+    _sweep_checkpoints(run)
+    for folder, half in ((run / name, run / f".{name}.tmp") for name in REPLACED):
+        if half.is_dir() and not half.is_symlink():
+            shutil.rmtree(half)
+        old = run / f".{folder.name}.old"
+        if old.is_dir() and not old.is_symlink():
+            if folder.exists():
+                shutil.rmtree(old)
+            else:  # killed between the two renames
+                old.rename(folder)
+    for folder in (run, *(path for path in run.iterdir() if path.is_dir() and not path.is_symlink())):
+        for path in folder.glob(f".*{TEMPORARY}"):
+            if path.is_file() and not path.is_symlink():
+                path.unlink()
 
 
-@contextlib.contextmanager
-def run_lock(run: Path) -> Iterator[None]:
-    """Hold the run folder for this process; the system releases it however the process ends.
-
-    Raises:
-        InputError: another process holds it.
-    """
-    try:
-        lock = FileLock(run / ".lock", timeout=0).acquire()
-    except Timeout:
-        raise InputError(f"run folder {run} is in use by another process: wait for it or choose another") from None
-    with lock:
-        yield
+def _sweep_checkpoints(run: Path) -> None:
+    parent = run / CHECKPOINTS
+    for folder in parent.iterdir() if parent.is_dir() else ():
+        if _HALF.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
 
 
 class JsonLog:
@@ -172,7 +182,8 @@ class JsonLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("ab")
+        self._file = open_to_append(path)
+        self._file.seek(0, os.SEEK_END)
         self._hash = hashlib.sha256()
         self._size = self._file.tell()
         if self._size:
@@ -189,18 +200,19 @@ class JsonLog:
             if path.exists():
                 path.rename(aside)
             return cls(path)
-        with path.open("ab") as file:
-            file.truncate(size)
         log = cls.__new__(cls)
-        log.path, log._file, log._hash, log._size = path, path.open("ab"), hashlib.sha256(kept), size
+        log.path, log._file, log._hash, log._size = path, open_to_append(path), hashlib.sha256(kept), size
+        log._file.truncate(size)
+        log._file.seek(size)
         return log
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record."""
-        line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        self._file.write(line)
-        self._hash.update(line)
-        self._size += len(line)
+    def write(self, *records: Mapping[str, Any]) -> None:
+        """Append records, all of them or, on an error, none."""
+        lines = [json.dumps(finite(record), ensure_ascii=False, allow_nan=False) for record in records]
+        data = "".join(f"{line}\n" for line in lines).encode()
+        self._file.write(data)
+        self._hash.update(data)
+        self._size += len(data)
 
     def position(self) -> dict[str, Any]:
         """Flush to the disk and say where the log ends: its size and its SHA-256."""
@@ -213,8 +225,16 @@ class JsonLog:
         self._file.close()
 
 
+_LIST = ".hnkit-files"
+REPLACED = ("adapter", "best")
+"""Folders of a run that are written anew as a whole."""
+
+
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a new folder and put it in the place of `folder`, which is whole at every moment but one rename.
+
+    What an earlier call wrote there stands in a hidden list; files of the old folder that are not as they stand in it
+    are somebody else's, and are copied into the new one, as `kept-<name>` where their name is taken.
 
     Raises:
         OSError: the disk is full or read-only; `folder` is then as it was.
@@ -224,8 +244,13 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         _remove(leftover)
     temporary.mkdir()
     write(temporary)
+    written = folder_digests(temporary)
+    if folder.exists():
+        _keep_foreign(folder, temporary)
+    write_sealed(temporary / _LIST, written)
     for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
+        if not path.is_symlink():
+            _sync(path)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
@@ -233,9 +258,42 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     _sync(folder.parent)
 
 
+def _keep_foreign(old: Path, new: Path) -> None:
+    try:
+        ours = dict(read_sealed(old / _LIST))
+    except (OSError, ValueError, TypeError):
+        ours = {}
+    for path in sorted(old.iterdir()):
+        there, plain = new / path.name, path.is_file() and not path.is_symlink()
+        if path.name == _LIST or (plain and file_digest(path) == ours.get(path.name)):
+            continue
+        while there.exists() or there.is_symlink():
+            there = there.with_name(f"kept-{there.name}")
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, there, symlinks=True)
+        else:
+            shutil.copy2(path, there, follow_symlinks=False)
+
+
+def folder_digests(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256 of the files directly in a folder, but for the hidden list."""
+    return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != _LIST}
+
+
 def _folders(run: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    return sorted((run / CHECKPOINTS).glob("step-????????*"), key=lambda path: path.name, reverse=True)
+    """The checkpoints of a run, newest first.
+
+    Raises:
+        InputError: the folder may not be read.
+    """
+    try:
+        found = [Path(entry.path) for entry in os.scandir(run / CHECKPOINTS) if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unreadable(error, run / CHECKPOINTS) from error
+    steps = {int(match[1]): path for path in found if (match := _NAME.fullmatch(path.name))}
+    return [steps[step] for step in sorted(steps, reverse=True)]
 
 
 def _remove(folder: Path) -> None:

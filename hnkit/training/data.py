@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class SampleStream:
     """The training samples of a run.
 
     Prompts come in epochs: epoch `e` is a permutation that depends on `(seed, e)`; row `i` of step `t` is item
-    `t * batch + i` of that endless sequence. Noise is drawn afresh per row, or fixed per prompt.
+    `t * batch + i` of that endless sequence.
 
     Attributes:
         seed: of the run.
@@ -39,7 +40,9 @@ class SampleStream:
         shape: of one noise.
         dtype: of the noise.
         prompts: the training prompts, not empty (`("",)` for an unconditional generator).
-        fixed: one noise per prompt for the whole run; an unconditional generator keeps one noise per row.
+        noise: `"fresh"`: one for each row of each step; `"step"`: one for each step, shared by all its rows, as the
+            published code draws it; `"fixed"`: one for each prompt, for the whole run (an unconditional generator
+            keeps one for each row).
     """
 
     seed: int
@@ -47,14 +50,16 @@ class SampleStream:
     shape: tuple[int, ...]
     dtype: torch.dtype
     prompts: Sequence[str]
-    fixed: bool = False
+    noise: Literal["fresh", "step", "fixed"] = "fresh"
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows `start` to `stop` of the batch of optimiser step `step` (counted from 0)."""
         items = [self._item(step * self.batch + row) for row in range(start, stop)]
         prompts = tuple(self.prompts[item] for item in items)
-        if not self.fixed:
+        if self.noise == "fresh":
             noise = self._normal(self.batch, "noise", step)[start:stop]
+        elif self.noise == "step":
+            noise = self._normal(1, "step noise", step).repeat(stop - start, *[1] * len(self.shape))
         elif len(self.prompts) == 1:
             noise = self._normal(self.batch, "fixed noise")[start:stop]
         else:

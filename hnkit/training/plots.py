@@ -102,7 +102,8 @@ def _kl(measured: Records) -> Figure:
     last = measured[-1]["measurement"]["relative_error"]
     title = "KL and L2 term along training" if last is None else f"The L2 term ends {100 * last:+.0f} % off the KL"
     axes.set(xlabel="step", ylabel="nats", title=title)
-    axes.legend(loc="best")
+    if axes.has_data():
+        axes.legend(loc="best")
     return figure
 
 
@@ -121,7 +122,8 @@ def _gap(measured: Records, problem: TiltedProblem) -> Figure:
     axes.axhline(0, color=GREEN, linestyle=":", label="of the exact KL:  0")
     axes.set(xlabel="step", ylabel="nats from the tilted law", title=f"{gap[-1]:.3g} nats from the optimum")
     axes.set_yscale("symlog", linthresh=1e-2)
-    axes.legend(loc="best")
+    if axes.has_data():
+        axes.legend(loc="best")
     return figure
 
 
@@ -131,6 +133,8 @@ def _gains(validated: Records) -> Figure:
     lines = {"trained": "-", "held out": "--", "judge": ":"}
     for name, score in validated[-1]["validation"]["scores"].items():
         gains, errors = (_column(validated, "validation", "scores", name, key) for key in ("gain", "gain_stderr"))
+        if not np.isfinite(gains).any():
+            continue
         scale = np.nanmax(np.abs(gains)) or 1.0
         axes.errorbar(
             at, gains / scale, yerr=np.nan_to_num(errors) / scale, linestyle=lines[score["role"]], capsize=2,
@@ -138,5 +142,6 @@ def _gains(validated: Records) -> Figure:
         )  # fmt: skip
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set(xlabel="step", ylabel="gain, share of its largest", title="Held-out prompts: steered minus base")
-    axes.legend(loc="best")
+    if axes.has_data():
+        axes.legend(loc="best")
     return figure

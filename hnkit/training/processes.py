@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed
@@ -15,6 +17,8 @@ from hnkit.errors import InputError
 
 Result = TypeVar("Result")
 _LONGEST_WAIT = timedelta(hours=12)  # the others wait while the main process measures
+_SILENCE = timedelta(seconds=45)  # within which every living process is heard of
+_BEAT = 2.0  # seconds
 
 
 class Processes:
@@ -26,8 +30,22 @@ class Processes:
         device: where this one computes.
     """
 
-    def __init__(self, *, cpu: bool = False) -> None:
-        state = PartialState(cpu=cpu, timeout=_LONGEST_WAIT)
+    def __init__(self, device: str = "cpu") -> None:
+        """Find the other processes.
+
+        Args:
+            device: that the backend was asked to compute on; without an accelerator it is the CPU whatever it says.
+
+        Raises:
+            InputError: torchrun has started several processes and they cannot work together on that device.
+        """
+        state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if state.num_processes != started:
+            raise InputError(
+                f"{started} processes were started and found {state.num_processes - 1} others on device {device!r}: "
+                "start one, or use backend.device = cpu or cuda"
+            )
         self.count: int = state.num_processes
         self.index: int = state.process_index
         self.device: torch.device = state.device
@@ -53,6 +71,28 @@ class Processes:
         result: Result = outcome[0]
         return result
 
+    def require_same(self, facts: Mapping[str, str]) -> None:
+        """Refuse processes that were started with different settings.
+
+        Args:
+            facts: name -> value, as this process has them.
+
+        Raises:
+            InputError: on all processes; the message names the first fact that differs.
+        """
+        if self.count == 1:
+            return
+        everyone: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(everyone, dict(facts))
+        for index, theirs in enumerate(everyone):
+            for name in dict.fromkeys([*everyone[0], *theirs]):
+                first, other = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
+                if first != other:
+                    raise InputError(
+                        f"process {index} has {name} = {other} where process 0 has {first}: start all processes with "
+                        "the same settings and the same versions"
+                    )
+
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one type by their sums over all processes, in place, with one flattened all-reduce."""
         if self.count == 1 or not tensors:
@@ -68,6 +108,49 @@ class Processes:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         torch.distributed.broadcast(flat, src=0)
         _unflatten(flat, tensors)
+
+
+class Heartbeat:
+    """While entered, a thread of each process exchanges a word with the others, whatever the main threads are at.
+
+    A process that was stopped or killed is so noticed within a minute, while the others may wait for hours for one
+    that measures.
+
+    Args:
+        processes: of the run.
+        lost: called in that thread, once, with what happened.
+    """
+
+    def __init__(self, processes: Processes, lost: Callable[[str], None]) -> None:
+        self._processes, self._lost = processes, lost
+        self._leaving, self._abandoned = threading.Event(), False
+        self._thread = threading.Thread(target=self._beat, name="hnkit heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._processes.count > 1:
+            self._group = torch.distributed.new_group(backend="gloo", timeout=_SILENCE)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._abandoned = kind is not None
+        self._leaving.set()
+        if self._thread.is_alive() and not self._abandoned:
+            self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._abandoned:
+            leaving = torch.tensor(float(self._leaving.is_set()))
+            try:
+                torch.distributed.all_reduce(leaving, op=torch.distributed.ReduceOp.MAX, group=self._group)
+            except RuntimeError as error:
+                if not self._leaving.is_set():
+                    reason = str(error).splitlines()[0][:200]
+                    self._lost(f"another process has not been heard of for {_SILENCE.seconds} s or has gone ({reason})")
+                return
+            if bool(leaving):
+                return
+            self._leaving.wait(_BEAT)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from hnkit.config import RunConfig
+from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write, write_json
 from hnkit.internal.values import finite
 from hnkit.internal.versions import versions
@@ -31,14 +32,33 @@ from hnkit.output.page import (
     write_html,
 )
 from hnkit.tilt import TiltedProblem, affine_coefficients, kl_gaussians
-from hnkit.training.checkpoint import replace_folder
+from hnkit.training.checkpoint import folder_digests, replace_folder
 from hnkit.training.plots import training_plots
 from hnkit.training.validate import Evaluator, prompts_of
-from hnkit.training.view import alpha_sentence, loss_term
+from hnkit.training.view import alpha_sentence, loss_term, shown_mean
 
-ADAPTER, REPORT = "adapter", "report.json"
+ADAPTER, BEST, REPORT, PAGE = "adapter", "best", "report.json", "report.html"
+OUTPUTS = (ADAPTER, BEST, REPORT, PAGE)
+"""Files and folders that the end of a run writes, beside its plots."""
 _MOMENT_SAMPLES = 2**17
 _PAPER = "arxiv:2508.09968"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What the report says of the run as a whole.
+
+    Attributes:
+        step: optimiser steps done.
+        skipped: batches skipped.
+        best: `step` and `loss` of the validation with the lowest loss, whose adapter is kept; `None` if none is.
+        provenance: digests of the code, the model and the prompts.
+    """
+
+    step: int
+    skipped: int
+    best: Mapping[str, Any] | None
+    provenance: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -94,24 +114,31 @@ def _second_order(problem: TiltedProblem) -> NoiseMap:
 
 
 def finished_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a finished run, or `None`: it is the last file that a run writes."""
+    """The report of a finished run, or `None`: it is the last file that a run writes.
+
+    Raises:
+        InputError: it is there and may not be read.
+    """
     try:
         document = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except PermissionError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}): mend that and try again") from error
+    except (OSError, ValueError, RecursionError):
         return None
     whole = isinstance(document, dict) and {"step", "skipped"} <= document.keys() and (folder / ADAPTER).is_dir()
     return document if whole else None
 
 
-def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, step: int, skipped: int) -> dict[str, Any]:
+def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: Ending) -> dict[str, Any]:
     """Save the adapter and write the report; whatever a killed attempt left is replaced.
+
+    What somebody else has put into the folder of the adapter stays there.
 
     Args:
         config: of the run.
         evaluator: its network holds the weights to save.
         folder: the run folder.
-        step: optimiser steps done.
-        skipped: batches skipped.
+        ending: of the run as a whole.
 
     Returns:
         What report.json holds. It has no times or dates in it: equal runs have equal reports.
@@ -125,8 +152,9 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, step: int,
         law = learned_law(problem, evaluator.map_for([evaluator.prompts[0]]))
     report: dict[str, Any] = {
         "title": f"Training of {config.backend}",
-        "step": step,
-        "skipped": skipped,
+        "step": ending.step,
+        "skipped": ending.skipped,
+        "best": ending.best,
         "noise_shape": list(evaluator.backend.noise_shape),
         "rewards": {reward.name: reward.weight for reward in evaluator.rewards.rewards},
         "temperature": _temperature(config, evaluator),
@@ -137,12 +165,8 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, step: int,
         "versions": versions(),
     }
     report = finite(report)
-
-    def write_adapter(target: Path) -> None:
-        evaluator.backend.save_adapter(target)
-        (target / "README.md").write_text(model_card(config, evaluator, report), encoding="utf-8")
-
-    replace_folder(folder / ADAPTER, write_adapter)
+    replace_folder(folder / ADAPTER, lambda target: _write_adapter(target, config, evaluator, report))
+    report["provenance"] = {**ending.provenance, "adapter": folder_digests(folder / ADAPTER)}
     pictures = []
     for plot in training_plots(records, problem, config.train):
         png = plot.png()
@@ -151,9 +175,26 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, step: int,
     if validation is not None and validation["images"]:
         caption = "Base outputs above, steered ones below, each column from the same noise and prompt."
         pictures.append(Picture((folder / validation["images"]).read_bytes(), caption))
-    write_html(folder / "report.html", report["title"], _sections(report, pictures), lead=_lead(report))
+    write_html(folder / PAGE, report["title"], _sections(report, pictures), lead=_lead(report))
     write_json(folder / REPORT, report)
     return report
+
+
+def _write_adapter(target: Path, config: RunConfig, evaluator: Evaluator, report: Mapping[str, Any]) -> None:
+    evaluator.backend.save_adapter(target)
+    (target / "README.md").write_text(model_card(config, evaluator, report), encoding="utf-8")
+
+
+def write_adapter(target: Path, config: RunConfig, evaluator: Evaluator, ending: Ending) -> None:
+    """Save the network as it is along the way, with a card that says what is known of it by then."""
+    report = {
+        "step": ending.step,
+        "skipped": ending.skipped,
+        "rewards": {reward.name: reward.weight for reward in evaluator.rewards.rewards},
+        "temperature": _temperature(config, evaluator),
+        "measurement": None,
+    }
+    _write_adapter(target, config, evaluator, report)
 
 
 def model_card(config: RunConfig, evaluator: Evaluator, report: Mapping[str, Any]) -> str:
@@ -247,6 +288,9 @@ def _known(value: float | None) -> float:
 
 def _lead(report: Mapping[str, Any]) -> str:
     parts = [f"{report['step']} steps, {report['skipped']} batches skipped.", f"{report['temperature']}."]
+    best = report["best"]
+    if best is not None and best["step"] != report["step"]:
+        parts.append(f"The lowest held-out loss was that of step {best['step']}; its adapter is in the folder {BEST}.")
     measurement = report["measurement"]
     if measurement is not None and measurement["relative_error"] is not None:
         off = 100 * measurement["relative_error"]
@@ -264,7 +308,7 @@ def _sections(report: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Se
         sections.append(Section("What was learned", _closed_form_blocks(report)))
     if report["validation"]:
         rows: list[tuple[Cell, ...]] = [
-            (name, s["role"], s["base"], s["steered"], format_estimate(s["gain"], _known(s["gain_stderr"])))
+            (name, s["role"], shown_mean(s, "base"), shown_mean(s, "steered"), _gain(s))
             for name, s in report["validation"]["scores"].items()
         ]
         caption = (
@@ -277,6 +321,12 @@ def _sections(report: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Se
         sections.append(Section("Plots", tuple(pictures)))
     configuration = json.dumps({**report["config"], "versions": report["versions"]}, indent=2, ensure_ascii=False)
     return [*sections, Section("Configuration", (Code(configuration, "Resolved configuration and versions"),))]
+
+
+def _gain(score: Mapping[str, Any]) -> str:
+    if score["gain"] is None:
+        return "not finite"
+    return format_estimate(score["gain"], _known(score["gain_stderr"]))
 
 
 def _closed_form_blocks(report: Mapping[str, Any]) -> tuple[Block, ...]:

@@ -1,13 +1,15 @@
 """The one trainer: every backend, every loss, one process or many, resumable to the bit on the CPU.
 
-This module owns the run folder and the loop: it locks and opens the folder, lets a `Session` take its steps, records
-and measures what they did, and ends the run. What a step is stands in `hnkit.training.session`.
+This module owns the loop and every way out of it: whatever ends a run, an exception of a reward or a signal of a
+scheduler, leaves a checkpoint of the last whole step. What a step is stands in `hnkit.training.session`, what is
+written about it in `hnkit.training.recorder`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,17 +21,25 @@ from rich.console import Console
 
 from hnkit.config import CONFIG_FILE, RunConfig, differing_keys, resume_command
 from hnkit.errors import InputError
-from hnkit.internal.files import atomic_write, new_run_folder
+from hnkit.internal.files import atomic_write, new_run_folder, require_run_folder
+from hnkit.internal.folders import require_plain, run_lock
+from hnkit.internal.seeds import kept_generators
+from hnkit.internal.versions import versions
 from hnkit.output import terminal
-from hnkit.training.checkpoint import Checkpoint, JsonLog, newest_checkpoint, run_lock, save_checkpoint, sweep
-from hnkit.training.processes import Processes
-from hnkit.training.report import finish_run, finished_report
+from hnkit.training.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint, sweep
+from hnkit.training.processes import Heartbeat, Processes
+from hnkit.training.recorder import METRICS, TIMINGS, Recorder, written_here
+from hnkit.training.report import OUTPUTS, finish_run, finished_report
 from hnkit.training.session import Session
-from hnkit.training.validate import Evaluator
-from hnkit.training.view import StopSignals, Trackers, TrainView
+from hnkit.training.signals import Stopped, StopSignals
+from hnkit.training.validate import SAMPLES
+from hnkit.training.view import TrainView
+from hnkit.training.watch import Watch
 
-METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
+__all__ = ["METRICS", "TIMINGS", "TrainResult", "train"]
+
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+_WRITTEN = (CONFIG_FILE, METRICS, TIMINGS, CHECKPOINTS, SAMPLES, *OUTPUTS)
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,8 @@ def train(
 ) -> TrainResult:
     """Train a hypernetwork (or the direct fine-tuning baseline) and write a run folder.
 
+    The global random generators of Python, numpy and torch are as they were when it returns.
+
     Args:
         config: the resolved configuration.
         out: a new folder; `None`: under `runs/`.
@@ -68,40 +80,80 @@ def train(
         How it ended. An interrupted run has written a checkpoint and can be resumed.
 
     Raises:
-        InputError: bad input, a folder in use, damaged checkpoints, a full disk, too many non-finite batches, out of
-            memory: one line, older checkpoints intact.
+        InputError: bad input, a folder in use or not hnkit's, damaged checkpoints, a full disk, a reward that raised,
+            too many non-finite batches, out of memory: one line. Once a step is done there is a checkpoint of it.
+        SystemExit: a signal other than SIGINT before the first step; the code is 128 + signal.
+        KeyboardInterrupt: SIGINT before the first step.
     """
     view = TrainView(console or terminal.console(stderr=True), quiet=False)
     with contextlib.ExitStack() as stack:
+        stack.callback(view.close)
         stop = stack.enter_context(StopSignals())
-        # a backend without the option `device` computes on the CPU
-        processes = Processes(cpu=getattr(config.options, "device", "cpu") == "cpu")
-        view.quiet = not processes.main
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        if resume is not None:
-            folder = resume
-            start = processes.on_main(lambda: _reopen(stack, config, folder, view))
-            if isinstance(start, TrainResult):
-                return start
-            session = Session(config, processes, view)
-        else:
-            if out is not None and out.exists():
-                raise InputError(f"--out {out} exists already and is never overwritten: name a new folder")
-            session = Session(config, processes, view)
-            folder = processes.on_main(lambda: _create(stack, config, out))
-            start = None
+        watch = stack.enter_context(Watch(view, stop))
+        stack.enter_context(kept_generators())
         try:
-            return _run(session, folder, start, stop, stack)
-        except OSError as error:
-            if error.errno not in _DISK_ERRORS:
-                raise
-            raise InputError(
-                f"{error.filename or folder}: {error.strerror}; older checkpoints are intact: mend that and go on with "
-                f"{resume_command(config, folder)}"
-            ) from error
-        except torch.OutOfMemoryError as error:
-            advice = session.memory_advice()
-            raise InputError(f"out of memory: {advice}; go on with {resume_command(config, folder)}") from error
+            return _opened(stack, config, out, resume, view, stop, watch)
+        except Stopped as stopped:  # nothing has been done yet, so there is nothing to lose
+            view.say("stopped before the first step: nothing was lost")
+            if stopped.signum == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(stopped.exit_code) from None
+
+
+def _opened(
+    stack: contextlib.ExitStack,
+    config: RunConfig,
+    out: Path | None,
+    resume: Path | None,
+    view: TrainView,
+    stop: StopSignals,
+    watch: Watch,
+) -> TrainResult:
+    """Everything from the processes to the end of the run, with what goes wrong put into one line."""
+    # a backend without the option `device` computes on the CPU
+    device = str(vars(config.options).get("device", "cpu"))
+    processes = Processes(device)
+    view.quiet = not processes.main
+    processes.require_same({**_flat(config.to_dict()), **versions()})
+    folder = resume
+    session: Session | None = None
+    try:
+        start = None
+        if resume is not None:
+            found = processes.on_main(lambda: _reopen(stack, config, resume, view))
+            if isinstance(found, TrainResult):
+                return found
+            start = found
+        elif out is not None and out.exists():
+            raise InputError(f"--out {out} exists already and is never overwritten: name a new folder")
+        session = Session(config, processes, view)
+        processes.require_same({"the prompts": session.prompts_digest()})
+        session.rehearse()
+        with stop.masked():
+            folder = resume or processes.on_main(lambda: _create(stack, config, out))
+        if start is not None:
+            with written_here(folder):
+                session.restore(start)
+        stack.enter_context(Heartbeat(processes, lambda reason: watch.end_process(2, reason)))
+        return _run(session, folder, start, stop, watch, stack)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise InputError(
+            f"{error.filename or folder}: {error.strerror}; older checkpoints are intact: mend that"
+            f"{_go_on(config, folder)}"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        advice = session.memory_advice() if session is not None else "a smaller model or batch helps"
+        raise InputError(f"out of memory: {advice}{_go_on(config, folder)}") from error
+
+
+def _go_on(config: RunConfig, folder: Path | None) -> str:
+    return f"; go on with {resume_command(config, folder)}" if folder is not None else ""
+
+
+def _flat(tables: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return {f"{table}.{key}": repr(value) for table, entries in tables.items() for key, value in entries.items()}
 
 
 def _create(stack: contextlib.ExitStack, config: RunConfig, out: Path | None) -> Path:
@@ -115,15 +167,12 @@ def _reopen(
     stack: contextlib.ExitStack, config: RunConfig, folder: Path, view: TrainView
 ) -> Checkpoint | TrainResult | None:
     """Lock a run folder, check that it is this configuration's, and find where it stands."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"--resume {folder}: no run is there ({CONFIG_FILE} is missing): name a run folder")
-    try:
-        stack.enter_context(run_lock(folder))
-    except OSError as error:
-        raise InputError(f"--resume {folder}: {error.strerror}: make the folder writable") from error
+    require_run_folder(folder, "train")
+    require_plain(folder, _WRITTEN)
+    stack.enter_context(run_lock(folder))
     checkpoint = newest_checkpoint(folder, view.warn)
     if checkpoint is not None:
-        with _written_here(folder):
+        with written_here(folder):
             _require_same(checkpoint.state["config"], config, folder)
     report = finished_report(folder)
     if report is not None and report["step"] == config.train.steps:
@@ -132,19 +181,6 @@ def _reopen(
     sweep(folder)
     atomic_write(folder / CONFIG_FILE, config.to_toml())
     return checkpoint
-
-
-@contextlib.contextmanager
-def _written_here(folder: Path) -> Iterator[None]:
-    """A whole checkpoint that lacks what this version writes is refused in one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"--resume {folder}: its checkpoint is not one that this version writes ({error!r}): start a new run"
-        ) from error
 
 
 def _require_same(saved: dict[str, Any], config: RunConfig, folder: Path) -> None:
@@ -162,101 +198,110 @@ def _require_same(saved: dict[str, Any], config: RunConfig, folder: Path) -> Non
 
 
 def _run(
-    session: Session, folder: Path, start: Checkpoint | None, stop: StopSignals, stack: contextlib.ExitStack
+    session: Session,
+    folder: Path,
+    start: Checkpoint | None,
+    stop: StopSignals,
+    watch: Watch,
+    stack: contextlib.ExitStack,
 ) -> TrainResult:
-    """The loop: step, measure, validate, checkpoint, until the last step or a signal."""
+    """The loop, and a checkpoint on whatever way out."""
     processes, view, settings = session.processes, session.view, session.config.train
-    if start is not None:
-        with _written_here(folder):
-            session.restore(start)
-    recorder = _Recorder(session, folder, start, stack) if processes.main else None
+    recorder = None
+    if processes.main:
+        with stop.masked():
+            recorder = Recorder(session, folder, start, stack)
     count = sum(parameter.numel() for parameter in session.parameters.values())
     view.start(settings, session.config.backend, session.dim, count, session.step, folder)
-    stack.callback(view.close)
-    while session.step < settings.steps:
-        begun = time.perf_counter()
-        record = session.take_step()
-        last = session.step == settings.steps
-        exhausted = session.skipped_in_row >= settings.max_skipped
-        signum = stop.agreed(processes, session.device)
-        if recorder is not None:
-            recorder.record(record, last, begun)
-            if last or signum or exhausted or session.step % settings.checkpoint_every == 0:
-                recorder.checkpoint()
-        if exhausted:
-            reason = f" ({session.last_problem})" if session.last_problem else ""
-            raise InputError(
-                f"{session.skipped_in_row} batches in a row had no finite loss and gradient{reason}, at step "
-                f"{session.step}: lower train.lr or check the reward; the checkpoint of that step is in {folder}"
-            )
-        if signum and not last:
-            how = resume_command(session.config, folder)
-            view.say(f"stopped at step {session.step} after a checkpoint; go on with {how}")
-            return TrainResult(folder, session.step, False, 128 + signum, session.skipped, {})
-    report: dict[str, Any] = {}
-    if recorder is not None:
-        with session.averaged():
-            report = finish_run(session.config, recorder.evaluator, folder, session.step, session.skipped)
-    processes.on_main(lambda: None)  # the others wait for the report
+    try:
+        with _saved_on_the_way_out(recorder, stop, watch):
+            _loop(session, recorder, stop, watch)
+            report: dict[str, Any] = {}
+            if recorder is not None:
+                watch.doing("the report")
+                with session.averaged():
+                    report = finish_run(session.config, recorder.evaluator, folder, recorder.ending())
+            processes.on_main(lambda: None)  # the others wait for the report
+    except Stopped as stopped:
+        done = f"at step {session.step} after a checkpoint" if session.step else "before the first step"
+        view.say(f"stopped {done}; go on with {resume_command(session.config, folder)}")
+        return TrainResult(folder, session.step, False, stopped.exit_code, session.skipped, {})
+    except RuntimeError as error:
+        if processes.count > 1 and stop.received:  # the others have stopped too, some before they could say so
+            return TrainResult(folder, session.step, False, 128 + stop.received, session.skipped, {})
+        if processes.count > 1 and _connection_lost(error):
+            reason = str(error).splitlines()[0]
+            raise InputError(f"another process has gone ({reason}){_go_on(session.config, folder)}") from error
+        raise
+    except InputError as error:
+        if session.step == 0:
+            raise
+        raise InputError(f"{error}; stopped after step {session.step}{_go_on(session.config, folder)}") from error
     view.say(f"finished: adapter {folder / 'adapter'}, report {folder / 'report.html'}")
     return TrainResult(folder, session.step, True, 0, session.skipped, report)
 
 
-class _Recorder:
-    """What the main process alone does: metrics, measurements, trackers, checkpoints."""
+def _connection_lost(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because its other side is gone; gloo has no exception of its own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
-    def __init__(self, session: Session, folder: Path, start: Checkpoint | None, stack: contextlib.ExitStack) -> None:
-        self.session, self.folder = session, folder
-        if start is None:  # what a run that was killed before its first checkpoint left is dropped
-            (folder / METRICS).unlink(missing_ok=True)
-            self.log = JsonLog(folder / METRICS)
-        else:
-            with _written_here(folder):
-                self.log = JsonLog.resume(folder / METRICS, start.state["metrics"], session.view.warn)
-        stack.callback(self.log.close)
-        self.timings = stack.enter_context((folder / TIMINGS).open("a", encoding="utf-8"))
-        self.trackers = Trackers(session.config.train.trackers, folder, session.config.to_dict())
-        stack.callback(self.trackers.finish)
-        self.evaluator = Evaluator(
-            session.config.train,
-            session.base,
-            session.backend,
-            session.rewards,
-            session.heldout,
-            session.validation_prompts,
-            set(session.training_prompts).isdisjoint(session.validation_prompts),
-            session.device,
+
+def _loop(session: Session, recorder: Recorder | None, stop: StopSignals, watch: Watch) -> None:
+    """Step, record, checkpoint, measure, until the last step; `Stopped` where a signal asks for it."""
+    processes, settings = session.processes, session.config.train
+    if recorder is not None:
+        recorder.look(watch)  # a run that ended between a step and its measurement makes it now
+    while session.step < settings.steps:
+        begun = time.perf_counter()
+        watch.doing(f"step {session.step + 1}")
+        with stop.deferred():
+            sums = session.gradients()
+            with stop.masked():
+                record = session.update(sums)
+                if recorder is not None:
+                    recorder.record(record, begun)
+            signum = stop.agreed(processes, session.device)
+            exhausted = session.skipped_in_row >= settings.max_skipped
+            if recorder is not None and (
+                signum or exhausted or session.step % settings.checkpoint_every == 0 or session.step == settings.steps
+            ):
+                with stop.masked():
+                    recorder.checkpoint()
+        if exhausted:
+            raise InputError(
+                f"{session.skipped_in_row} batches in a row had no finite loss and gradient{session.problem}: lower "
+                "train.lr or check the reward"
+            )
+        if signum:
+            raise Stopped(signum)
+        if recorder is not None:
+            recorder.look(watch)
+    if session.moved == 0:
+        what = "was skipped" if session.skipped else "had a gradient of zero"
+        raise InputError(
+            f"every one of the {session.step} batches {what}{session.problem}, so nothing was trained and the run is "
+            "not finished: check the reward"
         )
 
-    def record(self, record: dict[str, Any], last: bool, begun: float) -> None:
-        """Write what a step did, with what is measured after it."""
-        settings, step = self.session.config.train, self.session.step
-        entries = [record]
-        self.session.view.progress(record)
-        with self.session.averaged():
-            if last or _due(step, settings.measure_every):
-                try:
-                    measurement = self.evaluator.measure()
-                except InputError as error:  # a network that cannot be measured now is no reason to lose the run
-                    self.session.view.say(f"step {step}: not measured: {error}")
-                    measurement = None
-                if measurement is not None:
-                    entries.append({"step": step, "measurement": measurement.to_json()})
-            if last or _due(step, settings.validate_every):
-                entries.append({"step": step, "validation": self.evaluator.validate(self.folder, step)})
-        for entry in entries:
-            self.log.write(entry)
-            self.trackers.log(entry)
-            self.session.view.measured(entry)
-        self.timings.write(f'{{"step": {step}, "seconds": {time.perf_counter() - begun:.6f}}}\n')
 
-    def checkpoint(self) -> None:
-        """Write a checkpoint, the logs flushed to the disk before it."""
-        self.timings.flush()
-        tensors, state = self.session.checkpoint()
-        state |= {"metrics": self.log.position()}
-        save_checkpoint(self.folder, self.session.step, tensors, state, self.session.config.train.keep)
+@contextlib.contextmanager
+def _saved_on_the_way_out(recorder: Recorder | None, stop: StopSignals, watch: Watch) -> Iterator[None]:
+    """Whatever leaves this block leaves a checkpoint of the last whole step; what cannot be written is said."""
 
+    def save() -> None:
+        if recorder is None or not recorder.behind():
+            return
+        try:
+            recorder.checkpoint()
+        except (OSError, InputError) as error:
+            recorder.session.view.warn(f"no checkpoint of step {recorder.session.step} could be written: {error}")
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    watch.save = save
+    try:
+        yield
+    except BaseException:
+        with stop.masked():
+            save()
+        raise
+    finally:
+        watch.save = lambda: None

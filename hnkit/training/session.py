@@ -22,10 +22,11 @@ from hnkit.backend import BackendBase, backend_factory, completed
 from hnkit.config import RunConfig
 from hnkit.errors import ExpansiveMapError, InputError, NonFiniteError
 from hnkit.internal.seeds import seed_global
+from hnkit.internal.versions import code_digest
 from hnkit.loss import NoiseLoss
 from hnkit.maps import ConditionedMap
 from hnkit.prompts import read_prompts, require_disjoint, split_prompts
-from hnkit.rewards import load_rewards
+from hnkit.rewards import load_rewards, score
 from hnkit.training.checkpoint import Checkpoint
 from hnkit.training.data import SampleStream
 from hnkit.training.optimize import (
@@ -39,9 +40,22 @@ from hnkit.training.optimize import (
 from hnkit.training.processes import Processes
 from hnkit.training.view import TrainView, loss_term, require_trackers
 
+_COUNTS = ("step", "skipped", "skipped_in_row", "moved")
+_REHEARSED = 2
+"""Base outputs that every reward is tried on."""
+
 
 class Session:
-    """A loaded run: backend, rewards, data, parameters, optimiser. It knows how to take one step, and no files."""
+    """A loaded run: backend, rewards, data, parameters, optimiser. It knows how to take one step, and no files.
+
+    Attributes:
+        step: optimiser steps done.
+        skipped: batches skipped because the loss or its gradient was not finite.
+        skipped_in_row: of these, the last ones in a row.
+        moved: steps whose gradient was finite and not zero.
+        whole: false while an optimiser step is under way, and after one that raised.
+        provenance: digests of the code, the model and the prompts.
+    """
 
     def __init__(self, config: RunConfig, processes: Processes, view: TrainView) -> None:
         self.config, self.processes, self.view = config, processes, view
@@ -82,13 +96,15 @@ class Session:
             tuple(backend.noise_shape),
             backend.noise_dtype,
             self.training_prompts,
-            fixed=settings.noise == "fixed",
+            settings.noise,
         )
         self.loss = NoiseLoss(kl=settings.kl, alpha=settings.alpha, reduction=settings.reduction)
         self.optimizer = build_optimizer(settings, list(self.parameters.values()))
         self.average = WeightAverage(self.parameters, settings.ema) if settings.ema else None
-        self.step = self.skipped = self.skipped_in_row = 0
-        self.last_problem = ""
+        self.step = self.skipped = self.skipped_in_row = self.moved = 0
+        self.whole = True
+        self._last_problem, self._norm = "", math.nan
+        self.provenance = self._provenance()
         for group in _by_dtype(list(self.parameters.values())):
             processes.broadcast([parameter.data for parameter in group])
 
@@ -97,32 +113,79 @@ class Session:
         """Noise dimension d."""
         return math.prod(self.backend.noise_shape)
 
-    def take_step(self) -> dict[str, Any]:
-        """One optimiser step on the next batch; returns what happened as a record of metrics.jsonl."""
+    def rehearse(self) -> None:
+        """Try every reward once on a few base outputs, held-out ones too, before anything is trained.
+
+        Raises:
+            InputError: a reward raises, returns something else than `(n,)`, or is trained on and passes no gradient to
+                the images, so that it would train nothing, alone or hidden in a sum.
+        """
         settings = self.config.train
-        step = self.step
+        rows = self.stream.rows(0, 0, min(_REHEARSED, settings.batch))
+        seed_global(settings.seed, "rehearsal")
+        with torch.no_grad():
+            condition = self.base.encode(rows.prompts)
+            images = self.base.generate(rows.noise.to(self.device), condition, settings.generator_steps)
+        for reward in self.rewards.rewards:
+            if reward.weight == 0:
+                continue
+            leaf = images.detach().clone().requires_grad_()
+            with torch.enable_grad(), self._precision():
+                total = score(reward, leaf, rows.prompts).sum()
+            gradient = None
+            if total.requires_grad:
+                (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
+            if gradient is None:
+                raise InputError(
+                    f"reward {reward.name!r} passes no gradient to the images (it is constant, or computed under "
+                    "no_grad, with integers or outside torch): it would train nothing; report it with --heldout instead"
+                )
+            if not bool(gradient.any()):
+                self.view.say(
+                    f"reward {reward.name!r} has the gradient zero at all of {len(images)} base outputs: if it is flat "
+                    "everywhere, it trains nothing"
+                )
+        with torch.no_grad():
+            for reward in self.heldout.rewards:
+                score(reward, images, rows.prompts)
+            if self.base.judge is not None:
+                self.base.judge(images.clone(), rows.prompts)
+
+    def gradients(self) -> Tensor:
+        """Leave the gradient of the next step's loss in the parameters, clipped; returns the sums of its terms.
+
+        It changes nothing that a checkpoint holds, and may be given up at any moment.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        sums = self._accumulate(step)
-        rate = learning_rate(settings, step)
+        sums = self._accumulate(self.step)
+        bound = self.config.train.clip or math.inf
+        self._norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), bound))
+        return sums
+
+    def update(self, sums: Tensor) -> dict[str, Any]:
+        """Take the step whose gradient `gradients` has left; returns what happened as a record of metrics.jsonl."""
+        settings, norm = self.config.train, self._norm
+        rate = learning_rate(settings, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        bound = settings.clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), bound))
-        whole = math.isfinite(norm) and bool(torch.isfinite(sums).all())
-        if whole:
+        finite = math.isfinite(norm) and bool(torch.isfinite(sums).all())
+        self.whole = False
+        if finite:
             self.optimizer.step()
             if self.average is not None:
                 self.average.update()
-        self.skipped += not whole
-        self.skipped_in_row = 0 if whole else self.skipped_in_row + 1
+        self.moved += finite and norm > 0
+        self.skipped += not finite
+        self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
         self.step += 1
+        self.whole = True
         means = (sums / settings.batch).tolist()
         record: dict[str, Any] = {"step": self.step, "epoch": self.stream.epoch(self.step)}
         term = loss_term(settings)
         record |= {"loss": means[0], **({term[0]: means[1]} if term else {}), "reward": means[2]}
         if len(self.rewards.names) > 1:
             record["rewards"] = dict(zip(self.rewards.names, means[3:], strict=True))
-        return record | {"grad_norm": norm, "lr": rate, "skipped": not whole}
+        return record | {"grad_norm": norm, "lr": rate, "skipped": not finite}
 
     def _accumulate(self, step: int) -> Tensor:
         """Gradients of the mean loss over the whole batch, and the sums of its terms, both over all processes.
@@ -138,7 +201,7 @@ class Session:
             try:
                 sums += self._micro_batch(step, start, start + micro)
             except (NonFiniteError, ExpansiveMapError) as error:  # no gradient here: the batch is skipped
-                self.last_problem = str(error)
+                self._last_problem = str(error)
                 sums += math.nan
         gradients = []
         for parameter in self.parameters.values():
@@ -177,6 +240,11 @@ class Session:
                 probes = self.stream.probe_generator(step, start)
                 terms = self.loss(f, noise, generate, reward, generator=probes)
                 total, kl, scores = terms.total, terms.kl, terms.reward
+        if not scores.requires_grad:
+            raise InputError(
+                f"no gradient of the reward reaches the network: the outputs of backend {self.config.backend!r} do not "
+                "depend on their noise in a differentiable way"
+            )
         torch.autograd.backward(total.sum() / settings.batch)
         rows = [total, kl, scores, *parts.values()]
         return torch.stack([row.detach().double().sum().cpu() for row in rows])
@@ -199,22 +267,36 @@ class Session:
             tensors |= {f"average/{name}": value for name, value in self.average.average.items()}
         moments, numbers = optimizer_tensors(self.optimizer)
         tensors |= {f"optimizer/{name}": value for name, value in moments.items()}
-        state: dict[str, Any] = {"step": self.step, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
-        state |= {"optimizer": numbers, "config": self.config.to_dict(), "prompts": self._prompts_digest()}
-        return tensors, state
+        state: dict[str, Any] = {name: vars(self)[name] for name in _COUNTS}
+        state |= {"optimizer": numbers, "config": self.config.to_dict(), "prompts": self.prompts_digest()}
+        return tensors, state | {"provenance": self.provenance}
 
-    def _prompts_digest(self) -> str:
+    def prompts_digest(self) -> str:
+        """SHA-256 of the training and held-out prompts, in their order."""
         lists = json.dumps([self.training_prompts, self.validation_prompts])
         return hashlib.sha256(lists.encode()).hexdigest()
+
+    def _provenance(self) -> dict[str, Any]:
+        return {"code": code_digest(), "model": self.base.model_digest(), "prompts": self.prompts_digest()}
+
+    @property
+    def problem(self) -> str:
+        """Why the last batch was skipped, in parentheses, where that is known."""
+        return f" ({self._last_problem})" if self._last_problem else ""
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Stand where the checkpoint was written.
 
         Raises:
-            InputError: the prompts are others than they were.
+            InputError: the prompts, or the weights of the base model, are others than they were.
         """
-        if checkpoint.state["prompts"] != self._prompts_digest():
+        if checkpoint.state["prompts"] != self.prompts_digest():
             raise InputError("the prompts have changed since the checkpoint was written: restore them, or start anew")
+        before, now = checkpoint.state["provenance"], self.provenance
+        if before["model"] != now["model"]:
+            raise InputError("the base model is not the one of the checkpoint: restore it, or start anew")
+        if before["code"] != now["code"]:
+            self.view.say("the code of hnkit has changed since the checkpoint was written")
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "average": {}, "optimizer": {}}
         for key, tensor in checkpoint.tensors.items():
             part, _, name = key.partition("/")
@@ -223,8 +305,8 @@ class Session:
         if self.average is not None:
             self.average.average = {name: value.to(self.device) for name, value in parts["average"].items()}
         load_optimizer(self.optimizer, parts["optimizer"], checkpoint.state["optimizer"])
-        counts = ("step", "skipped", "skipped_in_row")
-        self.step, self.skipped, self.skipped_in_row = (operator.index(checkpoint.state[name]) for name in counts)
+        for name in _COUNTS:
+            setattr(self, name, operator.index(checkpoint.state[name]))
 
     def memory_advice(self) -> str:
         """What reduces memory, of the options that this run has."""

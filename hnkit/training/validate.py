@@ -90,8 +90,10 @@ class Evaluator:
         """Scores of base and steered outputs from the same noise and prompts; images are written as a grid.
 
         Returns:
-            `scores`: name -> `role` ("trained", "held out" or "judge"), means `base` and `steered`, and their paired
-            difference `gain` with `gain_stderr`; `images`: the file of the grid, or `None` for outputs that are none;
+            `scores`: name -> `role` ("trained", "held out" or "judge"), means `base` and `steered`, their paired
+            difference `gain` with `gain_stderr`, the number of `samples`, and how many scores were `non_finite` (a
+            mean that holds one is not finite); `loss`: the L2 loss on these samples (for direct fine-tuning
+            -reward / alpha); `images`: the file of the grid, or `None` for outputs that are none;
             `prompts`, and whether they are `held_out`.
         """
         settings = self.settings
@@ -101,33 +103,48 @@ class Evaluator:
         noise = self._noise(count, "validate")
         scores: dict[str, dict[str, list[Tensor]]] = {"base": {}, "steered": {}}
         shown: dict[str, list[Tensor]] = {"base": [], "steered": []}
+        terms: list[Tensor] = []
         rows = max(1, settings.batch // settings.accumulate)
         for start in range(0, count, rows):
             part = prompts[start : start + rows]
-            for kind, outputs in self._pair(noise[start : start + rows].to(self.device), part).items():
-                for name, values in self._scores(outputs, part).items():
+            outputs, kl = self._pair(noise[start : start + rows].to(self.device), part)
+            terms.append(kl.double().cpu())
+            for kind, made in outputs.items():
+                for name, values in self._scores(made, part).items():
                     scores[kind].setdefault(name, []).append(values.double().cpu())
-                shown[kind].append(outputs[: max(0, _GRID_PAIRS - start)].float().cpu())
+                shown[kind].append(made[: max(0, _GRID_PAIRS - start)].float().cpu())
         table = {name: self._compare(name, scores["base"], scores["steered"]) for name in scores["base"]}
+        loss = float(torch.cat(terms).mean()) - table["reward"]["steered"] / settings.alpha
         base, steered = torch.cat(shown["base"]), torch.cat(shown["steered"])
         images = None
         if base.dim() == 4 and base.shape[1] == 3:
             images = f"{SAMPLES}/step-{step:08d}.png"
             (folder / SAMPLES).mkdir(exist_ok=True)
             atomic_write(folder / images, grid_png(base, steered))
-        return {"scores": table, "images": images, "prompts": prompts[: len(base)], "held_out": self.held_out}
+        return {
+            "scores": table,
+            "loss": loss,
+            "images": images,
+            "prompts": prompts[: len(base)],
+            "held_out": self.held_out,
+        }
 
     def _noise(self, count: int, purpose: str) -> Tensor:
         generator = generator_for(self.settings.seed, purpose)
         return torch.randn(count, *self.backend.noise_shape, dtype=self.backend.noise_dtype, generator=generator)
 
-    def _pair(self, noise: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def _pair(self, noise: Tensor, prompts: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """Base and steered outputs, and the L2 term of each row as it enters the loss."""
         steps, condition = self.settings.generator_steps, self.base.encode(prompts)
         base = self.base.generate(noise, condition, steps)
         if self.settings.objective == "direct":
-            return {"base": base, "steered": self.backend.generate(noise, self.backend.encode(prompts), steps)}
-        moved = noise + self.map_for(prompts)(noise).to(noise.dtype)
-        return {"base": base, "steered": self.base.generate(moved, condition, steps)}
+            steered = self.backend.generate(noise, self.backend.encode(prompts), steps)
+            return {"base": base, "steered": steered}, torch.zeros(len(noise))
+        delta = self.map_for(prompts)(noise)
+        term = delta.flatten(1).double().square().sum(1) / 2
+        if self.settings.reduction == "mean":
+            term = term / delta[0].numel()
+        return {"base": base, "steered": self.base.generate(noise + delta.to(noise.dtype), condition, steps)}, term
 
     def _scores(self, outputs: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         trained = self.rewards.scores(outputs, prompts)
@@ -146,4 +163,5 @@ class Evaluator:
         gain, stderr = mean_and_stderr(after - before)
         role = "judge" if name == "judge" else "held out" if name in self.heldout.names else "trained"
         figures = {"base": float(before.mean()), "steered": float(after.mean()), "gain": gain, "gain_stderr": stderr}
-        return {"role": role, **figures}
+        broken = {kind: int((~values.isfinite()).sum()) for kind, values in (("base", before), ("steered", after))}
+        return {"role": role, **figures, "samples": len(before), "non_finite": broken}

@@ -1,18 +1,14 @@
-"""What a training run shows and tells: progress, signals, trackers."""
+"""What a training run shows and tells: progress and trackers. Output that cannot be written is dropped."""
 
 from __future__ import annotations
 
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import IO, Any, cast
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,49 +22,20 @@ from rich.progress import (
 
 from hnkit.config import TrainConfig
 from hnkit.errors import InputError
+from hnkit.internal.streams import Droppable
 from hnkit.loss import NoiseLoss
 from hnkit.output.page import format_estimate, format_number
-from hnkit.training.processes import Processes
 from hnkit.training.validate import prompts_of
 
 _SECONDS_BETWEEN_LINES = 20.0
-
-
-class StopSignals:
-    """While entered, SIGTERM and SIGINT ask for a stop after the present step; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._previous[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum: int, _: FrameType | None) -> None:
-        if self.received == signal.SIGINT == signum:
-            raise KeyboardInterrupt
-        self.received = signum
-
-    def agreed(self, processes: Processes, device: torch.device) -> int:
-        """The signal that any of the processes has received, the same answer on all; 0 for none."""
-        if processes.count == 1:
-            return self.received
-        seen = torch.tensor(float(self.received), device=device)
-        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
-        return int(seen)
 
 
 class TrainView:
     """Progress on a console: a bar on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, console: Console, *, quiet: bool) -> None:
+        self._plain = console.file
+        console.file = cast(IO[str], Droppable(console.file))
         self.console, self.quiet = console, quiet
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -83,7 +50,7 @@ class TrainView:
 
     def warn(self, text: str) -> None:
         """One line on stderr, whatever else is shown."""
-        print(f"hnkit: {text}", file=sys.stderr, flush=True)
+        print(f"hnkit: {text}", file=cast(IO[str], Droppable(sys.stderr)), flush=True)
 
     def start(self, settings: TrainConfig, backend: str, dim: int, parameters: int, step: int, folder: Path) -> None:
         """Say what is about to run, and what temperature it aims at."""
@@ -127,16 +94,23 @@ class TrainView:
             self.say(f"step {entry['step']}: {text}")
         if "validation" in entry:
             gains = ", ".join(
-                f"{name} {format_number(score['base'])} -> {format_number(score['steered'])}"
+                f"{name} {shown_mean(score, 'base')} -> {shown_mean(score, 'steered')}"
                 for name, score in entry["validation"]["scores"].items()
             )
             self.say(f"step {entry['step']}: {prompts_of(entry['validation'])}, base -> steered: {gains}")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Take the bar away, and give the console its own stream back."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        self.console.file = self._plain
+
+
+def shown_mean(score: Mapping[str, Any], kind: str) -> str:
+    """The mean of the `kind` ("base" or "steered") scores, or that, and how often, they were not finite."""
+    count = score["non_finite"][kind]
+    return f"not finite ({count} of {score['samples']})" if count else format_number(score[kind])
 
 
 def loss_term(settings: TrainConfig) -> tuple[str, str] | None:

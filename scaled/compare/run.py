@@ -17,6 +17,7 @@ from hnkit.config import resolve_config, split_permissions
 from hnkit.errors import InputError
 from hnkit.figures import measure
 from hnkit.internal.files import atomic_write, file_digest, new_run_folder, read_sealed, write_json, write_sealed
+from hnkit.internal.folders import run_lock
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.maps import ConditionedMap
@@ -40,7 +41,6 @@ from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
 from hnkit.scaled.compare.tables import method_row
 from hnkit.scaled.lora.adapter import adapter_options
 from hnkit.scaled.pipelines.factory import PipelineFactory
-from hnkit.training.checkpoint import run_lock
 
 PLAN = "plan.json"
 

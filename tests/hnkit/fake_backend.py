@@ -28,13 +28,13 @@ class Scale(nn.Module):
 
 
 class Brightness:
-    """Mean of the image; `fault` may replace or break the scores of one call."""
+    """Mean of the image; `fault` may replace or break the scores of one call; the rehearsal is call 0."""
 
     name = "brightness"
     weight = 2.0
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls = -1
         self.fault: Callable[[int, Tensor], Tensor] = lambda _, scores: scores
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from hnkit.config import resolve_config
 from hnkit.training.run import train
-from hnkit.training.view import StopSignals
+from hnkit.training.signals import StopSignals
 from tests.scaled import tiny
 
 NAMES = ("sana", "sd-turbo", "flux")

@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from hnkit import InputError
+from hnkit.internal import folders
+from hnkit.internal.files import MARK, new_run_folder, require_run_folder
+from hnkit.internal.folders import HOLDER, FolderIdentity, open_to_append, require_plain, run_lock
 from hnkit.training import checkpoint as module
 from hnkit.training.checkpoint import (
     DamagedCheckpointError,
@@ -19,7 +22,6 @@ from hnkit.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     replace_folder,
-    run_lock,
     save_checkpoint,
     sweep,
 )
@@ -158,7 +160,7 @@ def test_leftovers_of_a_killed_write_are_swept(tmp_path):
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
     (tmp_path / "checkpoints" / ".step-00000003.old").mkdir()
     (tmp_path / "samples").mkdir()
-    for name in (".report.json.abc.tmp", "samples/.step.png.abc.tmp", "report.json", ".lock"):
+    for name in (".report.json.abc.hnkit-tmp", "samples/.step.png.abc.hnkit-tmp", "report.json", ".lock"):
         (tmp_path / name).touch()
     sweep(tmp_path)
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
@@ -176,7 +178,7 @@ def test_rewriting_a_step_replaces_it(tmp_path):
 def test_one_process_to_a_folder(tmp_path):
     script = f"""
 from pathlib import Path
-from hnkit.training.checkpoint import run_lock
+from hnkit.internal.folders import run_lock
 try:
     with run_lock(Path({str(tmp_path)!r})):
         print("locked")
@@ -204,7 +206,7 @@ for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL", "SIGQUIT", "pthread_kill
     if hasattr(signal, name):
         delattr(signal, name)
 import hnkit.training.run, hnkit.training.session
-from hnkit.training.view import StopSignals
+from hnkit.training.signals import StopSignals
 with StopSignals():
     print("imported")
 """
@@ -258,7 +260,170 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     replace_folder(folder, lambda target: (target / "one").touch())
     with pytest.raises(OSError, match="full"):
         replace_folder(folder, broken)
-    assert [path.name for path in folder.iterdir()] == ["one"]
+    assert visible(folder) == ["one"]
     replace_folder(folder, lambda target: (target / "two").touch())
-    assert [path.name for path in folder.iterdir()] == ["two"]
+    assert visible(folder) == ["two"]
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def test_what_somebody_put_into_a_folder_is_kept_when_it_is_replaced(tmp_path):
+    folder, outside = tmp_path / "adapter", tmp_path / "outside"
+    outside.write_text("mine")
+
+    def write(text: str):
+        return lambda target: [(target / name).write_text(text) for name in ("weights", "README.md")]
+
+    replace_folder(folder, write("first"))
+    (folder / "notes.txt").write_text("a note")
+    (folder / "README.md").write_text("edited")
+    (folder / "link").symlink_to(outside)
+    (folder / "figures").mkdir()
+    (folder / "figures" / "one.png").write_text("png")
+    for text in ("second", "third"):
+        replace_folder(folder, write(text))
+        assert visible(folder) == ["README.md", "figures", "kept-README.md", "link", "notes.txt", "weights"]
+        assert (folder / "README.md").read_text() == (folder / "weights").read_text() == text
+        assert (folder / "kept-README.md").read_text() == "edited"
+        assert (folder / "notes.txt").read_text() == "a note"
+        assert (folder / "link").is_symlink()
+        assert (folder / "figures" / "one.png").read_text() == "png"
+    assert outside.read_text() == "mine"
+
+
+def test_checkpoints_are_ordered_by_number_and_only_hnkit_s_own_are_removed(tmp_path):
+    for step in (5, 6):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-00000006").rename(tmp_path / "checkpoints" / "step-00000006-good")
+    (tmp_path / "checkpoints" / "step-00000005" / "why.txt").write_text("the one of the paper")
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    for step in (99_999_999, 100_000_000, 100_000_001, 100_000_002, 100_000_003):
+        save(tmp_path, step)
+    assert names(tmp_path) == [
+        "notes", "step-00000005", "step-00000006-good", "step-100000001", "step-100000002", "step-100000003",
+    ]  # fmt: skip
+    assert newest_checkpoint(tmp_path, pytest.fail).step == 100_000_003
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-00000001/state.json"])
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch, name):
+    """As any user but root meets it; a folder that cannot be listed once made the run start at step 0."""
+    save(tmp_path, 1)
+    denied = tmp_path / name
+
+    def refuse(plain):
+        def call(path, *arguments, **options):
+            if Path(path) == denied:
+                raise PermissionError(errno.EACCES, "Permission denied", str(denied))
+            return plain(path, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(module.os, "scandir", refuse(os.scandir))
+    monkeypatch.setattr(module, "file_digest", refuse(module.file_digest))
+    with pytest.raises(InputError, match="Permission denied") as caught:
+        newest_checkpoint(tmp_path, pytest.fail)
+    assert "damaged" not in str(caught.value)
+    assert str(denied) in str(caught.value)
+
+
+# --- run folders -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_is_known_by_its_mark(tmp_path):
+    folder = new_run_folder(tmp_path / "run", "train")
+    require_run_folder(folder, "train")
+    with pytest.raises(InputError, match="a run of 'train', not of 'compare'"):
+        require_run_folder(folder, "compare")
+    with pytest.raises(InputError, match="no run is there"):
+        require_run_folder(tmp_path, "train")
+    for text in ("", "[]", '{"application": "another", "kind": "train"}', "[" * 10**5):
+        (folder / MARK).write_text(text)
+        with pytest.raises(InputError, match="not the mark of hnkit"):
+            require_run_folder(folder, "train")
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "run"
+    folder.mkdir()
+    outside.write_text("mine\n")
+    (folder / "soft").symlink_to(outside)
+    os.link(outside, folder / "hard")
+    (folder / "dangling").symlink_to(tmp_path / "new")
+    os.mkfifo(folder / "fifo")
+    for name, kind in (
+        ("soft", "symbolic link"),
+        ("hard", "hard link"),
+        ("dangling", "symbolic link"),
+        ("fifo", "special file"),
+    ):
+        with pytest.raises(InputError, match=f"{name} is a {kind}"):
+            open_to_append(folder / name)
+        with pytest.raises(InputError, match=f"{name} is a {kind}"):
+            require_plain(folder, [name])
+    assert outside.read_text() == "mine\n"
+    assert not (tmp_path / "new").exists()
+    with open_to_append(folder / "plain") as file:
+        file.write(b"1")
+    with open_to_append(folder / "plain") as file:
+        file.write(b"2")
+    assert (folder / "plain").read_text() == "12"
+    require_plain(folder, ["plain", "absent"])
+    (tmp_path / "run-link").symlink_to(folder)
+    with pytest.raises(InputError, match="is a link"):
+        require_plain(tmp_path / "run-link", [])
+
+
+def test_a_link_that_takes_a_file_s_place_while_it_is_opened_is_noticed(tmp_path, monkeypatch):
+    """Between looking and opening, another process exchanges the file for a link."""
+    outside, path = tmp_path / "outside", tmp_path / "metrics.jsonl"
+    outside.write_text("mine\n")
+    path.touch()
+    plain = os.open
+
+    def exchanged(name, *arguments):
+        path.unlink()
+        os.link(outside, path)
+        return plain(name, *arguments)
+
+    monkeypatch.setattr(folders.os, "open", exchanged)
+    with pytest.raises(InputError, match="exchanged for a link"):
+        open_to_append(path)
+    monkeypatch.undo()
+    assert outside.read_text() == "mine\n"
+
+
+def test_a_folder_that_was_exchanged_is_another_one(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    identity = FolderIdentity.of(run)
+    identity.check()
+    run.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="no longer the folder"):
+        identity.check()
+    run.mkdir()
+    with pytest.raises(InputError, match="no longer the folder"):
+        identity.check()
+
+
+def test_the_lock_names_its_holder(tmp_path):
+    with run_lock(tmp_path):
+        with (
+            pytest.raises(InputError, match=f"in use by another process \\(process {os.getpid()} on '"),
+            run_lock(tmp_path),
+        ):
+            pass
+        assert (tmp_path / HOLDER).exists()
+        (tmp_path / HOLDER).write_text("{")
+        with pytest.raises(InputError, match="in use by another process: wait"), run_lock(tmp_path):
+            pass
+    assert not (tmp_path / HOLDER).exists()
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").symlink_to(tmp_path / "other")
+    with pytest.raises(InputError, match="cannot be locked"), run_lock(tmp_path):
+        pass
+    assert (tmp_path / "other").read_text() == "mine"

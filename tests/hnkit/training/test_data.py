@@ -18,7 +18,12 @@ STREAM = SampleStream(7, 6, (2, 3), torch.float64, [f"p{k}" for k in range(10)])
 
 
 def test_rows_do_not_depend_on_how_the_batch_is_split():
-    for stream in (STREAM, replace(STREAM, fixed=True), replace(STREAM, prompts=[""], fixed=True)):
+    for stream in (
+        STREAM,
+        replace(STREAM, noise="fixed"),
+        replace(STREAM, noise="step"),
+        replace(STREAM, prompts=[""], noise="fixed"),
+    ):
         for step in (0, 3):
             whole = stream.rows(step, 0, 6)
             for cuts in ((0, 3, 6), (0, 1, 2, 5, 6)):
@@ -45,16 +50,26 @@ def test_seed_step_and_purpose_all_matter():
 
 
 def test_fixed_noise_belongs_to_its_prompt():
-    stream = replace(STREAM, fixed=True)
+    stream = replace(STREAM, noise="fixed")
     seen: dict[str, torch.Tensor] = {}
     for step in range(5):
         batch = stream.rows(step, 0, 6)
         for prompt, noise in zip(batch.prompts, batch.noise, strict=True):
             assert torch.equal(seen.setdefault(prompt, noise), noise)
     assert len(seen) == 10
-    alone = replace(STREAM, prompts=["only"], fixed=True)
+    alone = replace(STREAM, prompts=["only"], noise="fixed")
     assert torch.equal(alone.rows(0, 0, 6).noise, alone.rows(9, 0, 6).noise)
     assert not torch.equal(alone.rows(0, 0, 1).noise, alone.rows(0, 1, 2).noise)
+
+
+def test_noise_of_a_step_is_shared_by_its_prompts_and_new_at_the_next():
+    stream = replace(STREAM, noise="step")
+    first, second = stream.rows(0, 0, 6), stream.rows(1, 0, 6)
+    assert all(torch.equal(noise, first.noise[0]) for noise in first.noise)
+    assert all(torch.equal(noise, second.noise[0]) for noise in second.noise)
+    assert not torch.equal(first.noise, second.noise)
+    assert len(set(first.prompts)) == 6
+    assert first.prompts == STREAM.rows(0, 0, 6).prompts
 
 
 def test_noise_is_standard_normal():

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,64 +18,29 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-import hnkit.backend
+import hnkit.config
+import hnkit.training.recorder
 import hnkit.training.run
 import hnkit.training.session
 from hnkit import InputError
-from hnkit.config import RunConfig, TrainConfig, resolve_config
+from hnkit.config import resolve_config
+from hnkit.internal.folders import run_lock
 from hnkit.training import checkpoint
-from hnkit.training.run import TrainResult, train
+from hnkit.training.run import train
 from hnkit.training.session import _chosen_prompts
 from tests.hnkit.fake_backend import FakeBackend, FakeFactory
+from tests.hnkit.training.training_runs import (
+    fake_config,
+    outcome,
+    records,
+    resume,
+    run,
+    same_outcome,
+    small,
+    toy,
+)
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
-def toy(*overrides: str) -> RunConfig:
-    return resolve_config(backend="toy", preset="item-e", overrides=[f"train.{override}" for override in overrides])
-
-
-def small(*overrides: str) -> RunConfig:
-    base = ("steps=20", "batch=8", "checkpoint_every=6", "measure_samples=16", "measure_every=5", "validate_samples=4")
-    return toy(*base, *overrides)
-
-
-def run(config: RunConfig, folder: Path, **options) -> TrainResult:
-    return train(config, out=folder, console=quiet(), **options)
-
-
-def resume(config: RunConfig, folder: Path) -> TrainResult:
-    return train(config, resume=folder, console=quiet())
-
-
-def outcome(folder: Path) -> dict[str, bytes]:
-    """Everything that a run is for; timings and the lock are not."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("timings.jsonl", ".lock")
-    }
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def fake(monkeypatch) -> FakeFactory:
-    factory = FakeFactory()
-    for module in (hnkit.backend, hnkit.training.session):
-        monkeypatch.setattr(module, "backend_factory", lambda name: factory)
-    return factory
-
-
-def fake_config(**settings) -> RunConfig:
-    defaults = {"steps": 6, "batch": 4, "measure_samples": 8, "validate_samples": 4, "lr": 0.05}
-    return RunConfig("fake", FakeFactory().options(), TrainConfig(**defaults | settings))
 
 
 # --- item e ----------------------------------------------------------------------------------------------------
@@ -107,15 +71,15 @@ def test_each_loss_learns_its_own_law(tmp_path, kl, nats, tolerance):
 
 
 def interrupt_after(monkeypatch, step: int, signum: int) -> None:
-    take_step = hnkit.training.session.Session.take_step
+    update = hnkit.training.session.Session.update
 
-    def interrupted(session):
-        record = take_step(session)
+    def interrupted(session, sums):
+        record = update(session, sums)
         if session.step == step:
             os.kill(os.getpid(), signum)
         return record
 
-    monkeypatch.setattr(hnkit.training.session.Session, "take_step", interrupted)
+    monkeypatch.setattr(hnkit.training.session.Session, "update", interrupted)
 
 
 VARIANTS = [
@@ -136,12 +100,7 @@ def test_an_interrupted_run_ends_bit_identical(tmp_path, monkeypatch, variant):
         monkeypatch.undo()
     whole = resume(config, tmp_path / "cut")
     assert (whole.step, whole.finished, whole.exit_code) == (20, True, 0)
-    one, two = outcome(tmp_path / "whole"), outcome(tmp_path / "cut")
-    final = "checkpoints/step-00000020"
-    assert {k: v for k, v in one.items() if "checkpoints" not in k} == {
-        k: v for k, v in two.items() if "checkpoints" not in k
-    }
-    assert {k: v for k, v in one.items() if final in k} == {k: v for k, v in two.items() if final in k}
+    assert same_outcome(tmp_path / "whole", tmp_path / "cut", "step-00000020")
 
 
 def test_a_damaged_checkpoint_is_named_and_the_older_one_leads_to_the_same_end(tmp_path, monkeypatch, capsys):
@@ -198,7 +157,7 @@ def test_folders_that_are_no_run_or_in_use_or_taken(tmp_path):
     with pytest.raises(InputError, match="never overwritten"):
         run(small(), tmp_path)
     run(small(), tmp_path / "run")
-    with checkpoint.run_lock(tmp_path / "run"), pytest.raises(InputError, match="in use by another process"):
+    with run_lock(tmp_path / "run"), pytest.raises(InputError, match="in use by another process"):
         resume(small(), tmp_path / "run")
 
 
@@ -209,15 +168,15 @@ def test_folders_that_are_no_run_or_in_use_or_taken(tmp_path):
 def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch, code):
     config = small()
     run(config, tmp_path / "whole")
-    save, calls = hnkit.training.run.save_checkpoint, []
+    save, calls = hnkit.training.recorder.save_checkpoint, []
 
     def failing(*arguments):
         calls.append(arguments)
-        if len(calls) == 2:
+        if len(calls) >= 2:
             raise OSError(code, os.strerror(code), str(tmp_path / "run"))
         return save(*arguments)
 
-    monkeypatch.setattr(hnkit.training.run, "save_checkpoint", failing)
+    monkeypatch.setattr(hnkit.training.recorder, "save_checkpoint", failing)
     with pytest.raises(InputError, match="older checkpoints are intact") as raised:
         run(config, tmp_path / "run")
     assert os.strerror(code) in str(raised.value)
@@ -248,7 +207,8 @@ def test_a_skipped_batch_leaves_network_and_optimizer_alone(tmp_path, fake):
     seen: list[torch.Tensor] = []
 
     def spy(call: int, scores: torch.Tensor) -> torch.Tensor:
-        seen.append(fake.loaded[-1].hypernetwork.bias.detach().clone())
+        if call:
+            seen.append(fake.loaded[-1].hypernetwork.bias.detach().clone())
         return scores * math.inf if call == 2 else scores
 
     fake.prepare_backend = lambda backend: setattr(backend.default_reward, "fault", spy)
@@ -314,9 +274,12 @@ def test_two_processes_train_as_one(tmp_path):
 
 def test_batches_that_do_not_divide(tmp_path, fake, monkeypatch):
     class Three(hnkit.training.run.Processes):
-        def __init__(self, **options) -> None:
-            super().__init__(**options)
+        def __init__(self, device) -> None:
+            super().__init__(device)
             self.count = 3
+
+        def require_same(self, facts) -> None:
+            pass
 
     monkeypatch.setattr(hnkit.training.run, "Processes", Three)
     with pytest.raises(InputError, match="give a multiple of 3"):

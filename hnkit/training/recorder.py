@@ -1,0 +1,157 @@
+"""What the main process alone does along a run: the log, measurements, trackers, checkpoints, the best adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hnkit.errors import InputError
+from hnkit.internal.folders import FolderIdentity, open_to_append
+from hnkit.training.checkpoint import Checkpoint, JsonLog, replace_folder, save_checkpoint
+from hnkit.training.report import BEST, Ending, write_adapter
+from hnkit.training.session import Session
+from hnkit.training.validate import Evaluator
+from hnkit.training.view import Trackers
+from hnkit.training.watch import Watch
+
+METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
+
+
+@contextlib.contextmanager
+def written_here(folder: Path) -> Iterator[None]:
+    """A whole checkpoint that lacks what this version writes is refused in one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"--resume {folder}: its checkpoint is not one that this version writes ({error!r}): start a new run"
+        ) from error
+
+
+class Recorder:
+    """The files of a run while it is trained.
+
+    After the record of a step comes its checkpoint, and only then what is measured at that step: a run that ends in
+    between makes the measurement when it is resumed, and nothing is lost to a measurement that takes long or fails.
+
+    Attributes:
+        session: of the run.
+        looked: the last step at which everything was measured that is due there.
+        best: step and loss of the validation with the lowest loss so far, or `None`.
+        evaluator: what measures.
+    """
+
+    def __init__(self, session: Session, folder: Path, start: Checkpoint | None, stack: contextlib.ExitStack) -> None:
+        self.session, self.folder = session, folder
+        self._identity = FolderIdentity.of(folder)
+        self.looked = 0
+        self.best: dict[str, Any] | None = None
+        self._saved = (0, 0)
+        if start is None:  # what a run that was killed before its first checkpoint left is dropped
+            (folder / METRICS).unlink(missing_ok=True)
+            self.log = JsonLog(folder / METRICS)
+        else:
+            with written_here(folder):
+                self.looked, self.best = int(start.state["looked"]), start.state["best"]
+                self.log = JsonLog.resume(folder / METRICS, start.state["metrics"], session.view.warn)
+                self._saved = (start.step, self.looked)
+        stack.callback(self.log.close)
+        self.timings = stack.enter_context(open_to_append(folder / TIMINGS))
+        self.trackers = Trackers(session.config.train.trackers, folder, session.config.to_dict())
+        stack.callback(self.trackers.finish)
+        self.evaluator = Evaluator(
+            session.config.train,
+            session.base,
+            session.backend,
+            session.rewards,
+            session.heldout,
+            session.validation_prompts,
+            set(session.training_prompts).isdisjoint(session.validation_prompts),
+            session.device,
+        )
+
+    def record(self, record: dict[str, Any], begun: float) -> None:
+        """Write what a step did."""
+        self.log.write(record)
+        self.trackers.log(record)
+        self.session.view.progress(record)
+        line = f'{{"step": {self.session.step}, "seconds": {time.perf_counter() - begun:.6f}}}\n'
+        self.timings.write(line.encode())
+
+    def look(self, watch: Watch) -> None:
+        """Measure and validate, where that is due at the present step and has not been done; all of it or nothing."""
+        settings, step = self.session.config.train, self.session.step
+        last = step == settings.steps
+        measure, validate = (last or _due(step, n) for n in (settings.measure_every, settings.validate_every))
+        if step == 0 or self.looked == step or not (measure or validate):
+            return
+        entries: list[dict[str, Any]] = []
+        with self.session.averaged():
+            if measure:
+                watch.doing(f"the measurement at step {step}")
+                try:
+                    measurement = self.evaluator.measure()
+                except InputError as error:  # a network that cannot be measured now is no reason to lose the run
+                    self.session.view.say(f"step {step}: not measured: {error}")
+                else:
+                    entries += [{"step": step, "measurement": measurement.to_json()}] if measurement else []
+            if validate:
+                watch.doing(f"the validation at step {step}")
+                self._identity.check()
+                validation = self.evaluator.validate(self.folder, step)
+                entries.append({"step": step, "validation": validation})
+                self._keep_best(validation)
+        with watch.stop.masked():
+            self.log.write(*entries)
+            self.looked = step
+            for entry in entries:
+                self.trackers.log(entry)
+                self.session.view.measured(entry)
+            if last:  # what may have taken an hour is not made again
+                self.checkpoint()
+
+    def _keep_best(self, validation: dict[str, Any]) -> None:
+        """Keep the adapter of the lowest validation loss, where there is more than one validation to choose from."""
+        loss = validation["loss"]
+        if not self.session.config.train.validate_every or not math.isfinite(loss):
+            return
+        if self.best is None or loss < self.best["loss"]:
+            best = {"step": self.session.step, "loss": loss}
+            config, evaluator, ending = self.session.config, self.evaluator, self.ending()
+            replace_folder(self.folder / BEST, lambda target: write_adapter(target, config, evaluator, ending))
+            self.best = best
+
+    def behind(self) -> bool:
+        """Whether the run is further than its newest checkpoint, and in a state that can be saved."""
+        session = self.session
+        return session.whole and session.step > 0 and (session.step, self.looked) != self._saved
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint, the logs flushed to the disk before it.
+
+        Raises:
+            InputError: the run folder is no longer the one that was opened.
+            OSError: it cannot be written.
+        """
+        self._identity.check()
+        self.timings.flush()
+        tensors, state = self.session.checkpoint()
+        state |= {"metrics": self.log.position(), "looked": self.looked, "best": self.best}
+        save_checkpoint(self.folder, self.session.step, tensors, state, self.session.config.train.keep)
+        self._saved = (self.session.step, self.looked)
+
+    def ending(self) -> Ending:
+        """What the report says of the run as a whole."""
+        self._identity.check()
+        session = self.session
+        return Ending(session.step, session.skipped, self.best, session.provenance)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
