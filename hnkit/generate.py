@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hnkit import __version__
 from hnkit.backend import Backend, completed
-from hnkit.config import GenerateSettings
-from hnkit.errors import InputError
-from hnkit.internal.files import atomic_write, write_json
+from hnkit.config import GenerateSettings, split_permissions
+from hnkit.errors import InputError, NonFiniteError
+from hnkit.internal.files import atomic_write, read_sealed, write_json, write_sealed
 from hnkit.internal.seeds import generator_for
+from hnkit.internal.values import typed_values
 from hnkit.maps import ConditionedMap, NoiseMap
 from hnkit.output.images import image_png
 from hnkit.output.layouts import check_layout, write_layout
@@ -24,25 +26,99 @@ from hnkit.output.page import Picture, Section, Table, Text, write_html
 from hnkit.output.plots import GREY, new_canvas, style, to_png
 from hnkit.prompts import Records
 
+PLAN = "generate.json"
 _SHEET_PROMPTS, _SHEET_IMAGES = 8, 6
+
+
+@dataclass(frozen=True)
+class GeneratePlan:
+    """Everything that a folder of images depends on; with it, the folder can be gone on with.
+
+    Attributes:
+        backend: name of the installed backend.
+        settings: of the run.
+        prompts: in the order of their folders.
+        records: what the prompt file said of them besides their text.
+        overrides: `backend.key=value`, as the user gave them.
+        adapter: folder of the adapter or of its run; `None`: base images alone.
+        adapter_files: SHA-256 of the adapter's files by name: images of one adapter are not mixed with another's.
+        model: SHA-256 of the base model where the backend knows it.
+        version: of hnkit.
+    """
+
+    backend: str
+    settings: GenerateSettings
+    prompts: tuple[str, ...]
+    records: Records
+    overrides: tuple[str, ...] = ()
+    adapter: str | None = None
+    adapter_files: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None
+    version: str = __version__
+
+    def write(self, folder: Path) -> None:
+        """Make `folder` the folder of this run; leave to download is not written into it."""
+        document = {**vars(self), "settings": asdict(self.settings), "overrides": split_permissions(self.overrides)[1]}
+        write_sealed(folder / PLAN, document)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The plan of a folder.
+
+        Raises:
+            InputError: no run of `generate` is there, or its plan is damaged.
+        """
+        try:
+            document = read_sealed(folder / PLAN)
+            if not isinstance(document, dict) or set(document) != {item.name for item in fields(cls)}:
+                raise ValueError("it has other keys")
+            settings = GenerateSettings(**typed_values(document.pop("settings"), GenerateSettings, PLAN))
+            records = document.pop("records")
+            values = typed_values(document, _PlainPlan, PLAN)
+            files = values.pop("adapter_files")
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"--resume {folder}: no images are begun there ({PLAN} is missing or damaged): name the folder of a run"
+            ) from error
+        if lifting := split_permissions(values["overrides"])[0]:
+            raise InputError(f"--resume {folder}: its {PLAN} has {lifting[0]!r}: only your own flag may allow that")
+        return cls(settings=settings, records=records, adapter_files=files, **values)
+
+
+@dataclass(frozen=True)
+class _PlainPlan:
+    """The types of what `GeneratePlan` holds besides its settings and records."""
+
+    backend: str
+    prompts: tuple[str, ...]
+    overrides: tuple[str, ...]
+    adapter: str | None
+    adapter_files: dict[str, str]
+    model: str | None
+    version: str
 
 
 def generate_pairs(
     backend: Backend,
     prompts: Sequence[str],
     settings: GenerateSettings,
-    folder: Path,
+    folder: str | Path,
     *,
     steered: bool = True,
     records: Records | None = None,
 ) -> dict[str, Any]:
     """Write base and steered images side by side, and what was done.
 
+    A prompt's folder is complete when it holds `prompt.txt`; complete ones are kept, so a run that was cut short is
+    gone on with by the same call, and ends with the same files.
+
     Args:
         backend: with its adapter loaded.
         prompts: distinct; `prompt-000/base-00.png` and `prompt-000/steered-00.png` come from the same noise.
         settings: of the run.
-        folder: an existing, empty run folder.
+        folder: an existing run folder, empty or with what the same run has written so far.
         steered: write steered images too; false for a backend without an adapter.
         records: what a prompt file says of its prompts besides their text (see `hnkit.prompts.read_records`), for a
             scorer's layout.
@@ -52,35 +128,37 @@ def generate_pairs(
 
     Raises:
         InputError: a prompt that the layout cannot hold, before anything is written; outputs that are no images.
+        NonFiniteError: an image, or the delta of the noise, holds NaN or infinity.
+        OSError: the disk is full or read-only; what is complete is kept.
     """
+    folder = Path(folder)
     if settings.layout is not None:
         check_layout(settings.layout, prompts, settings.count, records)
-    sheets: dict[str, dict[str, list[Tensor]]] = {}
     kinds = ["base", "steered"] if steered else ["base"]
-    written = 0
     for number, prompt in enumerate(prompts):
-        place = folder / f"prompt-{number:03d}"
-        place.mkdir()
+        place = prompt_folder(folder, number)
+        if place.is_symlink():
+            raise InputError(f"{place} is a link, and links are not followed: name the folder of a run itself")
+        if (place / "prompt.txt").is_file():
+            continue
+        place.mkdir(exist_ok=True)
         for start in range(0, settings.count, settings.batch):
             rows = range(start, min(settings.count, start + settings.batch))
             outputs = _pair(backend, prompt, _noise(backend, settings.seed, rows), settings.steps, steered)
             for kind in kinds:
                 for row, image in zip(rows, outputs[kind], strict=True):
                     atomic_write(place / f"{kind}-{row:02d}.png", image_png(image))
-                    written += 1
-                if number < _SHEET_PROMPTS:
-                    shown = sheets.setdefault(prompt, {}).setdefault(kind, [])
-                    shown.extend(outputs[kind][: max(0, _SHEET_IMAGES - len(shown))])
         atomic_write(place / "prompt.txt", prompt + "\n")
-    sheet = contact_sheet(sheets)
+    sheet = contact_sheet(_shown(folder, prompts[:_SHEET_PROMPTS], kinds, min(settings.count, _SHEET_IMAGES)))
     atomic_write(folder / "contact-sheet.png", sheet)
     if settings.layout is not None:
         write_layout(settings.layout, folder, kinds, prompts, settings.count, records or {})
+    written = len(prompts) * settings.count * len(kinds)
     document = {
         "backend": backend.name, "images": written, "prompts": list(prompts), "kinds": kinds, **asdict(settings),
     }  # fmt: skip
     caption = "Each prompt's base images above and its steered ones below, column by column from the same noise."
-    rows_ = tuple((f"prompt-{number:03d}", prompt) for number, prompt in enumerate(prompts))
+    rows_ = tuple((prompt_folder(folder, number).name, prompt) for number, prompt in enumerate(prompts))
     sections = [
         Section("Contact sheet", (Picture(sheet, caption),)),
         Section("Prompts", (Table(("folder", "prompt"), rows_), Text(json.dumps(asdict(settings))))),
@@ -90,13 +168,53 @@ def generate_pairs(
     return document
 
 
+def prompt_folder(folder: Path, number: int) -> Path:
+    """Where the images of a prompt are."""
+    return folder / f"prompt-{number:03d}"
+
+
+def complete_prompts(folder: Path, plan: GeneratePlan) -> int:
+    """How many prompts of a run have all their images."""
+    return sum((prompt_folder(folder, number) / "prompt.txt").is_file() for number in range(len(plan.prompts)))
+
+
 def require_images(
     backend: Backend, prompts: Sequence[str], settings: GenerateSettings, records: Records | None = None
 ) -> None:
-    """Refuse prompts that the layout cannot hold, and, by making one image, a backend whose outputs are none."""
+    """Refuse prompts that the layout cannot hold or the backend cannot encode, and a backend that makes no images.
+
+    Every prompt is encoded, which a backend with a cache does once, and one image is made.
+
+    Raises:
+        InputError: names the prompt or the shape.
+    """
     if settings.layout is not None:
         check_layout(settings.layout, prompts, settings.count, records)
+    completed(backend).prepare(prompts)
+    for prompt in prompts:
+        backend.encode([prompt])
     _pair(backend, prompts[0], _noise(backend, settings.seed, range(1)), settings.steps, steered=False)
+
+
+def _shown(
+    folder: Path, prompts: Sequence[str], kinds: Sequence[str], count: int
+) -> dict[str, dict[str, list[Tensor]]]:
+    """The images of the contact sheet, as they were written."""
+    return {
+        prompt: {
+            kind: [_read_png(prompt_folder(folder, number) / f"{kind}-{row:02d}.png") for row in range(count)]
+            for kind in kinds
+        }
+        for number, prompt in enumerate(prompts)
+    }
+
+
+def _read_png(path: Path) -> Tensor:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _noise(backend: Backend, seed: int, rows: range) -> Tensor:
@@ -114,13 +232,24 @@ def _pair(backend: Backend, prompt: str, noise: Tensor, steps: int, steered: boo
     outputs = {"base": backend.generate(noise, condition, steps)}
     if steered:
         f: NoiseMap = ConditionedMap(backend.hypernetwork, condition)
-        outputs["steered"] = backend.generate(noise + f(noise).to(noise.dtype), condition, steps)
-    for images in outputs.values():
+        delta = f(noise)
+        _require_finite(delta, f"the delta f(x) of the noise under prompt {prompt[:60]!r}", "the adapter is damaged")
+        outputs["steered"] = backend.generate(noise + delta.to(noise.dtype), condition, steps)
+    for kind, images in outputs.items():
         if images.dim() != 4 or images.shape[1] != 3:
             raise InputError(
                 f"backend {backend.name} makes outputs of shape {tuple(images.shape[1:])}, not images: use verify-bound"
             )
+        cure = "try backend.dtype=float32, another guidance" + (", or another adapter" if kind == "steered" else "")
+        _require_finite(images, f"a {kind} image of prompt {prompt[:60]!r}", cure)
     return {kind: list(images.float().cpu()) for kind, images in outputs.items()}
+
+
+def _require_finite(values: Tensor, what: str, cure: str) -> None:
+    """A file of pixels has no way to say "not a number": it would be written as black."""
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        raise NonFiniteError(f"{what} holds {int((~finite).sum())} values that are not finite: {cure}")
 
 
 def contact_sheet(sheets: dict[str, dict[str, list[Tensor]]]) -> bytes:

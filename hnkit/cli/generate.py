@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hnkit.cli.folders import refuse_existing
+from hnkit.cli.folders import refuse_existing, resumed_folder
 from hnkit.cli.options import WithBackend, flags_of
-from hnkit.config import GenerateSettings
+from hnkit.config import GenerateSettings, split_permissions
 from hnkit.errors import InputError
-from hnkit.internal.values import setting
+from hnkit.internal.values import printable, setting
+
+if TYPE_CHECKING:
+    from hnkit.backend import BackendBase
+    from hnkit.generate import GeneratePlan
 
 EXAMPLE = "hnkit generate --backend digits --prompt 'a three' --count 8"
 
@@ -24,27 +30,73 @@ class Options(WithBackend):
         adapter: trained adapter, or the run folder that holds it; default: base images alone.
         prompts: .txt, .json, .jsonl, .csv:COLUMN, a folder of .txt, hf:NAME; default: the backend's held-out ones.
         prompt: one prompt (repeatable).
+        resume: continue a run that was cut short: this one, or the newest.
     """
 
     adapter: Path | None = setting(None, metavar="DIR")
     prompts: str | None = setting(None, metavar="FILE")
     prompt: tuple[str, ...] = setting(())
     settings: Mapping[str, Any] = flags_of(GenerateSettings)
+    resume: str | None = setting(None, metavar="[DIR]")
+
+    def __post_init__(self) -> None:
+        if self.prompts is not None and self.prompt:
+            raise InputError("--prompts and --prompt together: name one source of prompts")
+        if self.resume is None:
+            return
+        _, others = split_permissions(self.overrides)
+        given: dict[str, Any] = {
+            "--adapter": self.adapter,
+            "--prompts": self.prompts,
+            "--prompt": self.prompt,
+            "--set": others,
+        }
+        given |= {f"--{name}": True for name in self.settings}
+        for flag, value in given.items():
+            if value:
+                raise InputError(f"{flag} with --resume: a resumed run keeps its settings: leave the flag out")
 
 
 def run(options: Options) -> int:
     """Write the images of every prompt; see `hnkit.generate`."""
-    from hnkit.adapters import default_prompts, load_trained
-    from hnkit.generate import generate_pairs, require_images
-    from hnkit.internal.files import new_run_folder
+    from hnkit.generate import generate_pairs
     from hnkit.output import terminal
+    from hnkit.training.checkpoint import run_lock
+
+    folder, plan, backend = resumed(options) if options.resume is not None else begun(options)
+    again = f"go on with {shlex.join(['hnkit', 'generate', '--resume', str(folder)])}"
+    with run_lock(folder):
+        try:
+            document = generate_pairs(
+                backend, plan.prompts, plan.settings, folder, steered=plan.adapter is not None, records=plan.records
+            )
+        except (OSError, InputError) as error:
+            if options.as_json:  # what is done is not lost with the disk
+                terminal.print_json(unfinished(folder, plan))
+            if isinstance(error, InputError):
+                raise
+            where = error.filename or folder
+            raise InputError(f"{where}: {(error.strerror or str(error)).lower()}: mend that and {again}") from error
+        except KeyboardInterrupt:
+            print(f"hnkit: interrupted; {printable(again)}", file=sys.stderr)
+            return 130
+    if options.as_json:
+        terminal.print_json({**document, "run_folder": str(folder)})
+    else:
+        print(f"{document['images']} images; contact sheet: {folder / 'contact-sheet.png'}")
+    return 0
+
+
+def begun(options: Options) -> tuple[Path, GeneratePlan, BackendBase]:
+    """A new run folder with its plan, and the backend; whatever can be refused is refused before the folder is made."""
+    from hnkit.adapters import default_prompts, load_trained
+    from hnkit.generate import GeneratePlan, require_images
+    from hnkit.internal.files import new_run_folder
     from hnkit.output.layouts import check_layout
     from hnkit.prompts import read_records
 
     name = options.named_backend()
     settings = GenerateSettings(**options.settings)
-    if options.prompts is not None and options.prompt:
-        raise InputError("--prompts and --prompt together: name one source of prompts")
     refuse_existing(options.out)
     records = {} if options.prompts is None else read_records(options.prompts)
     texts = list(dict.fromkeys(options.prompt)) or list(records)
@@ -52,13 +104,54 @@ def run(options: Options) -> int:
         raise InputError("--prompt is empty: write a prompt")
     if texts and settings.layout is not None:
         check_layout(settings.layout, texts, settings.count, records)
-    loaded, _ = load_trained(name, options.adapter, options.overrides)
-    texts = texts or default_prompts(loaded)
-    require_images(loaded, texts, settings, records)
+    backend, _ = load_trained(name, options.adapter, options.overrides)
+    texts = texts or default_prompts(backend)
+    require_images(backend, texts, settings, records)
+    adapter = None if options.adapter is None else str(options.adapter.resolve())
+    plan = GeneratePlan(
+        name, settings, tuple(texts), records, options.overrides, adapter, adapter_digests(adapter),
+        backend.model_digest(),
+    )  # fmt: skip
     folder = new_run_folder(options.out, "generate")
-    document = generate_pairs(loaded, texts, settings, folder, steered=options.adapter is not None, records=records)
-    if options.as_json:
-        terminal.print_json({**document, "run_folder": str(folder)})
-    else:
-        print(f"{document['images']} images; contact sheet: {folder / 'contact-sheet.png'}")
-    return 0
+    plan.write(folder)
+    return folder, plan, backend
+
+
+def resumed(options: Options) -> tuple[Path, GeneratePlan, BackendBase]:
+    """The run to go on with, whose adapter and model must be what they were."""
+    from hnkit.adapters import load_trained
+    from hnkit.generate import PLAN, GeneratePlan
+
+    folder = resumed_folder(str(options.resume), options.out, "generate", PLAN)
+    plan = GeneratePlan.read(folder)
+    if options.backend not in (None, plan.backend):
+        raise InputError(f"--resume {folder} has backend {plan.backend!r}, not {options.backend!r}")
+    if adapter_digests(plan.adapter) != plan.adapter_files:
+        raise InputError(
+            f"--resume {folder}: its adapter {plan.adapter} is gone or has changed since: restore it, or start anew"
+        )
+    adapter = None if plan.adapter is None else Path(plan.adapter)
+    backend, _ = load_trained(plan.backend, adapter, [*plan.overrides, *options.overrides])
+    if backend.model_digest() != plan.model:
+        raise InputError(f"--resume {folder}: the base model has changed since: restore it, or start anew")
+    backend.prepare(plan.prompts)
+    return folder, plan, backend
+
+
+def adapter_digests(adapter: str | None) -> dict[str, str]:
+    """SHA-256 of an adapter's files by name; of none where there is no adapter."""
+    from hnkit.adapters import adapter_folder
+    from hnkit.internal.files import file_digest
+
+    files = [] if adapter is None else sorted(adapter_folder(adapter).glob("*"))
+    return {path.name: file_digest(path) for path in files if path.is_file()}
+
+
+def unfinished(folder: Path, plan: GeneratePlan) -> dict[str, Any]:
+    """What `--json` says of a run that ended early."""
+    from hnkit.generate import complete_prompts
+
+    kinds = ["base"] if plan.adapter is None else ["base", "steered"]
+    images = complete_prompts(folder, plan) * plan.settings.count * len(kinds)
+    return {"backend": plan.backend, "images": images, "prompts": list(plan.prompts), "kinds": kinds,
+            **asdict(plan.settings), "finished": False, "run_folder": str(folder)}  # fmt: skip

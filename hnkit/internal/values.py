@@ -200,6 +200,8 @@ def describe(annotation: Any) -> str:
     if is_union(annotation):
         return " or ".join(describe(member) for member in typing.get_args(annotation))
     origin = typing.get_origin(annotation)
+    if origin is dict:
+        return f"a table, each value {describe(typing.get_args(annotation)[1])}"
     if origin is Literal:
         choices = [shown(choice) for choice in typing.get_args(annotation)]
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"

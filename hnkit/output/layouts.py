@@ -51,6 +51,8 @@ def write_layout(
 ) -> None:
     """Arrange the images that `generate` has written under `folder` for a scorer.
 
+    A folder gets its name when it is whole, and one that has it is left as it is.
+
     Args:
         name: one of `LAYOUTS`.
         folder: the run folder, with `prompt-000/base-00.png` and so on.
@@ -60,13 +62,19 @@ def write_layout(
         records: what is known about a prompt besides its text.
     """
     for kind in kinds:
-        place = folder / f"{name}-{kind}"
+        whole = folder / f"{name}-{kind}"
+        if whole.is_dir():
+            continue
+        place = whole.with_name(f".{whole.name}.tmp")
+        if place.exists():  # of a run that was cut short here
+            shutil.rmtree(place)
         place.mkdir()
         images = [
             [folder / f"prompt-{number:03d}" / f"{kind}-{row:02d}.png" for row in range(count)]
             for number in range(len(prompts))
         ]
         LAYOUTS[name].write(place, prompts, images, records)
+        place.rename(whole)
 
 
 def check_layout(name: str, prompts: Sequence[str], count: int, records: Records | None = None) -> None:

@@ -85,6 +85,19 @@ FILES: dict[str, str | bytes] = {
 }
 """What lies in the working directory, beside an empty folder, a symbolic link to itself and one to nowhere."""
 
+GENERATE = {"backend": "digits", "settings": {"count": 1}, "prompts": ["a three"], "records": {}, "overrides": [],
+            "adapter": None, "adapter_files": {}, "model": None, "version": "0"}  # fmt: skip
+FILES |= {
+    "generate-plan/generate.json": json.dumps(sealed(GENERATE)),
+    "generate-cut/generate.json": '{"sha256": ',
+    "generate-keys/generate.json": json.dumps(sealed({"backend": "digits"})),
+    "generate-type/generate.json": json.dumps(sealed(GENERATE | {"prompts": [3]})),
+    "generate-range/generate.json": json.dumps(sealed(GENERATE | {"settings": {"count": 0}})),
+    "generate-foreign/generate.json": json.dumps(sealed(GENERATE | {"backend": "os"})),
+    "generate-adapter/generate.json": json.dumps(sealed(GENERATE | {"adapter": "gone", "adapter_files": {"w": "0"}})),
+    "generate-lifting/generate.json": json.dumps(sealed(GENERATE | {"overrides": ["backend.local_files_only=false"]})),
+}
+GENERATES = tuple(name.partition("/")[0] for name in FILES if name.startswith("generate-") and "plan" not in name)
 PLANS = tuple(name.partition("/")[0] for name in FILES if name.startswith("plan-"))
 LONG = "x" * 300
 NONE_SUCH = ("absent", "folder", "loop", "dangling", LONG, "")
@@ -235,6 +248,7 @@ FLAGS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (FRONTIER, "--method", ("", "nonesuch", "EXACT")),
     (FRONTIER, "--alpha", (*NOT_NUMBERS, "0", "-1")),
     (FRONTIER, "--set", ("", "x", "train.steps=1", "backend.nonesuch=1", "backend.size=0")),
+    (("generate",), "--resume", (*NONE_SUCH, "precious.txt", *GENERATES)),
     (("compare",), "--backend", ("", "nonesuch", "toy", LONG)),
     (("compare", *DIGITS), "--methods", ("", ",", "base,", "nonesuch", "base,nonesuch", "BASE", "base;reno")),
     (("compare", *DIGITS), "--adapter", (*NONE_SUCH, "precious.txt")),
@@ -308,6 +322,12 @@ CONFLICTS: list[tuple[str, ...]] = [
     ("generate", "--backend", "flux", "--prompt", "a"),
     ("generate", "--backend", "sana", "--set", "backend.model_id=folder", "--prompt", "a"),
     ("generate", "--backend", "sana", "--set", "backend.model_id=../../etc", "--prompt", "a"),
+    ("generate", "--resume"),
+    ("generate", "--resume", "folder", "--out", "new"),
+    ("generate", "--resume", "generate-plan", "--count", "2"),
+    ("generate", "--resume", "generate-plan", "--prompt", "a three"),
+    ("generate", "--resume", "generate-plan", "--set", "backend.size=32"),
+    ("generate", "--resume", "generate-plan", "--backend", "toy"),
     ("generate", *DIGITS, "--prompt", "a three", "--layout", "dpg-bench", "--count", "3"),
     ("generate", *DIGITS, "--prompt", "a three", "--layout", "dpg-bench"),
     ("generate", *DIGITS, "--prompts", "prompts.txt", "--layout", "geneval"),

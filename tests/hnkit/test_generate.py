@@ -1,0 +1,211 @@
+"""`hnkit generate`: runs that are cut short at any write go on and end alike; what cannot be an image is an error."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import hnkit.generate
+from hnkit.cli import app as cli
+from hnkit.errors import InputError, NonFiniteError
+from hnkit.generate import PLAN, GeneratePlan, GenerateSettings, generate_pairs, require_images
+from hnkit.internal.files import read_sealed, write_sealed
+from tests.hnkit.fake_backend import FakeBackend, FakeFactory, Options
+
+COMMAND = ["generate", "--backend", "fake", "--adapter", "mine", "--prompt", "a cat", "--prompt", "a longer dog",
+           "--count", "3", "--batch", "2"]  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A working directory with an adapter of the fake backend."""
+    factory = FakeFactory()
+    for module in ("hnkit.backend", "hnkit.adapters"):
+        monkeypatch.setattr(f"{module}.backend_factory", lambda _: factory)
+    monkeypatch.chdir(tmp_path)
+    backend = FakeBackend(Options())
+    backend.hypernetwork.bias.data += 0.7
+    backend.save_adapter(tmp_path / "mine")
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of a command run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        cli.app([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file but the lock, by its path."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if name != ".lock"}
+
+
+def test_a_run_that_is_cut_short_at_any_write_goes_on_as_printed_and_ends_alike(here, capsys, monkeypatch):
+    command = COMMAND
+    assert run(capsys, *command, "--out", "whole")[0] == 0
+    whole = files(here / "whole")
+    write, writes = hnkit.generate.atomic_write, 0
+
+    def count(path, content):
+        nonlocal writes
+        writes += 1
+        if writes == stop:
+            raise failure
+        write(path, content)
+
+    monkeypatch.setattr(hnkit.generate, "atomic_write", count)
+    full = OSError(errno.ENOSPC, "No space left on device", "x.png")
+    for stop, failure in [(k, full) for k in (1, 4, 7, 8, 15)] + [(9, KeyboardInterrupt()), (2, KeyboardInterrupt())]:
+        writes, out = 0, f"cut; {stop} {type(failure).__name__}"
+        code, printed, err = run(capsys, *command, "--out", out, "--json")
+        assert not (here / out / "report.json").exists()  # a folder without it is not finished
+        if failure is full:
+            assert code == 2
+            document = json.loads(printed)
+            assert document["finished"] is False
+            assert document["images"] == 6 * ((stop > 7) + (stop > 14))
+            assert "no space left on device" in err
+        else:
+            assert (code, printed) == (130, "")
+        assert err.count("\n") == 1
+        writes = 100
+        words = shlex.split(err.strip().partition("go on with ")[2])
+        assert words[0] == "hnkit"
+        code, _, err = run(capsys, *words[1:])
+        assert code == 0, err
+        assert files(here / out) == whole
+        assert run(capsys, *words[1:])[0] == 0  # a finished run has nothing to do
+        assert files(here / out) == whole
+
+
+def test_a_layout_that_was_cut_short_is_made_again(here, capsys, monkeypatch):
+    write_layout = hnkit.generate.write_layout
+    (here / "p.jsonl").write_text('{"prompt": "a cat", "tag": "x", "include": [{"class": "cat", "count": 1}]}\n')
+    command = ["generate", "--backend", "fake", "--adapter", "mine", "--prompts", "p.jsonl", "--layout", "geneval"]
+    assert run(capsys, *command, "--out", "whole")[0] == 0
+    whole = files(here / "whole")
+    monkeypatch.setattr("shutil.copyfile", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full", "y")))
+    assert run(capsys, *command, "--out", "cut")[0] == 2
+    assert not (here / "cut" / "geneval-base").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    for module in ("hnkit.backend", "hnkit.adapters"):
+        monkeypatch.setattr(f"{module}.backend_factory", lambda _: FakeFactory())
+    assert hnkit.generate.write_layout is write_layout
+    assert run(capsys, "generate", "--resume", "cut")[0] == 0
+    assert files(here / "cut") == whole
+
+
+def test_what_a_run_depends_on_may_not_change_behind_it(here, capsys, monkeypatch):
+    assert run(capsys, *COMMAND, "--out", "run")[0] == 0
+    plan = read_sealed(here / "run" / PLAN)
+    assert plan["prompts"] == ["a cat", "a longer dog"]
+    assert set(plan["adapter_files"]) == {"adapter.safetensors"}
+    monkeypatch.setattr(FakeBackend, "model_digest", lambda _: "other", raising=False)
+    code, _, err = run(capsys, "generate", "--resume", "run")
+    assert code == 2
+    assert "base model has changed" in err
+    backend = FakeBackend(Options())
+    backend.save_adapter(here / "mine")
+    code, _, err = run(capsys, "generate", "--resume", "run")
+    assert code == 2
+    assert "its adapter" in err
+
+
+def test_links_in_a_run_folder_are_not_followed(here, capsys):
+    assert run(capsys, *COMMAND, "--out", "run")[0] == 0
+    (here / "elsewhere").mkdir()
+    for path in (here / "run" / "prompt-000").iterdir():
+        path.unlink()
+    (here / "run" / "prompt-000").rmdir()
+    (here / "run" / "prompt-000").symlink_to(here / "elsewhere")
+    code, _, err = run(capsys, "generate", "--resume", "run")
+    assert code == 2
+    assert "is a link" in err
+    assert not list((here / "elsewhere").iterdir())
+
+
+def test_a_plan_reads_back_and_lifts_no_restriction(tmp_path):
+    plan = GeneratePlan(
+        "fake", GenerateSettings(count=2, seed=5), ("a", "b"), {"a": {"item_id": 3}}, ("backend.size=3",), "mine",
+        {"w": "0"}, "digest",
+    )  # fmt: skip
+    plan.write(tmp_path)
+    assert GeneratePlan.read(tmp_path) == plan
+    write_sealed(tmp_path / PLAN, read_sealed(tmp_path / PLAN) | {"overrides": ["backend.local_files_only=false"]})
+    with pytest.raises(InputError, match="only your own flag may allow that"):
+        GeneratePlan.read(tmp_path)
+
+
+def test_every_prompt_is_tried_before_anything_is_written(here, capsys, monkeypatch):
+    encode = FakeBackend.encode
+
+    def refuse(self, prompts):
+        if any("dog" in prompt for prompt in prompts):
+            raise InputError(f"prompt {prompts[0]!r} is not one that this model knows")
+        return encode(self, prompts)
+
+    monkeypatch.setattr(FakeBackend, "encode", refuse)
+    code, _, err = run(capsys, *COMMAND, "--out", "run")
+    assert code == 2
+    assert "a longer dog" in err
+    assert not (here / "run").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("fault", ["base", "steered", "delta"])
+def test_outputs_that_are_not_finite_are_an_error_and_no_black_image(fault, value, tmp_path, monkeypatch):
+    backend = FakeBackend(Options())
+    if fault == "delta":
+        backend.hypernetwork.bias.data[1] = value
+    else:
+        generate, calls = backend.generate, []
+
+        def broken(noise, condition, steps=1):
+            images = generate(noise, condition, steps)
+            calls.append(images)
+            if len(calls) == {"base": 1, "steered": 2}[fault]:
+                images[-1, 0, 0, 0] = value
+            return images
+
+        monkeypatch.setattr(backend, "generate", broken)
+    with pytest.raises(NonFiniteError, match=f"{fault}.*'a cat'"):
+        generate_pairs(backend, ["a cat"], GenerateSettings(count=2), str(tmp_path))
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_guidance_that_is_not_finite_is_refused_before_the_model_is_loaded(here, capsys, monkeypatch):
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Guided(Options):
+        guidance: float = 1.0
+
+    factory = FakeFactory(options=Guided)
+    monkeypatch.setattr("hnkit.adapters.backend_factory", lambda _: factory)
+    factory.adapter_options = lambda _: Guided(guidance=float("nan"))
+    code, _, err = run(capsys, *COMMAND, "--out", "run")
+    assert code == 2
+    assert "guidance = nan" in err
+    assert not factory.loaded
+    factory.adapter_options = lambda _: Guided(guidance=1.5, prompts=7)
+    assert run(capsys, *COMMAND, "--set", "backend.device=cpu", "--out", "run")[0] == 0
+    assert factory.loaded[0].options == Guided(guidance=1.5, prompts=7)  # another --set does not drop what is recorded
+
+
+def test_huge_weights_are_an_error(tmp_path):
+    backend = FakeBackend(Options())
+    backend.hypernetwork.weight.data += 3e38
+    backend.hypernetwork.bias.data += 3e38
+    with pytest.raises(NonFiniteError, match="delta"):
+        generate_pairs(backend, ["a very long prompt about cats"], GenerateSettings(count=2), tmp_path)
+    require_images(backend, ["a cat"], GenerateSettings())  # the base images are sound
+    assert torch.isfinite(backend.generate(torch.zeros(1, 3, 4, 4), backend.encode(["a"]))).all()
