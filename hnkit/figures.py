@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hnkit.errors import ExpansiveMapError, InputError
 from hnkit.internal.stats import mean_and_stderr, ratio_and_stderr
 from hnkit.internal.values import finite
 from hnkit.kl.divergence import Method, noise_kl
-from hnkit.lipschitz.local import local_lipschitz
+from hnkit.lipschitz.local import RESOLVED, local_norms
 from hnkit.maps import NoiseMap, select_rows
 from hnkit.tilt import TiltedProblem, optimality_gap
 
@@ -43,13 +44,14 @@ class Measurement:
         relative_error_stderr: its standard error (ratio of means, to first order).
         symmetry_index: `E tr(J^2) / E|J|_F^2`, in [-1, 1].
         local_norm: quantiles of `|J(x)|_2`: keys `"0.1"`, `"0.5"`, `"0.9"`, `"max"` of the samples. Estimates, no
-            bound on the Lipschitz constant.
+            bound on the Lipschitz constant; nan where they are not known.
         mean_shift_share: `|E f|^2 / E|f|^2` within prompts, unbiased in the numerator; no unit, nan while f = 0.
         injective: what is known of the injectivity of `x + f(x)`.
         num_jvp: Jacobian-vector products spent on `kl`.
         num_vjp: vector-Jacobian products spent on `kl`.
         gap: distance from the optimum, where the tilted law is known.
         gap_stderr: its standard error.
+        local_norm_note: how coarsely the local norms are resolved, or why there are none; empty where they converged.
     """
 
     samples: int
@@ -71,6 +73,7 @@ class Measurement:
     num_vjp: int
     gap: float | None = None
     gap_stderr: float | None = None
+    local_norm_note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The figures as a JSON document, `None` for what is not known."""
@@ -94,7 +97,7 @@ def measure(
         f: batch-first map.
         x: `(n, *shape)` samples of `N(0, I)`, n >= 2.
         method: of `noise_kl`, or `"auto"`: exact up to d = 512, above it Arnoldi, or Golub-Kahan ("lanczos") where a
-            local norm reaches 1.
+            local norm reaches 1 (also one met on the way, beyond the rows whose norms are taken).
         rel_error: the relative error at which a stochastic method stops.
         prompts: one per row; the mean shift is taken within rows of the same prompt. `None`: all rows together.
         problem: its tilted law is the target of the optimality gap.
@@ -105,21 +108,26 @@ def measure(
     """
     delta = _evaluate(f, x)
     dim = delta.shape[1]
-    rows = torch.arange(len(x) if dim <= EXACT_UP_TO else min(len(x), _NORM_SAMPLES), device=x.device)
-    # three digits are enough for quantiles, and a float32 network may not give many more
-    norms = local_lipschitz(select_rows(f, rows), x[rows], tolerance=1e-3).double().cpu()
-    if method == "auto":
-        method = "exact" if dim <= EXACT_UP_TO else "arnoldi" if float(norms.max()) < 1 else "lanczos"
+    norms, note = _local_norms(f, x[: len(x) if dim <= EXACT_UP_TO else _NORM_SAMPLES])
+    automatic = method == "auto"
+    if automatic:  # an unknown norm counts as one below 1 until Arnoldi finds otherwise
+        expansive = norms is not None and float(norms.max()) >= 1
+        method = "exact" if dim <= EXACT_UP_TO else "lanczos" if expansive else "arnoldi"
     moving = bool(delta.any())  # at f = 0 there is no relative error to aim at
     options: dict[str, Any] = {} if method == "exact" or not moving else {"rel_error": rel_error}
-    estimate = noise_kl(f, x, method=cast(Method, method), generator=generator, **options)
+    try:
+        estimate = noise_kl(f, x, method=cast(Method, method), generator=generator, **options)
+    except ExpansiveMapError:  # at a row whose local norm was not taken
+        if not automatic:
+            raise
+        method = "lanczos"
+        estimate = noise_kl(f, x, method="lanczos", generator=generator, **options)
     half_norms = 0.5 * delta.square().sum(1)
     l2, l2_stderr = mean_and_stderr(half_norms)
     error, error_stderr = mean_and_stderr(estimate.per_sample.to(half_norms) - half_norms)
     relative, relative_stderr = ratio_and_stderr(
         -(estimate.per_sample.to(half_norms) - half_norms), estimate.per_sample
     )
-    quantiles = torch.quantile(norms, torch.tensor(_QUANTILES, dtype=norms.dtype)).tolist()
     gap = optimality_gap(problem, f, x.double(), method="exact") if problem is not None else None
     return Measurement(
         samples=len(x),
@@ -134,13 +142,41 @@ def measure(
         relative_error=relative,
         relative_error_stderr=relative_stderr,
         symmetry_index=estimate.symmetry_index,
-        local_norm=dict(zip(map(str, _QUANTILES), quantiles, strict=True)) | {"max": float(norms.max())},
+        local_norm=_quantiles(norms),
+        local_norm_note=note,
         mean_shift_share=mean_shift_share(delta, prompts),
         injective=estimate.injective,
         num_jvp=estimate.num_jvp,
         num_vjp=estimate.num_vjp,
         gap=None if gap is None else gap.value,
         gap_stderr=None if gap is None else gap.stderr,
+    )
+
+
+def _local_norms(f: NoiseMap, x: Tensor) -> tuple[Tensor | None, str]:
+    """`|J(x)|_2` per row in float64 on the CPU, and a remark: what they lack, or why there are none.
+
+    A statistic beside the KL never costs the KL. Three digits are enough for quantiles; a network in bfloat16 does not
+    give as many.
+    """
+    try:
+        found = local_norms(select_rows(f, torch.arange(len(x), device=x.device)), x, tolerance=1e-3)
+    except InputError as reason:
+        return None, f"no local norms: {reason}"
+    worst = float(found.residual.max())
+    if bool(found.converged.all()):
+        return found.value.cpu(), ""
+    if worst <= RESOLVED:
+        return found.value.cpu(), f"local norms to a relative {worst:.1g}: the products of the network resolve no more"
+    return None, f"local norms not converged: relative residual {worst:.1g} after {found.products} products"
+
+
+def _quantiles(norms: Tensor | None) -> dict[str, float]:
+    keys = [*map(str, _QUANTILES), "max"]
+    if norms is None:
+        return dict.fromkeys(keys, math.nan)
+    return dict(
+        zip(keys, torch.quantile(norms, torch.tensor([*_QUANTILES, 1.0], dtype=norms.dtype)).tolist(), strict=True)
     )
 
 

@@ -22,16 +22,14 @@ from hnkit.jacobian import (
     recording,
     require_differentiable_again,
 )
-from hnkit.lipschitz.certify import (
-    certified_bounds,
-)
+from hnkit.linalg.singular import BASIS, CYCLES, FEWEST_STEPS, LocalNorms, leading_singular, unit_rows
+from hnkit.lipschitz.certify import certified_bounds
 from hnkit.maps import NoiseMap, select_rows
 
+RESOLVED = 2**-4
+"""Relative residual up to which a local norm is given where a network's products resolve no more: 8 bfloat16 units."""
+
 _DENSE_DIM = 16  # up to this dimension the dense Jacobian costs fewer products than a Krylov space
-_BASIS = 48  # Krylov vectors kept per side and row before a restart
-_MIN_STEPS = 8  # steps before the first convergence test: a residual alone does not say which singular value it is
-_CHECK_EVERY = 4  # steps between convergence tests
-_MAX_CYCLES = 12
 _BASIS_BYTES = 2**29  # of all Krylov vectors of the rows that run together
 
 
@@ -49,154 +47,6 @@ class LipschitzEstimate:
     value: float
     kind: Literal["sampled", "lower", "certified"]
     how: str
-
-
-@dataclass(frozen=True)
-class LocalNorms:
-    """Spectral norms of the Jacobian at each row, with the singular vectors and the residuals they leave.
-
-    `value = |J v|` for the unit vector `v = right`, so that it never exceeds `|J|_2` beyond rounding, and some singular
-    value lies within `value * residual` of it.
-
-    Attributes:
-        value: `(n,)` float64.
-        residual: `(n,)` relative residual `|J' u - value v| / value`, 0 where `J v = 0`.
-        left: `(n, d)` unit vectors `u = J v / |J v|`.
-        right: `(n, d)` unit vectors `v`.
-        products: matrix-vector products spent, over all rows and both sides.
-    """
-
-    value: Tensor
-    residual: Tensor
-    left: Tensor
-    right: Tensor
-    products: int
-
-
-def _unit(vectors: Tensor, floor: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """Norms and unit vectors of rows; rows of norm at most `floor` become 0. Scaled, so that nothing underflows."""
-    scale = vectors.abs().amax(-1, keepdim=True)
-    scaled = vectors / torch.where(scale > 0, scale, torch.ones_like(scale))
-    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    length = (norm * scale).squeeze(-1)
-    keep = (length > floor).unsqueeze(-1)
-    unit = torch.where(keep, scaled / torch.where(norm > 0, norm, torch.ones_like(norm)), torch.zeros_like(scaled))
-    return torch.where(keep.squeeze(-1), length, torch.zeros_like(length)), unit
-
-
-def _against(vectors: Tensor, basis: list[Tensor]) -> Tensor:
-    """Remove the components along an orthonormal basis, twice: once leaves rounding errors of the size removed."""
-    stacked = torch.stack(basis, 1)
-    for _ in range(2):
-        vectors = vectors - torch.einsum("rk,rkd->rd", torch.einsum("rkd,rd->rk", stacked, vectors), stacked)
-    return vectors
-
-
-def leading_singular(
-    operator: RowJacobian,
-    start: Tensor,
-    *,
-    tolerance: float,
-    basis: int = _BASIS,
-    cycles: int = _MAX_CYCLES,
-) -> LocalNorms:
-    """Largest singular value of J at every row by Golub-Kahan bidiagonalisation with full reorthogonalisation.
-
-    A cycle builds `J V = U B`, `J' U = V B' + beta v e'` and takes the leading singular pair of the bidiagonal B; the
-    next cycle starts from it, so that its first two products measure `|J v|` and the residual `|J' u - sigma v|`
-    afresh. A row counts as converged only by such a measured residual, never by the recurrence's own estimate.
-
-    The residual places *some* singular value within `tolerance * sigma`. That it is the largest one rests on the
-    start having a component along its singular vector, true with probability one for a random start.
-
-    Args:
-        operator: products of J at each row.
-        start: `(rows, d)` start vectors, not zero.
-        tolerance: relative residual to reach.
-        basis: Krylov vectors per side before a restart.
-        cycles: cycles after which it stops, converged or not: the caller reads `residual`.
-
-    Returns:
-        The norms; not every row need be converged.
-
-    Source:
-        G. Golub and W. Kahan, SIAM J. Numer. Anal. 2 (1965), DOI 10.1137/0702016.
-    """
-    steps = min(basis, operator.dim)
-    products = operator.num_jvp + operator.num_vjp
-    right = _unit(start.double())[1]
-    best: LocalNorms | None = None
-    for cycle in range(cycles + 1):
-        sigma, left = _unit(operator.jvp(right))
-        pulled = operator.vjp(left)
-        rest = pulled - sigma.unsqueeze(-1) * right
-        residual = torch.where(sigma > 0, _unit(rest)[0] / sigma, torch.zeros_like(sigma))
-        if cycle > 0 or cycles == 0:
-            spent = operator.num_jvp + operator.num_vjp - products
-            best = _better(best, LocalNorms(sigma, residual, left, right, spent))
-            if cycle == cycles or bool((best.residual <= tolerance).all()):
-                break
-        right = _bidiagonal_cycle(operator, sigma, left, rest, right, steps, tolerance)
-    assert best is not None
-    return best
-
-
-def _better(best: LocalNorms | None, new: LocalNorms) -> LocalNorms:
-    """Row by row the larger value, with its own vectors and residual."""
-    if best is None:
-        return new
-    take = new.value >= best.value
-    rows = take.unsqueeze(-1)
-    return LocalNorms(
-        torch.where(take, new.value, best.value),
-        torch.where(take, new.residual, best.residual),
-        torch.where(rows, new.left, best.left),
-        torch.where(rows, new.right, best.right),
-        new.products,
-    )
-
-
-def _bidiagonal_cycle(
-    operator: RowJacobian, sigma: Tensor, left: Tensor, rest: Tensor, right: Tensor, steps: int, tolerance: float
-) -> Tensor:
-    """Right Ritz vectors of one cycle that starts at the pair `(left, right)` with `J right = sigma left`.
-
-    A vector that vanishes (an invariant subspace is complete) is replaced by zero, and so is all that follows in its
-    row: the padded bidiagonal matrix keeps its singular values.
-    """
-    eps = torch.finfo(torch.float64).eps
-    V, U = [right], [left]
-    diagonal: list[Tensor] = [sigma]
-    above: list[Tensor] = []
-    size = sigma
-    for k in range(1, steps + 1):
-        beta, v = _unit(_against(rest, V), 8 * eps * size)
-        if k == steps or not bool(beta.any()):
-            break
-        if k >= _MIN_STEPS and k % _CHECK_EVERY == 0:
-            outer, value, _ = _small_svd(diagonal, above)
-            estimate = beta * outer[:, -1].abs()
-            if bool((estimate <= 0.25 * tolerance * value).all()):
-                break
-        alpha, u = _unit(_against(operator.jvp(v) - beta.unsqueeze(-1) * U[-1], U), 8 * eps * size)
-        rest = operator.vjp(u) - alpha.unsqueeze(-1) * v
-        V.append(v)
-        U.append(u)
-        above.append(beta)
-        diagonal.append(alpha)
-        size = torch.maximum(size, torch.maximum(alpha, beta))
-    ritz = torch.einsum("rk,rkd->rd", _small_svd(diagonal, above)[2], torch.stack(V, 1))
-    length, unit = _unit(ritz)
-    return torch.where((length > 0).unsqueeze(-1), unit, right)
-
-
-def _small_svd(diagonal: list[Tensor], above: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading left vector, value and right vector of the bidiagonal matrix of every row."""
-    matrix = torch.diag_embed(torch.stack(diagonal, -1))
-    if above:
-        matrix = matrix + torch.diag_embed(torch.stack(above, -1), offset=1)
-    u, s, vh = torch.linalg.svd(matrix)
-    return u[..., 0], s[..., 0], vh[..., 0, :]
 
 
 def _default_tolerance(x: Tensor) -> float:
@@ -218,9 +68,12 @@ def local_norms(
     *,
     tolerance: float | None = None,
     generator: torch.Generator | None = None,
-    cycles: int = _MAX_CYCLES,
+    cycles: int = CYCLES,
 ) -> LocalNorms:
     """`|J(x_i)|_2` with singular vectors and residuals; unlike `local_lipschitz` it returns unconverged rows too.
+
+    Read `converged` and `residual`: the products of a network that computes in bfloat16 leave some 1e-2, whatever the
+    type of x, and the value is known to about that.
 
     Args:
         f: batch-first map, rows independent.
@@ -234,7 +87,7 @@ def local_norms(
     dim = x[0].numel()
     if generator is None:
         generator = torch.Generator(device="cpu").manual_seed(0)
-    width = max(1, _BASIS_BYTES // (16 * dim * min(_BASIS, dim)))
+    width = max(1, _BASIS_BYTES // (16 * dim * min(BASIS, dim)))
     parts = []
     for start in range(0, x.shape[0], width):
         index = torch.arange(start, min(x.shape[0], start + width), device=x.device)
@@ -247,6 +100,7 @@ def local_norms(
         torch.cat([part.left for part in parts]),
         torch.cat([part.right for part in parts]),
         sum(part.products for part in parts),
+        goal,
     )
 
 
@@ -266,7 +120,9 @@ def local_lipschitz(
     Args:
         f: batch-first map, rows independent.
         x: `(n, *shape)`.
-        tolerance: relative residual; `None`: 1e-5, or 8 units of rounding of the dtype of `x` if that is coarser.
+        tolerance: relative residual that every row must reach. `None`: 1e-5 (8 units of rounding of the dtype of `x` if
+            that is coarser), or what the products of the map resolve: a network that computes in half precision
+            inside leaves some 1e-2, which `local_norms` states row by row. Up to 1/16 is given.
         generator: of the random start vectors; `None`: a fixed seed, so that the result repeats.
 
     Returns:
@@ -282,12 +138,14 @@ def local_lipschitz(
         norms: Tensor = torch.linalg.matrix_norm(dense_jacobian(f, x), 2)
         return norms
     result = local_norms(f, x, tolerance=goal, generator=generator)
+    most = max(goal, RESOLVED) if tolerance is None else goal
     worst = int(result.residual.argmax())
-    if float(result.residual[worst]) > goal:
+    if float(result.residual[worst]) > most:
+        remedy = "run the map in a higher precision"
         raise InputError(
             f"the local norm at sample {worst} did not converge: relative residual {float(result.residual[worst]):.2g} "
-            f"after {result.products} products, tolerance {goal:.2g}: raise the tolerance, or run the map in a higher "
-            "precision"
+            f"after {result.products} products, tolerance {most:.2g}: "
+            + (remedy if tolerance is None else f"raise the tolerance, or {remedy}")
         )
     return result.value
 
@@ -346,7 +204,7 @@ def _ascend(f: NoiseMap, x: Tensor, norms: LocalNorms, index: Tensor, steps: int
         if not bool(gradient.any()):
             break
         trial = x + (length.unsqueeze(-1) * gradient).to(x).reshape(x.shape)
-        moved = leading_singular(RowJacobian(f, trial), right, tolerance=tolerance, basis=_MIN_STEPS, cycles=2)
+        moved = leading_singular(RowJacobian(f, trial), right, tolerance=tolerance, basis=FEWEST_STEPS, cycles=2)
         up = moved.value > value
         rows = up.unsqueeze(-1)
         value = torch.where(up, moved.value, value)
@@ -381,7 +239,7 @@ def _norm_gradient(f: NoiseMap, x: Tensor, left: Tensor, right: Tensor, *, first
             ) from error
     if gradient is None:
         return zero
-    return _unit(gradient.detach().reshape(zero.shape).double().nan_to_num(0.0, 0.0, 0.0))[1]
+    return unit_rows(gradient.detach().reshape(zero.shape).double().nan_to_num(0.0, 0.0, 0.0))[1]
 
 
 def lipschitz_upper(module: object) -> LipschitzEstimate:

@@ -271,7 +271,8 @@ def _figures(measurement: Mapping[str, Any] | None) -> list[tuple[str, str, str]
         (
             "Local norm |J(x)|₂",
             ", ".join(f"{name}: {format_number(value, 3)}" for name, value in m["local_norm"].items()),
-            "quantiles of the samples: an estimate, no bound on the Lipschitz constant",
+            measurement.get("local_norm_note")
+            or "quantiles of the samples: an estimate, no bound on the Lipschitz constant",
         ),
         ("Mean shift's share of |f|²", format_number(m["mean_shift_share"]), "a constant shift costs no diversity"),
     ]

@@ -495,7 +495,8 @@ class _Session:
             if figures["method"] not in [entry["method"] for entry in found]:
                 found.append(figures)
             # beside the exact figure a stochastic one: Arnoldi's where it applies, else Golub and Kahan's
-            method = "arnoldi" if figures["local_norm"]["max"] < 1 else "lanczos"
+            norm = figures["local_norm"]["max"]
+            method = "arnoldi" if norm is not None and norm < 1 else "lanczos"
         write_sealed(path, found)
         return found
 

@@ -11,6 +11,21 @@ def f64(*rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def noise(*shape, seed=0):
+    """Standard normal float64 entries of a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def orthogonal(d, seed):
+    """A random orthogonal matrix."""
+    return torch.linalg.qr(noise(d, d, seed=seed))[0]
+
+
+def with_values(values, seed=0):
+    U, V = orthogonal(len(values), seed), orthogonal(len(values), seed + 100)
+    return U @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ V.T, U, V
+
+
 class NoForwardMode(torch.autograd.Function):
     """x^2 with derivatives of every order backward, and no forward mode."""
 

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from hnkit import InputError
 from hnkit import figures as module
+from hnkit.errors import ExpansiveMapError
 from hnkit.figures import mean_shift_share, measure
+from hnkit.linalg.singular import LocalNorms
 from hnkit.tilt import affine_coefficients
 from hnkit.toy.linear_gaussian import linear_gaussian
 
@@ -122,3 +125,85 @@ def test_mean_shift_against_all_pairs():
     assert mean_shift_share(torch.ones(4, 2)) == pytest.approx(1.0)
     assert math.isnan(mean_shift_share(torch.ones(1, 2)))
     assert math.isnan(mean_shift_share(torch.zeros(4, 2)))
+
+
+# --- statistics beside the KL -----------------------------------------------------------------------------------------
+
+
+class Coarse(nn.Module):
+    """A network in bfloat16 between float32 noise and a float32 delta."""
+
+    def __init__(self, dtype: torch.dtype, d: int = 24) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(d, 2 * d), nn.SiLU(), nn.Linear(2 * d, d)).requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.copy_((torch.randn(parameter.shape, generator=generator) / (2 * d**0.5)).bfloat16())
+        self.layers.to(dtype)
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x.to(self.dtype)).float()
+
+
+@pytest.mark.parametrize("exact_up_to", [512, 8])
+def test_a_bfloat16_network_has_a_kl_and_norms_at_its_resolution(monkeypatch, exact_up_to):
+    """With the exact method and, as in many dimensions, with Arnoldi's."""
+    monkeypatch.setattr(module, "EXACT_UP_TO", exact_up_to)
+    x = torch.randn(8, 24, generator=torch.Generator().manual_seed(1))
+    rounded, exact = (
+        measure(Coarse(dtype), x, generator=torch.Generator().manual_seed(0))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert rounded.method == ("exact" if exact_up_to > 24 else "arnoldi")
+    assert rounded.kl == pytest.approx(exact.kl, rel=0.05)
+    assert rounded.local_norm["max"] == pytest.approx(exact.local_norm["max"], rel=0.01)
+    assert exact.local_norm_note == ""
+    assert rounded.local_norm_note.startswith("local norms to a relative ")
+    assert rounded.to_json()["local_norm_note"] == rounded.local_norm_note
+
+
+@pytest.mark.parametrize("exact_up_to", [512, 2])
+def test_norms_that_are_not_known_do_not_cost_the_kl(monkeypatch, exact_up_to):
+    monkeypatch.setattr(module, "EXACT_UP_TO", exact_up_to)
+    layer, x = affine(), noise(40)
+
+    def measured():
+        return measure(layer, x, generator=torch.Generator().manual_seed(0))
+
+    known = measured()
+
+    def raising(*args, **kwargs):
+        raise InputError("no products today")
+
+    monkeypatch.setattr(module, "local_norms", raising)
+    found = measured()
+    assert found.kl == pytest.approx(known.kl, rel=1e-6)
+    assert found.local_norm_note == "no local norms: no products today"
+    assert set(found.local_norm) == {"0.1", "0.5", "0.9", "max"}
+    assert set(found.to_json()["local_norm"].values()) == {None}
+
+    residual = 0.5 * torch.ones(40, dtype=torch.float64)
+    unconverged = LocalNorms(residual, residual, noise(40), noise(40), 123, 1e-3)
+    monkeypatch.setattr(module, "local_norms", lambda *args, **kwargs: unconverged)
+    found = measured()
+    assert found.local_norm_note == "local norms not converged: relative residual 0.5 after 123 products"
+    assert all(math.isnan(value) for value in found.local_norm.values())
+
+
+def test_an_expansive_row_beyond_those_whose_norm_is_taken_changes_the_method(monkeypatch):
+    """Arnoldi's method needs norms below 1, and the norms of some rows alone are looked at before it starts."""
+    monkeypatch.setattr(module, "EXACT_UP_TO", 2)
+    monkeypatch.setattr(module, "_NORM_SAMPLES", 2)
+
+    def f(x):  # slope 0.1 near 0, up to 1.3 far out
+        return 0.1 * x + 1.2 * (x - x.clamp(-2, 2))
+
+    x = noise(6).clamp(-1, 1)
+    assert measure(f, x).method == "arnoldi"
+    x[-1] = 3.0
+    found = measure(f, x)
+    assert found.method == "lanczos"
+    assert found.kl > 0
+    with pytest.raises(ExpansiveMapError):
+        measure(f, x, method="arnoldi")

@@ -23,23 +23,13 @@ from hnkit.lipschitz import (
     register,
 )
 from hnkit.lipschitz.certify import Scaled, Sum, certified_bounds
-from tests.hnkit.functions import Once
+from tests.hnkit.functions import Once, noise, with_values
 
 F64 = torch.float64
 
 
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
 def linear(A):
     return lambda x: (x.flatten(1) @ A.T.to(x)).reshape(x.shape)
-
-
-def with_singular_values(values, seed=0):
-    d = len(values)
-    U, V = (torch.linalg.qr(noise(d, d, seed=seed + k))[0] for k in range(2))
-    return U @ torch.diag(torch.as_tensor(values, dtype=F64)) @ V
 
 
 # --- local norms ------------------------------------------------------------------------------------------------------
@@ -47,12 +37,10 @@ def with_singular_values(values, seed=0):
 D = 60
 SPECTRA = {
     "gaussian": lambda: noise(D, D) / 10,
-    "orthogonal": lambda: with_singular_values([0.7] * D),
-    "gap": lambda: with_singular_values([0.9] + [0.3] * (D - 1)),
-    "twin": lambda: with_singular_values([0.9, 0.9, *torch.linspace(0.1, 0.8, D - 2).tolist()]),
-    "cluster": lambda: with_singular_values(
-        [0.9 - 1e-6 * k for k in range(6)] + torch.linspace(0.1, 0.89, D - 6).tolist()
-    ),
+    "orthogonal": lambda: with_values([0.7] * D)[0],
+    "gap": lambda: with_values([0.9] + [0.3] * (D - 1))[0],
+    "twin": lambda: with_values([0.9, 0.9, *torch.linspace(0.1, 0.8, D - 2).tolist()])[0],
+    "cluster": lambda: with_values([0.9 - 1e-6 * k for k in range(6)] + torch.linspace(0.1, 0.89, D - 6).tolist())[0],
     "nilpotent": lambda: torch.diag(torch.full((D - 1,), 0.8, dtype=F64), 1),
     "rank one": lambda: torch.outer(noise(D), noise(D, seed=1)) / D,
     "skew": lambda: noise(D, D) - noise(D, D).T,
