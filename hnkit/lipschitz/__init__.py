@@ -1,5 +1,6 @@
 """How much a map can stretch: local norms, lower bounds of the Lipschitz constant, and certified upper bounds."""
 
+from hnkit.linalg.singular import LocalNorms, leading_singular
 from hnkit.lipschitz import rules as _rules  # noqa: F401  registers the rules of torch's layers
 from hnkit.lipschitz.certify import (
     InjectivityCertificate,
@@ -12,8 +13,6 @@ from hnkit.lipschitz.certify import (
 )
 from hnkit.lipschitz.local import (
     LipschitzEstimate,
-    LocalNorms,
-    leading_singular,
     lipschitz_lower,
     lipschitz_upper,
     local_lipschitz,
