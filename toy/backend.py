@@ -126,12 +126,13 @@ class ToyBackend(BackendBase):
             raise InputError(f"{steps} sampler steps for the toy backend: its generators have one")
         return self.problem.generate(noise)
 
-    def save_adapter(self, folder: Path) -> None:
+    def save_adapter(self, folder: str | Path) -> None:
         """Write `adapter.safetensors` and, last, `adapter.json` with its checksum to a new or empty folder.
 
         Raises:
             InputError: the folder is not empty.
         """
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise InputError(f"adapter folder {folder} is not empty and nothing in it is overwritten: name a new one")
@@ -140,12 +141,13 @@ class ToyBackend(BackendBase):
         config = {"format": FORMAT, **dataclasses.asdict(self.options), "sha256": hashlib.sha256(weights).hexdigest()}
         atomic_write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
-    def load_adapter(self, folder: Path) -> None:
+    def load_adapter(self, folder: str | Path) -> None:
         """Read what `save_adapter` wrote; the network is unchanged if anything does not match.
 
         Raises:
             InputError: the adapter is missing, damaged, or made with other options; the message names the key.
         """
+        folder = Path(folder)
         found = adapter_options(folder)
         relevant = ["problem", "hypernetwork"] + ["width", "depth"] * (self.options.hypernetwork == "mlp")
         for key in relevant:
@@ -172,8 +174,9 @@ class ToyBackend(BackendBase):
         self.hypernetwork.load_state_dict(state)
 
 
-def adapter_options(folder: Path) -> ToyOptions:
+def adapter_options(folder: str | Path) -> ToyOptions:
     """The options that the adapter in `folder` was trained with; a damaged or foreign one raises `InputError`."""
+    folder = Path(folder)
     config = _read_config(folder)
     if config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG}: format = {config.get('format')!r}, accepted is {FORMAT!r}")
@@ -268,7 +271,7 @@ class ToyFactory:
         """One line for `hnkit backends`."""
         return f"ready; problems: {', '.join(PROBLEMS)}"
 
-    def adapter_options(self, folder: Path) -> ToyOptions:
+    def adapter_options(self, folder: str | Path) -> ToyOptions:
         """The options that a saved adapter was trained with, so that it can be loaded without repeating them."""
         return adapter_options(folder)
 

@@ -205,7 +205,7 @@ class Report:
             }
             yield Table(headers, rows_, notes=notes)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: str | Path) -> None:
         """Write `config.json`, `report.json`, one PNG per plot and the self-contained `report.html`.
 
         Args:
@@ -214,6 +214,7 @@ class Report:
         Raises:
             OSError: the folder is read-only or full; no file is left half-written.
         """
+        folder = Path(folder)
         pictures = {plot.name: plot.png() for plot in self.plots}
         for name, png in pictures.items():
             atomic_write(folder / f"{name}.png", png)

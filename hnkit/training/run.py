@@ -64,7 +64,11 @@ class TrainResult:
 
 
 def train(
-    config: RunConfig, *, out: Path | None = None, resume: Path | None = None, console: Console | None = None
+    config: RunConfig,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    console: Console | None = None,
 ) -> TrainResult:
     """Train a hypernetwork (or the direct fine-tuning baseline) and write a run folder.
 
@@ -85,6 +89,7 @@ def train(
         SystemExit: a signal other than SIGINT before the first step; the code is 128 + signal.
         KeyboardInterrupt: SIGINT before the first step.
     """
+    out, resume = (None if folder is None else Path(folder) for folder in (out, resume))
     view = TrainView(console or terminal.console(stderr=True), quiet=False)
     with contextlib.ExitStack() as stack:
         stack.callback(view.close)

@@ -336,9 +336,29 @@ def test_a_run_with_code_is_resumed_by_the_hint_and_its_adapter_is_used_without_
     assert json.loads(out)["figures"]
 
 
+def test_a_folder_is_a_string_or_a_path_everywhere(here):
+    from hnkit.adapters import load_trained
+    from hnkit.toy.backend import ToyBackend, adapter_options
+    from hnkit.training.run import train as run_training
+    from hnkit.verify import verify_bound as verify
+
+    overrides = [f"train.{key}={value}" for key, value in (("steps", 1), ("batch", 4), ("measure_samples", 4))]
+    config = resolve_config(backend="toy", overrides=overrides)
+    assert run_training(config, out="run").folder == Path("run")
+    assert run_training(resolve_config(resume="run"), resume="run").finished
+    backend = ToyBackend(adapter_options("run/adapter"))
+    backend.load_adapter("run/adapter")
+    backend.save_adapter("copy")
+    for folder in ("run", "copy", Path("copy")):
+        assert load_trained("toy", folder)[0].name == "toy"
+    (here / "report").mkdir()
+    verify(lambda x: 0.1 * x, (2,), samples=4).write("report")
+    assert (here / "report" / "report.json").is_file()
+
+
 def test_stopping_prints_the_flags_that_go_on(here, capsys, monkeypatch):
     """The whole line, as it stands on the terminal, is what a shell takes."""
-    from hnkit.training.view import StopSignals
+    from hnkit.training.signals import StopSignals
 
     monkeypatch.setattr(StopSignals, "agreed", lambda *_: 2)
     arguments = ("train", "--backend", "toy", *QUICK_RUN, "--steps", "2", *CODE, "--out", "a; b")
