@@ -13,7 +13,7 @@ import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -613,6 +613,29 @@ def test_a_flag_is_one_field_of_a_record(capsys):
     assert "How hot the oven is; at least 50. [default: 200]" in out
     assert "Of the loaf; one of round, long." in out
     assert "A seed (repeatable)." in out
+
+
+def test_the_command_of_the_contributors_page_works(capsys):
+    page = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = page.partition("## Adding a flag")[2].partition("```python\n")[2].partition("```")[0]
+    module = ModuleType("weigh")
+    sys.modules["weigh"] = module
+    exec(block, module.__dict__)
+    app = typer.Typer(add_completion=False)
+    app.command()(command(module))
+    for arguments, said in (
+        (shlex.split(module.EXAMPLE)[2:], "2 times 3 gram"),
+        (["--unit", "ounce"], "1 times 3 ounce"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            app(arguments)
+        assert ended.value.code == 0
+        assert said in capsys.readouterr().out
+    del sys.modules["weigh"]
+    with pytest.raises(SystemExit):
+        app(["--help"])
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "What the weight is told in; one of gram, ounce. [default: gram]" in out
 
 
 def test_choices_are_the_librarys():
