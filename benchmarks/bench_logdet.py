@@ -38,8 +38,8 @@ from hnkit.kl.estimators import (
     power_series,
     roulette,
     second_order,
-    xtrace,
 )
+from hnkit.kl.xtrace import xtrace
 from hnkit.linalg.krylov import LanczosProcess
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from hnkit.checks.report import Report as Report
     from hnkit.errors import InputError as InputError
     from hnkit.errors import NonFiniteError as NonFiniteError
+    from hnkit.internal.stats import Estimate as Estimate
     from hnkit.jacobian import RowJacobian as RowJacobian
     from hnkit.jacobian import dense_jacobian as dense_jacobian
-    from hnkit.kl.divergence import KLEstimate as KLEstimate
     from hnkit.kl.divergence import noise_kl as noise_kl
+    from hnkit.kl.estimate import KLEstimate as KLEstimate
     from hnkit.lipschitz.certify import certify_injective as certify_injective
     from hnkit.lipschitz.local import LipschitzEstimate as LipschitzEstimate
     from hnkit.lipschitz.local import lipschitz_lower as lipschitz_lower
@@ -57,7 +58,8 @@ _HOME = {
     "theorem7_bound": "bounds",
     "RowJacobian": "jacobian",
     "dense_jacobian": "jacobian",
-    "KLEstimate": "kl.divergence",
+    "Estimate": "internal.stats",
+    "KLEstimate": "kl.estimate",
     "noise_kl": "kl.divergence",
     "LipschitzEstimate": "lipschitz.local",
     "certify_injective": "lipschitz.certify",

@@ -38,7 +38,7 @@ class Options(WithBackend):
         alpha: temperature of the tilt; default: the toy's own.
         probes: probes per sample of a stochastic method.
         steps: Krylov steps or series terms; default: adaptive.
-        rel_error: stop at this relative standard error of E(J).
+        rel_error: aim at this Monte Carlo error, relative to the KL.
         budget: matrix-vector products in all, at most.
         certify: enclose E(A) and its bounds in ball arithmetic.
         verbose: print every check in full.

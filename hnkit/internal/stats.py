@@ -1,10 +1,57 @@
-"""Means with their standard errors: the one place where a Monte Carlo error bar is computed."""
+"""Means with their standard errors: the one place where a Monte Carlo error bar is computed, and its record."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from torch import Tensor
+
+# A spread below this share of the mean is rounding: every sample has the same value.
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimated number with its Monte Carlo error and, where one is proved, a bound of its bias.
+
+    `str` rounds the value to the second digit of its standard error: `7.518 ± 0.068`.
+
+    Attributes:
+        value: the estimate, in the unit of what it estimates.
+        stderr: its standard error; NaN where it is unknown, as for a single sample. Zero is known: all samples agree.
+        bias_bound: proved bound of `|E[value] - truth|`; `None` where none is known.
+    """
+
+    value: float
+    stderr: float
+    bias_bound: float | None = None
+
+    @classmethod
+    def of(cls, samples: Tensor, *, bias_bound: float | None = None) -> Estimate:
+        """The mean of independent samples `(n,)`, n >= 1, with its standard error (see `mean_and_stderr`)."""
+        return Estimate(*mean_and_stderr(samples), bias_bound)
+
+    def __str__(self) -> str:
+        text = rounded_to_error(self.value, self.stderr)
+        return f"{text} (bias at most {self.bias_bound:.2g})" if self.bias_bound else text
+
+
+def rounded_to_error(value: float, stderr: float) -> str:
+    """`value ± stderr`, both rounded to the second digit of the standard error, as errors are quoted.
+
+    An error that is not known (NaN) is said to be unknown; one of zero, or of rounding, is `0`.
+    """
+    if math.isnan(stderr):
+        return f"{value:.5g} ± unknown"
+    if not math.isfinite(value) or stderr <= _ROUNDING * abs(value):
+        return f"{value:.6g} ± {0 if math.isfinite(stderr) else stderr}"
+    if not math.isfinite(stderr):
+        return f"{value:.5g} ± {stderr}"
+    places = max(0, 1 - math.floor(math.log10(stderr)))
+    if abs(value) >= 1e6 or 0 < max(abs(value), stderr) < 1e-4:
+        return f"{value:.3g} ± {stderr:.2g}"
+    return f"{value:.{places}f} ± {stderr:.{places}f}"
 
 
 def mean_and_stderr(samples: Tensor) -> tuple[float, float]:

@@ -1,5 +1,27 @@
 """The noise-space KL divergence: its definition, its estimators, and the sizes that a target error needs."""
 
-from hnkit.kl.divergence import METHODS, KLEstimate, noise_kl
+from hnkit.kl.divergence import METHODS, noise_kl
+from hnkit.kl.estimate import Folds, KLEstimate
+from hnkit.kl.method import Estimator
+from hnkit.kl.methods.arnoldi import Arnoldi
+from hnkit.kl.methods.exact import Exact
+from hnkit.kl.methods.l2 import L2
+from hnkit.kl.methods.lanczos import Lanczos
+from hnkit.kl.methods.power import Power
+from hnkit.kl.methods.roulette import Roulette
+from hnkit.kl.methods.second_order import SecondOrder
 
-__all__ = ["METHODS", "KLEstimate", "noise_kl"]
+__all__ = [
+    "L2",
+    "METHODS",
+    "Arnoldi",
+    "Estimator",
+    "Exact",
+    "Folds",
+    "KLEstimate",
+    "Lanczos",
+    "Power",
+    "Roulette",
+    "SecondOrder",
+    "noise_kl",
+]

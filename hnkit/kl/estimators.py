@@ -26,9 +26,12 @@ from hnkit.linalg.krylov import ArnoldiProcess, LanczosProcess, Operator, phi_co
 Probe = Literal["rademacher", "gaussian", "spherical"]
 PROBES: tuple[Probe, ...] = ("rademacher", "gaussian", "spherical")
 
-_MAX_STEPS = 64
+MAX_STEPS = 64
+"""Length at which adaptive spaces and series end."""
 # An estimated error is within a factor of a few of the error: adaptive steps go on until four times it is small enough.
 _SAFETY = 4.0
+# The roulette's chance of one more term: about 500 terms.
+_MOST_LIKELY = 0.998
 # The largest proved L that gives Lanczos a bracket: (1 - L)^2 = 1e-12 stands above the rounding of its matrices.
 _MAX_BRACKET = 1 - 1e-6
 
@@ -68,6 +71,8 @@ def draw_probes(
     Rademacher entries are +-1; Gaussian ones standard normal; spherical probes are uniform on the sphere of radius
     `sqrt(dim)`, for noise whose coordinates have no preferred axes. Drawn on the generator's device, then moved.
     """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(f"generator {generator!r} is no torch.Generator: give torch.Generator().manual_seed(seed)")
     source = generator.device if generator is not None else torch.device(device)
     if kind == "rademacher":
         bits = torch.randint(0, 2, (rows, dim), generator=generator, device=source)
@@ -119,6 +124,7 @@ def power_series(
     *,
     steps: int | None = None,
     tolerance: float = 1e-3,
+    max_steps: int = MAX_STEPS,
     lipschitz: float | None = None,
 ) -> QuadraticForm:
     """`sum_(k=2..n) (-1)^k / k v^T (J^T)^k v` by n transposed products.
@@ -130,6 +136,7 @@ def power_series(
         probe: `(rows, d)`.
         steps: n >= 2; `None`: until the estimated rest, summed over the rows, is below `tolerance` of the forms' size.
         tolerance: of the adaptive choice, relative to `|J^T v|^2 / 2` summed over the rows.
+        max_steps: the most adaptive steps.
         lipschitz: proved bound of `|J|_2`, for `bound`.
 
     Raises:
@@ -141,7 +148,7 @@ def power_series(
     vector, previous = probe, length
     value, norm = torch.zeros_like(length), torch.zeros_like(length)
     trace = square = frobenius = rest = seen = torch.zeros_like(length)
-    limit = _MAX_STEPS if steps is None else max(2, steps)
+    limit = max(2, max_steps if steps is None else steps)
     count = 0
     for k in range(1, limit + 1):
         vector = operator.vjp(vector)
@@ -186,11 +193,13 @@ def roulette(
     """The power series, cut at a random length and reweighted: unbiased.
 
     `sum_k (-1)^k / k v^T (J^T)^k v / P(N >= k)` over `k <= N`: the first `sure` terms always, each later one with
-    probability q given the one before. The variance is finite if `|J|_2^2 < q`; q is `lipschitz`, or else the growth of
-    the sure vectors, which leaves the estimate unbiased because N is drawn after them.
+    probability q given the one before. The variance is finite if `|J|_2^2 < q`: q is `lipschitz`, where a constant
+    below 1 is proved, and else the square root of the growth of the sure vectors, which leaves the estimate unbiased
+    because N is drawn after them. A growth is no norm: a row whose later growth shows that `|J|_2^2 >= q` is refused,
+    not averaged in, and without a proof the variance is not known to be finite.
 
     Raises:
-        InputError: a local norm of at least 1 shows up.
+        InputError: a local norm of at least 1; or one that asks for hundreds of terms, or makes the variance infinite.
 
     Source: arXiv 1906.02735, section 3.1; `proofs/roulette_variance`.
     """
@@ -224,11 +233,34 @@ def roulette(
         value = value + (-1) ** k / k * weight * moment
         if k == max(sure, 2):
             refuse_norm(norm, "roulette")
-            keep = norm if lipschitz is None else torch.full_like(norm, lipschitz)
-            keep = torch.where(size > 0, keep.clamp(0.1, 0.95), torch.zeros_like(keep))
+            keep = keep_probability(norm, lipschitz)
+            keep = torch.where(size > 0, keep, torch.zeros_like(keep))
     refuse_norm(norm, "roulette")
+    endless = (norm.square() >= keep) & (keep > 0)
+    if bool(endless.any()):
+        raise ExpansiveMapError(
+            f"method roulette continues its series with probability {float(keep[endless][0]):.3g}, and found a local "
+            f"norm of {float(norm[endless][0]):.4g}: the variance is not finite; use arnoldi or lanczos"
+        )
     zero = torch.zeros_like(value)
     return QuadraticForm(value, trace, square, frobenius, norm, zero, zero, products, steps=k)
+
+
+def keep_probability(growth: Tensor, lipschitz: float | None) -> Tensor:
+    """The chance with which the roulette takes one more term, from the growth of its vectors or a proved constant.
+
+    Raises:
+        InputError: more than 0.998, which would mean more than 500 terms.
+    """
+    keep = growth.sqrt()
+    if lipschitz is not None and lipschitz < 1:
+        keep = torch.full_like(growth, lipschitz)
+    if float(keep.max()) > _MOST_LIKELY:
+        raise ExpansiveMapError(
+            f"method roulette would continue its series with probability {float(keep.max()):.4g} at a local norm of "
+            f"{float(growth.max()):.4g} or more, for a finite variance: use arnoldi or lanczos"
+        )
+    return keep.clamp(min=0.1)
 
 
 def arnoldi(
@@ -237,6 +269,7 @@ def arnoldi(
     *,
     steps: int | None = None,
     tolerance: float = 1e-3,
+    max_steps: int = MAX_STEPS,
     lipschitz: float | None = None,
 ) -> QuadraticForm:
     """`|v|^2 e_1^T phi(H_m) e_1` with the Hessenberg matrix of Arnoldi's process on `J^T`, by m transposed products.
@@ -247,8 +280,9 @@ def arnoldi(
     Args:
         operator: J.
         probe: `(rows, d)`.
-        steps: m; `None`: as many as bring the estimated error, summed over the rows, below `tolerance`, at most 64.
+        steps: m; `None`: as many as bring the estimated error, summed over the rows, below `tolerance`.
         tolerance: of the adaptive choice, relative to the size of the forms, `|J^T v|^2 / 2` summed over the rows.
+        max_steps: the most adaptive steps.
         lipschitz: proved bound of `|J|_2`, for `bound`.
 
     Raises:
@@ -256,8 +290,8 @@ def arnoldi(
 
     Source: `proofs/arnoldi_bias`.
     """
-    process = arnoldi_process(operator, probe, steps=steps, tolerance=tolerance)
-    return _arnoldi_form(process, lipschitz)
+    process = arnoldi_process(operator, probe, steps=steps, tolerance=tolerance, max_steps=max_steps)
+    return arnoldi_form(process, lipschitz)
 
 
 def arnoldi_process(
@@ -266,6 +300,7 @@ def arnoldi_process(
     *,
     steps: int | None,
     tolerance: float,
+    max_steps: int = MAX_STEPS,
     rest: Callable[[ArnoldiProcess], Tensor] = ArnoldiProcess.latest_truncation,
     size: float | None = None,
 ) -> ArnoldiProcess:
@@ -276,28 +311,30 @@ def arnoldi_process(
         probe: `(rows, d)`.
         steps: m; `None`: until `rest`, summed over the rows, is safely below `tolerance` times `size`.
         tolerance: of the adaptive choice.
+        max_steps: the most adaptive steps.
         rest: the estimated error of each row.
         size: what `tolerance` is relative to; `None`: the size of the forms.
     """
     process = ArnoldiProcess(operator, probe)
-    limit = min(operator.dim, _MAX_STEPS if steps is None else steps)
+    limit = min(operator.dim, max_steps if steps is None else steps)
     while process.steps < limit and bool(process.alive.any()):
         process.advance()
         if steps is None and process.steps >= 3:
             refuse_norm(spectral_norm(process.space.hessenberg), "arnoldi")
-            aim = tolerance * (_form_size(process) if size is None else size)
+            aim = tolerance * (form_size(process) if size is None else size)
             if _SAFETY * float(rest(process).sum()) <= aim:
                 break
     return process
 
 
-def _form_size(process: ArnoldiProcess) -> float:
+def form_size(process: ArnoldiProcess) -> float:
     """`|J^T v|^2 / 2` summed over the rows."""
     first = process.space.hessenberg[:, :2, 0]
     return float((process.scale.square() * first.square().sum(1)).sum()) / 2
 
 
-def _arnoldi_form(process: ArnoldiProcess, lipschitz: float | None) -> QuadraticForm:
+def arnoldi_form(process: ArnoldiProcess, lipschitz: float | None) -> QuadraticForm:
+    """The form of `arnoldi` from a finished process."""
     space, m = process.space, process.steps
     H, scale = space.hessenberg, space.scale.square()
     norm = spectral_norm(H)
@@ -337,6 +374,7 @@ def lanczos(
     *,
     steps: int | None = None,
     tolerance: float = 1e-3,
+    max_steps: int = MAX_STEPS,
     lipschitz: float | None = None,
 ) -> QuadraticForm:
     """`v^T J v - v^T log(B^T B) v / 2`, `B = I + J`, by Golub and Kahan's process: two products per step.
@@ -352,12 +390,13 @@ def lanczos(
         probe: `(rows, d)`.
         steps: m; `None`: adaptive.
         tolerance: of the adaptive choice, relative to `|J^T v|^2 / 2` summed over the rows.
+        max_steps: the most adaptive steps.
         lipschitz: proved bound of `|J|_2`.
 
     Source: G. Golub and G. Meurant, Matrices, Moments and Quadrature, chapters 6 and 7; `proofs/golub_kahan_bracket`.
     """
     process = LanczosProcess(operator, probe)
-    limit = min(operator.dim, _MAX_STEPS if steps is None else steps)
+    limit = min(operator.dim, max_steps if steps is None else steps)
     node = None
     if lipschitz is not None and lipschitz <= _MAX_BRACKET:
         # (1 - L)^2 - 1, moved outwards by more than rounding, so that no eigenvalue of T_m meets it.
@@ -381,9 +420,15 @@ def lanczos(
     scale = process.scale.square()
     pushed, pulled = process.first, process.first_transposed
     corner = gauss if node is None else (gauss + radau) / 2
+    trace, length = dot(process.start, pushed), pushed.square().sum(1)
+    value = (corner - length) / 2
+    # phi keeps the digits of a small J; those of a large one drown in z = 2 q'Jq + |Jq|^2, which it has to lose again.
+    large = length > 1
+    if bool(large.any()):
+        value = torch.where(large, trace - _log_corner(process.matrix()) / 2, value)
     return QuadraticForm(
-        value=scale * (corner - pushed.square().sum(1)) / 2,
-        trace=scale * dot(process.start, pushed),
+        value=scale * value,
+        trace=scale * trace,
         square=scale * dot(pulled, pushed),
         frobenius=scale * pulled.square().sum(1),
         norm=torch.maximum(process.norm, pulled.norm(dim=1)),
@@ -404,93 +449,11 @@ def _symmetric_corner(T: Tensor) -> Tensor:
     return terms.sum(1)
 
 
-def xtrace(
-    operator: Operator,
-    probe: Tensor,
-    *,
-    group: int,
-    steps: int | None = None,
-    tolerance: float = 1e-3,
-    lipschitz: float | None = None,
-) -> QuadraticForm:
-    """Leave-one-out estimates of `tr phi(J)`, from `group` probes of one point, two Krylov spaces per probe.
-
-    With `Y = phi(J^T) V` and an orthonormal basis Q of the range of Y without its i-th column, the i-th estimate is
-    `tr(Q^T phi(J^T) Q) + u^T phi(J^T) u`, `u = (I - Q Q^T) v_i`. Unbiased but for the truncation of the Krylov spaces,
-    and exact once phi(J) has rank below `group`. The estimates of one point share their information: their spread
-    measures the error, as in the source, without being that of independent draws.
-
-    Args:
-        operator: J; consecutive `group` rows are one point.
-        probe: `(rows, d)`.
-        group: probes per point, 2 or more, at most d.
-        steps: Krylov steps of each product with phi; `None`: adaptive.
-        tolerance: of the adaptive choice.
-        lipschitz: not used: no bound is proved for this estimator.
-
-    Returns:
-        One estimate per row; the mean over the rows of a point is XTrace.
-
-    Source: arXiv 2301.07825, section 2.1.
-    """
-    rows, dim = probe.shape
-    points = rows // group
-    if group < 2 or group > dim or rows % group:
-        raise InputError(f"xtrace with {group} probes at dimension {dim}: give 2 or more probes, at most the dimension")
-    # Vectors, not forms, are made here, and a vector is known less well than a form of it. About group / dim of a probe
-    # lies in the basis, and every estimate of a point holds the errors of all vectors of the basis.
-    share = (group / dim) ** 0.5
-    first = arnoldi_process(
-        operator, probe, steps=steps, tolerance=tolerance, rest=lambda p: share * p.scale * p.vector_truncation()
-    )
-    form = _arnoldi_form(first, lipschitz)
-    Y = _apply_phi(first).reshape(points, group, dim).mT
-    V = probe.reshape(points, group, dim).mT
-    Q, R = torch.linalg.qr(Y)
-    second = arnoldi_process(
-        operator,
-        Q.mT.reshape(rows, dim),
-        steps=steps,
-        tolerance=tolerance,
-        rest=lambda p: group * p.vector_truncation(),
-        size=_form_size(first),
-    )
-    truncation = share * first.scale * first.vector_truncation()
-    truncation = truncation + second.vector_truncation().reshape(points, group).sum(1).repeat_interleave(group)
-    Z = _apply_phi(second).reshape(points, group, dim).mT
-    T = Q.mT @ Z
-    estimates = []
-    for i in range(group):
-        # s: the direction of range(Q) that the other columns of Y do not need; U[:, :, -1] spans it.
-        others = torch.cat([R[:, :, :i], R[:, :, i + 1 :]], 2)
-        s = torch.linalg.svd(others, full_matrices=True).U[:, :, -1:]
-        kept = Q.mT @ V[:, :, i : i + 1]
-        kept = kept - s @ (s.mT @ kept)
-        u = V[:, :, i : i + 1] - Q @ kept
-        applied = Y[:, :, i : i + 1] - Z @ kept
-        inside = T.diagonal(dim1=1, dim2=2).sum(1) - (s.mT @ T @ s)[:, 0, 0]
-        estimates.append(inside + (u * applied).sum((1, 2)))
-    value = torch.stack(estimates, 1).reshape(rows)
-    return QuadraticForm(
-        value=value,
-        trace=form.trace,
-        square=form.square,
-        frobenius=form.frobenius,
-        norm=form.norm,
-        truncation=truncation,
-        bound=torch.full_like(value, torch.nan),
-        products=form.products + second.work,
-        steps=max(first.steps, second.steps),
-    )
-
-
-def _apply_phi(process: ArnoldiProcess) -> Tensor:
-    """`phi(J^T) v` in the Krylov space of v, `(rows, d)`."""
-    space = process.space
-    norm = spectral_norm(space.hessenberg)
-    refuse_norm(norm, "arnoldi")
-    column = phi_column(space.hessenberg[:, :-1], float(norm.max())) * space.scale[:, None]
-    return torch.bmm(column[:, None, :], space.basis[:, :-1])[:, 0]
+def _log_corner(T: Tensor) -> Tensor:
+    """`e_1^T log(I + T) e_1` of the same; `-inf` where an eigenvalue is -1."""
+    values, vectors = torch.linalg.eigh(T)
+    terms: Tensor = vectors[:, 0, :].square() * torch.log1p(values.clamp(min=-1))
+    return torch.where(vectors[:, 0, :] == 0, torch.zeros_like(terms), terms).sum(1)
 
 
 def refuse_norm(norm: Tensor, method: str) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hnkit.errors import InputError
-from hnkit.kl.moments import Moments, ProbeSettings, probe_moments
+from hnkit.kl.method import Probed, Run
+from hnkit.kl.moments import Moments
 from hnkit.maps import NoiseMap, select_rows
 
 _PILOT_SAMPLES = 8
@@ -27,29 +28,27 @@ _MOST_PROBES = 100_000
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of an estimate and what the pilot that chose them cost.
+    """Sizes of an estimate and what the pilots that chose them cost.
 
     Attributes:
-        settings: with `probes`, `tolerance` and, under a budget, `steps` filled in.
+        estimator: with its number of probes, its tolerance and, under a budget, its longest space filled in.
         samples: how many of the samples to use, from the first.
-        num_jvp: Jacobian-vector products of the pilot.
-        num_vjp: vector-Jacobian products of the pilot.
+        num_jvp: Jacobian-vector products of the pilots.
+        num_vjp: vector-Jacobian products of the pilots.
     """
 
-    settings: ProbeSettings
+    estimator: Probed
     samples: int
     num_jvp: int = 0
     num_vjp: int = 0
 
 
-def _pilot(f: NoiseMap, x: Tensor, settings: ProbeSettings, generator: torch.Generator | None, count: int) -> Moments:
+def _pilot(f: NoiseMap, x: Tensor, estimator: Probed, run: Run, count: int) -> Moments:
     index = torch.arange(min(count, x.shape[0]), device=x.device)
-    return probe_moments(select_rows(f, index), x[index], settings, generator=generator)
+    return estimator.moments(select_rows(f, index), x[index], replace(run, progress=None))
 
 
-def plan_for_error(
-    f: NoiseMap, x: Tensor, settings: ProbeSettings, rel_error: float, generator: torch.Generator | None
-) -> Plan:
+def plan_for_error(f: NoiseMap, x: Tensor, estimator: Probed, rel_error: float, run: Run) -> Plan:
     """Probes per sample that bring the Monte Carlo error to `rel_error` of the KL.
 
     With n samples and k probes each, `stderr^2 = between / n + within / (n k)`. k is chosen so that the whole is at
@@ -59,10 +58,10 @@ def plan_for_error(
     Raises:
         InputError: the KL is zero, so that no relative error exists; or the target needs absurdly many probes.
     """
-    probes = min(
-        max(settings.probes, _PILOT_PROBES), x[0].numel() if settings.variance_reduction == "xtrace" else 10**9
-    )
-    pilot = _pilot(f, x, replace(settings, probes=probes), generator, _PILOT_SAMPLES)
+    dim = x[0].numel()
+    most = dim if estimator.least_probes > 1 else _MOST_PROBES
+    probes = min(max(estimator.probes, _PILOT_PROBES), most)
+    pilot = _pilot(f, x, replace(estimator, probes=probes), run, _PILOT_SAMPLES)
     value = float((pilot.l2 + pilot.error).mean())
     if value == 0:
         raise InputError("rel_error asks for a relative error of a KL that is zero: give probes or budget instead")
@@ -79,50 +78,47 @@ def plan_for_error(
             f"rel_error {rel_error:g} needs about {needed:,} probes per sample, more than {_MOST_PROBES:,}: "
             "give a larger one, or more samples"
         )
-    if settings.variance_reduction == "xtrace":
-        needed = min(max(needed, 2), x[0].numel())
+    found = replace(estimator, probes=min(max(needed, estimator.least_probes), most))
     size = float(pilot.frobenius.mean()) / 2
-    tolerance = settings.tolerance
     if size > 0:
-        tolerance = min(tolerance, max(0.1 * rel_error * abs(value) / size, 1e-12))
-    return Plan(replace(settings, probes=needed, tolerance=tolerance), n, pilot.num_jvp, pilot.num_vjp)
+        found = found.finer(max(0.1 * rel_error * abs(value) / size, 1e-12))
+    return Plan(found, n, pilot.num_jvp, pilot.num_vjp)
 
 
-def plan_for_budget(
-    f: NoiseMap, x: Tensor, settings: ProbeSettings, budget: int, generator: torch.Generator | None
-) -> Plan:
+def plan_for_budget(f: NoiseMap, x: Tensor, estimator: Probed, budget: int, run: Run) -> Plan:
     """Samples and probes that a budget of products allows, with the smallest variance.
 
     N rows of (sample, probe) pairs on n samples have the variance `between / n + within / N`, which falls with n: so
-    every row gets its own sample as long as there are samples, and only then a further probe. One pilot row finds the
-    number of steps; its products count.
+    every row gets its own sample as long as there are samples, and only then a further probe. A pilot row finds how
+    many products a row needs, and up to seven more samples do, where they cost no more than an eighth of the budget.
+    The steps of the estimate itself stay adaptive, to its own tolerance; what the pilots show plus a step is set aside
+    for each row, and the longest space that the budget pays for is the limit.
 
     Raises:
         InputError: the budget does not pay for the pilot and one row.
     """
-    group = max(2, settings.probes) if settings.variance_reduction == "xtrace" else 1
+    group = max(estimator.least_probes, estimator.probes) if estimator.least_probes > 1 else 1
     jvp = vjp = 0
-    steps = settings.steps
-    if settings.method == "second-order":
-        cost = 2
-    elif settings.method == "roulette":
-        pilot = _pilot(f, x, replace(settings, method="power", steps=4), generator, 1)
+    cost = reserve = estimator.fixed_products
+    if cost is None or reserve is None:
+        scout = estimator.pilot
+        pilot = _pilot(f, x, scout, run, 1)
         jvp, vjp = pilot.num_jvp, pilot.num_vjp
-        # Rows run together until the longest ends; N rows of a geometric law of parameter q last log N / -log q.
-        q = min(max(float(pilot.norm.max()), 0.1), 0.95)
-        cost = 4 + math.ceil(math.log(max(budget // 4, 2)) / -math.log(q))
-    else:
-        if steps is None:
-            pilot = _pilot(f, x, replace(settings, probes=group), generator, 1)
-            jvp, vjp, steps = pilot.num_jvp, pilot.num_vjp, pilot.steps
-        cost = {"lanczos": 2 * steps + 1, "power": max(2, steps), "arnoldi": steps}[settings.method]
-        cost *= 2 if settings.variance_reduction == "xtrace" else 1
-    rows = (budget - jvp - vjp) // (cost * group)
+        rest = torch.arange(1, min(_PILOT_SAMPLES, x.shape[0], 1 + budget // (8 * (jvp + vjp))), device=x.device)
+        if len(rest):
+            wider = _pilot(select_rows(f, rest), x[rest], scout, run, len(rest))
+            jvp, vjp = jvp + wider.num_jvp, vjp + wider.num_vjp
+            pilot = wider if wider.steps > pilot.steps else pilot
+        cost = estimator.products(pilot, budget)
+        reserve = max(cost, estimator.products_of(pilot.steps + 1)) if pilot.steps < x[0].numel() else cost
+    left = budget - jvp - vjp
+    rows = left // (reserve * group) or left // (cost * group)
     if rows < 1:
         least = jvp + vjp + cost * group
         raise InputError(f"budget {budget} is too small: one sample needs {least} products, the pilot included")
     samples = min(x.shape[0], rows)
     probes = group * (rows // samples)
-    if settings.variance_reduction == "xtrace":
+    if estimator.least_probes > 1:
         probes = min(probes, x[0].numel())
-    return Plan(replace(settings, probes=probes, steps=steps), samples, jvp, vjp)
+    limited = estimator.within(left // (samples * probes))
+    return Plan(replace(limited, probes=probes), samples, jvp, vjp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,6 +76,7 @@ class ArnoldiProcess:
         self.alive = torch.ones_like(self.scale, dtype=torch.bool)
         self.work = torch.zeros_like(self.scale)
         self._rests: dict[int, Tensor] = {}
+        self._vector_rest: Tensor = torch.zeros_like(self.scale)
 
     def advance(self) -> None:
         """One more transposed product."""
@@ -292,7 +294,9 @@ def phi_corner(H: Tensor, norm: Tensor) -> Tensor:
         corner[inside] = phi_column(H[inside], float(norm[inside].max()))[:, 0]
     if not bool(inside.all()):
         identity = np.eye(H.shape[-1])
-        logarithms = [scipy.linalg.logm(identity + matrix)[0, 0].real for matrix in H[~inside].cpu().numpy()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # scipy's guess of an error of about 1e-12
+            logarithms = [scipy.linalg.logm(identity + matrix)[0, 0].real for matrix in H[~inside].cpu().numpy()]
         corner[~inside] = H[~inside, 0, 0] - torch.as_tensor(logarithms, dtype=H.dtype, device=H.device)
     return corner
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hnkit.internal.files import atomic_write
+from hnkit.internal.stats import rounded_to_error
 
 Cell = str | int | float | None
 """What a table holds; numbers are shown with `format_number`, `None` and NaN as a dash."""
@@ -141,9 +142,7 @@ def format_estimate(value: float, stderr: float | None = None, bias_bound: float
     elif stderr <= 1e-12 * abs(value):  # rounding: every sample has the same value
         text = f"{format_number(value, 6)} ± 0"
     else:
-        places = max(0, 1 - math.floor(math.log10(stderr)))
-        big = abs(value) >= 1e6 or 0 < max(abs(value), stderr) < 1e-4
-        text = f"{value:.3g} ± {stderr:.2g}" if big else f"{value:.{places}f} ± {stderr:.{places}f}"
+        text = rounded_to_error(value, stderr)
     if bias_bound:
         text += f" (+ {format_number(bias_bound, 2)} bias)"
     return text

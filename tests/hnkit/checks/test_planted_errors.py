@@ -27,8 +27,8 @@ from hnkit.checks.subjects import Subject
 from hnkit.checks.tilted import Tilted, contraction
 from hnkit.cli import app as cli
 from hnkit.internal import stats as stats
-from hnkit.kl import divergence as kl
 from hnkit.kl import estimators, moments
+from hnkit.kl.methods import exact as kl
 from hnkit.lipschitz import local as lipschitz
 from hnkit.toy.linear_gaussian import LinearGaussian, linear_gaussian_low_rank
 

@@ -2,15 +2,21 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hnkit import InputError, NonFiniteError, noise_kl
+import hnkit.kl.method
+from hnkit import Estimate, InputError, NonFiniteError, noise_kl
+from hnkit.errors import ExpansiveMapError
+from hnkit.kl import L2, Arnoldi, Exact, Lanczos, Power, Roulette, SecondOrder
 from hnkit.kl.divergence import FORMS, METHODS
+from hnkit.kl.estimators import roulette
+from hnkit.kl.method import Probed
 from hnkit.maps import Condition, ConditionedMap
-from tests.hnkit.operator_zoo import exact_error, matrix
+from tests.hnkit.operator_zoo import MatrixOperator, exact_error, matrix
 
 STOCHASTIC = ("arnoldi", "lanczos", "power", "roulette", "second-order")
 
@@ -289,10 +295,168 @@ def test_bias_bound_from_a_certified_network() -> None:
 
 def test_printing() -> None:
     estimate = noise_kl(Linear(matrix("symmetric", 0.6, 6)), noise(4, 6), method="arnoldi", steps=3, lipschitz=0.6)
-    assert "+-" in str(estimate)
-    assert "bias at most" in str(estimate)
-    assert "truncation about" in str(dataclasses.replace(estimate, bias_bound=None))
-    assert str(dataclasses.replace(estimate, value=1.0, stderr=0.25, bias_bound=0.0)) == "1 +- 0.25 nats"
+    assert str(estimate) == f"{Estimate(estimate.value, estimate.stderr)} nats (bias at most {estimate.bias_bound:.2g})"
+    assert str(dataclasses.replace(estimate, value=1.0, stderr=0.25, bias_bound=0.0)) == "1.00 ± 0.25 nats"
+    unproved = dataclasses.replace(estimate, bias_bound=None)
+    assert str(unproved).endswith(f" nats (truncation about {estimate.bias_estimate:.2g})")
+    assert repr(estimate) == f"KLEstimate({estimate}, arnoldi, 4 samples, injective: unknown)"
+    assert isinstance(estimate, Estimate)
+
+
+def test_parts_are_kept_per_sample() -> None:
+    f, x = network(), noise(5, 6)
+    J = torch.func.vmap(torch.func.jacrev(f))(x).detach()
+    for method in ("exact", Arnoldi(probes=4)):
+        estimate = noise_kl(f, x, method=method, form="change-of-variables", generator=seeded())
+        parts = estimate.parts
+        torch.testing.assert_close(parts.l2, f(x).detach().square().sum(1) / 2)
+        torch.testing.assert_close(parts.alignment, (x * f(x).detach()).sum(1))
+        torch.testing.assert_close(estimate.per_sample, parts.l2 + parts.error + parts.alignment - parts.trace)
+        assert estimate.l2 == float(parts.l2.mean())
+        assert estimate.error == float(parts.error.mean())
+        assert Estimate.of(parts.error).value == estimate.error
+    exact = noise_kl(f, x).parts
+    torch.testing.assert_close(exact.trace, J.diagonal(dim1=1, dim2=2).sum(1))
+    torch.testing.assert_close(exact.frobenius, J.square().sum((1, 2)))
+
+
+# --- estimators as objects --------------------------------------------------------------------------------------
+
+
+OBJECTS = [
+    (Exact(), "exact", {}),
+    (L2(), "l2", {}),
+    (Arnoldi(probes=3, steps=4), "arnoldi", {"probes": 3, "steps": 4}),
+    (Arnoldi(probes=3, variance_reduction="xtrace"), "arnoldi", {"probes": 3, "variance_reduction": "xtrace"}),
+    (Lanczos(tolerance=1e-6, probe="gaussian"), "lanczos", {"tolerance": 1e-6, "probe": "gaussian"}),
+    (Power(steps=5), "power", {"steps": 5}),
+    (Roulette(sure=2), "roulette", {"sure": 2}),
+    (SecondOrder(probes=2), "second-order", {"probes": 2}),
+]
+
+
+@pytest.mark.parametrize(("estimator", "name", "options"), OBJECTS, ids=str)
+def test_a_name_with_options_is_shorthand_for_an_object(estimator, name: str, options: dict) -> None:
+    f, x = network(), noise(6, 6)
+    first = noise_kl(f, x, method=estimator, generator=seeded())
+    second = noise_kl(f, x, method=name, generator=seeded(), **options)
+    assert torch.equal(first.per_sample, second.per_sample)
+    assert first.method == second.method == name
+
+
+def test_every_method_has_its_object() -> None:
+    assert {name for _, name, _ in OBJECTS} == set(METHODS)
+
+
+def test_options_beside_an_object_and_unknown_ones_are_refused() -> None:
+    f, x = network(), noise(3, 6)
+    with pytest.raises(InputError, match=r"probes beside an estimator: give Arnoldi\(...\) its options"):
+        noise_kl(f, x, method=Arnoldi(), probes=2)
+    with pytest.raises(InputError, match="unknown option 'probess'"):
+        noise_kl(f, x, method="arnoldi", probess=2)
+    with pytest.raises(InputError, match="tolerance 2 is not between"):
+        Arnoldi(tolerance=2)
+    with pytest.raises(InputError, match="unknown method 3"):
+        noise_kl(f, x, method=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("generator", [3, "1", 0.5])
+def test_a_generator_that_is_none_is_one_line(method, generator) -> None:
+    with pytest.raises(InputError, match=r"generator .* is no torch\.Generator"):
+        noise_kl(network(), noise(3, 6), method=method, generator=generator)
+
+
+def test_a_new_estimator_is_one_class() -> None:
+    """A class with a name is a method, with its options, its errors, its plans and its record."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Hutchinson(Probed):
+        name: ClassVar[str] = "half-hutchinson"
+
+        @property
+        def fixed_products(self) -> int:
+            return 2
+
+        def form(self, operator, vectors, run):
+            return SecondOrder(self.probes, self.probe).form(operator, vectors, run)
+
+    try:
+        f, x = network(), noise(20, 6)
+        own = noise_kl(f, x, method="half-hutchinson", probes=2, generator=seeded())
+        assert torch.equal(
+            own.per_sample, noise_kl(f, x, method="second-order", probes=2, generator=seeded()).per_sample
+        )
+        assert noise_kl(f, x, method=Hutchinson(), budget=20, generator=seeded()).samples == 10
+        with pytest.raises(InputError, match="half-hutchinson"):
+            noise_kl(f, x, method="neither")
+    finally:
+        hnkit.kl.method._CLASSES.pop("half-hutchinson")
+
+
+# --- folds ------------------------------------------------------------------------------------------------------
+
+
+def test_folds_of_a_map_that_folds() -> None:
+    """`f = -1.2 tanh 2x` folds the middle of the line: degree 1, eq. 53 0.058 (not the KL, 0.917)."""
+    estimate = noise_kl(lambda x: -1.2 * torch.tanh(2 * x), noise(20_000, 1), form="change-of-variables")
+    folds = estimate.folds
+    assert folds is not None
+    inside = math.acosh(math.sqrt(2.4)) / 2  # det = 1 - 2.4 / cosh(2x)^2 is negative for |x| below it
+    mass = math.erf(inside / math.sqrt(2))
+    assert abs(folds.negative / 20_000 - mass) < 4.5 * math.sqrt(mass * (1 - mass) / 20_000)
+    assert mass < folds.upper < mass + 0.02
+    assert abs(folds.degree.value - 1) < 4.5 * folds.degree.stderr
+    assert folds.degree.stderr < 0.05
+    assert abs(estimate.value - 0.058) < 4.5 * estimate.stderr + 5e-4
+    assert "orientation reversed at" in str(folds)
+    # E[1{det < 0} exp(-ell)] is the integral of the density of T x over folded points, by quadrature in x.
+    t = torch.linspace(-inside, inside, 20_001, dtype=torch.float64)
+    y = t - 1.2 * torch.tanh(2 * t)
+    density = torch.exp(-y.square() / 2) / math.sqrt(2 * math.pi) * (1 - 2.4 / torch.cosh(2 * t) ** 2).abs()
+    assert abs(folds.folded.value - float(torch.trapezoid(density, t))) < 4.5 * folds.folded.stderr
+
+
+def test_no_fold_is_said_with_its_bound() -> None:
+    folds = noise_kl(network(), noise(59, 6)).folds
+    assert folds is not None
+    assert folds.negative == 0
+    assert folds.upper == pytest.approx(1 - 0.05 ** (1 / 59))
+    assert str(folds) == "no fold in 59 samples (in at most 0.05 of them, 95%)"
+    assert noise_kl(network(), noise(5, 6), method="arnoldi").folds is None
+
+
+# --- the roulette near a norm of 1 ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [0.9, 0.97, 0.99])
+def test_roulette_near_a_norm_of_one_is_right_or_refuses(norm: float) -> None:
+    """The error bar of a variance that is infinite is no error bar: at -L I the truth is d h(L)."""
+    f, x = Linear(-norm * torch.eye(6, dtype=torch.float64)), noise(400, 6)
+    estimate = noise_kl(f, x, method="roulette", generator=seeded(), lipschitz=norm)
+    truth = 6 * (-math.log1p(-norm) - norm)
+    assert estimate.finite_variance
+    error = Estimate.of(estimate.parts.error)
+    assert abs(error.value - truth) < 4.5 * error.stderr
+    assert not noise_kl(f, x, method="roulette", generator=seeded()).finite_variance
+
+
+def test_roulette_refuses_what_it_cannot_say() -> None:
+    f, x = Linear(-0.999 * torch.eye(6, dtype=torch.float64)), noise(4, 6)
+    with pytest.raises(InputError, match="finite variance: use arnoldi or lanczos"):
+        noise_kl(f, x, method="roulette", generator=seeded(), lipschitz=0.999)
+    # An outlier that the first vectors do not show: the chance chosen from them is too small for it.
+    outlier = torch.diag(torch.tensor([0.97] + [0.05] * 39, dtype=torch.float64))
+    probe = torch.zeros(1, 40, dtype=torch.float64)
+    probe[0, 0], probe[0, 1] = 1e-7, 1.0
+    operator = MatrixOperator(outlier, 1)
+
+    def all_seeds() -> None:
+        for seed in range(100):
+            roulette(operator, probe, generator=seeded(seed))
+
+    with pytest.raises(ExpansiveMapError, match="variance is not finite"):
+        all_seeds()
 
 
 # --- targets ----------------------------------------------------------------------------------------------------
@@ -310,6 +474,25 @@ def test_budget_is_kept_and_used(method, budget: int) -> None:
     assert estimate.per_sample.shape == (estimate.samples,)
     # Samples come before probes: a second probe only once every sample has one.
     assert estimate.samples == 20 or estimate.probes == 1
+
+
+@pytest.mark.parametrize("method", ["arnoldi", "lanczos", "power"])
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-8])
+def test_a_budget_keeps_the_tolerance(method, tolerance: float) -> None:
+    """Adaptive steps stay adaptive: to the tolerance asked for, at every sample, not at the one that the pilot saw."""
+    slopes = torch.linspace(0.1, 0.8, 20, dtype=torch.float64)
+
+    def uneven(x: Tensor) -> Tensor:  # hardly bent at the first sample, strongly at the others
+        return slopes * x.abs().clamp(max=1) * x / 2
+
+    x = noise(20, 20)
+    x[0] *= 1e-3
+    estimate = noise_kl(uneven, x, method=method, budget=3000, tolerance=tolerance, generator=seeded(), check=False)
+    assert estimate.num_jvp + estimate.num_vjp <= 3000
+    size = float(estimate.parts.frobenius.mean()) / 2
+    assert estimate.bias_estimate <= tolerance * size
+    finest = noise_kl(uneven, x, method=method, tolerance=1e-12, probes=estimate.probes, check=False, max_steps=200)
+    assert finest.steps >= estimate.steps
 
 
 def test_a_budget_below_one_row_says_what_is_needed() -> None:

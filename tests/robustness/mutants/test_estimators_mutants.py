@@ -22,8 +22,8 @@ from hnkit.kl.estimators import (
     refuse_norm,
     roulette,
     second_order,
-    xtrace,
 )
+from hnkit.kl.xtrace import xtrace
 from hnkit.linalg.krylov import ArnoldiProcess, LanczosProcess
 from tests.hnkit.operator_zoo import MatrixOperator, form, matrix, phi_matrix
 
@@ -250,21 +250,21 @@ def test_roulette_draws_for_the_first_term_after_the_sure_ones(monkeypatch: pyte
     assert result.products.tolist() == [float(last)]
 
 
-@pytest.mark.parametrize("lipschitz", [0.96, 0.99, 1.0, 2.0])
-def test_roulette_stops_with_a_chance_of_a_twentieth_at_least(
+@pytest.mark.parametrize("lipschitz", [0.96, 0.99])
+def test_roulette_stops_with_the_chance_that_a_proved_constant_gives(
     monkeypatch: pytest.MonkeyPatch, lipschitz: float
 ) -> None:
     A, v = matrix("gaussian", 0.5), probes(1)
-    fix_draws(monkeypatch, [0.951])
+    fix_draws(monkeypatch, [lipschitz + 0.001])
     assert roulette(MatrixOperator(A, 1), v, lipschitz=lipschitz).products.tolist() == [4.0]
-    fix_draws(monkeypatch, [0.949], [0.951])
+    fix_draws(monkeypatch, [lipschitz - 0.001], [lipschitz + 0.001])
     result = roulette(MatrixOperator(A, 1), v, lipschitz=lipschitz)
     terms = [(-1) ** k / k * float(form(torch.linalg.matrix_power(A, k), v)) for k in range(2, 6)]
-    assert float(result.value) == pytest.approx(sum(terms[:-1]) + terms[-1] / 0.95, rel=1e-12)
+    assert float(result.value) == pytest.approx(sum(terms[:-1]) + terms[-1] / lipschitz, rel=1e-12)
 
 
 def test_roulette_does_not_draw_for_a_series_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_draws(monkeypatch, [0.05, 0.05], [0.97, 0.97])
+    fix_draws(monkeypatch, [0.05, 0.05], [0.999, 0.999])
     A = torch.stack([matrix("gaussian", 0.0), matrix("gaussian", 0.5)])
     assert roulette(MatrixOperator(A, 2), probes(2)).products.tolist() == [4.0, 5.0]
 

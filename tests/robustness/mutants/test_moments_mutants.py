@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hnkit import noise_kl
-from hnkit.kl import moments
-from hnkit.kl.moments import ProbeSettings, dense_moments, probe_moments
+from hnkit.kl import Arnoldi, SecondOrder, moments
+from hnkit.kl.method import Run
+from hnkit.kl.moments import dense_moments
 from tests.hnkit.operator_zoo import matrix
 
 SLOPES = torch.tensor([0.5, -0.3, 0.2, 0.1], dtype=torch.float64)
@@ -115,8 +116,9 @@ def test_products_are_counted_over_all_rows(method, num_jvp, num_vjp, chunk):
 )
 def test_chunks_have_the_rows_asked_for_and_whole_samples_for_xtrace(chunk, variance_reduction, ends):
     seen: list[tuple[int, int]] = []
-    settings = ProbeSettings("arnoldi", 3, 4, chunk=chunk, variance_reduction=variance_reduction)
-    found = probe_moments(scaled, points(4), settings, progress=lambda done, total: seen.append((done, total)))
+    estimator = Arnoldi(3, steps=4, variance_reduction=variance_reduction)
+    run = Run(chunk=chunk, progress=lambda done, total: seen.append((done, total)))
+    found = estimator.moments(scaled, points(4), run)
     assert seen == [(end, 12) for end in ends]
     expected = float((SLOPES - torch.log1p(SLOPES)).sum())
     if variance_reduction == "none":
@@ -145,8 +147,7 @@ def test_local_norm_of_a_sample_is_the_largest_of_its_probes():
     """In two dimensions a Rademacher probe is (1, 1) or (1, -1) up to sign: eigenvectors of 0.8 and 0.1."""
     J = torch.tensor([[0.45, 0.35], [0.35, 0.45]], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    settings = ProbeSettings("second-order", 16)
-    found = probe_moments(lambda x: x @ J.T, torch.zeros(3, 2, dtype=torch.float64), settings, generator=generator)
+    found = SecondOrder(16).moments(lambda x: x @ J.T, torch.zeros(3, 2, dtype=torch.float64), Run(generator))
     torch.testing.assert_close(found.norm, torch.full((3,), 0.8, dtype=torch.float64))
 
 

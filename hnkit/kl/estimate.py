@@ -1,0 +1,158 @@
+"""The record of an estimated KL: the value with its error, and the per-sample figures it was made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hnkit.internal.stats import Estimate
+from hnkit.kl.moments import Moments
+
+Form = Literal["stein", "change-of-variables"]
+FORMS: tuple[Form, ...] = ("stein", "change-of-variables")
+
+
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class KLEstimate(Estimate):
+    """An estimate of the noise-space KL with what is known about its error; nats throughout.
+
+    `value`, `stderr` and `bias_bound` are those of `Estimate`: the mean of `per_sample`; its standard error over
+    samples and probes, NaN for a single sample; a proved bound of the truncation error, hence of the bias, `None` where
+    none is known (it needs a proved Lipschitz constant below 1) and 0 for exact and unbiased methods.
+
+    Attributes:
+        per_sample: `(n,)`, the integrand at each sample that was used, float64.
+        parts: what it is made of, per sample: `|f|^2/2`, `x . f`, `E(J)`, `tr J`, `tr J^2`, `|J|_F^2` and more.
+        method: how E(J) was estimated.
+        form: which of the two forms of the integrand.
+        injective: whether `x + f(x)` is injective, without which the exact value is a lower bound of the KL:
+            "certified", "unknown", or "violated" (its orientation changes between samples).
+        finite_variance: whether `stderr` is known to describe the spread: `False` for the roulette without a proved
+            Lipschitz constant, whose variance is finite only if the local norms not seen are small enough.
+    """
+
+    per_sample: Tensor
+    parts: Moments
+    method: str
+    form: Form
+    injective: Literal["certified", "unknown", "violated"]
+    finite_variance: bool = True
+
+    @property
+    def l2(self) -> float:
+        """Mean of `|f|^2 / 2`."""
+        return float(self.parts.l2.mean())
+
+    @property
+    def error(self) -> float:
+        """Mean of `E(J)`; NaN for the method l2, which does not look at J."""
+        return float(self.parts.error.mean())
+
+    @property
+    def bias_estimate(self) -> float:
+        """Estimate of the truncation error of `value`, no bound; 0 for exact and unbiased methods, NaN for l2."""
+        return float(self.parts.truncation.mean())
+
+    @property
+    def probe_stderr(self) -> float:
+        """The part of `stderr` due to the probes; 0 without probes, NaN for one probe per sample."""
+        return math.sqrt(float(self.parts.spread.mean()) / max(self.probes, 1) / self.samples)
+
+    @property
+    def symmetry_index(self) -> float:
+        """`sum tr(J^2) / sum |J|_F^2` in [-1, 1]; NaN at J = 0 and for the method l2."""
+        frobenius = float(self.parts.frobenius.sum())
+        return float(self.parts.square.sum()) / frobenius if frobenius > 0 else math.nan
+
+    @property
+    def local_norm(self) -> float:
+        """Largest `|J(x)|_2` seen, a lower bound of the Lipschitz constant; NaN where not looked at."""
+        return float(self.parts.norm.max())
+
+    @property
+    def num_jvp(self) -> int:
+        """Jacobian-vector products, counted per row, those of a pilot included."""
+        return self.parts.num_jvp
+
+    @property
+    def num_vjp(self) -> int:
+        """Vector-Jacobian products, counted per row, those of a pilot included."""
+        return self.parts.num_vjp
+
+    @property
+    def samples(self) -> int:
+        """Samples used, n."""
+        return len(self.per_sample)
+
+    @property
+    def probes(self) -> int:
+        """Probes per sample (0: none)."""
+        return self.parts.probes
+
+    @property
+    def steps(self) -> int:
+        """Longest Krylov space or series (0: none)."""
+        return self.parts.steps
+
+    @property
+    def folds(self) -> Folds | None:
+        """What the signs of `det(I + J)` say of folds; `None` where the method does not know them."""
+        if self.parts.sign is None:
+            return None
+        density = self.parts.l2 + self.parts.error + self.parts.alignment - self.parts.trace
+        return Folds.of(self.parts.sign, density)
+
+    def __str__(self) -> str:
+        text = str(Estimate(self.value, self.stderr))
+        text = f"{text} nats"
+        if self.bias_bound:
+            text += f" (bias at most {self.bias_bound:.2g})"
+        elif self.bias_bound is None and self.bias_estimate > 0:
+            text += f" (truncation about {self.bias_estimate:.2g})"
+        return text if self.finite_variance else f"{text} (finite variance not proved)"
+
+    def __repr__(self) -> str:
+        return f"KLEstimate({self}, {self.method}, {self.samples} samples, injective: {self.injective})"
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Where `x + f(x)` reverses orientation, and whether its degree is 1.
+
+    With `ell = x . f + |f|^2/2 - log|det(I + J)|` and bounded f, `E[sgn det(I + J) exp(-ell)] = 1` (the degree of T),
+    and `E[1{det < 0} exp(-ell)]` bounds the mass under `N(0, I)` of the points that folds cover more than once.
+
+    Attributes:
+        samples: n.
+        negative: samples with `det(I + J) < 0`.
+        upper: 95% upper confidence bound of the probability of such a sample (Clopper and Pearson).
+        degree: estimate of `E[sgn det(I + J) exp(-ell)]`; the variance of `exp(-ell)` may be large.
+        folded: estimate of `E[1{det < 0} exp(-ell)]`.
+
+    Source: `proofs/folding_entropy`.
+    """
+
+    samples: int
+    negative: int
+    upper: float
+    degree: Estimate
+    folded: Estimate
+
+    @classmethod
+    def of(cls, sign: Tensor, density: Tensor) -> Folds:
+        """From the signs of `det(I + J)` and the change-of-variables integrand, each `(n,)`."""
+        from scipy.stats import beta
+
+        n, negative = len(sign), int((sign < 0).sum())
+        upper = 1.0 if negative == n else float(beta.ppf(0.95, negative + 1, n - negative))
+        weight = torch.exp(-density)
+        return cls(n, negative, upper, Estimate.of(sign * weight), Estimate.of((sign < 0) * weight))
+
+    def __str__(self) -> str:
+        if self.negative == 0:
+            return f"no fold in {self.samples} samples (in at most {self.upper:.2g} of them, 95%)"
+        return f"orientation reversed at {self.negative} of {self.samples} samples; folded mass at most {self.folded}"
