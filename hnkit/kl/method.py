@@ -191,6 +191,11 @@ class Adaptive(Probed):
         """See `Probed`."""
         return None if self.steps is None else self.products_of(self.steps)
 
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """The options above, by name, for the function that makes the forms."""
+        return {"steps": self.steps, "tolerance": self.tolerance, "max_steps": self.max_steps}
+
     def finer(self: _Adaptive, tolerance: float) -> _Adaptive:
         """See `Probed`."""
         return replace(self, tolerance=min(self.tolerance, tolerance))

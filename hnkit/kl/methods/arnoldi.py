@@ -50,7 +50,6 @@ class Arnoldi(Adaptive):
 
     def form(self, operator: Operator, vectors: Tensor, run: Run) -> QuadraticForm:
         """See `Probed`."""
-        shared = {"steps": self.steps, "tolerance": self.tolerance, "max_steps": self.max_steps}
-        if not self._leave_one_out:
-            return arnoldi(operator, vectors, lipschitz=run.lipschitz, **shared)  # type: ignore[arg-type]
-        return xtrace(operator, vectors, group=self.probes, **shared)  # type: ignore[arg-type]
+        if self._leave_one_out:
+            return xtrace(operator, vectors, group=self.probes, **self.lengths)
+        return arnoldi(operator, vectors, lipschitz=run.lipschitz, **self.lengths)

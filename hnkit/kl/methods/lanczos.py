@@ -24,11 +24,4 @@ class Lanczos(Adaptive):
 
     def form(self, operator: Operator, vectors: Tensor, run: Run) -> QuadraticForm:
         """See `Probed`."""
-        return lanczos(
-            operator,
-            vectors,
-            steps=self.steps,
-            tolerance=self.tolerance,
-            max_steps=self.max_steps,
-            lipschitz=run.lipschitz,
-        )
+        return lanczos(operator, vectors, lipschitz=run.lipschitz, **self.lengths)

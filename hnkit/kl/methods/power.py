@@ -24,11 +24,4 @@ class Power(Adaptive):
 
     def form(self, operator: Operator, vectors: Tensor, run: Run) -> QuadraticForm:
         """See `Probed`."""
-        return power_series(
-            operator,
-            vectors,
-            steps=self.steps,
-            tolerance=self.tolerance,
-            max_steps=self.max_steps,
-            lipschitz=run.lipschitz,
-        )
+        return power_series(operator, vectors, lipschitz=run.lipschitz, **self.lengths)
