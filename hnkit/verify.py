@@ -15,8 +15,11 @@ from hnkit.checks.check import (
     confidence_radius,
     mean_finding,
 )
-from hnkit.checks.report import Quantity, Report
-from hnkit.checks.runs import VerifySettings, checks_by_proof, verify_map
+from hnkit.checks.quantities import Quantity
+from hnkit.checks.registries import checks_by_proof
+from hnkit.checks.report import Report
+from hnkit.checks.settings import VerifySettings
+from hnkit.checks.verify_map import verify_map
 
 if TYPE_CHECKING:
     from hnkit.maps import NoiseMap

@@ -66,7 +66,7 @@ def machine_checked() -> set[str]:
 
 def index() -> str:
     """The index as Markdown: statement, source, derivation, check, machine-checked, and what rests on it."""
-    from hnkit.checks.runs import checks_by_proof
+    from hnkit.checks.registries import checks_by_proof
 
     proved, resting = machine_checked(), checks_by_proof()
     lines = [

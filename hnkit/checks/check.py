@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from hnkit.errors import NotApplicable
+from hnkit.errors import NotApplicable as NotApplicable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ from torch import Tensor
 from hnkit.bounds import frobenius_bound, local_theorem7_bound, second_order_remainder_bound, theorem7_bound
 from hnkit.checks.check import Finding, NotApplicable, Registry, confidence_radius, mean_finding, worst
 from hnkit.checks.differences import explained_by_steps
-from hnkit.checks.subjects import RowStatistics, Subject
 from hnkit.errors import MissingDerivativeError
+from hnkit.figures.measured_map import MeasuredMap, RowStatistics
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.jacobian import RowJacobian
 from hnkit.kl.divergence import noise_kl
@@ -27,14 +27,14 @@ _ROUNDING = 1e-9
 
 
 @MAP_CHECKS.add("stein-identity", "E[x·f(x)] = E[tr J(x)]", proof="lemma_6_stein", kind="statistical")
-def stein_identity(subject: Subject) -> Finding:
+def stein_identity(measured: MeasuredMap) -> Finding:
     """The residual `x·f - tr J` has mean zero; its z-score is in the note."""
-    residual = subject.alignment - subject.traces
-    finding = mean_finding(residual, 0.0, floor=_floor(subject, subject.alignment, subject.traces))
-    finding = explained_by_steps(finding, subject.f, subject.x, continuous=subject.continuous)
+    residual = measured.alignment - measured.traces
+    finding = mean_finding(residual, 0.0, floor=_floor(measured, measured.alignment, measured.traces))
+    finding = explained_by_steps(finding, measured.f, measured.x, continuous=measured.continuous)
     mean, stderr = mean_and_stderr(residual)
     score = mean / stderr if stderr > 0 else 0.0
-    note = "; ".join(filter(None, [f"z = {score:.2f} over {len(subject.x)} samples", finding.note]))
+    note = "; ".join(filter(None, [f"z = {score:.2f} over {len(measured.x)} samples", finding.note]))
     return replace(finding, note=note)
 
 
@@ -44,22 +44,22 @@ def stein_identity(subject: Subject) -> Finding:
     proof="kl_two_forms",
     kind="statistical",
 )
-def two_forms(subject: Subject) -> Finding:
+def two_forms(measured: MeasuredMap) -> Finding:
     """The two forms of the exact KL agree in the mean (paired samples)."""
-    _need_exact(subject)
-    count = len(subject.change)
-    floor = _floor(subject, subject.alignment, subject.stein.per_sample)
-    finding = mean_finding(subject.change - subject.stein.per_sample[:count], 0.0, floor=floor)
-    return explained_by_steps(finding, subject.f, subject.x, continuous=subject.continuous)
+    _need_exact(measured)
+    count = len(measured.change)
+    floor = _floor(measured, measured.alignment, measured.stein.per_sample)
+    finding = mean_finding(measured.change - measured.stein.per_sample[:count], 0.0, floor=floor)
+    return explained_by_steps(finding, measured.f, measured.x, continuous=measured.continuous)
 
 
 @MAP_CHECKS.add("two-forms-pointwise", "the two integrands differ by x·f - tr J at every sample", proof="kl_two_forms")
-def two_forms_pointwise(subject: Subject) -> Finding:
+def two_forms_pointwise(measured: MeasuredMap) -> Finding:
     """Exact integrands only: a stochastic method sees the trace through a probe."""
-    _need_exact(subject)
-    m = min(len(subject.change), len(subject.rows.trace))
-    residual = subject.change[:m] - subject.stein.per_sample[:m] - (subject.alignment[:m] - subject.rows.trace[:m])
-    return _zero(residual, subject, subject.alignment)
+    _need_exact(measured)
+    m = min(len(measured.change), len(measured.rows.trace))
+    residual = measured.change[:m] - measured.stein.per_sample[:m] - (measured.alignment[:m] - measured.rows.trace[:m])
+    return _zero(residual, measured, measured.alignment)
 
 
 @MAP_CHECKS.add(
@@ -67,22 +67,22 @@ def two_forms_pointwise(subject: Subject) -> Finding:
     "|f|²/2 + E(J) = |f|²/2 + Σ Re λ - log|1+λ| over the eigenvalues λ of J, at every sample",
     proof="theorem_7_bound",
 )
-def kl_integrand(subject: Subject) -> Finding:
+def kl_integrand(measured: MeasuredMap) -> Finding:
     """The integrand of `noise_kl` against the eigenvalues of the dense Jacobian and a separate |f|^2/2."""
-    _need_exact(subject)
-    rows = subject.rows
+    _need_exact(measured)
+    rows = measured.rows
     m = len(rows.spectral)
-    residual = subject.stein.per_sample[:m] - subject.half_square[:m] - rows.spectral
-    return _zero(residual, subject, 1 + rows.frobenius)
+    residual = measured.stein.per_sample[:m] - measured.half_square[:m] - rows.spectral
+    return _zero(residual, measured, 1 + rows.frobenius)
 
 
 @MAP_CHECKS.add("jacobian-differences", "J(x)v = (f(x + hv) - f(x - hv)) / 2h + O(h²)", proof="lemma_6_stein")
-def jacobian_differences(subject: Subject) -> Finding:
+def jacobian_differences(measured: MeasuredMap) -> Finding:
     """Products with the Jacobian against central differences of the map itself, in float64."""
-    if subject.value.dtype != torch.float64:
-        raise NotApplicable(f"central differences need float64; the map computes in {subject.value.dtype}")
-    f, x = subject.first(min(256, subject.pass_rows))
-    v = torch.randn(x.shape, dtype=x.dtype, generator=subject.generator("differences")).to(x.device)
+    if measured.value.dtype != torch.float64:
+        raise NotApplicable(f"central differences need float64; the map computes in {measured.value.dtype}")
+    f, x = measured.first(min(256, measured.pass_rows))
+    v = torch.randn(x.shape, dtype=x.dtype, generator=measured.generator("differences")).to(x.device)
     h = 1e-5
     with torch.no_grad():
         difference = (f(x + h * v) - f(x - h * v)).flatten(1) / (2 * h)
@@ -92,8 +92,9 @@ def jacobian_differences(subject: Subject) -> Finding:
         raise NotApplicable(str(reason)) from None
     relative = (product - difference).norm(dim=1) / (1e-3 + difference.norm(dim=1))
     # A kink inside the difference (ReLU, clipping) spoils single rows, never most of them.
-    measured = relative.max() if subject.smooth else relative.median()
-    return Finding(float(measured), 0.0, 1e-5, note="" if subject.smooth else "median over samples: the map has kinks")
+    worst_row = relative.max() if measured.smooth else relative.median()
+    note = "" if measured.smooth else "median over samples: the map has kinks"
+    return Finding(float(worst_row), 0.0, 1e-5, note=note)
 
 
 @MAP_CHECKS.add(
@@ -101,10 +102,10 @@ def jacobian_differences(subject: Subject) -> Finding:
     "value = mean of the integrand, stderr = its standard deviation / √n",
     proof="estimates_certificates",
 )
-def estimate_record(subject: Subject) -> Finding:
+def estimate_record(measured: MeasuredMap) -> Finding:
     """Mean and standard error recomputed from the integrand; the worse of the two relative deviations."""
-    kl = subject.stein
-    if len(subject.x) < 2:
+    kl = measured.stein
+    if len(measured.x) < 2:
         raise NotApplicable("one sample has no standard error: use --samples 2 or more")
     samples = kl.per_sample.tolist()
     mean = math.fsum(samples) / len(samples)
@@ -121,23 +122,23 @@ def estimate_record(subject: Subject) -> Finding:
     "for f(x) = Ax + c the KL is KL(N(c, KK') || N(0, I)), K = I + A, in closed form",
     proof="kl_two_forms",
 )
-def kl_affine(subject: Subject) -> Finding:
+def kl_affine(measured: MeasuredMap) -> Finding:
     """`noise_kl` on the points ±√d e_i, whose mean is 0 and covariance I exactly, against the Gaussian formula."""
-    _need_exact(subject)
-    if subject.x.dim() != 2 or subject.value.dtype != torch.float64:
+    _need_exact(measured)
+    if measured.x.dim() != 2 or measured.value.dtype != torch.float64:
         raise NotApplicable("tried on float64 maps of vectors alone")
-    affine = affine_coefficients(subject.f, subject.dim)
+    affine = affine_coefficients(measured.f, measured.dim)
     if affine is None:
         raise NotApplicable("the map is not affine")
     K, c = affine
-    points = math.sqrt(subject.dim) * torch.eye(subject.dim, dtype=torch.float64)
+    points = math.sqrt(measured.dim) * torch.eye(measured.dim, dtype=torch.float64)
     points = torch.cat([points, -points])
-    measured = noise_kl(subject.f, points, method="exact", check=False).value
-    identity = torch.eye(subject.dim, dtype=torch.float64)
+    value = noise_kl(measured.f, points, method="exact", check=False).value
+    identity = torch.eye(measured.dim, dtype=torch.float64)
     expected = kl_gaussians(c, K @ K.mT, torch.zeros_like(c), identity)
     if expected == math.inf:
         raise NotApplicable("I + A is singular: the KL is infinite")
-    return Finding(measured, expected, 1e-8 * (1 + abs(expected)))
+    return Finding(value, expected, 1e-8 * (1 + abs(expected)))
 
 
 @MAP_CHECKS.add(
@@ -145,33 +146,33 @@ def kl_affine(subject: Subject) -> Finding:
     "for d = 1 and increasing T the KL is the limit of Σ m log(m/m') over bins, m' the base mass of the moved bin",
     proof="data_processing",
 )
-def kl_one_dimensional(subject: Subject) -> Finding:
+def kl_one_dimensional(measured: MeasuredMap) -> Finding:
     """The integrand under midpoint quadrature against masses of bins, which needs values of the map alone."""
-    _need_exact(subject)
-    if subject.dim != 1:
-        raise NotApplicable(f"d = {subject.dim}")
-    if torch.finfo(subject.value.dtype).eps > 1e-6:
-        raise NotApplicable(f"bins need float32 or better; the map computes in {subject.value.dtype}")
-    (coarse, coarse_binned), (measured, expected) = (_binned_kl(subject, bins) for bins in (4096, 8192))
+    _need_exact(measured)
+    if measured.dim != 1:
+        raise NotApplicable(f"d = {measured.dim}")
+    if torch.finfo(measured.value.dtype).eps > 1e-6:
+        raise NotApplicable(f"bins need float32 or better; the map computes in {measured.value.dtype}")
+    (coarse, coarse_binned), (value, expected) = (_binned_kl(measured, bins) for bins in (4096, 8192))
     # The midpoint rule and the binned divergence both err by O(h^2), h = 0.002; a kink of T by O(h), and a step of T
     # that is narrower than h by what halving h shows.
-    error = 2 * (abs(measured - coarse) + abs(expected - coarse_binned))
-    return Finding(measured, expected, (2e-4 if subject.smooth else 2e-3) + error)
+    error = 2 * (abs(value - coarse) + abs(expected - coarse_binned))
+    return Finding(value, expected, (2e-4 if measured.smooth else 2e-3) + error)
 
 
-def _binned_kl(subject: Subject, bins: int) -> tuple[float, float]:
+def _binned_kl(measured: MeasuredMap, bins: int) -> tuple[float, float]:
     """The KL by the integrand at the middles of bins of [-8.5, 8.5], and by the masses that the map moves."""
     edges = torch.linspace(-8.5, 8.5, bins + 1, dtype=torch.float64)
-    shape = (-1, *subject.x.shape[1:])
+    shape = (-1, *measured.x.shape[1:])
     with torch.no_grad():
-        moved = edges + subject.f(edges.reshape(shape).to(subject.x)).double().flatten().cpu()
+        moved = edges + measured.f(edges.reshape(shape).to(measured.x)).double().flatten().cpu()
     if not bool((moved.diff() > 0).all()):
         raise NotApplicable("T is not increasing, so it is not injective")
     mass, image = _normal_masses(edges), _normal_masses(moved)
     kept = (mass > 1e-300) & (image > 1e-300)
     middles = (edges[1:] + edges[:-1]) / 2
-    middles = middles.reshape(shape).to(subject.x)
-    integrand = noise_kl(subject.f, middles, method="exact", form="change-of-variables", check=False)
+    middles = middles.reshape(shape).to(measured.x)
+    integrand = noise_kl(measured.f, middles, method="exact", form="change-of-variables", check=False)
     return float((mass * integrand.per_sample.cpu()).sum()), float((mass * (mass.log() - image.log()))[kept].sum())
 
 
@@ -179,43 +180,43 @@ def _binned_kl(subject: Subject, bins: int) -> tuple[float, float]:
 
 
 @MAP_CHECKS.add("theorem-7", "|E(J)| ≤ d h(L), h(s) = -log(1-s) - s, for f L-Lipschitz, L < 1", proof="theorem_7_bound")
-def theorem_7(subject: Subject) -> Finding:
+def theorem_7(measured: MeasuredMap) -> Finding:
     """The largest |E(J)| against the bound with a certified constant, or with the ascended estimate of it."""
-    certified = subject.certified_constant
-    constant = subject.lower.value if certified is None else certified
+    certified = measured.certified_constant
+    constant = measured.lower.value if certified is None else certified
     word = "estimated" if certified is None else "certified"
     if constant >= 1:
         raise NotApplicable(f"{word} L = {constant:.4g} is not below 1")
-    error = subject.error
-    bound = float(theorem7_bound(subject.dim, constant))
+    error = measured.error
+    bound = float(theorem7_bound(measured.dim, constant))
     note = f"{word} L = {constant:.4g}; E|E(J)| = {float(error.abs().mean()):.3g}"
-    if subject.method != "exact":  # a single probe's value is no E(J), their mean is
+    if measured.method != "exact":  # a single probe's value is no E(J), their mean is
         mean, stderr = mean_and_stderr(error)
         radius = confidence_radius(stderr, len(error))
         return Finding(abs(mean), bound, radius, "<=", note, certified is not None, "statistical")
-    tolerance = subject.resolution * (1 + bound)
+    tolerance = measured.resolution * (1 + bound)
     return Finding(float(error.abs().max()), bound, tolerance, "<=", note, certified is not None)
 
 
 @MAP_CHECKS.add("local-theorem-7", "|E(J)| ≤ d h(|J(x)|₂) at every sample", proof="local_theorem_7")
-def local_theorem_7(subject: Subject) -> Finding:
+def local_theorem_7(measured: MeasuredMap) -> Finding:
     """The largest share of the bound that a sample uses."""
-    rows, kept = _contracting(subject)
-    return _share(rows.error[kept], local_theorem7_bound(subject.dim, rows.norm[kept]), subject)
+    rows, kept = _contracting(measured)
+    return _share(rows.error[kept], local_theorem7_bound(measured.dim, rows.norm[kept]), measured)
 
 
 @MAP_CHECKS.add("frobenius", "|E(J)| ≤ (|J|_F²/L²) h(L), L = |J(x)|₂, at every sample", proof="frobenius_bound")
-def frobenius(subject: Subject) -> Finding:
+def frobenius(measured: MeasuredMap) -> Finding:
     """The largest share of the bound that a sample uses."""
-    rows, kept = _contracting(subject)
-    return _share(rows.error[kept], frobenius_bound(rows.frobenius[kept], rows.norm[kept]), subject)
+    rows, kept = _contracting(measured)
+    return _share(rows.error[kept], frobenius_bound(rows.frobenius[kept], rows.norm[kept]), measured)
 
 
 @MAP_CHECKS.add("singular-values", "|E(J)| ≤ Σ h(σᵢ(J)) at every sample", proof="singular_value_bound")
-def singular_values(subject: Subject) -> Finding:
+def singular_values(measured: MeasuredMap) -> Finding:
     """The largest share of the bound that a sample uses."""
-    rows, kept = _contracting(subject)
-    return _share(rows.error[kept], rows.singular[kept], subject)
+    rows, kept = _contracting(measured)
+    return _share(rows.error[kept], rows.singular[kept], measured)
 
 
 @MAP_CHECKS.add(
@@ -223,12 +224,12 @@ def singular_values(subject: Subject) -> Finding:
     "singular values ≤ Frobenius ≤ local Theorem 7, bound by bound",
     proof="singular_value_bound",
 )
-def bound_order(subject: Subject) -> Finding:
+def bound_order(measured: MeasuredMap) -> Finding:
     """The largest ratio of a bound to the next looser one."""
-    rows, kept = _contracting(subject)
+    rows, kept = _contracting(measured)
     tight = rows.singular[kept]
     middle = frobenius_bound(rows.frobenius[kept], rows.norm[kept])
-    loose = local_theorem7_bound(subject.dim, rows.norm[kept])
+    loose = local_theorem7_bound(measured.dim, rows.norm[kept])
     ratio = worst(float(_ratio(tight, middle).max()), float(_ratio(middle, loose).max()))
     return Finding(ratio, 1.0, _ROUNDING, "<=")
 
@@ -238,11 +239,11 @@ def bound_order(subject: Subject) -> Finding:
     "|E(J) - tr(J²)/2| ≤ (|J|_F²/L²)(h(L) - L²/2), L = |J(x)|₂, at every sample",
     proof="second_order",
 )
-def second_order(subject: Subject) -> Finding:
+def second_order(measured: MeasuredMap) -> Finding:
     """The largest share of the remainder bound that a sample uses."""
-    rows, kept = _contracting(subject)
+    rows, kept = _contracting(measured)
     bound = second_order_remainder_bound(rows.frobenius[kept], rows.norm[kept])
-    return _share(rows.error[kept] - rows.trace_square[kept] / 2, bound, subject)
+    return _share(rows.error[kept] - rows.trace_square[kept] / 2, bound, measured)
 
 
 @MAP_CHECKS.add(
@@ -250,9 +251,9 @@ def second_order(subject: Subject) -> Finding:
     "E(S) - |K|_F²/2(1+λ_min(S))² ≤ E(J) ≤ E(S) for J = S + K with λ_min(S) > -1, at every sample",
     proof="field_of_values",
 )
-def field_of_values(subject: Subject) -> Finding:
+def field_of_values(measured: MeasuredMap) -> Finding:
     """The smallest distance of E(J) from either end of its interval."""
-    rows = subject.rows
+    rows = measured.rows
     kept = ~(rows.least_symmetric <= -1)
     if not bool(kept.any()):
         raise NotApplicable(f"λ_min(S) = {float(rows.least_symmetric.max()):.3g} is not above -1 at any sample")
@@ -265,41 +266,41 @@ def field_of_values(subject: Subject) -> Finding:
 
 
 @MAP_CHECKS.add("symmetry-index", "s = E tr(J²) / E|J|_F² lies in [-1, 1]", proof="symmetry_index")
-def symmetry_index(subject: Subject) -> Finding:
+def symmetry_index(measured: MeasuredMap) -> Finding:
     """The index of `noise_kl` against dense Jacobians where these hold all samples, else its range alone."""
-    measured = subject.stein.symmetry_index
-    if subject.method == "l2":
+    index = measured.stein.symmetry_index
+    if measured.method == "l2":
         raise NotApplicable("method l2 does not look at J")
-    if math.isnan(measured) and not bool(subject.probed_frobenius.any()):
+    if math.isnan(index) and not bool(measured.probed_frobenius.any()):
         raise NotApplicable("J = 0")
-    rows = subject.rows_or_none
-    if rows is not None and len(rows.trace) == len(subject.x) and subject.method == "exact":
+    rows = measured.rows_or_none
+    if rows is not None and len(rows.trace) == len(measured.x) and measured.method == "exact":
         expected = float(rows.trace_square.sum() / rows.frobenius.square().sum())
-        return Finding(measured, expected, subject.resolution)
+        return Finding(index, expected, measured.resolution)
     # A probe's |J'v|^2 estimates |J|_F^2, so the quotient of two estimates may leave [-1, 1] by their error.
-    return Finding(abs(measured), 1.0, 0.1 if subject.stein.probes else subject.resolution, "<=")
+    return Finding(abs(index), 1.0, 0.1 if measured.stein.probes else measured.resolution, "<=")
 
 
 # --- Lipschitz constants and injectivity ------------------------------------------------------------------------
 
 
 @MAP_CHECKS.add("local-norms", "power iteration finds |J(x)|₂ at every sample", proof="estimates_certificates")
-def local_norms(subject: Subject) -> Finding:
+def local_norms(measured: MeasuredMap) -> Finding:
     """The largest relative deviation from the largest singular value of the dense Jacobian."""
-    norm = subject.rows.norm
-    deviation = (subject.norms[: len(norm)] - norm).abs() / (norm + 1e-12)
-    return Finding(float(deviation.max()), 0.0, max(2e-3, subject.resolution))
+    norm = measured.rows.norm
+    deviation = (measured.norms[: len(norm)] - norm).abs() / (norm + 1e-12)
+    return Finding(float(deviation.max()), 0.0, max(2e-3, measured.resolution))
 
 
 @MAP_CHECKS.add("lipschitz-order", "sampled ≤ ascended ≤ certified Lipschitz constant", proof="estimates_certificates")
-def lipschitz_order(subject: Subject) -> Finding:
+def lipschitz_order(measured: MeasuredMap) -> Finding:
     """The ascended estimate between the sampled maximum and the certificate."""
-    sampled, ascended = float(subject.norms.max()), subject.lower.value
-    tolerance = max(2e-3, subject.resolution) * (sampled + 1e-12)
-    if isinstance(subject.certificate, str):
-        note = f"sampled {sampled:.4g} ≤ ascended; no certificate: {subject.certificate}"
+    sampled, ascended = float(measured.norms.max()), measured.lower.value
+    tolerance = max(2e-3, measured.resolution) * (sampled + 1e-12)
+    if isinstance(measured.certificate, str):
+        note = f"sampled {sampled:.4g} ≤ ascended; no certificate: {measured.certificate}"
         return Finding(ascended, sampled, tolerance, ">=", note, certified=False)
-    certified = subject.certificate.value
+    certified = measured.certificate.value
     note = f"sampled {sampled:.4g} ≤ ascended {ascended:.4g} ≤ certified {certified:.4g}"
     if sampled > ascended + tolerance:
         return Finding(sampled, ascended, tolerance, "<=", note)
@@ -311,11 +312,11 @@ def lipschitz_order(subject: Subject) -> Finding:
     "for L < 1 the iteration x ← y - f(x) inverts T(x) = x + f(x)",
     proof="lemma_5_diffeomorphism",
 )
-def lemma_5_inverse(subject: Subject) -> Finding:
+def lemma_5_inverse(measured: MeasuredMap) -> Finding:
     """The largest distance of the recovered from the true noise after as many steps as the rate L asks for."""
-    constant = _contraction(subject)
-    f, x = subject.first(min(64, subject.pass_rows))
-    target = 1e-10 if subject.value.dtype == torch.float64 else 1e-5
+    constant = _contraction(measured)
+    f, x = measured.first(min(64, measured.pass_rows))
+    target = 1e-10 if measured.value.dtype == torch.float64 else 1e-5
     steps = max(2, min(2000, math.ceil(math.log(target) / math.log(max(constant, 1e-6)))))
     with torch.no_grad():
         y = x + f(x)
@@ -324,24 +325,24 @@ def lemma_5_inverse(subject: Subject) -> Finding:
             found = y - f(found)
     error = (found - x).flatten(1).norm(dim=1)
     start = (y - x).flatten(1).norm(dim=1).max()
-    eps = torch.finfo(subject.value.dtype).eps
-    rounding = (64 if eps > 1e-5 else 1e4) * eps * float(y.abs().max()) * math.sqrt(subject.dim)
+    eps = torch.finfo(measured.value.dtype).eps
+    rounding = (64 if eps > 1e-5 else 1e4) * eps * float(y.abs().max()) * math.sqrt(measured.dim)
     tolerance = constant**steps * float(start) + rounding / (1 - constant)
     note = f"{steps} steps at rate L = {constant:.4g}"
-    _not_refuted(subject, float(error.max()) - tolerance, constant)
-    return Finding(float(error.max()), 0.0, tolerance, note=note, certified=subject.certified_constant is not None)
+    _not_refuted(measured, float(error.max()) - tolerance, constant)
+    return Finding(float(error.max()), 0.0, tolerance, note=note, certified=measured.certified_constant is not None)
 
 
 @MAP_CHECKS.add("lemma-5-bilipschitz", "(1-L)|x-x'| ≤ |T(x)-T(x')| ≤ (1+L)|x-x'|", proof="lemma_5_diffeomorphism")
-def lemma_5_bilipschitz(subject: Subject) -> Finding:
+def lemma_5_bilipschitz(measured: MeasuredMap) -> Finding:
     """The largest relative change of a distance under T beyond the rounding of f, over pairs far and close."""
-    constant = _contraction(subject)
-    f, x = subject.first(min(256, subject.pass_rows))
-    unit = 8 * torch.finfo(subject.value.dtype).eps
+    constant = _contraction(measured)
+    f, x = measured.first(min(256, measured.pass_rows))
+    unit = 8 * torch.finfo(measured.value.dtype).eps
     change = 0.0
     for size in (0.0, 1.0, 1e-3):
         other = x.flip(0) if size == 0 else x + size * torch.randn(
-            x.shape, dtype=x.dtype, generator=subject.generator(f"pairs/{size}")
+            x.shape, dtype=x.dtype, generator=measured.generator(f"pairs/{size}")
         ).to(x.device)  # fmt: skip
         with torch.no_grad():
             here, there = f(x).double(), f(other).double()
@@ -353,9 +354,9 @@ def lemma_5_bilipschitz(subject: Subject) -> Finding:
         if bool(kept.any()):
             relative = ((moved - distance).abs() - rounding) / distance
             change = worst(change, float(relative[kept].max()))
-    tolerance = 1e-6 if subject.value.dtype == torch.float64 else 1e-2
-    _not_refuted(subject, change - constant - tolerance, constant)
-    return Finding(change, constant, tolerance, "<=", certified=subject.certified_constant is not None)
+    tolerance = 1e-6 if measured.value.dtype == torch.float64 else 1e-2
+    _not_refuted(measured, change - constant - tolerance, constant)
+    return Finding(change, constant, tolerance, "<=", certified=measured.certified_constant is not None)
 
 
 @MAP_CHECKS.add(
@@ -363,10 +364,10 @@ def lemma_5_bilipschitz(subject: Subject) -> Finding:
     "T is injective, so that eq. 53 is the KL and not a lower bound of it",
     proof="non_injective",
 )
-def injectivity(subject: Subject) -> Finding:
+def injectivity(measured: MeasuredMap) -> Finding:
     """The share of samples of the rarer orientation sign det(I + J): zero for an injective T."""
-    status = subject.stein.injective
-    rows = subject.rows_or_none
+    status = measured.stein.injective
+    rows = measured.rows_or_none
     if status == "violated":
         share = "" if rows is None else f" (negative at {float((rows.sign < 0).double().mean()):.1%} of the samples)"
         raise NotApplicable(f"det(I+J) changes sign{share}: T folds, the exact value is a lower bound of the KL")
@@ -388,20 +389,20 @@ def injectivity(subject: Subject) -> Finding:
     proof="arnoldi_bias",
     kind="statistical",
 )
-def arnoldi(subject: Subject) -> Finding:
+def arnoldi(measured: MeasuredMap) -> Finding:
     """The mean difference of the two integrands on the same samples."""
-    _need_exact(subject)
-    if subject.dim < 2:
+    _need_exact(measured)
+    if measured.dim < 2:
         raise NotApplicable("d = 1: one product is the Jacobian")
-    f, x = subject.first(min(256, len(subject.rows.norm)))
+    f, x = measured.first(min(256, len(measured.rows.norm)))
     count = len(x)
-    if float(subject.rows.norm[:count].max()) >= 1:
-        raise NotApplicable(f"local norm {float(subject.rows.norm[:count].max()):.3g} is not below 1")
-    estimate = noise_kl(f, x, method="arnoldi", probes=2, generator=subject.generator("arnoldi"), check=False)
-    difference = estimate.per_sample - subject.stein.per_sample[:count]
+    if float(measured.rows.norm[:count].max()) >= 1:
+        raise NotApplicable(f"local norm {float(measured.rows.norm[:count].max()):.3g} is not below 1")
+    estimate = noise_kl(f, x, method="arnoldi", probes=2, generator=measured.generator("arnoldi"), check=False)
+    difference = estimate.per_sample - measured.stein.per_sample[:count]
     mean, stderr = mean_and_stderr(difference)
     bias = worst(estimate.bias_estimate, estimate.bias_bound or 0.0)
-    floor = _floor(subject, subject.rows.frobenius[:count].square(), subject.stein.per_sample)
+    floor = _floor(measured, measured.rows.frobenius[:count].square(), measured.stein.per_sample)
     radius = confidence_radius(stderr, count) + bias + floor
     return Finding(mean, 0.0, radius, note=f"{estimate.num_vjp / count:.3g} products per sample")
 
@@ -416,34 +417,34 @@ def _normal_masses(edges: Tensor) -> Tensor:
     return mass
 
 
-def _need_exact(subject: Subject) -> None:
-    if subject.method != "exact":
-        raise NotApplicable(f"method {subject.method}: the integrand is an estimate at every sample")
+def _need_exact(measured: MeasuredMap) -> None:
+    if measured.method != "exact":
+        raise NotApplicable(f"method {measured.method}: the integrand is an estimate at every sample")
 
 
-def _zero(residual: Tensor, subject: Subject, scale: Tensor) -> Finding:
-    tolerance = subject.resolution * (1 + float(scale.abs().max()) + float(subject.half_square.max()))
+def _zero(residual: Tensor, measured: MeasuredMap, scale: Tensor) -> Finding:
+    tolerance = measured.resolution * (1 + float(scale.abs().max()) + float(measured.half_square.max()))
     return Finding(float(residual.abs().max()), 0.0, tolerance)
 
 
-def _floor(subject: Subject, *scales: Tensor) -> float:
+def _floor(measured: MeasuredMap, *scales: Tensor) -> float:
     """What rounding of the map, in the type that it computes in, may add to the mean of figures of these sizes."""
-    unit = torch.finfo(subject.value.dtype).eps
+    unit = torch.finfo(measured.value.dtype).eps
     return _ROUNDING + unit * sum(float(scale.abs().mean()) for scale in scales)
 
 
-def _contracting(subject: Subject) -> tuple[RowStatistics, Tensor]:
-    rows = subject.rows
+def _contracting(measured: MeasuredMap) -> tuple[RowStatistics, Tensor]:
+    rows = measured.rows
     kept = ~(rows.norm >= 1)  # written so that a NaN stays, and fails
     if not bool(kept.any()):
         raise NotApplicable(f"local norm {float(rows.norm.min()):.3g} or more at every sample: L < 1 is needed")
     return rows, kept
 
 
-def _contraction(subject: Subject) -> float:
-    constant = subject.certified_constant
+def _contraction(measured: MeasuredMap) -> float:
+    constant = measured.certified_constant
     if constant is None:
-        constant = subject.lower.value
+        constant = measured.lower.value
         if constant >= 1:
             raise NotApplicable(f"the ascended norm {constant:.4g} shows that L is not below 1")
         return constant
@@ -452,9 +453,9 @@ def _contraction(subject: Subject) -> float:
     return constant
 
 
-def _not_refuted(subject: Subject, excess: float, constant: float) -> None:
+def _not_refuted(measured: MeasuredMap, excess: float, constant: float) -> None:
     """An estimate of L that is too small refutes the estimate, not the lemma; NaN refutes nothing, and fails."""
-    if excess > 0 and subject.certified_constant is None:
+    if excess > 0 and measured.certified_constant is None:
         raise NotApplicable(f"L is larger than its ascended estimate {constant:.4g}")
 
 
@@ -463,11 +464,11 @@ def _ratio(value: Tensor, bound: Tensor) -> Tensor:
     return torch.where(value == 0, torch.zeros_like(value), value / bound)
 
 
-def _share(value: Tensor, bound: Tensor, subject: Subject) -> Finding:
+def _share(value: Tensor, bound: Tensor, measured: MeasuredMap) -> Finding:
     share = float(_ratio(value.abs(), bound).max())
     mean, limit = float(value.abs().mean()), float(bound.mean())
     loose = f", {limit / mean:.3g} times looser" if mean > 0 else ""
     note = f"share of the bound used; on average {mean:.3g} under {limit:.3g}{loose}"
-    skipped = int((~subject.rows.contracting).sum())
+    skipped = int((~measured.rows.contracting).sum())
     note += f"; {skipped} samples of local norm ≥ 1 left out" if skipped else ""
     return Finding(share, 1.0, _ROUNDING, "<=", note)

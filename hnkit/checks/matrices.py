@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hnkit.checks.check import Finding, NotApplicable, Registry, worst
-from hnkit.checks.subjects import Subject
+from hnkit.checks.check import Check, Finding, NotApplicable, Registry, worst
+from hnkit.figures.measured_map import MeasuredMap
 from hnkit.jacobian import dense_jacobian
 from hnkit.linalg.enclosures import BallCertificate, certify_bounds
 from hnkit.logdet import log_det_error
@@ -29,23 +29,23 @@ class Certified:
     """The first few dense Jacobians of a map, with their certificates.
 
     Args:
-        subject: the map.
+        measured: the map.
     """
 
-    subject: Subject
+    measured: MeasuredMap
 
     @cached_property
     def jacobians(self) -> Tensor:
         """`(m, d, d)` float64."""
-        if self.subject.dim > MAX_DIM:
-            raise NotApplicable(f"ball arithmetic is tried up to d = {MAX_DIM}; here d = {self.subject.dim}")
-        count = max(1, min(_MATRICES, _WORK // self.subject.dim**3))
-        return dense_jacobian(*self.subject.first(count)).cpu()
+        if self.measured.dim > MAX_DIM:
+            raise NotApplicable(f"ball arithmetic is tried up to d = {MAX_DIM}; here d = {self.measured.dim}")
+        count = max(1, min(_MATRICES, _WORK // self.measured.dim**3))
+        return dense_jacobian(*self.measured.first(count)).cpu()
 
     @cached_property
     def certificates(self) -> list[BallCertificate]:
         """One for each Jacobian, with the map's certified constant as L where that is below 1."""
-        constant = self.subject.certified_constant
+        constant = self.measured.certified_constant
         lipschitz = constant if constant is not None and constant < 1 else None
         return [certify_bounds(J, lipschitz=lipschitz) for J in self.jacobians]
 
@@ -102,3 +102,8 @@ _bound("singular values", "|E(J)| ≤ Σ h(σᵢ(J)), in ball arithmetic", "sing
 _bound("second order", "|E(J) - tr(J²)/2| ≤ (|J|_F²/L²)(h(L) - L²/2), in ball arithmetic", "second_order")
 _bound("field of values, upper", "E(J) ≤ E(S), in ball arithmetic", "field_of_values")
 _bound("field of values, lower", "E(S) - |K|_F²/2(1+λ_min(S))² ≤ E(J), in ball arithmetic", "field_of_values")
+
+
+def certified_checks(measured: MeasuredMap) -> list[Check]:
+    """Enclosures of E(A) and its bounds in ball arithmetic, as checks; needs python-flint."""
+    return list(CERTIFIED_CHECKS.run(Certified(measured), measured.name))

@@ -1,4 +1,4 @@
-"""What the plots of `verify-bound` show: data from the subjects, drawn by `hnkit.output.plots`."""
+"""What the plots of `verify-bound` show: data from the maps, drawn by `hnkit.output.plots`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from scipy.stats import norm
 from torch import Tensor
 
 from hnkit.bounds import frobenius_bound, log_gap
-from hnkit.checks.subjects import Subject
-from hnkit.checks.tilted import Tilted, contraction
+from hnkit.checks.measured_problem import MeasuredProblem
+from hnkit.checks.reference_maps import contraction
+from hnkit.figures.measured_map import MeasuredMap
+from hnkit.figures.table import FIGURES
+from hnkit.internal.stats import Estimate
 from hnkit.jacobian import dense_jacobian
 from hnkit.logdet import log_det_error
 from hnkit.maps import NoiseMap
@@ -22,37 +25,37 @@ _LEVELS = np.linspace(0.02, 0.98, 49)
 _MATRICES = 16
 
 
-def map_plots(subject: Subject) -> list[Plot]:
+def map_plots(measured: MeasuredMap) -> list[Plot]:
     """The plots of one map."""
     plots = []
-    rows = subject.rows_or_none
+    rows = measured.rows_or_none
     if rows is not None and bool((rows.norm > 0).any()):
-        J = dense_jacobian(*subject.first(_MATRICES if subject.dim <= 64 else 4)).cpu()
-        plots.append(_bounds_plot(J, f"the Jacobians of {subject.name}, scaled to norm L"))
-    plots.append(_scatter(subject))
-    plots.append(_split([subject]))
+        J = dense_jacobian(*measured.first(_MATRICES if measured.dim <= 64 else 4)).cpu()
+        plots.append(_bounds_plot(J, f"the Jacobians of {measured.name}, scaled to norm L"))
+    plots.append(_scatter(measured))
+    plots.append(_split([measured]))
     return plots
 
 
-def toy_plots(subjects: Sequence[Subject], tilts: Sequence[Tilted]) -> list[Plot]:
+def toy_plots(maps: Sequence[MeasuredMap], problems: Sequence[MeasuredProblem]) -> list[Plot]:
     """The plots of a run on closed-form problems."""
     dim = 32
     x = torch.randn(_MATRICES, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     J = dense_jacobian(contraction(dim, 0.9, width=64), x)
     plots = [_bounds_plot(J, f"a two-layer network, d = {dim}, scaled to norm L")]
-    for tilted in tilts:
-        if tilted.dim == 1 and not {"log_p0_star", "optimal_map", "l2_map"} & tilted.problem.unavailable:
-            plots.append(_density_plot(tilted))
-    if subjects:
-        plots.append(_split(subjects))
-        widest = max(subjects, key=lambda subject: _spread(subject))
+    for measured in problems:
+        if measured.dim == 1 and not {"log_p0_star", "optimal_map", "l2_map"} & measured.problem.unavailable:
+            plots.append(_density_plot(measured))
+    if maps:
+        plots.append(_split(maps))
+        widest = max(maps, key=lambda measured: _spread(measured))
         plots.append(_scatter(widest))
     return plots
 
 
-def _spread(subject: Subject) -> float:
+def _spread(measured: MeasuredMap) -> float:
     """How much there is to see in the scatter: the spread of the integrand and of the L2 term's error."""
-    return float(subject.error.std(correction=0)) if subject.dim > 1 else -1.0
+    return float(measured.error.std(correction=0)) if measured.dim > 1 else -1.0
 
 
 def _bounds_plot(J: Tensor, what: str) -> Plot:
@@ -84,46 +87,45 @@ def _bounds_plot(J: Tensor, what: str) -> Plot:
     return Plot("error-against-lipschitz", caption, partial(error_against_lipschitz, _LEVELS, curves, drawn, title))
 
 
-def _scatter(subject: Subject) -> Plot:
-    exact = subject.stein.per_sample.cpu().numpy()
-    l2 = subject.half_square[: len(exact)].cpu().numpy()
-    rows = subject.rows_or_none
+def _scatter(measured: MeasuredMap) -> Plot:
+    exact = measured.stein.per_sample.cpu().numpy()
+    l2 = measured.half_square[: len(exact)].cpu().numpy()
+    rows = measured.rows_or_none
     second = None
     if rows is not None and len(rows.trace) == len(exact):
-        second = (subject.half_square + rows.trace_square / 2).cpu().numpy()
+        second = (measured.half_square + rows.trace_square / 2).cpu().numpy()
     gap = (l2.mean() - exact.mean()) / exact.mean() if exact.mean() else 0.0
     verb = "misses" if gap < 0 else "adds"
-    title = f"{subject.name}: the L2 term {verb} {abs(gap):.1%} of the KL"
+    title = f"{measured.name}: the L2 term {verb} {abs(gap):.1%} of the KL"
     caption = (
-        f"{subject.name}: the exact integrand of the KL at every sample against its approximations. On the diagonal "
+        f"{measured.name}: the exact integrand of the KL at every sample against its approximations. On the diagonal "
         "the approximation is exact."
     )
     return Plot("exact-against-l2", caption, partial(exact_against_l2, exact, l2, title, second))
 
 
-def _split(subjects: Sequence[Subject]) -> Plot:
+def _split(maps: Sequence[MeasuredMap]) -> Plot:
     """The KL of each map as mean shift, fluctuation, second-order term, and what is left."""
-    kept = [subject for subject in subjects if subject.rows_or_none is not None]
-    kept = kept or list(subjects)
-    names = [subject.name for subject in kept]
-    totals = [subject.stein.value for subject in kept]
+    kept = [measured for measured in maps if measured.rows_or_none is not None]
+    kept = kept or list(maps)
+    names = [measured.name for measured in kept]
+    totals = [_value("kl", measured) for measured in kept]
     shift, fluctuation, second, rest = [], [], [], []
-    for subject in kept:
-        mean = 0.5 * float(subject.value.double().flatten(1).mean(0).square().sum())
-        half = float(subject.half_square.mean())
-        rows = subject.rows_or_none
-        quadratic = float(rows.trace_square.mean()) / 2 if rows is not None else 0.0
+    for measured, total in zip(kept, totals, strict=True):
+        mean = 0.5 * float(measured.value.double().flatten(1).mean(0).square().sum())
+        half = _value("l2", measured)
+        quadratic = _value("second_order", measured) if measured.rows_or_none is not None else 0.0
         shift.append(mean)
         fluctuation.append(half - mean)
         second.append(quadratic)
-        rest.append(subject.stein.value - half - quadratic)
+        rest.append(total - half - quadratic)
     parts = {
         "|E f|²/2": shift,
         "Var(f)/2": fluctuation,
         "tr(J²)/2": second,
         "higher orders": rest,
     }
-    if all(subject.rows_or_none is None for subject in kept):
+    if all(measured.rows_or_none is None for measured in kept):
         parts = {"|E f|²/2": shift, "Var(f)/2": fluctuation, "E(J)": [a + b for a, b in zip(second, rest, strict=True)]}
     caption = (
         "The split of the KL: the L2 term is the two solid parts alone, mean shift and fluctuation; the hatched ones "
@@ -132,10 +134,16 @@ def _split(subjects: Sequence[Subject]) -> Plot:
     return Plot("kl-split", caption, partial(kl_split, names, parts, totals, "What the KL is made of"))
 
 
-def _density_plot(tilted: Tilted) -> Plot:
+def _value(key: str, measured: MeasuredMap) -> float:
+    """A figure of the table without its error."""
+    reading = FIGURES[key].read(measured)
+    return reading.value if isinstance(reading, Estimate) else reading
+
+
+def _density_plot(measured: MeasuredProblem) -> Plot:
     """Base, tilted, and learned densities of a one-dimensional problem."""
-    problem = tilted.problem
-    spread = torch.cat([tilted.x, tilted.tilted_noise]).flatten()
+    problem = measured.problem
+    spread = torch.cat([measured.x, measured.tilted_noise]).flatten()
     low, high = float(spread.quantile(0.001)) - 0.3, float(spread.quantile(0.999)) + 0.3
     grid = np.linspace(low, high, 601)
     points = torch.from_numpy(grid)[:, None]

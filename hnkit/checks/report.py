@@ -15,6 +15,8 @@ from hnkit.checks.check import (
     RELATIONS,
     Check,
 )
+from hnkit.checks.quantities import PROBLEM_FIGURES, Quantity
+from hnkit.figures.table import FIGURES
 from hnkit.internal.files import atomic_write, write_json
 from hnkit.internal.versions import versions
 from hnkit.output.page import (
@@ -24,7 +26,6 @@ from hnkit.output.page import (
     Section,
     Table,
     Text,
-    format_estimate,
     write_html,
 )
 from hnkit.output.plots import Plot
@@ -33,31 +34,9 @@ if TYPE_CHECKING:
     pass
 
 HEADLINES = {
-    "KL, exact": "KL (Stein form)",
-    "L2 term": "L2 term",
-    "L2 error, %": "relative error of L2",
-    "Theorem 7": "Theorem 7 bound",
-    "L2 gap": "gap of the L2 optimum",
-}
+    figure.headline: figure.name for figure in (*FIGURES.values(), *PROBLEM_FIGURES) if figure.headline
+}  # fmt: skip
 """The figures by which several maps are compared at a glance: heading and name."""
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A figure that is reported, not judged: value, standard error and bias bound where they are known."""
-
-    name: str
-    value: float
-    group: str
-    stderr: float | None = None
-    bias_bound: float | None = None
-    unit: str = "nats"
-    note: str = ""
-
-    @property
-    def text(self) -> str:
-        """`value +- stderr (+ bias bound)`."""
-        return format_estimate(self.value, self.stderr, self.bias_bound)
 
 
 def _finite(value: Any) -> Any:

@@ -14,7 +14,7 @@ from hnkit.internal.values import setting
 
 if TYPE_CHECKING:
     from hnkit.checks.report import Report
-    from hnkit.checks.runs import VerifySettings
+    from hnkit.checks.settings import VerifySettings
     from hnkit.maps import NoiseMap
 
 EXAMPLE = "hnkit verify-bound --map mymaps:f --shape 3,16,16 --samples 64"
@@ -82,7 +82,7 @@ class Options(WithBackend):
 
     def settings(self) -> VerifySettings:
         """What every run of checks is told."""
-        from hnkit.checks.runs import VerifySettings
+        from hnkit.checks.settings import VerifySettings
 
         chosen = {name: getattr(self, name) for name in ("probes", "steps", "rel_error", "budget")}
         options = {name: value for name, value in chosen.items() if value is not None}
@@ -119,7 +119,10 @@ def run(options: Options) -> int:
 def verify(options: Options, settings: VerifySettings) -> Report:
     """The report on the map, the trained network or the toys that the options name."""
     from hnkit.adapters import default_prompts, load_trained
-    from hnkit.checks.runs import chosen_problems, reference_maps, verify_backend, verify_map, verify_toys
+    from hnkit.checks.reference_maps import reference_maps
+    from hnkit.checks.verify_backend import verify_backend
+    from hnkit.checks.verify_map import verify_map
+    from hnkit.checks.verify_toys import chosen_problems, verify_toys
     from hnkit.output import terminal
     from hnkit.prompts import read_prompts
 

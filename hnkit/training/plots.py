@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hnkit.config import TrainConfig
 from hnkit.errors import InputError
+from hnkit.figures import FIGURES
 from hnkit.output.plots import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILION, Plot, new_figure
 from hnkit.tilt import TiltedProblem
 from hnkit.training.validate import prompts_of
@@ -92,8 +93,8 @@ def _curves(steps: Records, term: tuple[str, str] | None) -> Figure:
 def _kl(measured: Records) -> Figure:
     figure, (axes,) = new_figure()
     at = _column(measured, "step")
-    looks = (("kl", "KL", INK, "o"), ("l2", "L2 term  |f|²/2", BLUE, "s"), ("error", "E(J)", VERMILION, "^"))
-    for key, label, colour, marker in looks:
+    for key, colour, marker in (("kl", INK, "o"), ("l2", BLUE, "s"), ("error", VERMILION, "^")):
+        label = FIGURES[key].name
         values, errors = (_column(measured, "measurement", name) for name in (key, f"{key}_stderr"))
         axes.errorbar(
             at, values, yerr=np.nan_to_num(errors), label=label, color=colour, marker=marker, markersize=4, capsize=2

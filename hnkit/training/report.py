@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hnkit.config import RunConfig
 from hnkit.errors import InputError
+from hnkit.figures import FIGURES
 from hnkit.internal.files import atomic_write, write_json
 from hnkit.internal.values import finite
 from hnkit.internal.versions import versions
@@ -262,20 +263,19 @@ def _figures(measurement: Mapping[str, Any] | None) -> list[tuple[str, str, str]
     share = f"{format_number(100 * m['relative_error'], 3)} % ± {format_number(100 * m['relative_error_stderr'], 2)} %"
     certain = "the KL" if m["injective"] == "certified" else "a lower bound of the KL: injectivity is not certified"
     bias = measurement["bias_bound"]
-    rows = [
-        ("KL", f"{format_estimate(m['kl'], m['kl_stderr'], bias)} nats", f"method {m['method']}; {certain}"),
-        ("L2 term", f"{format_estimate(m['l2'], m['l2_stderr'])} nats", "mean of |f|²/2"),
-        ("E(J)", f"{format_estimate(m['error'], m['error_stderr'])} nats", "what the L2 term leaves out"),
-        ("Relative error of the L2 term", share, "(L2 - KL) / KL"),
-        ("Symmetry index", format_number(m["symmetry_index"]), "1: f is a gradient field; 0: L2 is accurate"),
-        (
-            "Local norm |J(x)|₂",
-            ", ".join(f"{name}: {format_number(value, 3)}" for name, value in m["local_norm"].items()),
-            measurement.get("local_norm_note")
-            or "quantiles of the samples: an estimate, no bound on the Lipschitz constant",
-        ),
-        ("Mean shift's share of |f|²", format_number(m["mean_shift_share"]), "a constant shift costs no diversity"),
-    ]
+    shown = {
+        "kl": f"{format_estimate(m['kl'], m['kl_stderr'], bias)} nats",
+        "l2": f"{format_estimate(m['l2'], m['l2_stderr'])} nats",
+        "error": f"{format_estimate(m['error'], m['error_stderr'])} nats",
+        "relative_error": share,
+        "symmetry_index": format_number(m["symmetry_index"]),
+        "mean_shift_share": format_number(m["mean_shift_share"]),
+    }
+    rows = [(FIGURES[key].name, value, FIGURES[key].note) for key, value in shown.items()]
+    rows[0] = (rows[0][0], rows[0][1], f"method {m['method']}; {certain}")
+    norms = ", ".join(f"{name}: {format_number(value, 3)}" for name, value in m["local_norm"].items())
+    quantiles = "quantiles of the samples: an estimate, no bound on the Lipschitz constant"
+    rows.append(("local norm |J(x)|₂", norms, measurement.get("local_norm_note") or quantiles))
     if measurement["gap"] is not None:
         gap = f"{format_estimate(m['gap'], m['gap_stderr'])} nats"
         rows.append(("Distance from the optimum", gap, "KL of the learned noise law from the tilted law"))

@@ -142,7 +142,7 @@ def test_an_impossible_out_is_refused_before_the_work(out, here, capsys, monkeyp
     def work(*_, **__):
         raise AssertionError("the work began")
 
-    monkeypatch.setattr("hnkit.checks.runs.verify_toys", work)
+    monkeypatch.setattr("hnkit.checks.verify_toys.verify_toys", work)
     code, _, err = run(["verify-bound", "--toy", "extremal", "--out", out], capsys, monkeypatch)
     assert code == 2
     assert out in err

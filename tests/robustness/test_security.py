@@ -466,7 +466,8 @@ def test_one_module_alone_writes_html():
 def test_names_of_rewards_and_maps_are_escaped(tmp_path, monkeypatch):
     """From a training run and a verification, end to end."""
     from hnkit.checks.report import Report
-    from hnkit.checks.runs import VerifySettings, verify_map
+    from hnkit.checks.settings import VerifySettings
+    from hnkit.checks.verify_map import verify_map
 
     name = "<script>alert(1)</script>"
     report: Report = verify_map(torch.sin, (2,), VerifySettings(samples=2), name=name)

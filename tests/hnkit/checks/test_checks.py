@@ -16,12 +16,15 @@ from hnkit import InputError, NonFiniteError, noise_kl, verify_bound
 from hnkit.checks.check import FALSE_ALARM, FAMILY, Finding, NotApplicable, Registry, confidence_radius, mean_finding
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import CERTIFIED_CHECKS, Certified
+from hnkit.checks.measured_problem import MeasuredProblem
 from hnkit.checks.problems import TOY_CHECKS
+from hnkit.checks.reference_maps import contraction, reference_maps
+from hnkit.checks.registries import checks_by_proof
 from hnkit.checks.report import Report
-from hnkit.checks.runs import VerifySettings, checks_by_proof, reference_maps, verify_toys
-from hnkit.checks.subjects import Subject
-from hnkit.checks.tilted import Tilted, contraction
+from hnkit.checks.settings import VerifySettings
+from hnkit.checks.verify_toys import verify_toys
 from hnkit.errors import ExpansiveMapError
+from hnkit.figures.measured_map import MeasuredMap
 from hnkit.toy import PROBLEMS
 from tests.hnkit.functions import Once
 
@@ -99,15 +102,15 @@ def test_a_reward_that_is_not_finite_is_no_strong_tilt(name, value, monkeypatch)
     right = type(problem).reward
     spoiled = lambda self, y: torch.where(y[:, 0] > 0, value, right(self, y))  # noqa: E731
     monkeypatch.setattr(type(problem), "reward", spoiled)
-    check = TOY_CHECKS.statements[name].check(Tilted(problem, 64), "toy")
+    check = TOY_CHECKS.statements[name].check(MeasuredProblem(problem, 64), "toy")
     assert check.verdict == "fails", check.note
 
 
 def test_a_method_that_needs_a_contraction_says_so():
     """Its own hypothesis, tested by itself: on a map of norm 1.5 Arnoldi's checks do not apply, and nothing fails."""
     x = torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    subject = Subject("steep", lambda x: 1.5 * x, x, method="arnoldi")
-    checks = MAP_CHECKS.run(subject, "steep")
+    measured = MeasuredMap("steep", lambda x: 1.5 * x, x, method="arnoldi")
+    checks = MAP_CHECKS.run(measured, "steep")
     assert "fails" not in {check.verdict for check in checks}
     assert any("below 1" in check.note for check in checks if check.verdict == "not applicable")
     with pytest.raises(InputError, match="below 1"):
@@ -156,7 +159,7 @@ def test_few_samples_of_a_reward_with_steps_raise_no_alarm(samples):
     """Each sample may hold one value of the reward alone: 200 seeds, of which most are such, and none fails."""
     problem = PROBLEMS["half-space"]()
     for seed in range(200):
-        check = TOY_CHECKS.statements["output-sampler"].check(Tilted(problem, samples, seed), "toy")
+        check = TOY_CHECKS.statements["output-sampler"].check(MeasuredProblem(problem, samples, seed), "toy")
         assert check.verdict == "holds", (seed, check)
         assert check.comparisons == 7
 
@@ -164,7 +167,7 @@ def test_few_samples_of_a_reward_with_steps_raise_no_alarm(samples):
 def test_a_wrong_output_sampler_is_seen(monkeypatch):
     problem = PROBLEMS["half-space"]()
     monkeypatch.setattr(type(problem), "sample_p_star", lambda self, n, g: self.generate(torch.randn(n, 3).double()))
-    assert TOY_CHECKS.statements["output-sampler"].check(Tilted(problem, 256), "toy").verdict == "fails"
+    assert TOY_CHECKS.statements["output-sampler"].check(MeasuredProblem(problem, 256), "toy").verdict == "fails"
 
 
 def half_precision_maps(seed):
@@ -308,18 +311,18 @@ def test_reference_maps_are_green_under_other_seeds(seed):
 def test_quadrature_check_is_independent_of_the_jacobian():
     """For f = 0.2 sin 3x the integral of the density is 0.114620 nats, and the check compares with just that."""
     f, dim, _ = reference_maps()["gradient-field"]
-    subject = Subject("sine", f, torch.randn(64, dim, dtype=torch.float64))
-    check = MAP_CHECKS.statements["kl-one-dimensional"].check(subject, "sine")
+    measured = MeasuredMap("sine", f, torch.randn(64, dim, dtype=torch.float64))
+    check = MAP_CHECKS.statements["kl-one-dimensional"].check(measured, "sine")
     assert check.expected == pytest.approx(0.114620, abs=2e-6)
     assert check.measured == pytest.approx(0.114620, abs=2e-6)
 
 
 def test_dense_statistics_against_numpy():
     f = contraction(4, 0.8)
-    subject = Subject("c", f, torch.randn(3, 4, dtype=torch.float64))
-    rows = subject.rows
+    measured = MeasuredMap("c", f, torch.randn(3, 4, dtype=torch.float64))
+    rows = measured.rows
     for i in range(3):
-        J = torch.autograd.functional.jacobian(lambda v: f(v[None])[0], subject.x[i]).numpy()
+        J = torch.autograd.functional.jacobian(lambda v: f(v[None])[0], measured.x[i]).numpy()
         S, K = (J + J.T) / 2, (J - J.T) / 2
         assert float(rows.trace[i]) == pytest.approx(np.trace(J))
         assert float(rows.trace_square[i]) == pytest.approx(np.trace(J @ J))
@@ -329,7 +332,7 @@ def test_dense_statistics_against_numpy():
         assert float(rows.skew[i]) == pytest.approx(np.linalg.norm(K))
         expected = np.trace(J) - np.linalg.slogdet(np.eye(4) + J)[1]
         assert float(rows.spectral[i]) == pytest.approx(expected, abs=1e-12)
-    kept = subject.norms.tolist()
+    kept = measured.norms.tolist()
     assert kept == pytest.approx(rows.norm.tolist())
 
 
@@ -341,7 +344,7 @@ def test_contraction_has_the_stated_constant():
 
 
 def test_tilted_noise_has_a_stream_for_each_purpose():
-    tilted = Tilted(PROBLEMS["linear-gaussian"](), 16)
+    tilted = MeasuredProblem(PROBLEMS["linear-gaussian"](), 16)
     assert not torch.equal(tilted.noise("a"), tilted.noise("b"))
     assert torch.equal(tilted.noise("a"), tilted.noise("a"))
 
@@ -350,8 +353,8 @@ def test_tilted_noise_has_a_stream_for_each_purpose():
 def test_certified_bounds(name):
     pytest.importorskip("flint")
     f, dim, _ = reference_maps()[name]
-    subject = Subject(name, f, torch.randn(2, dim, dtype=torch.float64))
-    checks = CERTIFIED_CHECKS.run(Certified(subject), name)
+    measured = MeasuredMap(name, f, torch.randn(2, dim, dtype=torch.float64))
+    checks = CERTIFIED_CHECKS.run(Certified(measured), name)
     assert "fails" not in {check.verdict for check in checks}
     assert {check.name for check in checks if check.verdict == "holds"} >= {
         "certified-error", "certified-norm", "certified-theorem-7", "certified-frobenius",
@@ -373,8 +376,8 @@ def test_a_constant_one_ulp_too_small_is_refuted():
             return self.claimed
 
     def verdicts(claimed):
-        subject = Subject("shrink", Shrink(claimed), torch.randn(2, 3, dtype=torch.float64))
-        return {check.name: check.verdict for check in CERTIFIED_CHECKS.run(Certified(subject), "shrink")}
+        measured = MeasuredMap("shrink", Shrink(claimed), torch.randn(2, 3, dtype=torch.float64))
+        return {check.name: check.verdict for check in CERTIFIED_CHECKS.run(Certified(measured), "shrink")}
 
     true = verdicts(0.5)
     assert true["certified-norm"] != "fails"

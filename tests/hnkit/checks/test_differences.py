@@ -10,8 +10,9 @@ import torch
 from hnkit import verify_bound
 from hnkit.checks.check import NotApplicable, confidence_radius, mean_finding
 from hnkit.checks.differences import explained_by_steps
-from hnkit.checks.runs import VerifySettings, verify_toys
-from hnkit.checks.tilted import Tilted
+from hnkit.checks.measured_problem import MeasuredProblem
+from hnkit.checks.settings import VerifySettings
+from hnkit.checks.verify_toys import verify_toys
 from hnkit.toy import PROBLEMS, HalfSpace
 
 SAMPLES = 2048
@@ -103,7 +104,7 @@ def test_no_temperature_turns_a_true_statement_red(toy, alpha):
 def test_draws_that_miss_a_rare_part_are_not_taken_for_certain():
     """A half-space tilted by exp(12) has 3e-5 of its noise outside: a thousand draws miss it, and do not vary."""
     problem = HalfSpace(torch.eye(1), torch.zeros(1), torch.ones(1), threshold=0.0, height=1.2, alpha=0.1)
-    tilted = Tilted(problem, 1000)
+    tilted = MeasuredProblem(problem, 1000)
     outside = 1 / (1 + math.exp(12))
     logs = torch.full((1000,), math.log(2 * (1 - outside)), dtype=torch.float64)
     kl = (1 - outside) * math.log(2 * (1 - outside)) + outside * math.log(2 * outside)
@@ -118,7 +119,7 @@ def test_draws_that_miss_a_rare_part_are_not_taken_for_certain():
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_a_wrong_divergence_is_still_red(factor):
     problem = PROBLEMS["half-space"]()
-    tilted = Tilted(problem, SAMPLES)
+    tilted = MeasuredProblem(problem, SAMPLES)
     logs = problem.log_p0_star(tilted.tilted_noise) + 0.5 * tilted.tilted_noise.square().sum(1)
     logs = logs + 0.5 * problem.dim * math.log(2 * math.pi)
     assert tilted.divergence(logs, floor=1e-8).slack >= 0

@@ -21,11 +21,12 @@ import hnkit
 from hnkit import InputError, NonFiniteError, bounds, jacobian, logdet, loss, tilt, toy
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import CERTIFIED_CHECKS, Certified
+from hnkit.checks.measured_problem import MeasuredProblem
 from hnkit.checks.problems import TOY_CHECKS
+from hnkit.checks.reference_maps import contraction
 from hnkit.checks.report import Report
-from hnkit.checks.subjects import Subject
-from hnkit.checks.tilted import Tilted, contraction
 from hnkit.cli import app as cli
+from hnkit.figures.measured_map import MeasuredMap
 from hnkit.internal import stats as stats
 from hnkit.kl import estimators, moments
 from hnkit.kl.methods import exact as kl
@@ -212,10 +213,11 @@ def test_every_planted_error_patches_something(monkeypatch):
 def functions():
     """Every function of hnkit that a module of checks imports from elsewhere, by where it is defined."""
     found = set()
-    for name in ("maps", "problems", "subjects", "tilted", "matrices", "differences"):
-        for imported, value in vars(importlib.import_module(f"hnkit.checks.{name}")).items():
+    checks = ("maps", "problems", "measured_problem", "matrices", "differences")
+    for name in ("figures.measured_map", *(f"checks.{name}" for name in checks)):
+        for imported, value in vars(importlib.import_module(f"hnkit.{name}")).items():
             home = getattr(value, "__module__", "")
-            elsewhere = home.startswith("hnkit.") and not home.startswith("hnkit.checks")
+            elsewhere = home.startswith("hnkit.") and not home.startswith(("hnkit.checks", "hnkit.figures"))
             if inspect.isfunction(value) and elsewhere and imported not in NO_FIGURES:
                 found.add((home, imported))
     return sorted(found | {("hnkit.kl.estimators", "arnoldi"), ("hnkit.kl.moments", "dense_moments")})
@@ -284,16 +286,16 @@ KINDS = [
 def map_checks():
     """On a certified map, on an affine one, and on the matrices of the first."""
     x = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    subject = Subject("contraction", contraction(3), x)
-    yield from MAP_CHECKS.run(subject, "contraction")
-    yield MAP_CHECKS.statements["kl-affine"].check(Subject("affine", lambda x: 0.3 * x + 0.1, x), "affine")
+    measured = MeasuredMap("contraction", contraction(3), x)
+    yield from MAP_CHECKS.run(measured, "contraction")
+    yield MAP_CHECKS.statements["kl-affine"].check(MeasuredMap("affine", lambda x: 0.3 * x + 0.1, x), "affine")
     if importlib.util.find_spec("flint") is not None:
-        yield from CERTIFIED_CHECKS.run(Certified(subject), "contraction")
+        yield from CERTIFIED_CHECKS.run(Certified(measured), "contraction")
 
 
 def problem_checks():
     """On a problem that has every member."""
-    yield from TOY_CHECKS.run(Tilted(linear_gaussian_low_rank(), 128), "toy")
+    yield from TOY_CHECKS.run(MeasuredProblem(linear_gaussian_low_rank(), 128), "toy")
 
 
 def failing(checks):

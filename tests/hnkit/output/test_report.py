@@ -14,7 +14,8 @@ import torch
 
 from hnkit import InputError
 from hnkit.checks.check import Check
-from hnkit.checks.report import Quantity, Report
+from hnkit.checks.quantities import Quantity
+from hnkit.checks.report import Report
 from hnkit.generate import GenerateSettings, contact_sheet, generate_pairs, image_png, require_images
 from hnkit.internal import files as _files
 from hnkit.maps import Condition

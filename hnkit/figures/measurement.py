@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hnkit.errors import ExpansiveMapError, InputError
-from hnkit.internal.stats import mean_and_stderr, ratio_and_stderr
+from hnkit.figures.measured_map import MeasuredMap
+from hnkit.figures.table import FIGURES, QUANTILES, mean_shift_share
+from hnkit.internal.stats import Estimate
 from hnkit.internal.values import finite
-from hnkit.kl.divergence import Method, noise_kl
 from hnkit.lipschitz.local import RESOLVED, local_norms
-from hnkit.maps import NoiseMap, select_rows
+from hnkit.maps import NoiseMap
 from hnkit.tilt import TiltedProblem, optimality_gap
 
 EXACT_UP_TO = 512
 """Largest noise dimension at which `method="auto"` takes the exact method: d products per sample, a d x d log-det."""
-_QUANTILES = (0.1, 0.5, 0.9)
-_ROWS_AT_ONCE = 64
 _NORM_SAMPLES = 32
 """Samples whose local norm is taken above that dimension: each costs tens of products in both directions."""
 
@@ -34,14 +33,9 @@ class Measurement:
         samples: how many noises were used.
         method: of `noise_kl`.
         kl: the KL integrand's mean: the KL itself if `injective` is `"certified"`, else a lower bound of it.
-        kl_stderr: its standard error.
-        bias_bound: bound on the bias of `kl`, if one is known.
         l2: mean of `|f|^2/2`.
-        l2_stderr: its standard error.
         error: mean of `E(J) = tr J - log|det(I + J)|`.
-        error_stderr: its standard error.
-        relative_error: `(l2 - kl) / kl`, no unit; nan while `kl` is 0.
-        relative_error_stderr: its standard error (ratio of means, to first order).
+        relative_error: `(l2 - kl) / kl`, no unit, to first order; NaN while `kl` is 0.
         symmetry_index: `E tr(J^2) / E|J|_F^2`, in [-1, 1].
         local_norm: quantiles of `|J(x)|_2`: keys `"0.1"`, `"0.5"`, `"0.9"`, `"max"` of the samples. Estimates, no
             bound on the Lipschitz constant; nan where they are not known.
@@ -50,35 +44,36 @@ class Measurement:
         num_jvp: Jacobian-vector products spent on `kl`.
         num_vjp: vector-Jacobian products spent on `kl`.
         gap: distance from the optimum, where the tilted law is known.
-        gap_stderr: its standard error.
         local_norm_note: how coarsely the local norms are resolved, or why there are none; empty where they converged.
     """
 
     samples: int
     method: str
-    kl: float
-    kl_stderr: float
-    bias_bound: float | None
-    l2: float
-    l2_stderr: float
-    error: float
-    error_stderr: float
-    relative_error: float
-    relative_error_stderr: float
+    kl: Estimate
+    l2: Estimate
+    error: Estimate
+    relative_error: Estimate
     symmetry_index: float
     local_norm: dict[str, float]
     mean_shift_share: float
     injective: str
     num_jvp: int
     num_vjp: int
-    gap: float | None = None
-    gap_stderr: float | None = None
+    gap: Estimate | None = None
     local_norm_note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as a JSON document, `None` for what is not known."""
-        document: dict[str, Any] = finite(asdict(self))
-        return document
+        """The figures as a JSON document, `None` for what is not known; an estimate is a value and its `_stderr`."""
+        document: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            document[name] = value.value if isinstance(value, Estimate) else value
+            if isinstance(value, Estimate) or name == "gap":
+                document[f"{name}_stderr"] = None if value is None else value.stderr
+            if name == "kl":
+                document["bias_bound"] = self.kl.bias_bound
+        record: dict[str, Any] = finite(document)
+        return record
 
 
 def measure(
@@ -104,52 +99,45 @@ def measure(
         generator: of the probes.
 
     Raises:
+        ExpansiveMapError: the method that was asked for needs local norms below 1.
         NonFiniteError: the map or one of its products is not finite; the message names the sample.
     """
-    delta = _evaluate(f, x)
-    dim = delta.shape[1]
-    norms, note = _local_norms(f, x[: len(x) if dim <= EXACT_UP_TO else _NORM_SAMPLES])
+    measured = MeasuredMap("network", f, x, prompts=prompts, probes=generator)
+    measured.validate()
+    small = measured.dim <= EXACT_UP_TO
+    norms, note = _local_norms(*measured.first(len(x) if small else _NORM_SAMPLES))
     automatic = method == "auto"
     if automatic:  # an unknown norm counts as one below 1 until Arnoldi finds otherwise
         expansive = norms is not None and float(norms.max()) >= 1
-        method = "exact" if dim <= EXACT_UP_TO else "lanczos" if expansive else "arnoldi"
-    moving = bool(delta.any())  # at f = 0 there is no relative error to aim at
-    options: dict[str, Any] = {} if method == "exact" or not moving else {"rel_error": rel_error}
+        method = "exact" if small else "lanczos" if expansive else "arnoldi"
+    measured.method = method
+    if method != "exact" and bool(measured.value.any()):  # at f = 0 there is no relative error to aim at
+        measured.options = {"rel_error": rel_error}
     try:
-        estimate = noise_kl(f, x, method=cast(Method, method), generator=generator, **options)
+        estimate = measured.estimate
     except ExpansiveMapError:  # at a row whose local norm was not taken
         if not automatic:
             raise
-        method = "lanczos"
-        estimate = noise_kl(f, x, method="lanczos", generator=generator, **options)
-    half_norms = 0.5 * delta.square().sum(1)
-    l2, l2_stderr = mean_and_stderr(half_norms)
-    error, error_stderr = mean_and_stderr(estimate.per_sample.to(half_norms) - half_norms)
-    relative, relative_stderr = ratio_and_stderr(
-        -(estimate.per_sample.to(half_norms) - half_norms), estimate.per_sample
-    )
-    gap = optimality_gap(problem, f, x.double(), method="exact") if problem is not None else None
+        measured.method = "lanczos"
+        estimate = measured.estimate
+    read = {key: FIGURES[key].read(measured) for key in ("kl", "l2", "error", "relative_error")}
+    estimates = {key: value for key, value in read.items() if isinstance(value, Estimate)}
+    gap = None
+    if problem is not None:
+        found = optimality_gap(problem, f, x.double(), method="exact")
+        gap = Estimate(found.value, found.stderr)
     return Measurement(
         samples=len(x),
-        method=method,
-        kl=estimate.value,
-        kl_stderr=estimate.stderr,
-        bias_bound=estimate.bias_bound,
-        l2=l2,
-        l2_stderr=l2_stderr,
-        error=error,
-        error_stderr=error_stderr,
-        relative_error=relative,
-        relative_error_stderr=relative_stderr,
+        method=measured.method,
         symmetry_index=estimate.symmetry_index,
         local_norm=_quantiles(norms),
         local_norm_note=note,
-        mean_shift_share=mean_shift_share(delta, prompts),
+        mean_shift_share=mean_shift_share(measured.value.double().flatten(1).cpu(), prompts),
         injective=estimate.injective,
         num_jvp=estimate.num_jvp,
         num_vjp=estimate.num_vjp,
-        gap=None if gap is None else gap.value,
-        gap_stderr=None if gap is None else gap.stderr,
+        gap=gap,
+        **estimates,
     )
 
 
@@ -160,7 +148,7 @@ def _local_norms(f: NoiseMap, x: Tensor) -> tuple[Tensor | None, str]:
     give as many.
     """
     try:
-        found = local_norms(select_rows(f, torch.arange(len(x), device=x.device)), x, tolerance=1e-3)
+        found = local_norms(f, x, tolerance=1e-3)
     except InputError as reason:
         return None, f"no local norms: {reason}"
     worst = float(found.residual.max())
@@ -172,47 +160,7 @@ def _local_norms(f: NoiseMap, x: Tensor) -> tuple[Tensor | None, str]:
 
 
 def _quantiles(norms: Tensor | None) -> dict[str, float]:
-    keys = [*map(str, _QUANTILES), "max"]
+    keys, levels = [*QUANTILES, "max"], [*map(float, QUANTILES), 1.0]
     if norms is None:
         return dict.fromkeys(keys, math.nan)
-    return dict(
-        zip(keys, torch.quantile(norms, torch.tensor([*_QUANTILES, 1.0], dtype=norms.dtype)).tolist(), strict=True)
-    )
-
-
-def mean_shift_share(delta: Tensor, prompts: Sequence[str] | None = None) -> float:
-    """Share of `E|f|^2` that is a constant shift of the noise, `|E f|^2 / E|f|^2`, averaged over prompts.
-
-    For the rows of one prompt `(|sum f_i|^2 - sum |f_i|^2) / (m (m - 1))` is unbiased for `|E f|^2`; prompts with a
-    single row say nothing and are left out. The share can come out slightly below 0.
-
-    Args:
-        delta: `(n, d)` values of f.
-        prompts: one per row; `None`: one prompt.
-
-    Returns:
-        The share, no unit; nan if f is 0 or no prompt has two rows.
-    """
-    groups: dict[str, list[int]] = {}
-    for row in range(len(delta)):
-        groups.setdefault("" if prompts is None else prompts[row], []).append(row)
-    shift = total = 0.0
-    for rows in groups.values():
-        count = len(rows)
-        if count < 2:
-            continue
-        part = delta[rows].double()
-        squares = float(part.square().sum())
-        shift += (float(part.sum(0).square().sum()) - squares) / (count - 1)
-        total += squares
-    return shift / total if total > 0 else math.nan
-
-
-@torch.no_grad()
-def _evaluate(f: NoiseMap, x: Tensor) -> Tensor:
-    """`f(x)` as `(n, d)` in float64, some rows at a time."""
-    parts = []
-    for start in range(0, len(x), _ROWS_AT_ONCE):
-        rows = torch.arange(start, min(start + _ROWS_AT_ONCE, len(x)), device=x.device)
-        parts.append(select_rows(f, rows)(x[rows]).flatten(1).double())
-    return torch.cat(parts)
+    return dict(zip(keys, torch.quantile(norms, torch.tensor(levels, dtype=norms.dtype)).tolist(), strict=True))

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from hnkit import InputError
-from hnkit import figures as module
 from hnkit.errors import ExpansiveMapError
 from hnkit.figures import mean_shift_share, measure
+from hnkit.figures import measurement as module
 from hnkit.linalg.singular import LocalNorms
 from hnkit.tilt import affine_coefficients
 from hnkit.toy.linear_gaussian import linear_gaussian
@@ -55,10 +55,10 @@ def test_every_figure_of_an_affine_map():
     layer = affine()
     known, found = truth(layer), measure(layer, noise(4000))
     for name in ("kl", "l2", "relative_error"):
-        value, stderr = getattr(found, name), getattr(found, f"{name}_stderr")
-        assert 0 < stderr < 0.05
-        assert abs(value - known[name]) < 5 * stderr
-    assert found.error == pytest.approx(known["error"], rel=1e-9)
+        estimate = getattr(found, name)
+        assert 0 < estimate.stderr < 0.05
+        assert abs(estimate.value - known[name]) < 5 * estimate.stderr
+    assert found.error.value == pytest.approx(known["error"], rel=1e-9)
     assert found.symmetry_index == pytest.approx(known["symmetry_index"], rel=1e-9)
     assert all(value == pytest.approx(known["norm"], rel=1e-4) for value in found.local_norm.values())
     assert found.mean_shift_share == pytest.approx(known["mean_shift_share"], abs=0.05)
@@ -71,8 +71,8 @@ def test_the_error_of_the_relative_error_is_calibrated():
     layer, repetitions = affine(), 200
     batches = noise(64 * repetitions).split(64)
     found = [measure(layer, batch) for batch in batches]
-    spread = torch.tensor([one.relative_error for one in found]).std()
-    claimed = torch.tensor([one.relative_error_stderr for one in found]).square().mean().sqrt()
+    spread = torch.tensor([one.relative_error.value for one in found]).std()
+    claimed = torch.tensor([one.relative_error.stderr for one in found]).square().mean().sqrt()
     assert abs(float(spread / claimed) - 1) < 5 / math.sqrt(2 * repetitions)
 
 
@@ -84,9 +84,10 @@ def test_the_gap_is_the_distance_from_the_tilted_law():
         coefficients = affine_coefficients(f, problem.dim)
         assert coefficients is not None
         assert found.gap is not None
-        assert found.gap_stderr is not None
-        assert abs(found.gap - problem.gap_of_affine(*coefficients)) < 5 * found.gap_stderr
-    assert abs(measure(problem.optimal_map(), x, problem=problem).gap or 1.0) < 1e-12
+        assert abs(found.gap.value - problem.gap_of_affine(*coefficients)) < 5 * found.gap.stderr
+    reached = measure(problem.optimal_map(), x, problem=problem).gap
+    assert reached is not None
+    assert abs(reached.value) < 1e-12
 
 
 def test_large_maps_are_measured_by_probes(monkeypatch):
@@ -94,8 +95,8 @@ def test_large_maps_are_measured_by_probes(monkeypatch):
     layer = affine()
     found = measure(layer, noise(600), rel_error=0.05, generator=torch.Generator().manual_seed(1))
     assert found.method == "arnoldi"
-    assert abs(found.kl - truth(layer)["kl"]) < 5 * found.kl_stderr
-    assert abs(found.error - truth(layer)["error"]) < 5 * found.error_stderr
+    assert abs(found.kl.value - truth(layer)["kl"]) < 5 * found.kl.stderr
+    assert abs(found.error.value - truth(layer)["error"]) < 5 * found.error.stderr
     steep = measure(affine(1.3), noise(64), generator=torch.Generator().manual_seed(1))
     assert steep.method == "lanczos"
     assert steep.local_norm["max"] == pytest.approx(1.3, rel=1e-4)
@@ -110,6 +111,23 @@ def test_before_training_everything_is_zero_and_nothing_is_divided_by_it(monkeyp
     document = measure(layer, noise(16)).to_json()
     assert [document[name] for name in ("kl", "l2", "error")] == [0.0, 0.0, 0.0]
     assert [document[name] for name in ("relative_error", "mean_shift_share", "symmetry_index")] == [None] * 3
+
+
+def test_the_json_record_keeps_its_keys():
+    document = measure(affine(), noise(16), problem=None).to_json()
+    assert list(document) == [
+        "samples", "method", "kl", "kl_stderr", "bias_bound", "l2", "l2_stderr", "error", "error_stderr",
+        "relative_error", "relative_error_stderr", "symmetry_index", "local_norm", "mean_shift_share", "injective",
+        "num_jvp", "num_vjp", "gap", "gap_stderr", "local_norm_note",
+    ]  # fmt: skip
+    assert list(document["local_norm"]) == ["0.1", "0.5", "0.9", "max"]
+    assert document["gap"] is document["gap_stderr"] is None
+    assert document["bias_bound"] == 0.0
+
+
+def test_an_unmet_hypothesis_is_bad_input_here():
+    with pytest.raises(InputError, match="below 1"):
+        measure(affine(1.3), noise(16), method="arnoldi")
 
 
 def test_mean_shift_against_all_pairs():
@@ -156,7 +174,7 @@ def test_a_bfloat16_network_has_a_kl_and_norms_at_its_resolution(monkeypatch, ex
         for dtype in (torch.bfloat16, torch.float32)
     )
     assert rounded.method == ("exact" if exact_up_to > 24 else "arnoldi")
-    assert rounded.kl == pytest.approx(exact.kl, rel=0.05)
+    assert rounded.kl.value == pytest.approx(exact.kl.value, rel=0.05)
     assert rounded.local_norm["max"] == pytest.approx(exact.local_norm["max"], rel=0.01)
     assert exact.local_norm_note == ""
     assert rounded.local_norm_note.startswith("local norms to a relative ")
@@ -178,7 +196,7 @@ def test_norms_that_are_not_known_do_not_cost_the_kl(monkeypatch, exact_up_to):
 
     monkeypatch.setattr(module, "local_norms", raising)
     found = measured()
-    assert found.kl == pytest.approx(known.kl, rel=1e-6)
+    assert found.kl.value == pytest.approx(known.kl.value, rel=1e-6)
     assert found.local_norm_note == "no local norms: no products today"
     assert set(found.local_norm) == {"0.1", "0.5", "0.9", "max"}
     assert set(found.to_json()["local_norm"].values()) == {None}
@@ -204,6 +222,6 @@ def test_an_expansive_row_beyond_those_whose_norm_is_taken_changes_the_method(mo
     x[-1] = 3.0
     found = measure(f, x)
     assert found.method == "lanczos"
-    assert found.kl > 0
+    assert found.kl.value > 0
     with pytest.raises(ExpansiveMapError):
         measure(f, x, method="arnoldi")

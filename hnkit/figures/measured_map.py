@@ -1,4 +1,4 @@
-"""A map under test: everything measured on it once, so that each check is a few lines.
+"""A map and everything measured on it, once, so that each check is a few lines.
 
 Quantities are computed when first asked for, from one set of noise samples; those that need dense Jacobians use as
 many of the samples as `DENSE_ENTRIES` and `DENSE_PRODUCTS` allow.
@@ -6,10 +6,10 @@ many of the samples as `DENSE_ENTRIES` and `DENSE_PRODUCTS` allow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from hnkit.errors import (
 )
 from hnkit.internal.seeds import generator_for
 from hnkit.jacobian import RowJacobian, check_finite, check_map, dense_jacobian, rows_per_pass
-from hnkit.kl.divergence import KLEstimate, noise_kl
+from hnkit.kl.divergence import KLEstimate, Method, noise_kl
 from hnkit.lipschitz.local import LipschitzEstimate, lipschitz_lower, lipschitz_upper, local_lipschitz
 from hnkit.logdet import log_det_error
 from hnkit.maps import NoiseMap, select_rows
@@ -70,20 +70,22 @@ class RowStatistics:
 
 
 @dataclass
-class Subject:
-    """A map, the noise it is tested on, and the options of the estimates.
+class MeasuredMap:
+    """A map with the noise it is measured on; what is asked for is computed once and kept.
 
     Args:
-        name: the group its checks are listed under.
+        name: the name that reports list the map under.
         f: batch-first map, rows independent.
         x: `(n, *shape)` draws of `N(0, I)`.
-        seed: of every probe.
-        method: of `noise_kl`.
+        seed: every random probe is a function of it.
+        method: the method of `noise_kl`.
         options: further options of `noise_kl`.
-        module: what a Lipschitz certificate may walk through; `None`: `f` itself.
-        smooth: `f` has no kinks, so finite differences of it converge everywhere.
-        continuous: `f` is known to be so, as the optimal map of a problem is.
-        ascent_steps: of the ascended Lipschitz estimate.
+        module: the module that a Lipschitz certificate may walk through; `None`: `f` itself.
+        smooth: whether `f` has no kinks, so that finite differences of it converge everywhere.
+        continuous: whether `f` is known to be so, as the optimal map of a problem is.
+        ascent_steps: steps of the gradient ascent behind the Lipschitz estimate.
+        prompts: the prompt of each row, within which mean shifts are taken; `None`: all rows have one.
+        probes: the generator of the probes of `noise_kl`; `None`: one derived from the seed.
     """
 
     name: str
@@ -96,6 +98,8 @@ class Subject:
     smooth: bool = True
     continuous: bool = False
     ascent_steps: int = 25
+    prompts: Sequence[str] | None = None
+    probes: torch.Generator | None = None
 
     def validate(self) -> None:
         """Refuse a map that is no batch-first, row-wise, deterministic, differentiable, finite function."""
@@ -116,16 +120,25 @@ class Subject:
         return generator_for(self.seed, f"verify/{purpose}")
 
     @cached_property
-    def stein(self) -> KLEstimate:
+    def estimate(self) -> KLEstimate:
         """`noise_kl` in the Stein form; under a budget it may stop after the first samples.
+
+        Raises:
+            ExpansiveMapError: the method needs local norms below 1, and met others.
+        """
+        generator = self.probes or self.generator("kl")
+        method = cast("Method", self.method)
+        return noise_kl(self.f, self.x, method=method, generator=generator, check=False, **self.options)
+
+    @property
+    def stein(self) -> KLEstimate:
+        """The estimate, as a check or a figure asks for it.
 
         Raises:
             NotApplicable: the method needs local norms below 1, and they are not, by their own measurement.
         """
         try:
-            return noise_kl(
-                self.f, self.x, method=self.method, generator=self.generator("kl"), check=False, **self.options
-            )  # type: ignore[arg-type]
+            return self.estimate
         except ExpansiveMapError as reason:
             if float(self.norms.max()) >= 1 - _NORM_ERROR:
                 raise NotApplicable(str(reason)) from None
@@ -233,7 +246,7 @@ class Subject:
 
     @cached_property
     def norms(self) -> Tensor:
-        """`|J(x)|_2` per sample, by power iteration, `(n,)`.
+        """`|J(x)|_2` per sample, by Golub-Kahan bidiagonalisation, `(n,)`.
 
         Raises:
             NotApplicable: the map has no `J v` products.

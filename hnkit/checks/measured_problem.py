@@ -1,4 +1,4 @@
-"""A closed-form problem with its noise, as the checks of `verify-bound` use it."""
+"""A closed-form problem with its noise, and what several checks read from it, computed once."""
 
 from __future__ import annotations
 
@@ -7,35 +7,23 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hnkit.checks.check import Finding, NotApplicable, confidence_radius, mean_finding, worst
+from hnkit.checks.reference_maps import contraction
 from hnkit.internal.seeds import generator_for
 from hnkit.maps import NoiseMap
 from hnkit.tilt import GapEstimate, TiltedProblem, optimality_gap
 
 
-def contraction(dim: int, lipschitz: float = 0.5, *, width: int = 16, seed: int = 0) -> nn.Sequential:
-    """A smooth map with a certified constant: two linear layers of spectral norm `sqrt(L)` around tanh, in float64."""
-    generator = generator_for(seed, "verify/contraction", dim)
-    sizes = ((dim, width), (width, dim))
-    layers = [nn.utils.skip_init(nn.Linear, *size, dtype=torch.float64) for size in sizes]  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        for layer in layers:
-            weight = torch.randn(layer.weight.shape, dtype=torch.float64, generator=generator)
-            layer.weight.copy_(weight * (math.sqrt(lipschitz) / torch.linalg.matrix_norm(weight, 2)))
-            layer.bias.copy_(0.3 * torch.randn(layer.bias.shape, dtype=torch.float64, generator=generator))
-    return nn.Sequential(layers[0], nn.Tanh(), layers[1]).requires_grad_(False)
-
-
 @dataclass
-class Tilted:
-    """A problem and the noise it is tested on; what several checks need is computed once.
+class MeasuredProblem:
+    """A problem with the noise it is tested on; what several checks need is computed once.
 
     Args:
         problem: the generator, reward and temperature.
-        samples: how many noise samples.
-        seed: of every draw.
+        samples: how many noise samples there are.
+        seed: every draw is a function of it.
     """
 
     problem: TiltedProblem
@@ -66,6 +54,11 @@ class Tilted:
         for member in members:
             if member in self.problem.unavailable:
                 raise NotApplicable(f"the problem has no {member}")
+
+    def ask(self, member: str) -> float:
+        """A number that the problem gives for one of its members, if it has that."""
+        self.need(member)
+        return float(getattr(self.problem, member)())
 
     def log_tilt(self, y: Tensor) -> Tensor:
         """`r(y)/alpha - log Z*` per row of outputs."""

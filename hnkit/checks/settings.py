@@ -1,0 +1,67 @@
+"""What a run of `verify-bound` is told, whatever it is run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+from hnkit.errors import InputError
+from hnkit.figures.measured_map import DENSE_DIM, MeasuredMap
+from hnkit.kl.divergence import METHODS
+from hnkit.maps import NoiseMap
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """What a run of `verify-bound` is told, whatever it is run on.
+
+    Attributes:
+        samples: noise samples; `None`: 2048 for a toy, 256 down to 32 for a map, by its dimension.
+        seed: of the noise and of every probe.
+        method: of `noise_kl`; `None`: exact up to 1024 dimensions, Arnoldi above.
+        certify: enclose E(A) and its bounds in ball arithmetic at some samples.
+        options: further options of `noise_kl`.
+    """
+
+    samples: int | None = None
+    seed: int = 0
+    method: str | None = None
+    certify: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and not 1 <= self.samples < 2**40:
+            raise InputError(f"{self.samples} samples: give at least 1, and 2 or more for error bars, below 2^40")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed {self.seed}: give an integer from 0 to 2^63 - 1")
+        if self.certify and find_spec("flint") is None:
+            raise InputError("--certify needs the package python-flint: pip install 'hnkit[certify]' adds it")
+        if self.method is not None and self.method not in METHODS:
+            raise InputError(f"unknown method {self.method!r}: accepted are {', '.join(METHODS)}")
+
+    def samples_for(self, dim: int) -> int:
+        """Samples of a map in so many dimensions: 256, and fewer, down to 32, where each costs d products."""
+        return self.samples or min(256, max(32, 2**13 // dim))
+
+    def method_for(self, dim: int) -> str:
+        """The method that is used in so many dimensions."""
+        return self.method or ("exact" if dim <= DENSE_DIM else "arnoldi")
+
+    def to_config(self) -> dict[str, Any]:
+        """The settings as a JSON object."""
+        return {"samples": self.samples, "seed": self.seed, "method": self.method or "automatic",
+                "certify": self.certify, **self.options}  # fmt: skip
+
+    def measured(self, name: str, f: NoiseMap, x: Tensor, module: NoiseMap | None = None) -> MeasuredMap:
+        """A map on its noise, to be measured as these settings say."""
+        dim = x[0].numel()
+        return MeasuredMap(
+            name, f, x, self.seed, self.method_for(dim), dict(self.options), module,
+            ascent_steps=25 if dim <= 64 else 5,
+        )  # fmt: skip

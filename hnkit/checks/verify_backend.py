@@ -1,0 +1,53 @@
+"""`verify-bound` on a trained hypernetwork, prompt by prompt and overall."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hnkit.backend import Backend, completed
+from hnkit.checks.quantities import Quantity, prompt_quantities
+from hnkit.checks.report import Report
+from hnkit.checks.settings import VerifySettings
+from hnkit.checks.verify_map import has_kinks, map_report
+from hnkit.internal.seeds import generator_for
+from hnkit.tilt import TiltedProblem, optimality_gap
+
+
+def verify_backend(
+    backend: Backend, prompts: Sequence[str], settings: VerifySettings, *, alpha: float | None = None
+) -> Report:
+    """Measure a trained hypernetwork, prompt by prompt and overall; see `hnkit.verify_bound`.
+
+    Args:
+        backend: with its adapter loaded.
+        prompts: each gets an equal share of the samples.
+        settings: of the run.
+        alpha: temperature it was trained at, for the optimality gap of a backend whose tilted law is measured.
+    """
+    per_prompt = max(1, settings.samples_for(math.prod(backend.noise_shape)) // len(prompts))
+    rows = [prompt for prompt in prompts for _ in range(per_prompt)]
+    network = backend.hypernetwork.eval()
+    parameter = next(iter(network.parameters()), torch.zeros(()))
+    full = completed(backend)
+    x = torch.randn(
+        len(rows), *full.noise_shape, dtype=full.noise_dtype, generator=generator_for(settings.seed, "noise")
+    ).to(parameter.device)
+    f = full.map_for(rows)
+    measured = settings.measured(backend.name, f, x)
+    measured.validate()
+    measured = replace(measured, smooth=not has_kinks(network))
+    extra = prompt_quantities(measured, prompts, per_prompt) if len(prompts) > 1 else []
+    problem: TiltedProblem | None = full.problem
+    config: dict[str, Any] = {"backend": backend.name, "prompts": list(prompts)}
+    if problem is not None:
+        problem = problem if alpha is None else problem.with_alpha(alpha)
+        gap = optimality_gap(problem, f, x.double())
+        config["alpha"] = problem.alpha
+        note = f"{gap.kind}; KL(p0^phi || p0*) on {problem.name}, alpha = {problem.alpha:g}"
+        extra = [Quantity("optimality gap", gap.value, backend.name, gap.stderr, note=note), *extra]
+    return map_report(measured, settings, config, extra)

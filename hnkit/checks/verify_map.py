@@ -1,0 +1,101 @@
+"""`verify-bound` on one map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from hnkit.checks.check import reported
+from hnkit.checks.maps import MAP_CHECKS
+from hnkit.checks.matrices import certified_checks
+from hnkit.checks.plots import map_plots
+from hnkit.checks.quantities import Quantity, map_quantities
+from hnkit.checks.report import Report
+from hnkit.checks.settings import VerifySettings
+from hnkit.errors import InputError
+from hnkit.figures.measured_map import MeasuredMap
+from hnkit.internal.seeds import generator_for
+from hnkit.lipschitz.certify import certify_injective
+from hnkit.maps import NoiseMap
+
+
+def verify_map(f: NoiseMap, shape: tuple[int, ...], settings: VerifySettings, *, name: str = "map") -> Report:
+    """Measure and check one map; see `hnkit.verify_bound`."""
+    if not shape or any(size < 1 for size in shape):
+        raise InputError(f"shape {shape}: give positive sizes, such as 3,16,16")
+    samples = settings.samples_for(math.prod(shape))
+    x = torch.randn(samples, *shape, dtype=torch.float64, generator=generator_for(settings.seed, "noise"))
+    device, dtype = _home(f)
+    measured = settings.measured(name, f, x.to(device, dtype))
+    measured.validate()
+    measured = replace(measured, smooth=not has_kinks(f))
+    return map_report(measured, settings, {"map": name, "shape": list(shape)})
+
+
+def map_report(
+    measured: MeasuredMap,
+    settings: VerifySettings,
+    config: Mapping[str, Any],
+    extra: Sequence[Quantity] = (),
+) -> Report:
+    """The report on one measured map: its checks, its figures and those in `extra`, its plots.
+
+    Raises:
+        InputError: its KL cannot be estimated by the method.
+    """
+    _ = measured.estimate  # a KL that cannot be estimated is bad input: one line, and no report
+    checks = list(MAP_CHECKS.run(measured, measured.name))
+    figures, unread = map_quantities(measured)
+    plots, undrawn = reported("plots", measured.name, partial(map_plots, measured))
+    checks += [*unread, *undrawn]
+    if settings.certify:
+        checks += certified_checks(measured)
+    return Report(
+        f"hnkit verify-bound: {measured.name}",
+        {**config, **settings.to_config(), "samples": len(measured.x), "method": measured.method},
+        tuple(checks),
+        (*figures, *extra),
+        tuple((measured.name, sentence) for sentence in invertibility(measured)),
+        tuple(plots),
+    )
+
+
+def _home(f: NoiseMap) -> tuple[torch.device, torch.dtype]:
+    """Where a map computes and in which type: a module's own, float64 on the CPU for a plain function."""
+    if isinstance(f, nn.Module):
+        for tensor in [*f.parameters(), *f.buffers()]:
+            if tensor.is_floating_point():
+                return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.float64
+
+
+def has_kinks(f: NoiseMap) -> bool:
+    """Whether finite differences of the map may straddle a kink: unknown for a plain function, so yes."""
+    kinked = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.PReLU, nn.ReLU6, nn.MaxPool2d, nn.Threshold, nn.Hardswish)
+    return not isinstance(f, nn.Module) or any(isinstance(module, kinked) for module in f.modules())
+
+
+def invertibility(measured: MeasuredMap) -> list[str]:
+    """What can and what cannot be said about the injectivity of T, hence about what the exact value is."""
+    status = measured.stein.injective
+    if status == "certified":
+        how = certify_injective(measured.f if measured.module is None else measured.module).how
+        return [f"T(x) = x + f(x) is certified injective ({how}), so the exact value is the KL."]
+    rows = measured.rows_or_none
+    if status == "violated":
+        return ["T folds: det(I + J) changes sign among the samples. The exact value is a lower bound of the KL."]
+    certificate = measured.certificate
+    reason = certificate if isinstance(certificate, str) else f"certified L = {certificate.value:.4g}"
+    sentence = f"Injectivity of T is not certified ({reason})."
+    seen = f" No fold was seen at {len(rows.sign)} samples, which proves nothing." if rows is not None else ""
+    norm = float(measured.norms.max())
+    local = f" The largest local norm seen is {norm:.3g}" + (
+        ": every sample is locally a contraction." if norm < 1 else ", above 1: Lemma 5 cannot apply."
+    )
+    return [sentence + seen + local + " The exact value is the KL if T is injective, else a lower bound of it."]

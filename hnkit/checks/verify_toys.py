@@ -1,0 +1,124 @@
+"""`verify-bound` on closed-form problems and on the reference maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from hnkit.backend import installed_names, load_installed
+from hnkit.checks.check import Check, reported
+from hnkit.checks.maps import MAP_CHECKS
+from hnkit.checks.matrices import certified_checks
+from hnkit.checks.measured_problem import MeasuredProblem
+from hnkit.checks.plots import toy_plots
+from hnkit.checks.problems import TOY_CHECKS
+from hnkit.checks.quantities import Quantity, map_quantities, problem_quantities
+from hnkit.checks.reference_maps import reference_maps
+from hnkit.checks.report import Report
+from hnkit.checks.settings import Say, VerifySettings
+from hnkit.errors import InputError
+from hnkit.figures.measured_map import MeasuredMap
+from hnkit.internal.seeds import generator_for
+from hnkit.tilt import TiltedProblem
+
+TOY_SAMPLES = 2048
+_ALPHAS = (1e-3, 1e4)
+
+
+def installed_problems() -> dict[str, Callable[[], TiltedProblem]]:
+    """Every closed-form problem of the installed distributions, by name."""
+    problems: dict[str, Callable[[], TiltedProblem]] = {}
+    for point in installed_names("hnkit.problems"):
+        problems.update(load_installed("hnkit.problems", point))
+    return problems
+
+
+def chosen_problems(names: Sequence[str], alpha: float | None = None) -> list[TiltedProblem]:
+    """The problems of these names, all if none is named, at their own or at another temperature.
+
+    Names of reference maps are accepted and passed over.
+
+    Raises:
+        InputError: an unknown name, or a temperature outside 1e-3 to 1e4.
+    """
+    if alpha is not None and not _ALPHAS[0] <= alpha <= _ALPHAS[1]:
+        raise InputError(
+            f"--alpha {alpha:g}: closed forms in double precision keep the digits that the checks need from "
+            f"{_ALPHAS[0]:g} to {_ALPHAS[1]:g}: give a temperature between"
+        )
+    installed = installed_problems()
+    for name in names:
+        if name not in installed and name not in reference_maps():
+            accepted = ", ".join([*installed, *reference_maps()])
+            raise InputError(f"unknown toy {name!r}: accepted are {accepted}")
+    chosen = dict.fromkeys(names or installed)
+    problems = [installed[name]() for name in chosen if name in installed]
+    return problems if alpha is None else [problem.with_alpha(alpha) for problem in problems]
+
+
+def verify_toys(
+    problems: Sequence[TiltedProblem],
+    settings: VerifySettings,
+    *,
+    references: Sequence[str] | None = None,
+    say: Say = lambda _: None,
+) -> Report:
+    """Check every statement on closed-form problems, and on reference maps.
+
+    Args:
+        problems: what is checked.
+        settings: of the run.
+        references: names of the reference maps that are checked too; `None`: all.
+        say: called with the name of each part when it begins.
+    """
+    samples = settings.samples or TOY_SAMPLES
+    checks: list[Check] = []
+    figures: list[Quantity] = []
+    notes: list[tuple[str, str]] = []
+    maps: list[MeasuredMap] = []
+    for name, (f, dim, shows) in reference_maps().items():
+        if references is not None and name not in references:
+            continue
+        say(name)
+        x = torch.randn(samples, dim, dtype=torch.float64, generator=generator_for(settings.seed, f"maps/{name}"))
+        measured = settings.measured(name, f, x)
+        maps.append(measured)
+        notes.append((name, shows))
+        checks += MAP_CHECKS.run(measured, name)
+        found, failed = map_quantities(measured, headlines=True)
+        figures += found
+        checks += failed
+        if settings.certify:
+            checks += certified_checks(measured)
+    problems_measured = []
+    for problem in problems:
+        say(problem.name)
+        known = MeasuredProblem(problem, samples, settings.seed)
+        problems_measured.append(known)
+        notes.append((problem.name, problem.statement))
+        optimum = settings.measured(problem.name, known.optimum, known.x)
+        measured = replace(optimum, smooth=False, continuous=True)
+        maps.append(measured)
+        checks += TOY_CHECKS.run(known, problem.name)
+        checks += MAP_CHECKS.run(measured, problem.name)
+        for found, failed in (map_quantities(measured, headlines=True), problem_quantities(known)):
+            figures += found
+            checks += failed
+        if settings.certify:
+            checks += certified_checks(measured)
+    names = [measured.name for measured in maps]
+    plots, undrawn = reported("plots", names[-1], partial(toy_plots, maps, problems_measured)) if names else ([], ())
+    checks += undrawn
+    title = "hnkit verify-bound: " + (names[0] if len(names) == 1 else f"{len(problems)} closed-form problems")
+    config = {"toys": names, "alpha": {p.name: p.alpha for p in problems}}
+    return Report(
+        title,
+        {**config, **settings.to_config(), "samples": samples},
+        tuple(checks),
+        tuple(figures),
+        tuple(notes),
+        tuple(plots),
+    )
