@@ -32,6 +32,7 @@ from hnkit.internal.values import (
     typed_value,
     typed_values,
 )
+from hnkit.prompts import file_and_column
 
 if TYPE_CHECKING:
     from hnkit.backend import BackendFactory
@@ -464,8 +465,9 @@ def _found_beside(value: Any, file: Path | None) -> Any:
     if file is None or not isinstance(value, str | Path) or str(value) in ("", ".") or Path(value).is_absolute():
         return value
     try:
-        beside = file.parent / value
-        return type(value)(beside) if beside.exists() else value
+        name, column = file_and_column(str(value))
+        beside = file.parent / name
+        return type(value)(f"{beside}:{column}" if column else beside) if beside.exists() else value
     except (OSError, ValueError):  # not the name of a file at all
         return value
 

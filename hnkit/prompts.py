@@ -63,6 +63,12 @@ def read_records(source: str | Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def file_and_column(source: str) -> tuple[str, str]:
+    """`FILE:COLUMN` of a table apart; the column is empty where none is named, and for every other source."""
+    name, colon, column = source.rpartition(":")
+    return (name, column) if colon and Path(name).suffix.lower() in _TABLES else (source, "")
+
+
 def is_unicode(text: str) -> bool:
     """Whether text can be written as UTF-8; bytes of a command line that were not UTF-8 arrive as lone surrogates."""
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
@@ -114,9 +120,7 @@ def require_disjoint(training: Iterable[str], evaluation: Iterable[str]) -> None
 def _from_path(source: str) -> _Entries:
     if not source:
         raise InputError(f"prompts: no file is named; accepted are {FORMATS}")
-    name, colon, column = source.rpartition(":")
-    if not colon or Path(name).suffix.lower() not in _TABLES:
-        name, column = source, ""
+    name, column = file_and_column(source)
     path = Path(name)
     try:
         path = path.expanduser()

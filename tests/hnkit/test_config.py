@@ -340,6 +340,12 @@ def test_paths_in_a_file_are_looked_for_beside_it_first(tmp_path, downloading, m
     assert config.rewards["x"].options == {"head": "../there/p.txt", "device": "cpu"}
     absolute = resolve_config(backend="fake", config_file=file)
     assert absolute.train.prompts == str(tmp_path / "there/p.txt")
+    (tmp_path / "there/t.csv").touch()
+    write(file, '[train]\nprompts = "t.csv:a caption"\nvalidation_prompts = "hf:org/name:test:caption"\n')
+    columns = resolve_config(backend="fake", config_file=file).train
+    assert columns.prompts == f"{tmp_path / 'there/t.csv'}:a caption"
+    assert columns.validation_prompts == "hf:org/name:test:caption"
+    write(file, document)
     flags = ["train.prompts=p.txt", "backend.model_id=models/mine"]
     typed = resolve_config(backend="fake", config_file=file, overrides=flags)
     assert (typed.train.prompts, typed.options.model_id) == ("p.txt", "models/mine")

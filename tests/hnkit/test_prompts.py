@@ -170,7 +170,7 @@ def test_hub_data_sets(monkeypatch):
         read_prompts("hf:org/name:train:text")
     with pytest.raises(InputError, match="row 1 is a int"):
         read_prompts("hf:org/name:train:label")
-    with pytest.raises(InputError, match=r"could not be loaded \(no such data set\)"):
+    with pytest.raises(InputError, match=r"could not be loaded \(no such data set and a second line\)"):
         read_prompts("hf:missing/one")
     with pytest.raises(InputError, match="no data set is named"):
         read_prompts("hf:")
