@@ -60,8 +60,8 @@ class Options(WithBackend):
 def run(options: Options) -> int:
     """Write the images of every prompt; see `hnkit.generate`."""
     from hnkit.generate import generate_pairs
+    from hnkit.internal.folders import run_lock
     from hnkit.output import terminal
-    from hnkit.training.checkpoint import run_lock
 
     folder, plan, backend = resumed(options) if options.resume is not None else begun(options)
     again = f"go on with {shlex.join(['hnkit', 'generate', '--resume', str(folder)])}"

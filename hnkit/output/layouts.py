@@ -1,7 +1,7 @@
 """Generated images in the folders that published scorers read; the scorers themselves run elsewhere.
 
     geneval        geneval-KIND/00000/metadata.jsonl and samples/00000.png      one folder for each prompt
-    geneval2       geneval2-KIND/image_paths-00.json and images/00000_00.png    one list for each image of a prompt
+    geneval2       geneval2-KIND/image_paths-00.json                            one list for each image of a prompt
     t2i-compbench  t2i-compbench-KIND/samples/PROMPT_000000.png                 numbered through all images
     dpg-bench      dpg-bench-KIND/ITEM.png                                      four images of a prompt, 2 x 2
 
@@ -152,14 +152,11 @@ def _geneval(place: Path, prompts: Sequence[str], images: Images, records: Recor
 
 
 def _geneval2(place: Path, prompts: Sequence[str], images: Images, records: Records) -> None:
-    (place / "images").mkdir()
     lists: list[dict[str, str]] = [{} for _ in images[0]] if images else []
-    for number, (prompt, paths) in enumerate(zip(prompts, images, strict=True)):
+    for prompt, paths in zip(prompts, images, strict=True):
         text = str(records.get(prompt, {}).get("prompt", prompt))  # looked up by the benchmark's exact words
-        for row, path in enumerate(paths):
-            image = place / "images" / f"{number:05d}_{row:02d}.png"
-            shutil.copyfile(path, image)
-            lists[row][text] = str(image.resolve())
+        for path, paths_of in zip(paths, lists, strict=True):
+            paths_of[text] = str(path.resolve())  # the scorer opens it from wherever it runs
     for row, paths_of in enumerate(lists):
         write_json(place / f"image_paths-{row:02d}.json", paths_of)
 
