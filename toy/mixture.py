@@ -230,11 +230,8 @@ class Mixture(Toy):
                 scale: Tensor = scale,
                 weights: Tensor = weights,
                 target: Tensor = target,
-            ) -> tuple[Tensor, Tensor]:
-                z = (t[:, None] - centre[rows]) / scale
-                value = _quantile_of(weights[rows], z)
-                log_density = torch.logsumexp(torch.log(weights[rows]) - 0.5 * z.square() - torch.log(scale), 1)
-                return value - target[rows], torch.exp(log_density + 0.5 * value.square())
+            ) -> Tensor:
+                return _quantile_of(weights[rows], (t[:, None] - centre[rows]) / scale) - target[rows]
 
             margin = 1e-12 * (1 + ends.abs().amax(1))
             t = solve_increasing(excess, ends.amin(1) - margin, ends.amax(1) + margin)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import elementwise
 from torch import Tensor
 
 from hnkit.errors import InputError
@@ -166,30 +168,28 @@ def integrate(
 
 
 def solve_increasing(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], low: Tensor, high: Tensor, tolerance: float = 1e-13
+    function: Callable[[Tensor, Tensor], Tensor], low: Tensor, high: Tensor, tolerance: float = 1e-15
 ) -> Tensor:
-    """Zeros of increasing functions inside brackets: Newton steps, bisection where they do not shrink fast enough.
+    """Zeros of increasing functions inside brackets, by Chandrupatla's method; no gradient passes through.
 
     Args:
-        function: `(t, rows) -> (value, derivative)`: the functions of the given rows, all tensors `(k,)`.
+        function: `(t, rows) -> value`: the functions of the given rows, all tensors `(k,)`.
         low: `(n,)`; a zero left of it is reported as `low`.
         high: `(n,)`; a zero right of it is reported as `high`.
-        tolerance: last step, relative to `1 + |t|`; Newton's method being quadratic, the error is far smaller.
+        tolerance: width of the last bracket, absolute and relative.
+
+    Source:
+        T. Chandrupatla, Adv. Eng. Software 28 (1997), DOI 10.1016/S0965-9978(96)00051-8, in `scipy.optimize`.
     """
-    low, high = low.clone(), high.clone()
-    t, last = 0.5 * (low + high), high - low
-    rows = torch.arange(t.numel())
-    for _ in range(100):
-        here = t[rows]
-        value, slope = function(here, rows)
-        low[rows], high[rows] = torch.where(value <= 0, here, low[rows]), torch.where(value >= 0, here, high[rows])
-        step = -value / slope
-        tiny = tolerance * (1 + here.abs())
-        inside = (here + step >= low[rows]) & (here + step <= high[rows])
-        good = (inside & (step.abs() <= 0.5 * last[rows])) | (step.abs() <= tiny)
-        t[rows] = torch.where(good, here + step, 0.5 * (low[rows] + high[rows]))
-        last[rows] = (t[rows] - here).abs()
-        rows = rows[last[rows] > tiny]
-        if rows.numel() == 0:
-            break
-    return t
+
+    def values(t: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        with torch.no_grad():
+            found: NDArray[np.float64] = function(torch.from_numpy(t), torch.from_numpy(rows).long()).numpy()
+        return found
+
+    left, right = low.detach().numpy(), high.detach().numpy()
+    rows = np.arange(low.numel(), dtype=np.float64)
+    at_low, at_high = values(left, rows) >= 0, values(right, rows) <= 0
+    width = {"xatol": tolerance, "xrtol": tolerance, "fatol": 0.0, "frtol": 0.0}
+    inside = elementwise.find_root(values, (left, right), args=(rows,), tolerances=width).x
+    return torch.from_numpy(np.where(at_low, left, np.where(at_high, right, inside)))

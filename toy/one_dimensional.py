@@ -219,17 +219,15 @@ class OneDimensional(Toy):
         half = 0.5 * (high - low)
         series = self._series[index]
 
-        def excess(t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        def excess(t: Tensor, rows: Tensor) -> Tensor:
             # increasing in t: the mass below t minus the wanted one, or the wanted one minus the mass above t
             z = ((t - low[rows]) / half[rows] - 1).clamp(-1, 1)
-            inside, density = antiderivative(series[rows], z)
-            inside = half[rows] * inside
-            value = torch.where(
+            inside = half[rows] * antiderivative(series[rows], z)[0]
+            return torch.where(
                 left[rows],
                 base[rows] + inside - wanted[rows],
                 wanted[rows] - base[rows] - (panels.masses[index[rows]] - inside),
             )
-            return value, density
 
         return solve_increasing(excess, low, high).clamp(low, high)  # a rounding outside may have no density
 
@@ -289,9 +287,8 @@ class OneDimensional(Toy):
         if bool((low <= -_RANGE).any() | (high >= _RANGE).any()):
             raise InputError(f"the L2 optimum of {self.name!r} leaves |u| < 40: raise alpha")
 
-        def excess(u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            _, slope, bend = derivatives(self._psi, u, 2)
-            return slope - x[rows], bend
+        def excess(u: Tensor, rows: Tensor) -> Tensor:
+            return derivatives(self._psi, u, 1)[1] - x[rows]
 
         return solve_increasing(excess, low, high)
 

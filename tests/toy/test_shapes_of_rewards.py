@@ -41,9 +41,7 @@ def test_solve_increasing_on_hard_functions():
 
     def function(t, rows):
         value = torch.stack([t**9 - 1e-9, torch.sign(t) * t.abs() ** (1 / 3), torch.exp(t) - 1e20, t])
-        slope = torch.stack([9 * t**8, t.abs().clamp(min=1e-300) ** (-2 / 3) / 3, torch.exp(t), torch.ones_like(t)])
-        here = torch.arange(len(rows))
-        return value[rows, here], slope[rows, here]
+        return value[rows, torch.arange(len(rows))]
 
     expected = torch.tensor([0.1, 0.0, math.log(1e20), 2.0], dtype=torch.float64)
     torch.testing.assert_close(solve_increasing(function, low, high), expected, rtol=1e-10, atol=1e-10)

@@ -1,4 +1,4 @@
-"""Small errors in `toy/folding.py` that no other test noticed, found by benchmarks/mutate.py."""
+"""The fold: its rivals, its branches and its quadrature, against closed forms and high precision."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ import torch
 
 from hnkit import InputError
 from hnkit.toy import PROBLEMS, Folding
-
-
-def f64(*rows):
-    return torch.tensor(rows, dtype=torch.float64)
+from tests.hnkit.functions import f64
 
 
 def test_the_alternatives_of_folding_have_the_entropy_of_their_signs():

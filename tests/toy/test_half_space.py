@@ -1,4 +1,4 @@
-"""Small errors in `toy/half_space.py` that no other test noticed, found by benchmarks/mutate.py."""
+"""The half-space: tails, thresholds and heights, against high precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small errors in `toy/one_dimensional.py` that no other test noticed, found by benchmarks/mutate.py."""
+"""One-dimensional rewards: windows, quadrature, transport, jumps and the L2 optimum, against other routes."""
 
 from __future__ import annotations
 

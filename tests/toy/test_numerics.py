@@ -1,4 +1,4 @@
-"""Small errors in `toy/_numerics.py` that no other test noticed, found by benchmarks/mutate.py."""
+"""Derivatives of solved maps, adaptive quadrature and zeros of increasing functions, against other routes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,7 @@ from hnkit.toy.numerics import (
     solve_increasing,
     with_derivatives,
 )
-from tests.hnkit.functions import NoForwardMode
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
+from tests.hnkit.functions import NoForwardMode, f64
 
 # Derivatives.
 
@@ -172,65 +167,57 @@ def test_many_panels_that_converged_are_no_reason_to_give_up():
 class Recorded:
     """One increasing function and where it was evaluated."""
 
-    def __init__(self, function, slope):
-        self.function, self.slope, self.seen = function, slope, []
+    def __init__(self, function):
+        self.function, self.seen = function, []
 
     def __call__(self, t, rows):
+        assert rows.tolist() == [0]
         self.seen.append(float(t))
-        return self.function(t), self.slope(t)
+        return self.function(t)
 
     def solve(self, low, high, **options):
         return float(solve_increasing(self, f64(low), f64(high), **options))
 
 
-def linear(zero):
-    return Recorded(lambda t: 2 * (t - zero), lambda t: torch.full_like(t, 2.0))
-
-
 @pytest.mark.parametrize(("low", "high", "zero"), [(-8.0, -4.0, -4.5), (4.0, 8.0, 4.5), (-3.0, 1.0, 0.75)])
-def test_newtons_first_step_solves_a_linear_equation_wherever_its_bracket_is(low, high, zero):
-    f = linear(zero)
-    assert f.solve(low, high) == zero
-    assert f.seen == [0.5 * (low + high), zero]
+def test_a_linear_equation_is_solved_wherever_its_bracket_is(low, high, zero):
+    assert Recorded(lambda t: 2 * (t - zero)).solve(low, high) == pytest.approx(zero, rel=1e-15)
 
 
 @pytest.mark.parametrize("zero", [-1000.0, -1.0, 0.0, 0.7, 1000.0])
-def test_newton_converges_quadratically_once_near(zero):
-    f = Recorded(lambda t: torch.expm1(t - zero), lambda t: torch.exp(t - zero))
-    assert f.solve(zero - 2.0, zero + 2.7) == pytest.approx(zero, rel=1e-15, abs=1e-15)
-    # the errors: 0.35, 5e-2, 1e-3, 1e-6, 6e-13, rounding
-    assert len(f.seen) <= 7
+def test_a_zero_is_found_to_rounding_and_quickly(zero):
+    f = Recorded(lambda t: torch.expm1(t - zero))
+    assert f.solve(zero - 2.0, zero + 2.7) == pytest.approx(zero, rel=1e-15, abs=2e-15)
+    assert len(f.seen) <= 20
 
 
-def test_a_multiple_zero_is_found_by_bisection_where_newton_crawls():
-    f = Recorded(lambda t: (t - 0.3) ** 9, lambda t: 9 * (t - 0.3) ** 8)
+def test_a_multiple_zero_is_found():
+    f = Recorded(lambda t: (t - 0.3) ** 9)
     assert f.solve(0.0, 1.0) == pytest.approx(0.3, abs=1e-12)
-    assert len(f.seen) < 100
+    assert len(f.seen) < 150
 
 
 @pytest.mark.parametrize("zero", [math.sqrt(2), -math.sqrt(2)])
-def test_the_last_step_is_at_most_the_tolerance_relative_to_one_plus_t(zero):
-    """Without a slope there is bisection alone: the k-th evaluation is followed by a step of 2^-(k + 1)."""
-    f, tolerance = Recorded(lambda t: t - zero, lambda t: torch.full_like(t, math.nan)), 1.3e-3
-    found = f.solve(zero - 0.3, zero + 0.7, tolerance=tolerance)
-    size = tolerance * (1 + abs(zero))
-    assert abs(found - zero) <= size
-    assert len(f.seen) == math.ceil(-math.log2(size)) - 1
+def test_the_tolerance_is_that_of_the_zero(zero):
+    found = Recorded(lambda t: (t - zero) ** 3).solve(zero - 0.3, zero + 0.7, tolerance=1.3e-3)
+    assert abs(found - zero) <= 2 * 1.3e-3 * (1 + abs(zero))
 
 
 @pytest.mark.parametrize("side", [1, -1])
 def test_a_zero_beyond_the_bracket_is_its_end_and_nothing_beyond_is_evaluated(side):
-    """Newton's steps to a zero at 3.1 from the left are short, and the second ends between 3 and 3.1."""
-    f = Recorded(
-        lambda t: -side * torch.expm1(3.1 - side * t),
-        lambda t: torch.exp(3.1 - side * t),
-    )
+    f = Recorded(lambda t: -side * torch.expm1(3.1 - side * t))
     low, high = sorted((2.0 * side, 3.0 * side))
-    assert f.solve(low, high) == pytest.approx(3.0 * side, rel=1e-12)
+    assert f.solve(low, high) == 3.0 * side
     assert all(low <= t <= high for t in f.seen)
 
 
-def test_a_zero_that_is_hit_is_returned_also_where_the_slope_vanishes():
-    f = Recorded(lambda t: t**3, lambda t: 3 * t**2)
-    assert f.solve(-1.0, 1.0) == 0.0
-    assert f.seen == [0.0]
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0), (-1.0, 0.0)])
+def test_a_zero_that_is_hit_is_returned_also_where_the_slope_vanishes(low, high):
+    assert Recorded(lambda t: t**3).solve(low, high) == pytest.approx(0.0, abs=1e-15)
+
+
+def test_every_row_has_a_function_of_its_own_and_no_gradient_passes():
+    zeros = torch.linspace(-3, 3, 50, dtype=torch.float64).requires_grad_()
+    found = solve_increasing(lambda t, rows: torch.sinh(t - zeros[rows]), zeros - 1, zeros + 2)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, zeros.detach(), rtol=1e-14, atol=1e-14)
