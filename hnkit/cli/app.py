@@ -37,7 +37,7 @@ class _Commands(PlainHelp, TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            raise _Interrupted from interrupt
+            raise _Interrupted(str(interrupt)) from interrupt
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
         arguments = _with_resume_value(sys.argv[1:] if args is None else args)
@@ -65,7 +65,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     if isinstance(error, InputError):
         return text, BAD_INPUT
     if isinstance(error, KeyboardInterrupt | _Interrupted) or name == "Abort":
-        return "interrupted", INTERRUPTED
+        return f"interrupted; {text}" if text else "interrupted", INTERRUPTED
     usage = getattr(error, "format_message", None)  # typer's (or click's) usage errors
     if usage is not None:
         context = getattr(error, "ctx", None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from hnkit.cli.folders import refuse_existing, resumed_folder
 from hnkit.cli.options import WithBackend, flags_of
 from hnkit.config import GenerateSettings, split_permissions
 from hnkit.errors import InputError
-from hnkit.internal.values import printable, setting
+from hnkit.internal.values import setting
 
 if TYPE_CHECKING:
     from hnkit.backend import BackendBase
@@ -60,26 +58,21 @@ class Options(WithBackend):
 def run(options: Options) -> int:
     """Write the images of every prompt; see `hnkit.generate`."""
     from hnkit.generate import generate_pairs
+    from hnkit.internal.files import resumable
     from hnkit.internal.folders import run_lock
     from hnkit.output import terminal
 
     folder, plan, backend = resumed(options) if options.resume is not None else begun(options)
-    again = f"go on with {shlex.join(['hnkit', 'generate', '--resume', str(folder)])}"
     with run_lock(folder):
         try:
-            document = generate_pairs(
-                backend, plan.prompts, plan.settings, folder, steered=plan.adapter is not None, records=plan.records
-            )
-        except (OSError, InputError) as error:
+            with resumable("hnkit", "generate", "--resume", str(folder)):
+                document = generate_pairs(
+                    backend, plan.prompts, plan.settings, folder, steered=plan.adapter is not None, records=plan.records
+                )
+        except InputError:
             if options.as_json:  # what is done is not lost with the disk
                 terminal.print_json(unfinished(folder, plan))
-            if isinstance(error, InputError):
-                raise
-            where = error.filename or folder
-            raise InputError(f"{where}: {(error.strerror or str(error)).lower()}: mend that and {again}") from error
-        except KeyboardInterrupt:
-            print(f"hnkit: interrupted; {printable(again)}", file=sys.stderr)
-            return 130
+            raise
     if options.as_json:
         terminal.print_json({**document, "run_folder": str(folder)})
     else:

@@ -6,13 +6,15 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hnkit.errors import InputError
+from hnkit.internal.values import printable
 
 MARK = ".hnkit-run"
 """The file by which hnkit knows a run folder that it has made."""
@@ -80,6 +82,24 @@ def _digest(content: Any) -> str:
     """Of the document as it is read back: tuples are lists and keys text."""
     read_back = json.loads(json.dumps(content, allow_nan=False))
     return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def resumable(*command: str) -> Iterator[None]:
+    """Inside, what ends a run early says how it is gone on with: `command`, quoted for a shell.
+
+    Raises:
+        InputError: the disk is full, read-only or failing.
+        KeyboardInterrupt: with the advice as its text.
+    """
+    again = f"go on with {shlex.join(printable(word) for word in command)}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(again) from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"{error.filename or 'a file'}: {reason}: mend that and {again}") from error
 
 
 def file_digest(path: Path) -> str:

@@ -52,7 +52,7 @@ class Steps:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=name, completed=self._done)
         else:
-            print(f"[{self._done + 1}/{self._total}] {name}", file=sys.stderr, flush=True)
+            print(f"[{self._done + 1}/{self._total}] {printable(name)}", file=sys.stderr, flush=True)
         self._done += 1
 
 

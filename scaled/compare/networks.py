@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ def trained(name: str, backend: str, folder: Path, overrides: Sequence[str], rew
     if not result.finished:
         if result.exit_code == 130:
             raise KeyboardInterrupt
-        raise InputError(f"training of {name} was stopped at step {result.step}: go on with --resume")
+        comparison = shlex.join(["hnkit", "compare", "--backend", backend, "--resume", str(folder.parents[1])])
+        raise InputError(f"training of {name} was stopped at step {result.step}: go on with {comparison}")
     if config.train.objective == "direct":
         base: Any = backend_factory(backend).load(config.options)
         loaded = base.direct()

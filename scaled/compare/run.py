@@ -16,7 +16,15 @@ from hnkit.backend import Backend, Reward, backend_factory, completed
 from hnkit.config import resolve_config, split_permissions
 from hnkit.errors import InputError
 from hnkit.figures import measure
-from hnkit.internal.files import atomic_write, file_digest, new_run_folder, read_sealed, write_json, write_sealed
+from hnkit.internal.files import (
+    atomic_write,
+    file_digest,
+    new_run_folder,
+    read_sealed,
+    resumable,
+    write_json,
+    write_sealed,
+)
 from hnkit.internal.folders import run_lock
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr
@@ -107,7 +115,7 @@ class Comparison:
             session = _Session(settings)  # what is missing or cannot be used is refused before a folder is made
             folder = new_run_folder(None if out is None else Path(out), "compare")
             write_sealed(folder / PLAN, settings.to_json())
-        with run_lock(folder):
+        with run_lock(folder), resumable("hnkit", "compare", "--backend", backend, "--resume", str(folder)):
             document = session.run(folder)
         return document | {"run_folder": str(folder)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ import torch
 
 from hnkit import InputError
 from hnkit.backend import backend_factory
+from hnkit.cli.app import describe_error
 from hnkit.internal.files import write_sealed
 from hnkit.scaled.compare import COMPARISON
 from hnkit.scaled.compare import run as run_module
@@ -150,10 +152,12 @@ def test_an_interrupted_comparison_ends_as_an_uninterrupted_one(finished, overri
 
     monkeypatch.setattr(evaluation, "write_sealed", interrupt)
     methods = ["base", "hypernoise", "direct", "best-of-n", "reno"]
-    with pytest.raises(KeyboardInterrupt):
-        COMPARISON("sana", methods=methods, prompts=PROMPTS, seeds=2, overrides=overrides, out=tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt) as ended:
+        COMPARISON("sana", methods=methods, prompts=PROMPTS, seeds=2, overrides=overrides, out=tmp_path / "my run")
     monkeypatch.setattr(evaluation, "write_sealed", write)
-    resumed = COMPARISON("sana", resume=tmp_path / "run")
+    words = shlex.split(describe_error(ended.value)[0].partition("go on with ")[2])  # as it is printed
+    assert words[:5] == ["hnkit", "compare", "--backend", "sana", "--resume"]
+    resumed = COMPARISON("sana", resume=words[5])
     for one, two in zip(document["table_1"], resumed["table_1"], strict=True):
         assert one["scores"] == two["scores"]
         assert one["gain"] == two["gain"]
