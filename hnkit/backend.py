@@ -52,8 +52,15 @@ class Backend(Protocol):
 class Reward(Protocol):
     """A score of images given their prompts; higher is better."""
 
-    name: str
-    weight: float
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """Its share in a sum of rewards."""
+        ...
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores of shape `(n,)`, float32 at least, differentiable in `images` of shape `(n, 3, H, W)` in [0, 1]."""

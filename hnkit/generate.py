@@ -19,7 +19,7 @@ from hnkit.errors import InputError, NonFiniteError
 from hnkit.internal.files import atomic_write, read_sealed, write_json, write_sealed
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.values import typed_values
-from hnkit.maps import ConditionedMap, NoiseMap
+from hnkit.maps import ConditionedMap, NoiseMap, slices
 from hnkit.output.images import image_png
 from hnkit.output.layouts import check_layout, write_layout
 from hnkit.output.page import Picture, Section, Table, Text, write_html
@@ -142,8 +142,8 @@ def generate_pairs(
         if (place / "prompt.txt").is_file():
             continue
         place.mkdir(exist_ok=True)
-        for start in range(0, settings.count, settings.batch):
-            rows = range(start, min(settings.count, start + settings.batch))
+        for part in slices(settings.count, settings.batch):
+            rows = range(part.start, part.stop)
             outputs = _pair(backend, prompt, _noise(backend, settings.seed, rows), settings.steps, steered)
             for kind in kinds:
                 for row, image in zip(rows, outputs[kind], strict=True):

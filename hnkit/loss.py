@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hnkit.errors import InputError
-from hnkit.jacobian import RowJacobian, check_batch, dense_jacobian, evaluate, recording, rows_per_pass
+from hnkit.internal.seeds import check_generator
+from hnkit.internal.values import number
+from hnkit.jacobian import (
+    Acquaintances,
+    RowJacobian,
+    check_batch,
+    check_for_loss,
+    dense_jacobian,
+    evaluate,
+    recording,
+    rows_per_pass,
+)
 from hnkit.kl.estimators import PROBES, Probe, dot, draw_probes, ratio
 from hnkit.linalg.krylov import ArnoldiProcess, KrylovSpace, phi_corner, spectral_norm
 from hnkit.logdet import log_det_error
-from hnkit.maps import NoiseMap, select_rows
+from hnkit.maps import NoiseMap, at_rows, slices
 
 KLTerm = Literal["l2", "second-order", "arnoldi", "exact"]
 KL_TERMS: tuple[KLTerm, ...] = ("l2", "second-order", "arnoldi", "exact")
@@ -78,6 +89,7 @@ class NoiseLoss:
     tolerance: float = 1e-3
     max_steps: int = 32
     probe: Probe = "rademacher"
+    _known: Acquaintances = field(default_factory=Acquaintances, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.kl not in KL_TERMS:
@@ -86,6 +98,8 @@ class NoiseLoss:
             raise InputError(f"unknown reduction {self.reduction!r}: accepted are {', '.join(REDUCTIONS)}")
         if self.probe not in PROBES:
             raise InputError(f"unknown probe {self.probe!r}: accepted are {', '.join(PROBES)}")
+        for name in ("alpha", "tolerance"):
+            number(getattr(self, name), f"{name} {getattr(self, name)!r}")
         if not 0 < self.alpha < math.inf:
             raise InputError(f"alpha {self.alpha!r} is not a positive number: give a temperature above 0")
         if not 0 < self.tolerance < 1:
@@ -113,6 +127,11 @@ class NoiseLoss:
     ) -> LossTerms:
         """Evaluate the loss on a batch; `terms.total.mean().backward()` gives its gradient in f's parameters.
 
+        At the first call with a map (for a function: with its code) the map is tried on a few rows: whether its rows
+        are independent and, unless `kl` is "l2", whether its derivatives are those of finite differences, first in
+        x, then of the products in the parameters, which are moved for a moment and put back bit for bit. Second
+        derivatives of the loss exist for "l2" alone; the others refuse them.
+
         Args:
             f: the noise hypernetwork, batch-first, rows independent.
             x: `(n, *shape)` base noise; no gradient flows into it.
@@ -121,11 +140,15 @@ class NoiseLoss:
             generator: of the probes.
 
         Raises:
-            InputError: a map or reward of the wrong shape.
+            InputError: a map or reward of the wrong shape, a map whose rows depend on each other (batch normalisation
+                in training mode) or whose derivatives are wrong; in a backward pass: a second derivative.
             NonFiniteError: f or a product is not finite; the sample is named.
         """
         check_batch(x)
+        check_generator(generator)
         x = x.detach()
+        if self._known.meet(f, x.dtype):
+            check_for_loss(f, x, products=self.kl != "l2")
         dim = x[0].numel()
         solve_error = torch.zeros(x.shape[0], device=x.device)
         if self.kl == "l2":
@@ -138,6 +161,7 @@ class NoiseLoss:
                 extra = _exact_error(operator, f, x)
             else:
                 extra, solve_error = self._probed_error(operator, f, x, generator)
+                extra = _Once.apply(extra, *operator.leaves())  # type: ignore[no-untyped-call]
         moved = delta.to(torch.promote_types(delta.dtype, torch.float32))
         term = moved.flatten(1).square().sum(1) / 2 + extra
         if self.reduction == "mean":
@@ -157,7 +181,7 @@ class NoiseLoss:
         n = x.shape[0]
         if self.probes > 1:
             index = torch.arange(n, device=x.device).repeat_interleave(self.probes)
-            operator = RowJacobian(select_rows(f, index), x[index], samples=index, twice=True)
+            operator = RowJacobian(*at_rows(f, x, index), samples=index, twice=True)
         probe = draw_probes(operator.rows, operator.dim, self.probe, generator, x.device)
         if self.kl == "second-order":
             weight = operator.vjp(probe)
@@ -227,25 +251,48 @@ def _exact_error(operator: RowJacobian, f: NoiseMap, x: Tensor) -> Tensor:
     the graphs of a few basis vectors at a time and lets each go.
     """
     J = dense_jacobian(f, x)
-    value: Tensor = _ExactError.apply(f, x, J, *_leaves(operator.output))  # type: ignore[no-untyped-call]
+    value: Tensor = _ExactError.apply(f, x, J, *operator.leaves())  # type: ignore[no-untyped-call]
     return value
 
 
-def _leaves(output: Tensor) -> list[Tensor]:
-    """The tensors that `output` was computed from and that collect gradients, but for the noise itself."""
-    found: dict[int, Tensor] = {}
-    seen = set()
-    pending = [output.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found[id(variable)] = variable
-        pending += [parent for parent, _ in node.next_functions]
-    return list(found.values())
+class _Once(torch.autograd.Function):
+    """The identity, with a gradient that must not be differentiated again.
+
+    torch's `once_differentiable` speaks up only where the incoming gradient has a graph of its own; here every
+    second derivative in the parameters passes a node that raises.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.leaves = leaves
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (_guarded(grads[0], ctx.leaves), *[None] * len(ctx.leaves))
+
+
+class _Refusal(torch.autograd.Function):
+    """The identity, whose derivative in anything is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *leaves: Tensor) -> Tensor:  # noqa: ARG004
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        raise InputError(
+            "the loss was differentiated twice: the gradient of its KL term is a surrogate's, whose own derivative "
+            "means nothing; use kl='l2', or first derivatives only"
+        )
+
+
+def _guarded(gradient: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """A gradient, which refuses to be differentiated in `leaves` if a graph of it is being recorded."""
+    if not torch.is_grad_enabled():
+        return gradient
+    guarded: Tensor = _Refusal.apply(gradient, *leaves)  # type: ignore[no-untyped-call]
+    return guarded
 
 
 class _ExactError(torch.autograd.Function):
@@ -267,17 +314,16 @@ class _ExactError(torch.autograd.Function):
         rows = torch.arange(n, device=x.device).repeat_interleave(dim)
         columns = torch.arange(dim, device=x.device).repeat(n)
         total: list[Tensor | None] = [None] * len(ctx.leaves)
-        width = rows_per_pass(dim, x.device)
-        for start in range(0, n * dim, width):
-            index, column = rows[start : start + width], columns[start : start + width]
-            operator = RowJacobian(select_rows(ctx.f, index), x[index], samples=index, twice=True)
+        for part in slices(n * dim, rows_per_pass(dim, x.device)):
+            index, column = rows[part], columns[part]
+            operator = RowJacobian(*at_rows(ctx.f, x, index), samples=index, twice=True)
             pulled = operator.vjp(w[index, column], create_graph=True)
             if not pulled.requires_grad:
                 continue
             weight = torch.zeros_like(pulled).scatter_(1, column[:, None], 1.0)
-            parts = torch.autograd.grad(pulled, ctx.leaves, weight, allow_unused=True, retain_graph=True)
+            shares = torch.autograd.grad(pulled, ctx.leaves, weight, allow_unused=True, retain_graph=True)
             total = [
-                part if old is None else old if part is None else old + part
-                for old, part in zip(total, parts, strict=True)
+                share if old is None else old if share is None else old + share
+                for old, share in zip(total, shares, strict=True)
             ]
-        return (None, None, None, *total)
+        return (None, None, None, *(part if part is None else _guarded(part, ctx.leaves) for part in total))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
+
+from hnkit.errors import InputError
 
 NoiseMap = Callable[[Tensor], Tensor]
 """A batch-first map `f(x) -> delta`: `x` of shape `(n, *shape)`, rows independent, differentiable."""
@@ -36,8 +40,8 @@ class Condition:
 class ConditionedMap:
     """The map `x -> f(x | c)`: a hypernetwork with one condition per row closed over.
 
-    Estimators that repeat or split rows ask it for the map of those rows through `select`, which any callable with
-    the same method may offer.
+    Estimators that repeat or split rows ask it for the map of those rows through `select(index)`; see `selects_rows`
+    for how another map offers the same.
     """
 
     hypernetwork: nn.Module
@@ -53,7 +57,63 @@ class ConditionedMap:
         return replace(self, condition=self.condition.select(index))
 
 
+def selects_rows(f: object) -> bool:
+    """Whether a map says what it is on other rows: its class has a method `select(self, index)`.
+
+    The name of the parameter belongs to the protocol: a module's own `select`, whatever it selects, is not taken for
+    it, nor is a submodule or an attribute of that name.
+    """
+    method = getattr(type(f), "select", None)
+    if not inspect.isfunction(method):
+        return False
+    _, *parameters = inspect.signature(method).parameters.values()
+    needed = [parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty]
+    return needed == ["index"]
+
+
 def select_rows(f: NoiseMap, index: Tensor) -> NoiseMap:
-    """The map of the rows `index` of the batch that `f` was made for; `f` itself if it treats all rows alike."""
-    select = getattr(f, "select", None)
-    return f if select is None else select(index)
+    """The map of the rows `index` of the batch that `f` was made for; `f` itself if it treats all rows alike.
+
+    Raises:
+        InputError: what `f.select(index)` returned cannot be called.
+    """
+    if not selects_rows(f):
+        return f
+    selected = f.select(index)  # type: ignore[attr-defined]
+    if not callable(selected):
+        raise InputError(
+            f"the map's select(index) returned {type(selected).__name__}: it must return the map of those rows"
+        )
+    inner: NoiseMap = selected
+    return inner
+
+
+def at_rows(f: NoiseMap, x: Tensor, rows: Tensor | int) -> tuple[NoiseMap, Tensor]:
+    """The map and the noise of some rows of a batch: of the indices `rows`, or of the first `rows` there are."""
+    index = rows if isinstance(rows, Tensor) else torch.arange(min(rows, x.shape[0]), device=x.device)
+    return select_rows(f, index), x[index]
+
+
+def slices(count: int, width: int) -> Iterator[slice]:
+    """Slices of at most `width` that cover `count` rows in order, for what is not a map: prompts, images, matrices."""
+    for start in range(0, count, width):
+        yield slice(start, min(start + width, count))
+
+
+def chunked(
+    f: NoiseMap, x: Tensor, width: int, rows: Tensor | None = None
+) -> Iterator[tuple[Tensor, NoiseMap, Tensor]]:
+    """The loop over the rows of a batch that do not all go through a network together.
+
+    Args:
+        f: batch-first map of the batch `x`.
+        x: `(n, *shape)`.
+        width: rows of a chunk, 1 or more.
+        rows: `(count,)` indices of the rows to visit, in order, repeats allowed; `None`: every row once.
+
+    Yields:
+        `(index, f of those rows, x[index])` of each chunk.
+    """
+    index = torch.arange(x.shape[0], device=x.device) if rows is None else rows
+    for part in torch.split(index, width):
+        yield part, *at_rows(f, x, part)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hnkit.errors import InputError, NonFiniteError
 from hnkit.internal.stats import mean_and_stderr
-from hnkit.maps import NoiseMap, select_rows
+from hnkit.maps import NoiseMap, at_rows
 
 if TYPE_CHECKING:
     from hnkit.kl.divergence import Form, Method
@@ -270,10 +270,9 @@ def optimality_gap(
             f"give (n, {', '.join(map(str, problem.noise_shape))}) with n >= 1"
         )
     kl = noise_kl(f, x, method=method, form=form, **options)
-    index = torch.arange(kl.samples, device=x.device)  # a budget may pay for the first samples only
-    used = x[index]
+    inner, used = at_rows(f, x, kl.samples)  # a budget may pay for the first samples only
     with torch.no_grad():
-        reward = problem.reward(problem.generate(used + select_rows(f, index)(used))).double()
+        reward = problem.reward(problem.generate(used + inner(used))).double()
     bad = ~torch.isfinite(reward)
     if bool(bad.any()):
         raise NonFiniteError(f"the reward of {problem.name!r} is not finite at sample {int(bad.nonzero()[0])}")

@@ -9,7 +9,6 @@ from hnkit.checks.check import (
     FAMILY,
     Check,
     Finding,
-    NotApplicable,
     Registry,
     Statement,
     confidence_radius,
@@ -20,6 +19,7 @@ from hnkit.checks.registries import checks_by_proof
 from hnkit.checks.report import Report
 from hnkit.checks.settings import VerifySettings
 from hnkit.checks.verify_map import verify_map
+from hnkit.errors import NotApplicable
 
 if TYPE_CHECKING:
     from hnkit.maps import NoiseMap

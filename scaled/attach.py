@@ -74,7 +74,7 @@ def attach(pipe: Any, adapter: str | Path) -> Any:
     twin = make_twin(base, found.spec, zero_base=family.last_layer)
     load_lora(twin, found.weights)
     steered = copy.copy(pipe)
-    steered.__class__ = _steered_class(type(pipe))
+    steered.__class__ = _steered_class(type(pipe))  # type: ignore[arg-type]
     steered._steer(family, found, twin)
     return steered
 
@@ -164,7 +164,7 @@ class SteeredPipeline:
         super().enable_sequential_cpu_offload(gpu_id, device)  # type: ignore[misc]
         from accelerate import cpu_offload
 
-        cpu_offload(self.hypernetwork.twin, self._execution_device)
+        cpu_offload(self.hypernetwork.twin, self._execution_device)  # type: ignore[attr-defined]
 
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
         """The pipeline's own method, and the same for the hypernetwork."""

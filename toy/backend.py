@@ -18,7 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from hnkit.backend import BackendBase
+from hnkit.backend import BackendBase, Reward
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write
 from hnkit.maps import Condition
@@ -105,7 +105,7 @@ class ToyBackend(BackendBase):
         self.options = options
         self.problem: TiltedProblem = PROBLEMS[options.problem]()
         self.noise_shape = self.problem.noise_shape
-        self.default_reward = ToyReward(self.problem)
+        self.default_reward: Reward | None = ToyReward(self.problem)
         self.hypernetwork: ToyHypernetwork = ToyHypernetwork(_body(options, self.noise_shape[0]))
 
     def prompts(self) -> tuple[list[str], list[str]]:

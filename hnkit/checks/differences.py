@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hnkit.checks.check import Finding, NotApplicable, mean_finding
+from hnkit.checks.check import Finding, mean_finding
+from hnkit.errors import NotApplicable
 from hnkit.jacobian import dense_jacobian
 from hnkit.maps import NoiseMap
 

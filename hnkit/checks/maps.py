@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hnkit.bounds import frobenius_bound, local_theorem7_bound, second_order_remainder_bound, theorem7_bound
-from hnkit.checks.check import Finding, NotApplicable, Registry, confidence_radius, mean_finding, worst
+from hnkit.checks.check import Finding, Registry, confidence_radius, mean_finding, worst
 from hnkit.checks.differences import explained_by_steps
-from hnkit.errors import MissingDerivativeError
+from hnkit.errors import MissingDerivativeError, NotApplicable
 from hnkit.figures.measured_map import MeasuredMap, RowStatistics
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.jacobian import RowJacobian

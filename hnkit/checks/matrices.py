@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hnkit.checks.check import Check, Finding, NotApplicable, Registry, worst
+from hnkit.checks.check import Check, Finding, Registry, worst
+from hnkit.errors import NotApplicable
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.jacobian import dense_jacobian
 from hnkit.linalg.enclosures import BallCertificate, certify_bounds

@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hnkit.checks.check import Finding, NotApplicable, confidence_radius, mean_finding, worst
+from hnkit.checks.check import Finding, confidence_radius, mean_finding, worst
 from hnkit.checks.reference_maps import contraction
+from hnkit.errors import NotApplicable
 from hnkit.internal.seeds import generator_for
 from hnkit.maps import NoiseMap
 from hnkit.tilt import GapEstimate, TiltedProblem, optimality_gap

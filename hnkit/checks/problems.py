@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hnkit.checks.check import Finding, NotApplicable, Registry, confidence_radius, mean_finding, worst
+from hnkit.checks.check import Finding, Registry, confidence_radius, mean_finding, worst
 from hnkit.checks.differences import explained_by_steps
 from hnkit.checks.measured_problem import MeasuredProblem
-from hnkit.errors import NonFiniteError
+from hnkit.errors import NonFiniteError, NotApplicable
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.jacobian import dense_jacobian
 from hnkit.kl.divergence import noise_kl

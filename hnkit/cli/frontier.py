@@ -163,7 +163,7 @@ def _estimate(value: float, stderr: float | None) -> str:
 
 
 def _table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (f"best of {entry['n']}", f"at most {entry['nats']:.3g}", _estimate(entry["gain"], entry["stderr"]), "")
         for entry in document["best_of"]
     ]

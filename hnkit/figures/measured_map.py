@@ -27,7 +27,7 @@ from hnkit.jacobian import RowJacobian, check_finite, check_map, dense_jacobian,
 from hnkit.kl.divergence import KLEstimate, Method, noise_kl
 from hnkit.lipschitz.local import LipschitzEstimate, lipschitz_lower, lipschitz_upper, local_lipschitz
 from hnkit.logdet import log_det_error
-from hnkit.maps import NoiseMap, select_rows
+from hnkit.maps import NoiseMap, at_rows, chunked
 
 DENSE_DIM = 1024
 """Above so many dimensions a map is measured by stochastic methods unless told otherwise."""
@@ -171,12 +171,7 @@ class MeasuredMap:
     def value(self) -> Tensor:
         """`f(x)`, `(n, *shape)`, in passes of bounded memory."""
         with torch.no_grad():
-            return torch.cat([select_rows(self.f, index)(self.x[index]) for index in self.passes])
-
-    @property
-    def passes(self) -> tuple[Tensor, ...]:
-        """The samples' numbers, in as many parts as go through a network together."""
-        return torch.split(torch.arange(len(self.x), device=self.x.device), self.pass_rows)
+            return torch.cat([f(x) for _, f, x in chunked(self.f, self.x, self.pass_rows)])
 
     @property
     def pass_rows(self) -> int:
@@ -185,8 +180,7 @@ class MeasuredMap:
 
     def first(self, count: int) -> tuple[NoiseMap, Tensor]:
         """The map and the noise of the first `count` samples."""
-        index = torch.arange(min(count, len(self.x)), device=self.x.device)
-        return select_rows(self.f, index), self.x[index]
+        return at_rows(self.f, self.x, count)
 
     @cached_property
     def half_square(self) -> Tensor:
@@ -217,8 +211,8 @@ class MeasuredMap:
         probes = torch.randint(0, 2, (len(self.x), self.dim), generator=self.generator("trace")).double() * 2 - 1
         probes = probes.to(self.x.device)
         traces, squares = [], []
-        for index in self.passes:
-            operator = RowJacobian(select_rows(self.f, index), self.x[index], samples=index)
+        for index, f, x in chunked(self.f, self.x, self.pass_rows):
+            operator = RowJacobian(f, x, samples=index)
             pulled = operator.vjp(probes[index])
             traces.append((pulled * probes[index]).sum(1))
             squares.append(pulled.square().sum(1))
@@ -229,11 +223,9 @@ class MeasuredMap:
         """Statistics of the dense Jacobians of the first samples; `None` in too many dimensions."""
         if self.dim > DENSE_DIM:
             return None
-        count = self._dense_count
+        samples = torch.arange(self._dense_count, device=self.x.device)
         width = max(1, 2**23 // self.dim**2)
-        parts = []
-        for index in torch.split(torch.arange(count, device=self.x.device), width):
-            parts.append(_statistics(dense_jacobian(select_rows(self.f, index), self.x[index])))
+        parts = [_statistics(dense_jacobian(f, x)) for _, f, x in chunked(self.f, self.x, width, samples)]
         names = RowStatistics.__dataclass_fields__
         return RowStatistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
@@ -260,7 +252,7 @@ class MeasuredMap:
     def lower(self) -> LipschitzEstimate:
         """The ascended Lipschitz estimate, a lower bound of the constant; the sampled one of a map without ascent."""
         start = self.norms.topk(min(len(self.x), 4)).indices
-        f, x = select_rows(self.f, start), self.x[start]
+        f, x = at_rows(self.f, self.x, start)
         try:
             return lipschitz_lower(f, x, ascent_steps=self.ascent_steps)
         except (MissingDerivativeError, NonFiniteError):  # no second derivative, or it overflows on the way up

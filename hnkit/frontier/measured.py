@@ -17,6 +17,7 @@ from hnkit.frontier.table import MethodGain, Rewards, methods_on_frontier
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.kl.divergence import Method, noise_kl
+from hnkit.maps import slices
 from hnkit.rewards import RewardSum
 
 EXACT_UP_TO = 1024
@@ -144,7 +145,8 @@ def network_on_frontier(
 def _scores(backend: BackendBase, rewards: RewardSum, prompt: str, noise: Tensor, settings: FrontierSettings) -> Tensor:
     """Rewards of the images of one prompt, float64 on the CPU."""
     parts = []
-    for part in noise.split(settings.batch):
+    for rows in slices(len(noise), settings.batch):
+        part = noise[rows]
         prompts = [prompt] * len(part)
         images = backend.generate(part, backend.encode(prompts), settings.steps)
         parts.append(rewards(images, prompts).double().cpu())

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from hnkit.errors import InputError
+
 
 def derived_seed(seed: int, purpose: str, *position: int) -> int:
     """A 63-bit seed: the first bits of SHA-256 of seed, purpose and position."""
@@ -42,3 +44,11 @@ def kept_generators() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+def check_generator(generator: object) -> None:
+    """Raise `InputError` unless it is a `torch.Generator` or `None`."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(
+            f"generator {generator!r} is {type(generator).__name__}: give torch.Generator().manual_seed(seed), or None"
+        )

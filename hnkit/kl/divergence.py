@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hnkit.errors import InputError, NotCertifiedError
+from hnkit.internal.seeds import check_generator
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.jacobian import check_batch, check_map, compile_map, reusable_graphs
 from hnkit.kl.estimate import FORMS, Form, KLEstimate
@@ -26,7 +27,7 @@ from hnkit.kl.method import (
 )
 from hnkit.kl.moments import Moments, Progress
 from hnkit.kl.plan import Plan, plan_for_budget, plan_for_error
-from hnkit.maps import NoiseMap, select_rows
+from hnkit.maps import NoiseMap, at_rows, selects_rows
 
 __all__ = ["FORMS", "METHODS", "Form", "KLEstimate", "Method", "noise_kl"]
 
@@ -92,8 +93,7 @@ def noise_kl(
     check_counts(budget=budget, chunk=chunk)
     check_fractions(rel_error=rel_error)
     check_lipschitz(lipschitz)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise InputError(f"generator {generator!r} is no torch.Generator: give torch.Generator().manual_seed(seed)")
+    check_generator(generator)
     estimator = estimator_for(method, options)
     if not isinstance(estimator, Probed) and (rel_error is not None or budget is not None):
         raise InputError(f"method {estimator.name} uses no probes: rel_error and budget go with the stochastic methods")
@@ -103,7 +103,7 @@ def noise_kl(
         raise InputError(f"xtrace with {estimator.probes} probes: it needs {estimator.least_probes} probes or more")
     check_batch(x)
     if check:
-        check_map(f, x)
+        check_map(f, x, jvp=estimator.name == "lanczos")
     if lipschitz is None and certify and estimator.name != "exact":
         lipschitz = _proved_lipschitz(f)
     run = Run(generator, lipschitz, chunk, progress)
@@ -144,8 +144,7 @@ def _probed(
         plan = plan_for_error(f, x, estimator, rel_error, run)
     elif budget is not None:
         plan = plan_for_budget(f, x, estimator, budget, run)
-    index = torch.arange(plan.samples, device=x.device)
-    moments = plan.estimator.moments(select_rows(f, index), x[index], run)
+    moments = plan.estimator.moments(*at_rows(f, x, plan.samples), run)
     return replace(moments, num_jvp=moments.num_jvp + plan.num_jvp, num_vjp=moments.num_vjp + plan.num_vjp)
 
 
@@ -163,7 +162,7 @@ def _proved_lipschitz(f: NoiseMap) -> float | None:
 
 def _injective(f: NoiseMap, sign: Tensor | None, certify: bool) -> Literal["certified", "unknown", "violated"]:
     # An injective continuous map of R^d keeps its orientation; per-row conditions make different maps of the rows.
-    if sign is not None and not hasattr(f, "select") and bool((sign > 0).any()) and bool((sign < 0).any()):
+    if sign is not None and not selects_rows(f) and bool((sign > 0).any()) and bool((sign < 0).any()):
         return "violated"
     if not certify:
         return "unknown"

@@ -20,7 +20,7 @@ from hnkit.jacobian import RowJacobian, check_finite, rows_per_pass
 from hnkit.kl.estimators import MAX_STEPS, PROBES, Probe, QuadraticForm, draw_probes
 from hnkit.kl.moments import Moments, Progress
 from hnkit.linalg.krylov import Operator
-from hnkit.maps import NoiseMap, select_rows
+from hnkit.maps import NoiseMap, chunked
 
 VARIANCE_REDUCTIONS = ("none", "xtrace")
 _Self = TypeVar("_Self", bound="Probed")
@@ -94,18 +94,17 @@ class Probed(Estimator):
         rows = torch.arange(n, device=x.device).repeat_interleave(probes)
         forms: list[QuadraticForm] = []
         values: list[tuple[Tensor, Tensor]] = []
-        num_jvp = num_vjp = 0
-        for start in range(0, rows.numel(), width):
-            index = rows[start : start + width]
-            points = x[index]
-            operator = RowJacobian(select_rows(f, index), points, samples=index)
+        num_jvp = num_vjp = done = 0
+        for index, inner, points in chunked(f, x, width, rows):
+            operator = RowJacobian(inner, points, samples=index)
             vectors = draw_probes(index.numel(), dim, self.probe, run.generator, x.device)
             forms.append(self.form(operator, vectors, run))
             values.append((operator.value.square().sum(1) / 2, (operator.value * points.flatten(1).double()).sum(1)))
             num_jvp += operator.num_jvp
             num_vjp += operator.num_vjp
+            done += index.numel()
             if run.progress is not None:
-                run.progress(start + index.numel(), rows.numel())
+                run.progress(done, rows.numel())
 
         def gather(name: str) -> Tensor:
             return torch.cat([getattr(form, name) for form in forms]).reshape(n, probes)

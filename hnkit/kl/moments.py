@@ -11,7 +11,7 @@ from torch import Tensor
 from hnkit.errors import NonFiniteError
 from hnkit.jacobian import check_finite, evaluate, fill_dense_jacobian, rows_per_pass
 from hnkit.logdet import log_det_errors_
-from hnkit.maps import NoiseMap, select_rows
+from hnkit.maps import NoiseMap, chunked, slices
 
 Progress = Callable[[int, int], None]
 
@@ -67,16 +67,14 @@ def plain_moments(f: NoiseMap, x: Tensor, chunk: int | None) -> Moments:
 
 def _values(f: NoiseMap, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
     """`|f|^2 / 2` and `x . f` of every row."""
-    n, dim = x.shape[0], x[0].numel()
-    width = chunk or rows_per_pass(dim, x.device)
+    width = chunk or rows_per_pass(x[0].numel(), x.device)
     l2, alignment = [], []
-    for start in range(0, n, width):
-        index = torch.arange(start, min(n, start + width), device=x.device)
+    for index, inner, points in chunked(f, x, width):
         with torch.no_grad():
-            value = evaluate(select_rows(f, index), x[index]).flatten(1).double()
+            value = evaluate(inner, points).flatten(1).double()
         check_finite(value, "f(x)", index)
         l2.append(value.square().sum(1) / 2)
-        alignment.append((value * x[index].flatten(1).double()).sum(1))
+        alignment.append((value * points.flatten(1).double()).sum(1))
     return torch.cat(l2), torch.cat(alignment)
 
 
@@ -99,10 +97,9 @@ def dense_moments(f: NoiseMap, x: Tensor, chunk: int | None, progress: Progress 
             progress(done, n * dim)
 
     columns: list[tuple[Tensor, ...]] = []
-    for start in range(0, n, group):
-        index = torch.arange(start, min(n, start + group), device=x.device)
+    for index, inner, points in chunked(f, x, group):
         J = matrices[: index.numel()]
-        fill_dense_jacobian(J, select_rows(f, index), x[index], chunk=chunk, samples=index, progress=report)
+        fill_dense_jacobian(J, inner, points, chunk=chunk, samples=index, progress=report)
         trace = J.diagonal(dim1=-2, dim2=-1).sum(-1)
         square, frobenius = _square_and_frobenius(J)
         error, sign = log_det_errors_(J)
@@ -121,8 +118,8 @@ def _square_and_frobenius(J: Tensor) -> tuple[Tensor, Tensor]:
     square = J.new_zeros(J.shape[0])
     frobenius = J.new_zeros(J.shape[0])
     block = max(1, _IN_PLACE_ENTRIES // (4 * J.shape[0] * J.shape[2]))
-    for start in range(0, J.shape[1], block):
-        rows = J[:, start : start + block]
-        square += (rows * J[:, :, start : start + block].mT).sum((1, 2))
+    for part in slices(J.shape[1], block):
+        rows = J[:, part]
+        square += (rows * J[:, :, part].mT).sum((1, 2))
         frobenius += rows.square().sum((1, 2))
     return square, frobenius

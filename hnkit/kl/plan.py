@@ -16,7 +16,7 @@ from torch import Tensor
 from hnkit.errors import InputError
 from hnkit.kl.method import Probed, Run
 from hnkit.kl.moments import Moments
-from hnkit.maps import NoiseMap, select_rows
+from hnkit.maps import NoiseMap, at_rows
 
 _PILOT_SAMPLES = 8
 _PILOT_PROBES = 4
@@ -44,8 +44,7 @@ class Plan:
 
 
 def _pilot(f: NoiseMap, x: Tensor, estimator: Probed, run: Run, count: int) -> Moments:
-    index = torch.arange(min(count, x.shape[0]), device=x.device)
-    return estimator.moments(select_rows(f, index), x[index], replace(run, progress=None))
+    return estimator.moments(*at_rows(f, x, count), replace(run, progress=None))
 
 
 def plan_for_error(f: NoiseMap, x: Tensor, estimator: Probed, rel_error: float, run: Run) -> Plan:
@@ -106,7 +105,7 @@ def plan_for_budget(f: NoiseMap, x: Tensor, estimator: Probed, budget: int, run:
         jvp, vjp = pilot.num_jvp, pilot.num_vjp
         rest = torch.arange(1, min(_PILOT_SAMPLES, x.shape[0], 1 + budget // (8 * (jvp + vjp))), device=x.device)
         if len(rest):
-            wider = _pilot(select_rows(f, rest), x[rest], scout, run, len(rest))
+            wider = _pilot(*at_rows(f, x, rest), scout, run, len(rest))
             jvp, vjp = jvp + wider.num_jvp, vjp + wider.num_vjp
             pilot = wider if wider.steps > pilot.steps else pilot
         cost = estimator.products(pilot, budget)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hnkit.bounds import solver_margin
+from hnkit.maps import slices
 
 _EPS = torch.finfo(torch.float64).eps
 _WORK = 2e10  # floating-point operations spent on one layer at most, before the grid of frequencies gets coarser
@@ -127,8 +128,8 @@ def _largest_on_grid(grouped: Tensor, points: Sequence[int]) -> float:
     frequencies = torch.cartesian_prod(*(axis.double() for axis in axes)).reshape(-1, len(points))
     largest = 0.0
     step = max(1, _CHUNK // (groups * out * inner))
-    for start in range(0, frequencies.shape[0], step):
-        angles = 2 * math.pi * frequencies[start : start + step] @ taps.double().T
+    for part in slices(frequencies.shape[0], step):
+        angles = 2 * math.pi * frequencies[part] @ taps.double().T
         phases = torch.polar(torch.ones_like(angles), angles).to(flat.device)
         symbol = torch.einsum("goik,fk->fgoi", flat, phases)
         gram = symbol @ symbol.mH if out <= inner else symbol.mH @ symbol

@@ -15,6 +15,8 @@ import torch
 from scipy.special import roots_legendre
 from torch import Tensor
 
+from hnkit.maps import slices
+
 # Relative length of a residual that counts as rounding: the Krylov space is exhausted.
 _EXHAUSTED = 1e-14
 # Entries of the shifted matrices that the quadrature of phi solves together.
@@ -124,7 +126,8 @@ class ArnoldiProcess:
     def vector_truncation(self) -> Tensor:
         """Estimated length of the error of `|v| Q_m phi(H_m) e_1` as a value of `phi(J^T) v`, `(rows,)`; no bound."""
         self._rest(self.steps)
-        return self._vector_rest
+        rest: Tensor = self._vector_rest
+        return rest
 
     def _rest(self, m: int) -> Tensor:
         if m not in self._rests:
@@ -305,9 +308,9 @@ def _resolvents(H: Tensor, right: Tensor, norm: float, tolerance: float) -> Iter
     """Nodes t, weights, and `(I + t H)^-1 right` of shape `(nodes, rows, m, k)`, as many nodes as memory holds."""
     nodes, weights = gauss_nodes(norm, tolerance)
     block = max(1, _QUADRATURE_ENTRIES // H.numel())
-    for start in range(0, len(nodes), block):
-        t = torch.as_tensor(nodes[start : start + block], dtype=H.dtype, device=H.device)
-        w = torch.as_tensor(weights[start : start + block], dtype=H.dtype, device=H.device)
+    for part in slices(len(nodes), block):
+        t = torch.as_tensor(nodes[part], dtype=H.dtype, device=H.device)
+        w = torch.as_tensor(weights[part], dtype=H.dtype, device=H.device)
         shifted = t[:, None, None, None] * H
         shifted.diagonal(dim1=-2, dim2=-1).add_(1)
         yield t, w, torch.linalg.solve(shifted, right.expand(t.numel(), H.shape[0], -1, -1))

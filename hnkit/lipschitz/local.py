@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from hnkit.errors import InputError, MissingDerivativeError
+from hnkit.internal.seeds import check_generator
 from hnkit.jacobian import (
     RowJacobian,
     check_batch,
+    check_map,
     dense_jacobian,
     evaluate,
     math_attention,
@@ -24,7 +26,7 @@ from hnkit.jacobian import (
 )
 from hnkit.linalg.singular import BASIS, CYCLES, FEWEST_STEPS, LocalNorms, leading_singular, unit_rows
 from hnkit.lipschitz.certify import certified_bounds
-from hnkit.maps import NoiseMap, select_rows
+from hnkit.maps import NoiseMap, at_rows, chunked
 
 RESOLVED = 2**-4
 """Relative residual up to which a local norm is given where a network's products resolve no more: 8 bfloat16 units."""
@@ -89,10 +91,9 @@ def local_norms(
         generator = torch.Generator(device="cpu").manual_seed(0)
     width = max(1, _BASIS_BYTES // (16 * dim * min(BASIS, dim)))
     parts = []
-    for start in range(0, x.shape[0], width):
-        index = torch.arange(start, min(x.shape[0], start + width), device=x.device)
+    for index, inner, points in chunked(f, x, width):
         probe = torch.randn(index.numel(), dim, generator=generator, dtype=torch.float64, device=generator.device)
-        operator = RowJacobian(select_rows(f, index), x[index], samples=index)
+        operator = RowJacobian(inner, points, samples=index)
         parts.append(leading_singular(operator, probe.to(x.device), tolerance=goal, cycles=cycles))
     return LocalNorms(
         torch.cat([part.value for part in parts]),
@@ -129,11 +130,14 @@ def local_lipschitz(
         `(n,)` float64. Their maximum is a lower bound of the Lipschitz constant, not the constant.
 
     Raises:
-        InputError: bad arguments, or a row that does not converge (its residual is named).
+        InputError: bad arguments, a map that `check_map` refuses, or a row that does not converge (its residual is
+            named).
         NonFiniteError: a product is not finite; the message names the sample.
     """
     check_batch(x)
+    check_generator(generator)
     goal = _tolerance(tolerance, x)
+    check_map(f, x, jvp=x[0].numel() > _DENSE_DIM)
     if x[0].numel() <= _DENSE_DIM:
         norms: Tensor = torch.linalg.matrix_norm(dense_jacobian(f, x), 2)
         return norms
@@ -177,20 +181,22 @@ def lipschitz_lower(
         The estimate, `kind` `"sampled"` if `ascent_steps` is 0, else `"lower"`.
 
     Raises:
-        InputError: bad arguments.
+        InputError: bad arguments, or a map that `check_map` refuses.
         MissingDerivativeError: the map's gradient cannot be differentiated again.
     """
     if ascent_steps < 0:
         raise InputError(f"ascent_steps = {ascent_steps}: give 0 for the samples alone, or a positive number")
     if starts < 1:
         raise InputError(f"starts = {starts}: at least one point must be moved")
+    check_generator(generator)
+    check_map(f, x)
     sampled = local_norms(f, x, tolerance=tolerance, generator=generator)
     value = float(sampled.value.max())
     how = f"largest |J(x)|_2 of {x.shape[0]} samples"
     if ascent_steps == 0:
         return LipschitzEstimate(value, "sampled", how)
     index = sampled.value.topk(min(starts, x.shape[0])).indices
-    ascended = _ascend(select_rows(f, index), x[index].detach(), sampled, index, ascent_steps, _tolerance(tolerance, x))
+    ascended = _ascend(*at_rows(f, x.detach(), index), sampled, index, ascent_steps, _tolerance(tolerance, x))
     how += f", then {ascent_steps} steps of gradient ascent on x from the best {index.numel()}"
     return LipschitzEstimate(max(value, ascended), "lower", how)
 

@@ -190,7 +190,8 @@ def lipschitz_maps(
         raise InputError(f"constant = {size}: give a finite Lipschitz constant of at least 0")
     kinds = ["linear", "mlp", "residual", "gradient"] + ["convolution"] * (len(sample_shape) == 3)
     kind, seed = draw(st.sampled_from(kinds)), draw(_SEEDS)
-    activation = draw(st.sampled_from([nn.Tanh, nn.SiLU, nn.GELU, nn.ReLU, _softplus]))
+    activations: list[Callable[[], nn.Module]] = [nn.Tanh, nn.SiLU, nn.GELU, nn.ReLU, _softplus]
+    activation = draw(st.sampled_from(activations))
     body = _body(kind, sample_shape, activation, seed).double().requires_grad_(False).eval()
     return Scaled(body, size / certified_bounds(body).norm * (1 - 1e-12))
 

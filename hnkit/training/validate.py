@@ -16,7 +16,7 @@ from hnkit.figures import Measurement, measure
 from hnkit.internal.files import atomic_write
 from hnkit.internal.seeds import generator_for, seed_global
 from hnkit.internal.stats import mean_and_stderr
-from hnkit.maps import NoiseMap
+from hnkit.maps import NoiseMap, slices
 from hnkit.output.images import grid_png
 from hnkit.rewards import RewardSum
 from hnkit.tilt import TiltedProblem
@@ -105,14 +105,14 @@ class Evaluator:
         shown: dict[str, list[Tensor]] = {"base": [], "steered": []}
         terms: list[Tensor] = []
         rows = max(1, settings.batch // settings.accumulate)
-        for start in range(0, count, rows):
-            part = prompts[start : start + rows]
-            outputs, kl = self._pair(noise[start : start + rows].to(self.device), part)
+        for chunk in slices(count, rows):
+            part = prompts[chunk]
+            outputs, kl = self._pair(noise[chunk].to(self.device), part)
             terms.append(kl.double().cpu())
             for kind, made in outputs.items():
                 for name, values in self._scores(made, part).items():
                     scores[kind].setdefault(name, []).append(values.double().cpu())
-                shown[kind].append(made[: max(0, _GRID_PAIRS - start)].float().cpu())
+                shown[kind].append(made[: max(0, _GRID_PAIRS - chunk.start)].float().cpu())
         table = {name: self._compare(name, scores["base"], scores["steered"]) for name in scores["base"]}
         loss = float(torch.cat(terms).mean()) - table["reward"]["steered"] / settings.alpha
         base, steered = torch.cat(shown["base"]), torch.cat(shown["steered"])

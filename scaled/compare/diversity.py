@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hnkit.errors import InputError
+from hnkit.maps import slices
 from hnkit.scaled.internal.hub import pretrained
 from hnkit.scaled.rewards.weights import load_strict, read_state_dict
 
@@ -96,7 +97,6 @@ class Lpips(nn.Module):
         """The mean over pairs."""
         above = torch.triu_indices(len(images), len(images), offset=1)
         chunks = [
-            self.distances(images[left], images[right])
-            for left, right in zip(torch.split(above[0], 64), torch.split(above[1], 64), strict=True)
+            self.distances(images[above[0, pairs]], images[above[1, pairs]]) for pairs in slices(above.shape[1], 64)
         ]
         return float(torch.cat(chunks).double().mean())

@@ -13,6 +13,7 @@ from torch import Tensor
 from hnkit.backend import Backend, completed
 from hnkit.internal.files import read_sealed, write_sealed
 from hnkit.internal.seeds import generator_for
+from hnkit.maps import slices
 from hnkit.rewards import RewardSum
 from hnkit.scaled.compare.baselines import Cost, Method, Outcome
 
@@ -118,13 +119,13 @@ def evaluate(
     cost = Cost()
     for index in range(seeds):
         noise = base_noise(backend, seed, index, len(prompts))
-        for start in range(0, len(prompts), batch):
-            part = prompts[start : start + batch]
+        for chunk in slices(len(prompts), batch):
+            part, start = prompts[chunk], chunk.start
             path = folder / f"{name}-steps{steps}-seed{index}-from{start}.json"
             found = _read(path, part)
             if found is None:
                 generator = generator_for(seed, f"compare {name}", index, start)
-                x = noise[start : start + batch].to(device)
+                x = noise[chunk].to(device)
                 outcome = method(backend, part, x, steps=steps, generator=generator)
                 document = _document(outcome, part, index, backend, scorer)
                 write_sealed(path, document)

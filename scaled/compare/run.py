@@ -28,7 +28,7 @@ from hnkit.internal.files import (
 from hnkit.internal.folders import run_lock
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr
-from hnkit.maps import ConditionedMap
+from hnkit.maps import ConditionedMap, slices
 from hnkit.output.terminal import Steps, steps
 from hnkit.prompts import require_disjoint
 from hnkit.rewards import CallableReward, load_rewards
@@ -261,8 +261,8 @@ class _Session:
         # the baselines climb what training maximises: the weighted sum, at weight one
         self.reward: Reward = CallableReward("reward", 1.0, rewards)
         self.networks: dict[str, Network] = {}
-        for start in range(0, len(settings.prompts), self.plan.batch):
-            self.base.encode(settings.prompts[start : start + self.plan.batch])
+        for chunk in slices(len(settings.prompts), self.plan.batch):
+            self.base.encode(settings.prompts[chunk])
 
     def run(self, folder: Path) -> dict[str, Any]:
         """All parts, then the report, in the run's folder."""
@@ -474,9 +474,8 @@ class _Session:
 
     def _images(self, method: Method, backend: Backend, prompts: Sequence[str], noise: Tensor) -> Tensor:
         shown = []
-        for start in range(0, len(prompts), self.plan.batch):
-            rows = slice(start, start + self.plan.batch)
-            generator = generator_for(self.plan.seed, f"compare images {method.name}", start)
+        for rows in slices(len(prompts), self.plan.batch):
+            generator = generator_for(self.plan.seed, f"compare images {method.name}", rows.start)
             outcome = method(backend, prompts[rows], noise[rows].to(self.device), steps=1, generator=generator)
             shown.append(outcome.images.float().cpu())
         return torch.cat(shown)

@@ -64,7 +64,7 @@ class DigitsBackend(PipelineBackend):
         return list(train_prompts()), list(eval_prompts())
 
     @cached_property
-    def default_reward(self) -> Reward:
+    def default_reward(self) -> Reward:  # type: ignore[override]
         """The bundled contrastive scorer."""
         from hnkit.scaled.digits.rewards import scorer
 

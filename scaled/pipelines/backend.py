@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class PipelineBackend(BackendBase):
         self.hypernetwork = self._install(spec)
 
     @property
-    def max_steps(self) -> int:
+    def max_steps(self) -> int:  # type: ignore[override]
         """The most sampler steps that the pipeline's scheduler takes."""
         return self.family.max_steps
 
@@ -190,8 +190,7 @@ class PipelineBackend(BackendBase):
 
     @property
     def _twin(self) -> nn.Module:
-        twin: nn.Module = self.hypernetwork.twin
-        return twin
+        return cast(nn.Module, self.hypernetwork.twin)
 
     def _adapter(self) -> Adapter:
         zero_base = self.family.last_layer if self.objective == "hypernoise" else None

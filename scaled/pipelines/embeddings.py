@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hnkit.internal.files import atomic_write
+from hnkit.maps import slices
 
 Encoder = Callable[[Sequence[str]], Mapping[str, Tensor]]
 Row = dict[str, Tensor]
@@ -62,8 +63,8 @@ class EmbeddingCache:
         """Encode the prompts that are not stored yet, and write them if there is a folder."""
         known = self._files if self._folder is not None else self._rows
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-        for start in range(0, len(missing), _SHARD):
-            chunk = missing[start : start + _SHARD]
+        for part in slices(len(missing), _SHARD):
+            chunk = missing[part]
             rows = self._compute(chunk)
             if self._folder is not None:
                 self._write(self._folder, chunk, rows)

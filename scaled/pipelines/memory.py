@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ def compile_checked(hypernetwork: nn.Module, backend: str, noise: Tensor, condit
     try:
         eager = measure()
         try:
-            hypernetwork.twin.compile(backend=backend)
+            cast(nn.Module, hypernetwork.twin).compile(backend=backend)
             compiled = measure()
         except Exception as error:  # whatever goes wrong in a compiler, its user can switch it off
             raise InputError(f"backend.compile {backend!r} failed: {reason_of(error)}; set it to no") from error

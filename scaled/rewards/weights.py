@@ -68,7 +68,8 @@ def architecture(weights: Path, published: Config, *, what: str) -> Config:
         document = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if not isinstance(document, dict) or document.get("model_type") != published.model_type:
             return published
-        return type(published).from_dict(document)
+        described: Config = type(published).from_dict(document)
+        return described
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StrictDataclassError) as error:
         raise InputError(f"{what}: {file} cannot be read ({reason_of(error)}): mend it, or leave it out") from error
 

@@ -223,7 +223,7 @@ def functions():
     return sorted(found | {("hnkit.kl.estimators", "arnoldi"), ("hnkit.kl.moments", "dense_moments")})
 
 
-NO_FIGURES = {"generator_for", "rows_per_pass", "select_rows", "check_map", "check_finite"}
+NO_FIGURES = {"generator_for", "rows_per_pass", "chunked", "check_map", "check_finite"}
 METHODS = [
     (jacobian.RowJacobian, "jvp"), (jacobian.RowJacobian, "vjp"), (loss.NoiseLoss, "__call__"),
     *((LinearGaussian, name) for name, value in vars(hnkit.tilt.TiltedProblem).items()
