@@ -49,6 +49,4 @@ def kept_generators() -> Iterator[None]:
 def check_generator(generator: object) -> None:
     """Raise `InputError` unless it is a `torch.Generator` or `None`."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise InputError(
-            f"generator {generator!r} is {type(generator).__name__}: give torch.Generator().manual_seed(seed), or None"
-        )
+        raise InputError(f"generator {generator!r} is no torch.Generator: give torch.Generator().manual_seed(seed)")
