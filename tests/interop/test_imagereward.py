@@ -15,18 +15,19 @@ bbe3ab4, `rewards/utils.py` 16-70), each found by its published name: here in a 
 
 from __future__ import annotations
 
-import json
-import os
+import io
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+from hnkit.config import resolve_config
 from hnkit.scaled.rewards import blip, clip
+from hnkit.training.run import train
 from tests.interop.published import write_bert_tokenizer, write_clip, write_hpsv2, write_imagereward
 from tests.scaled import tiny
 
@@ -61,22 +62,20 @@ def hub(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "name", ["sana", pytest.param("sd-turbo", marks=pytest.mark.slow), pytest.param("flux", marks=pytest.mark.slow)]
 )
-def test_the_default_preset_starts_with_the_published_files(name, hub, checkpoint, tmp_path):
+def test_the_default_preset_starts_with_the_published_files(name, hub, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "prompts.txt").write_text("a red cat\ntwo dogs\na cat and two dogs\n")
-    options = {"rank": 4, "size": tiny.SIZES[name], "device": "cpu", "cache_dir": ""}  # dtype: the preset's bfloat16
+    options = tiny.options(name, checkpoint(name))
     settings = {"steps": 2, "batch": 2, "accumulate": 1, "measure_samples": 2, "validate_samples": 2}
-    flags = [f"backend.{key}={value}" for key, value in ({"model_id": checkpoint(name)} | options).items()]
+    flags = [f"backend.{key}={value}" for key, value in options.items()]
     flags += [f"train.{key}={value}" for key, value in ({"prompts": tmp_path / "prompts.txt"} | settings).items()]
-    command = [sys.executable, "-m", "hnkit", "train", "--backend", name, "--out", str(tmp_path / "run"), "--json"]
-    done = subprocess.run(
-        [*command, *(part for flag in flags for part in ("--set", flag))],
-        env=os.environ | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    named = {"hpsv2", "imagereward", "pickscore", "clipscore"}
-    found = [key for key in steps[0] if any(reward in key for reward in named)] or [str(steps[0])]
-    assert all(any(reward in key for key in found) for reward in named), found
+    config = resolve_config(backend=name, overrides=flags)
+    named = {"hpsv2": 5.0, "imagereward": 1.0, "pickscore": 0.05, "clipscore": 0.01}
+    assert {reward: spec.weight for reward, spec in config.rewards.items()} == named
+    result = train(config, out=tmp_path / "run", console=Console(file=io.StringIO()))
+    assert result.finished
+    assert named.keys() <= result.report["validation"]["scores"].keys()
+    assert result.report["measurement"]["kl"] is not None
     (weights,) = (tmp_path / "run" / "adapter").glob("*.safetensors")
     assert any(float(value.abs().max()) > 0 for key, value in load_file(weights).items() if "lora_B" in key)
