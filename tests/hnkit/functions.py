@@ -1,8 +1,9 @@
-"""Tensors, and functions of which torch can compute some derivatives only, for the tests."""
+"""Tensors, functions of which torch can compute some derivatives only, and a small network, for the tests."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -59,3 +60,52 @@ class Once(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, tangent):
         return tangent * ctx.saved_tensors[0].cos()
+
+
+SHAPE = (2, 3, 3)
+DIM = 18
+
+
+class Attention(nn.Module):
+    """Attention, layer normalisation and a convolution: what real hypernetworks are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.mix = nn.Linear(4, 12)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.conv(x).flatten(2).mT
+        q, k, v = self.mix(nn.functional.layer_norm(tokens, (4,))).chunk(3, -1)
+        mixed = nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return 0.3 * self.out(tokens + mixed).mT.reshape(x.shape)
+
+
+def attention() -> nn.Module:
+    return Attention().double().eval()
+
+
+def points(n: int = 5, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return noise(n, *shape, seed=seed)
+
+
+SHEAR = torch.tensor([[1.0, 2.0, 0.0], [0.0, -1.0, 3.0], [0.5, 0.0, 1.0]], dtype=torch.float64)
+
+
+def rows(n: int = 4, d: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
+    return noise(n, d).to(dtype)
+
+
+class Slopes:
+    """`f(x) = s x` with a slope of its own for each row."""
+
+    def __init__(self, slopes: Tensor) -> None:
+        self.slopes = slopes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.slopes[:, None] * x
+
+    def select(self, index: Tensor) -> Slopes:
+        return Slopes(self.slopes[index])

@@ -9,19 +9,7 @@ from torch import Tensor, nn
 from hnkit import InputError, NoiseLoss, dense_jacobian, noise_kl
 from hnkit.jacobian import check_map
 from hnkit.maps import Condition, ConditionedMap, at_rows, chunked, select_rows, selects_rows, slices
-
-
-class Slopes:
-    """`f(x) = s x` with a slope of its own for each row."""
-
-    def __init__(self, slopes: Tensor) -> None:
-        self.slopes = slopes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.slopes[:, None] * x
-
-    def select(self, index: Tensor) -> Slopes:
-        return Slopes(self.slopes[index])
+from tests.hnkit.functions import Slopes
 
 
 class Scaled(nn.Module):

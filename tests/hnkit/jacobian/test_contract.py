@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from hnkit import InputError, NoiseLoss, NonFiniteError, RowJacobian, lipschitz_lower, local_lipschitz, noise_kl
 from hnkit.jacobian import Acquaintances, check_for_loss, check_map
 from hnkit.maps import Condition, ConditionedMap
-from tests.hnkit.functions import NoForwardMode, Once
+from tests.hnkit.functions import NoForwardMode, Once, attention
+from tests.hnkit.functions import points as images
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 D = 12
@@ -538,3 +539,96 @@ def test_local_norms_of_a_map_with_wrong_products_are_refused(name: str) -> None
     if name != "an energy without create_graph" and "energy" not in name:
         with pytest.raises(InputError, match="disagree"):
             local_lipschitz(f, wide)
+
+
+class Position:
+    def __init__(self) -> None:
+        self.shift = torch.arange(8.0, dtype=torch.float64)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 0.1 * x + self.shift[: x.shape[0], None]
+
+
+BAD_MAPS = [
+    (lambda x: x[:, :1], "shape"),
+    (lambda x: x.sum(), "shape"),
+    (lambda x: (x > 0).int(), "int32"),
+    (lambda x: [x], "list"),
+    (lambda x: x.detach() * 2, "no gradient"),
+    (lambda x: torch.as_tensor(x.detach().numpy() ** 2), "no gradient"),
+    (lambda x: x - x.mean(0), "couples rows"),
+    (lambda x: 0.5 * x + x.flip(0) * 0.01, "couples rows"),
+    (nn.BatchNorm1d(4).double().train(), "couples rows"),
+    (nn.Dropout(0.5).train(), "dropout"),
+    (Position(), "position"),
+    (lambda x: x @ torch.zeros(5, 5, dtype=x.dtype), "failed on input"),
+    (lambda x: 1 / 0, "ZeroDivisionError"),
+    ("f", "str"),
+]
+
+
+@pytest.mark.parametrize(("f", "words"), BAD_MAPS)
+def test_check_map_refuses(f, words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        check_map(f, points(6, d=4))
+    assert "\n" not in str(caught.value)
+
+
+def test_check_map_sees_coupling_behind_a_single_row() -> None:
+    with pytest.raises(InputError, match="couples rows"):
+        check_map(lambda x: x - x.mean(0), points(1, d=4))
+    check_map(attention(), images(1))
+
+
+def test_check_map_sees_a_derivative_that_is_not_finite() -> None:
+    with pytest.raises(NonFiniteError, match="vector-Jacobian product is not finite at sample 0"):
+        check_map(lambda x: (x - x.detach()).abs().sqrt(), points(3, d=4))
+
+
+class Drifting:
+    """A map that moves by a step at each call."""
+
+    def __init__(self, step):
+        self.step, self.calls = step, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return x + self.calls * self.step
+
+
+@pytest.mark.parametrize("step", [0.1, -0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_map_that_drifts_either_way_is_refused(step, dtype):
+    with pytest.raises(InputError, match="different values for the same x"):
+        check_map(Drifting(step), points(dtype=dtype, d=3))
+
+
+@pytest.mark.parametrize(("dtype", "rounding", "coupling"), [(torch.float32, 1e-5, 0.1), (torch.float64, 1e-13, 1e-6)])
+def test_rows_may_be_coupled_by_rounding_and_no_more(dtype, rounding, coupling):
+    x = points(dtype=dtype, d=3)
+    check_map(lambda x: x + rounding * x.mean(0), x)
+    with pytest.raises(InputError, match="couples rows"):
+        check_map(lambda x: x + coupling * x.mean(0), x)
+
+
+def test_rows_coupled_through_what_a_constant_shift_leaves_alone_are_seen():
+    with pytest.raises(InputError, match="couples rows"):
+        check_map(lambda x: x + 0.1 * nn.functional.layer_norm(x, (3,)).mean(0), points(d=3))
+
+
+def test_a_derivative_that_overflows_is_refused():
+    with pytest.raises(NonFiniteError, match="vector-Jacobian product is not finite at sample 0"):
+        check_map(lambda x: x + (x - x.detach()) * 1e30 * 1e30, points(dtype=torch.float32, d=3))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(ValueError("what went wrong\nand where"), "ValueError: what went wrong$"),
+                         (AssertionError(), "AssertionError: AssertionError$")]
+)  # fmt: skip
+def test_the_first_line_of_what_a_map_raises_is_told(error, words):
+    def f(x):
+        raise error
+
+    with pytest.raises(InputError, match=words) as caught:
+        check_map(f, points(d=3))
+    assert caught.value.__cause__ is error
