@@ -37,6 +37,7 @@ class ImageReward(nn.Module):
         self.name, self.weight = "imagereward", weight
         self.vision, self.text, self.mlp = (part.eval().requires_grad_(False).float() for part in (vision, text, mlp))
         self._tokens = Tokens(tokenizer, min(35, int(text.config.max_position_embeddings)))
+        self._tokens.require_fit(self.name, text.config.vocab_size)
         self._size = int(vision.config.image_size)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -46,7 +46,10 @@ class ClipReward(nn.Module):
         super().__init__()
         self.name, self.weight, self._scaled = name, weight, scaled
         self.model = model.eval().requires_grad_(False).float()
-        self._tokens = Tokens(tokenizer, min(77, int(model.config.text_config.max_position_embeddings)), clean)
+        text = model.config.text_config
+        self._tokens = Tokens(tokenizer, min(77, int(text.max_position_embeddings)), clean)
+        # 2 stands in configurations of old, and means the token of the largest number
+        self._tokens.require_fit(name, text.vocab_size, None if text.eos_token_id == 2 else text.eos_token_id)
         self._size = int(model.config.vision_config.image_size)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

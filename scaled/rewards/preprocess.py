@@ -37,6 +37,28 @@ class Tokens:
     length: int
     clean: Callable[[str], str] = str
 
+    def require_fit(self, name: str, vocabulary: int, end: int | None = None) -> None:
+        """Refuse a tokenizer that is not the model's, with which scores would be wrong without a word, or fail later.
+
+        Args:
+            name: of the reward, for the message.
+            vocabulary: tokens that the model has embeddings of.
+            end: the token at which the model reads a prompt's embedding; `None` if it reads it elsewhere.
+
+        Raises:
+            InputError: the tokenizer has more tokens, another end, or no token to pad with.
+        """
+        largest = max(self.tokenizer.get_vocab().values(), default=-1)
+        if largest >= vocabulary:
+            fault = f"numbers its tokens up to {largest}, and the model knows {vocabulary}"
+        elif end is not None and self.tokenizer.eos_token_id != end:
+            fault = f"ends prompts with token {self.tokenizer.eos_token_id}, and the model reads token {end}"
+        elif self.tokenizer.pad_token_id is None:
+            fault = "has no token to pad with"
+        else:
+            return
+        raise InputError(f"reward {name!r}: its tokenizer {fault}: give the model's own as tokenizer_id")
+
     def __call__(self, prompts: Sequence[str], images: Tensor) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, each `(n, length)`, on the device of the images."""
         texts = [self.clean(prompt) for prompt in prompts]

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertTokenizerFast, CLIPModel, CLIPTokenizerFast
+from transformers import BertTokenizerFast, CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from hnkit import InputError
 from hnkit.backend import Reward, load_installed
 from hnkit.scaled.rewards import Redness, blip, clip
-from hnkit.scaled.rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess
+from hnkit.scaled.rewards.preprocess import CLIP_MEAN, CLIP_STD, Tokens, preprocess
 from hnkit.scaled.rewards.weights import architecture, read_state_dict
 from tests.interop.published import (
     CONTEXT,
@@ -164,6 +164,31 @@ def test_weights_of_another_size_need_their_configuration(imagereward_folder):
     assert architecture(folder / blip.FILE, published, what="reward") is published
     with torch.device("meta"), pytest.raises(InputError, match="weights are"):
         load()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": VOCAB - 1}, f"up to {VOCAB - 1}, and the model knows {VOCAB - 1}"),
+        ({"eos_token_id": 7}, f"ends prompts with token {VOCAB - 1}, and the model reads token 7"),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, change, message):
+    folder = write_clip_tokenizer(tmp_path / "clip")
+    config = clip_config().to_dict()
+    config["text_config"] |= change
+    CLIPModel(CLIPConfig.from_dict(config)).save_pretrained(folder)
+    for build in (clip.clipscore, clip.pickscore):
+        with pytest.raises(InputError, match=message):
+            build(model_id=str(folder))
+
+
+def test_a_tokenizer_without_padding_is_refused(tmp_path, imagereward_folder):
+    folder, _, _ = imagereward_folder
+    tokenizer = BertTokenizerFast.from_pretrained(folder / "bert")
+    tokenizer.pad_token = None
+    with pytest.raises(InputError, match="no token to pad with"):
+        Tokens(tokenizer, 8).require_fit("imagereward", VOCAB)
 
 
 def test_redness_is_the_papers():
