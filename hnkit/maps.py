@@ -117,3 +117,14 @@ def chunked(
     index = torch.arange(x.shape[0], device=x.device) if rows is None else rows
     for part in torch.split(index, width):
         yield part, *at_rows(f, x, part)
+
+
+def working_type(f: NoiseMap, x: Tensor) -> torch.dtype:
+    """The coarsest floating-point type that a map computes in: of `x`, or of weights that the map shows it has.
+
+    A network in bfloat16 may well return float32, and its values and products still carry bfloat16's rounding.
+    """
+    module = f.hypernetwork if isinstance(f, ConditionedMap) else f
+    weights = module.parameters() if isinstance(module, nn.Module) else iter(())
+    types = {x.dtype, *(parameter.dtype for parameter in weights if parameter.is_floating_point())}
+    return max(types, key=lambda kind: torch.finfo(kind).eps)

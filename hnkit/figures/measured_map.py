@@ -27,7 +27,7 @@ from hnkit.jacobian import RowJacobian, check_finite, check_map, dense_jacobian,
 from hnkit.kl.divergence import KLEstimate, Method, noise_kl
 from hnkit.lipschitz.local import LipschitzEstimate, lipschitz_lower, lipschitz_upper, local_lipschitz
 from hnkit.logdet import log_det_error
-from hnkit.maps import NoiseMap, at_rows, chunked
+from hnkit.maps import NoiseMap, at_rows, chunked, working_type
 
 DENSE_DIM = 1024
 """Above so many dimensions a map is measured by stochastic methods unless told otherwise."""
@@ -113,7 +113,7 @@ class MeasuredMap:
     @property
     def resolution(self) -> float:
         """Relative rounding error that is allowed for, by the type that the map computes in."""
-        return {torch.float64: 1e-9, torch.float32: 1e-4}.get(self.value.dtype, 2e-2)
+        return {torch.float64: 1e-9, torch.float32: 1e-4}.get(working_type(self.f, self.value), 2e-2)
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator for one purpose, a function of the seed alone."""

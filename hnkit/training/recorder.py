@@ -99,6 +99,7 @@ class Recorder:
                     measurement = self.evaluator.measure()
                 except InputError as error:  # a network that cannot be measured now is no reason to lose the run
                     self.session.view.say(f"step {step}: not measured: {error}")
+                    entries.append({"step": step, "not_measured": str(error)})
                 else:
                     entries += [{"step": step, "measurement": measurement.to_json()}] if measurement else []
             if validate:

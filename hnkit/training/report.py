@@ -146,6 +146,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
     """
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     measurement = next((r["measurement"] for r in reversed(records) if r.get("measurement")), None)
+    latest = next((r for r in reversed(records) if r.get("measurement") or "not_measured" in r), {})
     validation = next((r["validation"] for r in reversed(records) if "validation" in r), None)
     problem = evaluator.problem
     law = None
@@ -160,6 +161,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
         "rewards": {reward.name: reward.weight for reward in evaluator.rewards.rewards},
         "temperature": _temperature(config, evaluator),
         "measurement": measurement,
+        "not_measured": latest.get("not_measured"),
         "validation": validation,
         "closed_form": None if law is None else {"affine": law.affine, "nats": law.nats, "targets": law.targets},
         "config": config.to_dict(),
@@ -216,6 +218,7 @@ def model_card(config: RunConfig, evaluator: Evaluator, report: Mapping[str, Any
         f"- {report['temperature']}",
     ]
     lines += [f"- {name}: {value}" for name, value, _ in _figures(report["measurement"])]
+    lines += [f"- {_unmeasured(report)}"] if report.get("not_measured") else []
     options = {key: value for key, value in config.to_dict()["backend"].items() if key != "name"}
     arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
     usage = evaluator.backend.usage
@@ -282,6 +285,12 @@ def _figures(measurement: Mapping[str, Any] | None) -> list[tuple[str, str, str]
     return rows
 
 
+def _unmeasured(report: Mapping[str, Any]) -> str:
+    """Why there is no KL of the finished network, where that is so."""
+    earlier = "; the figures are those of an earlier step" if report["measurement"] is not None else ""
+    return f"KL and L2 term were not measured at the end: {report['not_measured']}{earlier}"
+
+
 def _known(value: float | None) -> float:
     """NaN for a figure that is not known; a standard error of 0 is known."""
     return math.nan if value is None else value
@@ -303,8 +312,11 @@ def _lead(report: Mapping[str, Any]) -> str:
 def _sections(report: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Section]:
     sections = []
     figures = _figures(report["measurement"])
-    if figures:
-        sections.append(Section("How close L2 stays", (Table(("figure", "value", ""), tuple(figures)),)))
+    blocks: list[Block] = [Table(("figure", "value", ""), tuple(figures))] if figures else []
+    if report.get("not_measured"):
+        blocks.append(Text(_unmeasured(report)))
+    if blocks:
+        sections.append(Section("How close L2 stays", tuple(blocks)))
     if report["closed_form"]:
         sections.append(Section("What was learned", _closed_form_blocks(report)))
     if report["validation"]:

@@ -323,6 +323,12 @@ def test_pickled_adapters_are_not_read(bomb, model, tmp_path):
     with pytest.raises(InputError):
         backend.load_adapter(tmp_path / "a")
     weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(InputError, match="checksum does not match"):
+        backend.load_adapter(tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    document = json.loads(config.read_text())
+    del document["hnkit"]  # as the paper's trainer writes it: nothing but the pickle stands for the weights
+    config.write_text(json.dumps(document))
     with pytest.raises(InputError, match="holds more than tensors"):
         backend.load_adapter(tmp_path / "a")
     assert not bomb[1].exists()

@@ -37,7 +37,7 @@ SMALL = [
 def overrides(checkpoint, tmp_path_factory):
     prompts = tmp_path_factory.mktemp("prompts") / "train.txt"
     prompts.write_text("a tree\na boat\na lamp\na green frog\n")
-    options = tiny.options("sana", checkpoint("sana"))
+    options = tiny.options("sana", checkpoint("sana"), dtype="bfloat16")  # as every real model is by default
     # the paper's reward ensemble is the preset: the table [rewards] is replaced by redness alone
     return [*SMALL, f"train.prompts={prompts}", *(f"backend.{key}={value}" for key, value in options.items())]
 
