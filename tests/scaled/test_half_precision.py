@@ -10,10 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from hnkit.checks.subjects import Subject
 from hnkit.config import resolve_config
 from hnkit.errors import InputError
 from hnkit.figures import measure
+from hnkit.figures.measured_map import MeasuredMap
 from hnkit.kl.divergence import noise_kl
 from hnkit.maps import ConditionedMap, working_type
 from hnkit.training.run import train
@@ -70,7 +70,7 @@ def test_a_run_ends_with_kl_l2_and_their_gap(name, finished):
     page, card = (folder / "report.html").read_text(), (folder / "adapter" / "README.md").read_text()
     assert "How close L2 stays" in page
     assert "the products of the network resolve no more" in page
-    assert "- KL: " in card
+    assert "- KL (Stein form): " in card
     assert "- L2 term: " in card
 
 
@@ -85,8 +85,8 @@ def test_the_figures_are_those_of_the_same_weights_in_float32(name, make_backend
         probes = torch.Generator().manual_seed(0)
         found[dtype] = measure(f, noise_for(backend, 4), method="arnoldi", generator=probes, rel_error=0.5)
     half, whole = found["bfloat16"], found["float32"]
-    assert half.kl == pytest.approx(whole.kl, rel=0.02)
-    assert half.l2 == pytest.approx(whole.l2, rel=0.02)
+    assert half.kl.value == pytest.approx(whole.kl.value, rel=0.02)
+    assert half.l2.value == pytest.approx(whole.l2.value, rel=0.02)
     assert half.local_norm["max"] == pytest.approx(whole.local_norm["max"], rel=0.03)
     assert half.local_norm_note
     assert not whole.local_norm_note
@@ -100,7 +100,7 @@ def test_the_checks_take_norms_at_the_networks_resolution(make_backend):
         f = ConditionedMap(each.hypernetwork, each.encode(tiny.PROMPTS[:2]))
         x = noise_for(each, 2)
         assert working_type(f, x) == (torch.bfloat16 if each is backend else torch.float32)
-        norms.append(Subject("sana", f, x).norms)
+        norms.append(MeasuredMap("sana", f, x).norms)
     torch.testing.assert_close(norms[0], norms[1], rtol=0.03, atol=0)
 
 
@@ -128,9 +128,9 @@ def test_a_side_figure_that_fails_leaves_the_kl(monkeypatch, make_backend):
     def refuse(*_, **__):
         raise InputError("the local norm at sample 3 is not to be had")
 
-    monkeypatch.setattr("hnkit.figures.local_norms", refuse)
+    monkeypatch.setattr("hnkit.figures.measurement.local_norms", refuse)
     found = measure(f, x, method="auto", generator=torch.Generator().manual_seed(0))
-    assert found.kl == pytest.approx(noise_kl(f, x, method="exact").value)
+    assert found.kl.value == pytest.approx(noise_kl(f, x, method="exact").value)
     assert found.local_norm_note == "no local norms: the local norm at sample 3 is not to be had"
     assert set(json.loads(json.dumps(found.to_json(), allow_nan=False))["local_norm"].values()) == {None}
 
