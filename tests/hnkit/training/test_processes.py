@@ -1,0 +1,162 @@
+"""Several processes of one run: started alike or refused, one run on a machine without GPU, a stopped one noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from hnkit import InputError
+from hnkit.training import processes
+
+ROOT = Path(__file__).parents[3]
+
+SCRIPT = """
+import json, os, signal, sys, time
+from pathlib import Path
+import torch
+import hnkit.training.processes as processes
+import hnkit.training.session as session
+from datetime import timedelta
+from hnkit import InputError
+from hnkit.config import RunConfig, TrainConfig
+from hnkit.training.run import train
+from tests.hnkit.fake_backend import FakeFactory, Options
+
+torch.set_num_threads(1)
+processes._SILENCE, processes._BEAT = timedelta(seconds=4), 0.2
+factory = FakeFactory()
+session.backend_factory = lambda name: factory
+work = Path(sys.argv[1])
+
+def settings(**changes):
+    return TrainConfig(**{"steps": 6, "batch": 4, "measure_samples": 8, "validate_samples": 4, "lr": 0.05} | changes)
+
+def attempt(out, config, options=Options()):
+    try:
+        result = train(RunConfig("fake", options, config), out=out)
+        return f"finished {result.step}" if result.finished else f"stopped {result.step}"
+    except InputError as error:
+        return str(error)
+
+def different(rank):
+    return attempt(work / "different", settings(lr=0.05 + rank))
+
+def automatic(rank):
+    return attempt(work / f"automatic-{rank}", settings(), Options(device="auto"))
+
+def stopped(rank):
+    def fault(call, scores):
+        if call == 4 and rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return scores
+    factory.prepare_backend = lambda backend: setattr(backend.default_reward, "fault", fault)
+    return attempt(work / "stopped", settings(accumulate=2))
+
+def raising(rank):
+    def fault(call, scores):
+        if call == 4 and rank == 1:
+            raise ValueError("of process 1")
+        return scores
+    factory.prepare_backend = lambda backend: setattr(backend.default_reward, "fault", fault)
+    return attempt(work / "raising", settings())
+
+def two(name, port):
+    children, codes = {}, {}
+    for rank in (0, 1):
+        child = os.fork()
+        if not child:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
+            said = globals()[name](rank)
+            (work / f"{name}-{rank}.json").write_text(json.dumps(said))
+            os._exit(0)
+        children[child] = rank
+    while len(codes) < 2:
+        child, status = os.wait()
+        codes[children[child]] = os.waitstatus_to_exitcode(status)
+        if name == "stopped" and len(codes) == 1:
+            for other in set(children) - {child}:
+                os.kill(other, signal.SIGKILL)
+    (work / f"{name}-codes.json").write_text(json.dumps(codes))
+
+for name, port in zip(sys.argv[2::2], sys.argv[3::2]):
+    two(name, port)
+"""
+
+
+SCENARIOS = ("different", "automatic", "raising", "stopped")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """All scenarios on two ranks each, forked from one process that has imported everything."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-c", SCRIPT, str(folder)]
+    for name in SCENARIOS:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            command += [name, str(free.getsockname()[1])]
+    environment = os.environ | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2",
+    }  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+def ended(work: Path, name: str) -> tuple[list[str | None], list[int]]:
+    """What each rank said, if it came to that, and how each ended."""
+    files = [work / f"{name}-{rank}.json" for rank in (0, 1)]
+    codes = json.loads((work / f"{name}-codes.json").read_text())
+    return [json.loads(file.read_text()) if file.exists() else None for file in files], [codes["0"], codes["1"]]
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return [path.name for path in (folder / "checkpoints").iterdir()]
+
+
+def test_ranks_with_different_settings_are_refused_by_all(work):
+    said, _ = ended(work, "different")
+    for line in said:
+        assert line is not None
+        assert "process 1 has train.lr = 1.05 where process 0 has 0.05" in line
+    assert not (work / "different").exists()
+
+
+def test_device_auto_without_a_gpu_is_one_run_not_two(work):
+    assert ended(work, "automatic")[0] == ["finished 6", "finished 6"]
+    assert (work / "automatic-0" / "report.json").exists()
+    assert not (work / "automatic-1").exists()
+
+
+def test_a_rank_whose_reward_raises_ends_both_and_loses_no_step(work):
+    said, codes = ended(work, "raising")
+    assert codes[1] == 0
+    assert said[1] is not None
+    assert "reward 'brightness' raised ValueError: of process 1" in said[1]
+    assert checkpoints(work / "raising") == ["step-00000003"]
+
+
+def test_a_stopped_rank_is_noticed_and_the_main_process_leaves_a_checkpoint(work):
+    """With the silence that is borne cut from 45 to 4 seconds. Rank 1 stops in its second micro-batch of step 2."""
+    said, codes = ended(work, "stopped")
+    assert codes == [2, -signal.SIGKILL]
+    assert said == [None, None]
+    assert "another process has not been heard of" in (work / "stderr").read_text()
+    assert checkpoints(work / "stopped") == ["step-00000001"]
+
+
+def test_processes_that_cannot_find_each_other_are_refused(monkeypatch):
+    """As where accelerate starts no process group: N independent runs would follow."""
+    monkeypatch.setattr(processes, "PartialState", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="3 processes were started"):
+        processes.Processes("auto")
