@@ -31,6 +31,7 @@ from hnkit.training.session import _chosen_prompts
 from tests.hnkit.fake_backend import FakeBackend, FakeFactory
 from tests.hnkit.training.training_runs import (
     fake_config,
+    interrupt_after,
     outcome,
     records,
     resume,
@@ -68,18 +69,6 @@ def test_each_loss_learns_its_own_law(tmp_path, kl, nats, tolerance):
 
 
 # --- resuming --------------------------------------------------------------------------------------------------
-
-
-def interrupt_after(monkeypatch, step: int, signum: int) -> None:
-    update = hnkit.training.session.Session.update
-
-    def interrupted(session, sums):
-        record = update(session, sums)
-        if session.step == step:
-            os.kill(os.getpid(), signum)
-        return record
-
-    monkeypatch.setattr(hnkit.training.session.Session, "update", interrupted)
 
 
 VARIANTS = [

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+import hnkit.training.session
 from hnkit.config import RewardSpec, RunConfig, TrainConfig, resolve_config
 from hnkit.training.run import TrainResult, train
 from tests.hnkit.fake_backend import FakeFactory
@@ -62,3 +65,16 @@ def fake_config(
     defaults = {"steps": 6, "batch": 4, "measure_samples": 8, "validate_samples": 4, "lr": 0.05}
     tables = [{name: RewardSpec(weight) for name, weight in (table or {}).items()} for table in (rewards, heldout)]
     return RunConfig("fake", FakeFactory().options(), TrainConfig(**defaults | settings), *tables)
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> None:
+    """Let a signal arrive at the end of a step."""
+    update = hnkit.training.session.Session.update
+
+    def interrupted(session, sums):
+        record = update(session, sums)
+        if session.step == step:
+            os.kill(os.getpid(), signum)
+        return record
+
+    monkeypatch.setattr(hnkit.training.session.Session, "update", interrupted)

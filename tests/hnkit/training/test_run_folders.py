@@ -1,0 +1,171 @@
+"""Run folders that somebody else has touched, or sent: nothing outside is written, nothing of others is deleted."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from hnkit import InputError
+from hnkit.training.checkpoint import newest_checkpoint
+from tests.hnkit.training.training_runs import fake_config, interrupt_after, records, resume, run, same_outcome, small
+
+LONGER = {"steps": 9}
+
+
+@pytest.fixture
+def interrupted(tmp_path, fake) -> Path:
+    """A run that a signal has stopped at step 3, as it might be received."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 3, signal.SIGTERM)
+        run(fake_config(), tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "timings.jsonl", "config.toml", "report.json", "checkpoints", "adapter"]
+)
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_link_in_a_received_run_folder_is_refused_and_its_target_untouched(interrupted, tmp_path, name, link):
+    target = tmp_path / "profile"
+    if name in ("checkpoints", "adapter"):
+        if link is os.link:
+            return  # folders have no hard links
+        target.mkdir()
+        (target / "profile").write_text("export A=1\n")
+        shutil.rmtree(interrupted / name, ignore_errors=True)
+    else:
+        target.write_text("export A=1\n")
+        (interrupted / name).unlink(missing_ok=True)
+    link(target, interrupted / name)
+    with pytest.raises(InputError, match=rf"{name} is a (symbolic|hard) link"):
+        resume(fake_config(), interrupted)
+    inside = target / "profile" if target.is_dir() else target
+    assert inside.read_text() == "export A=1\n"
+
+
+def test_a_link_two_folders_down_is_refused(interrupted, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (interrupted / "samples").mkdir(exist_ok=True)
+    (interrupted / "samples" / "step-00000006.png").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"step-00000006\.png is a symbolic link"):
+        resume(fake_config(), interrupted)
+
+
+def test_a_foreign_folder_with_a_configuration_is_no_run(tmp_path, fake):
+    folder = tmp_path / "project"
+    (folder / "adapter").mkdir(parents=True)
+    files = {"config.toml": fake_config().to_toml(), ".env.tmp": "secret", "README.md": "mine", "adapter/a": "b"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(InputError, match="no run is there"):
+        resume(fake_config(), folder)
+    assert {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()} == files
+
+
+def test_what_the_user_put_beside_a_run_stays(tmp_path, fake):
+    config = fake_config()
+    run(config, tmp_path / "run")
+    mine = {".notes.tmp": "1", "README.md": "2", "adapter/notes.md": "3", "figures/.a.tmp": "4", "checkpoints/why": "5"}
+    for name, text in mine.items():
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text(text)
+    (tmp_path / "run/adapter/README.md").write_text("my own words")
+    assert resume(fake_config(**LONGER), tmp_path / "run").step == 9
+    for name, text in mine.items():
+        assert (tmp_path / "run" / name).read_text() == text
+    assert (tmp_path / "run/adapter/kept-README.md").read_text() == "my own words"
+    assert "9 steps of 4 samples" in (tmp_path / "run/adapter/README.md").read_text()
+
+
+def test_an_extended_run_is_the_longer_run(tmp_path, fake):
+    run(fake_config(), tmp_path / "run")
+    resume(fake_config(**LONGER), tmp_path / "run")
+    run(fake_config(**LONGER), tmp_path / "at-once")
+    name = "adapter/adapter.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "at-once" / name).read_bytes()
+    assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == list(range(1, 10))
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_run_folder_that_is_removed_or_replaced_under_a_run_is_left_alone(tmp_path, fake, replace):
+    """Two runs were once mixed: the lock guards the old folder, the writes went to the new one's name."""
+    moved = tmp_path / "moved"
+
+    def prepare(backend):
+        def fault(call, scores):
+            if call == 3:
+                (tmp_path / "run").rename(moved)
+                if replace:
+                    (tmp_path / "run").mkdir()
+                    (tmp_path / "run" / "precious").write_text("of another run")
+            return scores
+
+        backend.default_reward.fault = fault
+
+    fake.prepare_backend = prepare
+    with pytest.raises(InputError, match="no longer the folder that this run writes to"):
+        run(fake_config(checkpoint_every=2), tmp_path / "run")
+    if replace:
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+    moved_step = newest_checkpoint(moved, pytest.fail)
+    assert moved_step is not None
+    assert moved_step.step == 2
+    fake.prepare_backend = lambda _: None
+    assert resume(fake_config(checkpoint_every=2), moved).finished
+
+
+@pytest.mark.parametrize("name", [".hnkit-run", "checkpoints", "report.json"])
+def test_permission_denied_is_never_damaged(interrupted, monkeypatch, name):
+    """As any user but root meets it."""
+    denied = interrupted / name
+
+    def refuse(plain):
+        def call(path, *arguments, **options):
+            if Path(path) == denied:
+                raise PermissionError(errno.EACCES, "Permission denied", str(denied))
+            return plain(path, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(os, "scandir", refuse(os.scandir))
+    monkeypatch.setattr(Path, "read_text", refuse(Path.read_text))
+    with pytest.raises(InputError, match="Permission denied") as caught:
+        resume(fake_config(), interrupted)
+    assert "damaged" not in str(caught.value)
+    assert "new run" not in str(caught.value)
+
+
+def test_run_folders_and_checkpoints_say_what_they_were_made_from(tmp_path, fake):
+    class Weighed:
+        digest = "a" * 64
+
+    fake.prepare_backend = lambda backend: setattr(backend, "model_digest", lambda: Weighed.digest)
+    report = run(fake_config(), tmp_path / "run").report
+    state = newest_checkpoint(tmp_path / "run", pytest.fail).state
+    provenance = report["provenance"]
+    assert provenance["model"] == "a" * 64
+    assert set(provenance) == {"code", "model", "prompts", "adapter"}
+    assert state["provenance"] == {key: provenance[key] for key in ("code", "model", "prompts")}
+    weights = (tmp_path / "run/adapter/adapter.safetensors").read_bytes()
+    assert provenance["adapter"]["adapter.safetensors"] == hashlib.sha256(weights).hexdigest()
+    assert json.loads((tmp_path / "run/report.json").read_text())["provenance"] == provenance
+    Weighed.digest = "b" * 64
+    with pytest.raises(InputError, match="base model is not the one of the checkpoint"):
+        resume(fake_config(**LONGER), tmp_path / "run")
+
+
+def test_noise_of_a_step_resumes_too(tmp_path, monkeypatch):
+    config = small("noise=step", "measure_every=0")
+    run(config, tmp_path / "whole")
+    interrupt_after(monkeypatch, 7, signal.SIGTERM)
+    assert run(config, tmp_path / "cut").step == 7
+    monkeypatch.undo()
+    resume(config, tmp_path / "cut")
+    assert same_outcome(tmp_path / "whole", tmp_path / "cut", "step-00000020")
