@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from hnkit import InputError
-from hnkit.cli.app import app
 from hnkit.generate import GenerateSettings, generate_pairs
 from hnkit.output.layouts import check_layout
 from hnkit.prompts import read_prompts, read_records
@@ -89,14 +88,8 @@ def test_item_ids_that_the_scorer_could_not_look_up_are_refused(item):
         check_layout("dpg-bench", ["a"], 4, {"a": {"item_id": item}})
 
 
-def test_prompts_without_items_are_refused_at_the_start(tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("a red three\n")
-    arguments = ["generate", "--backend", "digits", "--prompts", str(tmp_path / "prompts.txt"), "--layout", "dpg-bench"]
-    with pytest.raises(SystemExit) as caught:
-        app([*arguments, "--out", str(tmp_path / "run")])
-    assert caught.value.code == 2
-    assert "no item_id" in capsys.readouterr().err
-    assert [entry.name for entry in tmp_path.iterdir()] == ["prompts.txt"]
+def test_prompts_without_items_are_refused_at_the_start(refused):
+    assert "no item_id" in refused("dpg-bench")
 
 
 def test_folders_that_are_no_prompt_sets(folder_of_prompts, tmp_path):

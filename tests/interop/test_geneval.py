@@ -22,7 +22,6 @@ import pytest
 from PIL import Image
 
 from hnkit import InputError
-from hnkit.cli.app import app
 from hnkit.generate import GenerateSettings, generate_pairs
 from hnkit.output.layouts import check_layout
 from hnkit.prompts import read_records
@@ -120,11 +119,5 @@ def test_what_would_end_the_scorer_is_refused(record, message):
     assert "\n" not in str(caught.value)
 
 
-def test_prompts_without_metadata_are_refused_at_the_start(tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("a red three\n")
-    arguments = ["generate", "--backend", "digits", "--prompts", str(tmp_path / "prompts.txt"), "--layout", "geneval"]
-    with pytest.raises(SystemExit) as caught:
-        app([*arguments, "--out", str(tmp_path / "run")])
-    assert caught.value.code == 2
-    assert "tag" in capsys.readouterr().err
-    assert [entry.name for entry in tmp_path.iterdir()] == ["prompts.txt"]
+def test_prompts_without_metadata_are_refused_at_the_start(refused):
+    assert "tag" in refused("geneval")
