@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -15,11 +14,11 @@ __all__ = ["checkpoint", "refused"]
 
 @pytest.fixture
 def refused(tmp_path, capsys) -> Callable[..., str]:
-    """`refused(arguments)`: the one line of `hnkit generate` on prompts that a layout cannot hold; nothing is written."""
+    """`refused(layout)`: the one line of `hnkit generate` on prompts that a layout cannot hold; nothing is written."""
 
-    def run(layout: str, prompt: str = "a three") -> str:
-        file = Path(tmp_path / "prompts.txt")
-        file.write_text(f"{prompt}\n")
+    def run(layout: str) -> str:
+        file = tmp_path / "prompts.txt"
+        file.write_text("a three\n")
         arguments = ["generate", "--backend", "digits", "--prompts", str(file), "--layout", layout]
         with pytest.raises(SystemExit) as caught:
             app([*arguments, "--out", str(tmp_path / "run")])
