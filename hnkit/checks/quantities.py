@@ -51,7 +51,7 @@ def map_quantities(measured: MeasuredMap, *, headlines: bool = False) -> tuple[l
         measured: the map.
         headlines: only the figures by which several maps are compared.
     """
-    chosen = [figure for figure in FIGURES.values() if figure.headline or not headlines]
+    chosen = [figure for figure in FIGURES.values() if figure.headline is not None or not headlines]
     return _read(measured, chosen, measured.name)
 
 

@@ -31,7 +31,8 @@ class Figure:
         unit: "nats", "%" (of a value that is a ratio) or nothing.
         note: what it is, in a few words.
         read: the value, an `Estimate` where it has a Monte Carlo error; raises `NotApplicable` where a map has none.
-        headline: its heading where several maps are compared at a glance; empty: it is not shown there.
+        headline: its heading where several maps are compared at a glance; empty: it has no column there and is kept in
+            the record alone; `None`: reports on several maps leave it out.
     """
 
     key: str
@@ -39,7 +40,7 @@ class Figure:
     unit: str
     note: str
     read: Callable[[Any], Estimate | float]
-    headline: str = ""
+    headline: str | None = None
 
 
 FIGURES: dict[str, Figure] = {}
@@ -47,7 +48,7 @@ FIGURES: dict[str, Figure] = {}
 
 
 def figure(
-    key: str, name: str, note: str = "", *, unit: str = "nats", headline: str = ""
+    key: str, name: str, note: str = "", *, unit: str = "nats", headline: str | None = None
 ) -> Callable[[Reading], Reading]:
     """Decorator: list the function that reads a figure."""
 
@@ -98,7 +99,7 @@ def relative_error(measured: MeasuredMap) -> Estimate:
     "symmetry index",
     "E tr(J²) / E|J|_F², in [-1, 1]: 1 for gradient fields, 0: L2 is right",
     unit="",
-    headline="symmetry",
+    headline="",
 )
 def symmetry_index(measured: MeasuredMap) -> float:
     """Decides whether the L2 term is accurate."""

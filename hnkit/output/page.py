@@ -96,7 +96,7 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant
 th { text-align: left; font-weight: 600; background: var(--head); white-space: nowrap; }
 th, td { padding: .42rem .7rem; vertical-align: baseline; }
 tbody tr.row td { border-top: 1px solid var(--line); }
-td.estimate { white-space: nowrap; }
+td.whole { white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 tr.note td { padding-top: 0; color: var(--dim); font-size: .8rem; max-width: 0; }
 .verdict { display: inline-block; padding: .05rem .5rem; border-radius: 999px; white-space: nowrap;
@@ -111,6 +111,7 @@ figcaption { color: #4d545c; }
 pre { overflow-x: auto; padding: .9rem 1rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 summary { cursor: pointer; color: var(--dim); }
+@media (max-width: 44rem) { table { min-width: 42rem; } }
 @media print { body { max-width: none; padding: 0; } .scroll, figure { break-inside: avoid; } }
 """
 
@@ -148,13 +149,17 @@ def format_estimate(value: float, stderr: float | None = None, bias_bound: float
     return text
 
 
+_WHOLE = 26
+"""Text of up to so many characters is not broken into lines: names of checks and toys, counts, estimates."""
+
+
 def _cell(value: Cell) -> tuple[str, str]:
     """The class and the HTML of a cell."""
     if isinstance(value, str):
         if value in VERDICT_MARKS:
             name = value.replace(" ", "-")
             return "", f'<span class="verdict {name}">{VERDICT_MARKS[value]} {html.escape(value)}</span>'
-        return "estimate" if " ± " in value else "", html.escape(value)
+        return "whole" if " ± " in value or len(value) <= _WHOLE else "", html.escape(value)
     return "number", html.escape(format_number(value))
 
 

@@ -72,7 +72,11 @@ def simple_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left:
     """A light table: the first `left` columns left-aligned, the others right-aligned."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for index, header in enumerate(headers):
-        table.add_column(header, justify="left" if index < left else "right", no_wrap=index >= left, overflow="fold")
+        longest = max((len(row[index]) for row in rows), default=0)
+        table.add_column(
+            header, justify="left" if index < left else "right", no_wrap=index >= left, overflow="fold",
+            min_width=min(longest, 8),
+        )  # fmt: skip
     for row in rows:
         table.add_row(*row)
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy.stats import norm
 from torch import nn
 
@@ -23,6 +25,7 @@ from hnkit.checks.registries import checks_by_proof
 from hnkit.checks.report import Report
 from hnkit.checks.settings import VerifySettings
 from hnkit.checks.verify_toys import verify_toys
+from hnkit.checks.view import report_view
 from hnkit.errors import ExpansiveMapError
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.toy import PROBLEMS
@@ -405,3 +408,33 @@ def test_one_sample_is_enough_for_a_report(toy):
     assert report.ok, [check for check in report.checks if check.verdict == "fails"]
     statistical = [check for check in report.checks if check.kind == "statistical" and check.name != "log-z-sampling"]
     assert {check.verdict for check in statistical} == {"not applicable"}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_gapped_two_sided_spectrum_raises_no_alarm(seed):
+    """Eigenvalues in +-[0.97, 0.999]: odd Krylov steps change nothing, and the estimate must not stop there."""
+    dim = 60
+    generator = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator)).Q
+    size = torch.linspace(0.97, 0.999, dim // 2, dtype=torch.float64)
+    f = nn.Linear(dim, dim, bias=False, dtype=torch.float64).requires_grad_(False)
+    f.weight.copy_(Q @ torch.diag(torch.cat([size, -size])) @ Q.mT)
+    x = torch.randn(16, dim, dtype=torch.float64, generator=generator)
+    exact = float(-torch.log1p(-size.square()).sum())  # E = -log det(I + A), the trace being 0
+    for name, tried in (("certified", f), ("not certified", lambda x: f(x))):
+        check = MAP_CHECKS.statements["arnoldi"].check(MeasuredMap(name, tried, x, seed), name)
+        assert check.verdict == "holds", check
+        assert check.tolerance < 0.3 * exact
+
+
+def test_a_report_at_80_columns_keeps_every_column():
+    """The letters of the groups stand beside their figures, and no heading is cut."""
+    report = verify_toys([PROBLEMS["linear-gaussian"]()], VerifySettings(samples=64), references=["rotation"])
+    lines = io.StringIO()
+    Console(file=lines, width=80).print(report_view(report, verbose=False))
+    shown = lines.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    heading = next(line for line in shown.splitlines() if "L2 error, %" in line)
+    assert heading.split() == ["KL", "L2", "term", "L2", "error,", "%", "Theorem", "7", "L2", "gap"]
+    rows = [line.split() for line in shown.splitlines() if " ± " in line]
+    assert [row[0] for row in rows] == ["A", "B"]
