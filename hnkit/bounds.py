@@ -5,11 +5,15 @@ All rest on one scalar function, `h(s) = -log(1 - s) - s = sum_{k>=2} s^k / k`, 
 relative accuracy down to `L = 0`, and what it gives is rounded outward: the numbers given are taken as exact, and
 singular values and eigenvalues, which a bound near norm 1 magnifies, are moved outward by the error of their solver.
 Enclosures that are theorems about the matrix are in `hnkit.linalg.enclosures`.
+
+`BOUNDS` lists the bounds for all that show, test or prove them: a bound is added by its proof and one entry there.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias, overload
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -352,3 +356,132 @@ def field_of_values_bounds(A: Tensor) -> tuple[Tensor, Tensor]:
     lower = fewest - (4 + dim) * _EPS * fewest - _outward(slack, 8 + 2 * dim)
     infinite = torch.full_like(upper, torch.inf)
     return torch.where(beyond, -infinite, lower), torch.where(beyond, infinite, upper)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One inequality about `E(A)`, with all that checks, figures, plots, assertions and certificates say of it.
+
+    Both sides are formulas in the numbers of A that `hnkit.linalg.matrices.MatrixNumbers` lists, tensors or balls.
+
+    Attributes:
+        label: in figures, plots and messages.
+        check: the name of its check in `verify-bound`.
+        figure: the key of the figure of its mean over samples; empty: the figures of the map hold it in their own way.
+        left_label: what the left side is called in messages.
+        statement: the inequality, for a Jacobian J.
+        note: what a figure of its mean says beside the number.
+        proof: the folder in `proofs/` that derives it.
+        hypothesis: `"norm"`: `|A|_2 < 1`; `"cone"`: `lambda_min((A + A')/2) > -1`.
+        left: the left side.
+        right: the right side, the bound.
+        value: the right side as the public function gives it, rounded outward; `None`: `right`.
+        looser: a bound that is never below this one, by its name.
+        equal_if_symmetric: both sides agree for symmetric A.
+    """
+
+    label: str
+    check: str
+    figure: str
+    left_label: str
+    statement: str
+    note: str
+    proof: str
+    hypothesis: Literal["norm", "cone"]
+    left: Callable[[Any], Any]
+    right: Callable[[Any], Any]
+    value: Callable[[Any], Any] | None = None
+    looser: str | None = None
+    equal_if_symmetric: bool = False
+
+    def bound(self, numbers: Any) -> Tensor:
+        """The right side in tensors, for matrices that meet the hypothesis."""
+        result: Tensor = (self.value or self.right)(numbers)
+        return result
+
+
+BOUNDS: Mapping[str, Bound] = {
+    "theorem 7": Bound(
+        label="Theorem 7",
+        check="local-theorem-7",
+        figure="",
+        left_label="|E(A)|",
+        statement="|E(J)| ≤ d h(L), L = |J(x)|₂",
+        note="E[d h(|J(x)|₂)]",
+        proof="local_theorem_7",
+        hypothesis="norm",
+        left=lambda m: abs(m.error),
+        right=lambda m: m.dim * m.h,
+        value=lambda m: local_theorem7_bound(m.dim, m.norm),
+    ),
+    "frobenius": Bound(
+        label="Frobenius bound",
+        check="frobenius",
+        figure="frobenius_bound",
+        left_label="|E(A)|",
+        statement="|E(J)| ≤ (|J|_F²/L²) h(L), L = |J(x)|₂",
+        note="E[(|J|_F²/L²) h(L)], L = |J(x)|₂",
+        proof="frobenius_bound",
+        hypothesis="norm",
+        left=lambda m: abs(m.error),
+        right=lambda m: m.frobenius_square * m.ratio,
+        value=lambda m: frobenius_bound(m.frobenius, m.norm),
+        looser="theorem 7",
+    ),
+    "singular values": Bound(
+        label="singular-value bound",
+        check="singular-values",
+        figure="singular_value_bound",
+        left_label="|E(A)|",
+        statement="|E(J)| ≤ Σ h(σᵢ(J))",
+        note="E Σ h(σᵢ)",
+        proof="singular_value_bound",
+        hypothesis="norm",
+        left=lambda m: abs(m.error),
+        right=lambda m: m.singular_sum,
+        value=lambda m: singular_value_bound(m.matrices),
+        looser="frobenius",
+    ),
+    "second order": Bound(
+        label="second-order remainder bound",
+        check="second-order",
+        figure="second_order_remainder",
+        left_label="|E(A) - tr(A^2)/2|",
+        statement="|E(J) - tr(J²)/2| ≤ (|J|_F²/L²)(h(L) - L²/2), L = |J(x)|₂",
+        note="on |E(J) - tr(J²)/2|",
+        proof="second_order",
+        hypothesis="norm",
+        left=lambda m: abs(m.error - m.trace_square / 2),
+        right=lambda m: m.frobenius_square * m.excess,
+        value=lambda m: second_order_remainder_bound(m.frobenius, m.norm),
+    ),
+    "field of values, upper": Bound(
+        label="field of values, upper",
+        check="field-of-values",
+        figure="",
+        left_label="E(A)",
+        statement="E(J) ≤ E(S) for J = S + K with λ_min(S) > -1",
+        note="E(J) is below it",
+        proof="field_of_values",
+        hypothesis="cone",
+        left=lambda m: m.error,
+        right=lambda m: m.symmetric_error,
+        value=lambda m: m.field_of_values[1],
+        equal_if_symmetric=True,
+    ),
+    "field of values, lower": Bound(
+        label="slack of the field of values",
+        check="field-of-values",
+        figure="",
+        left_label="E(S) - E(A)",
+        statement="E(S) - E(J) ≤ |K|_F²/2(1+λ_min(S))² for J = S + K with λ_min(S) > -1",
+        note="E(J) is above E(S) less it",
+        proof="field_of_values",
+        hypothesis="cone",
+        left=lambda m: m.symmetric_error - m.error,
+        right=lambda m: m.skew_square / (2 * (1 + m.least) ** 2),
+        value=lambda m: m.field_of_values[1] - m.field_of_values[0],
+        equal_if_symmetric=True,
+    ),
+}
+"""Every bound on E(A), by its name in certificates."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from hnkit.bounds import frobenius_bound, local_theorem7_bound, second_order_remainder_bound, theorem7_bound
+from hnkit.bounds import BOUNDS, theorem7_bound
 from hnkit.checks.check import Finding, Registry, confidence_radius, mean_finding, worst
 from hnkit.checks.differences import explained_by_steps
 from hnkit.errors import MissingDerivativeError, NotApplicable
@@ -201,25 +202,17 @@ def theorem_7(measured: MeasuredMap) -> Finding:
     return Finding(float(error.abs().max()), bound, tolerance, "<=", note, certified is not None)
 
 
-@MAP_CHECKS.add("local-theorem-7", "|E(J)| ≤ d h(|J(x)|₂) at every sample", proof="local_theorem_7")
-def local_theorem_7(measured: MeasuredMap) -> Finding:
-    """The largest share of the bound that a sample uses."""
+def _share_of(name: str, measured: MeasuredMap) -> Finding:
+    """The largest share of a bound that a sample uses."""
     rows, kept = _contracting(measured)
-    return _share(rows.error[kept], local_theorem7_bound(measured.dim, rows.norm[kept]), measured)
+    return _share(rows.left[name][kept], rows.right[name][kept], measured)
 
 
-@MAP_CHECKS.add("frobenius", "|E(J)| ≤ (|J|_F²/L²) h(L), L = |J(x)|₂, at every sample", proof="frobenius_bound")
-def frobenius(measured: MeasuredMap) -> Finding:
-    """The largest share of the bound that a sample uses."""
-    rows, kept = _contracting(measured)
-    return _share(rows.error[kept], frobenius_bound(rows.frobenius[kept], rows.norm[kept]), measured)
-
-
-@MAP_CHECKS.add("singular-values", "|E(J)| ≤ Σ h(σᵢ(J)) at every sample", proof="singular_value_bound")
-def singular_values(measured: MeasuredMap) -> Finding:
-    """The largest share of the bound that a sample uses."""
-    rows, kept = _contracting(measured)
-    return _share(rows.error[kept], rows.singular[kept], measured)
+for _name, _bound in BOUNDS.items():
+    if _bound.hypothesis == "norm":
+        MAP_CHECKS.add(_bound.check, f"{_bound.statement}, at every sample", proof=_bound.proof)(
+            partial(_share_of, _name)
+        )
 
 
 @MAP_CHECKS.add(
@@ -230,23 +223,12 @@ def singular_values(measured: MeasuredMap) -> Finding:
 def bound_order(measured: MeasuredMap) -> Finding:
     """The largest ratio of a bound to the next looser one."""
     rows, kept = _contracting(measured)
-    tight = rows.singular[kept]
-    middle = frobenius_bound(rows.frobenius[kept], rows.norm[kept])
-    loose = local_theorem7_bound(measured.dim, rows.norm[kept])
-    ratio = worst(float(_ratio(tight, middle).max()), float(_ratio(middle, loose).max()))
-    return Finding(ratio, 1.0, _ROUNDING, "<=")
-
-
-@MAP_CHECKS.add(
-    "second-order",
-    "|E(J) - tr(J²)/2| ≤ (|J|_F²/L²)(h(L) - L²/2), L = |J(x)|₂, at every sample",
-    proof="second_order",
-)
-def second_order(measured: MeasuredMap) -> Finding:
-    """The largest share of the remainder bound that a sample uses."""
-    rows, kept = _contracting(measured)
-    bound = second_order_remainder_bound(rows.frobenius[kept], rows.norm[kept])
-    return _share(rows.error[kept] - rows.trace_square[kept] / 2, bound, measured)
+    ratios = [
+        float(_ratio(rows.right[name][kept], rows.right[bound.looser][kept]).max())
+        for name, bound in BOUNDS.items()
+        if bound.looser is not None
+    ]
+    return Finding(worst(*ratios), 1.0, _ROUNDING, "<=")
 
 
 @MAP_CHECKS.add(
@@ -260,7 +242,8 @@ def field_of_values(measured: MeasuredMap) -> Finding:
     kept = ~(rows.least_symmetric <= -1)
     if not bool(kept.any()):
         raise NotApplicable(f"λ_min(S) = {float(rows.least_symmetric.max()):.3g} is not above -1 at any sample")
-    low, high, error = rows.field_lower[kept], rows.field_upper[kept], rows.error[kept]
+    high, error = rows.right["field of values, upper"][kept], rows.error[kept]
+    low = high - rows.right["field of values, lower"][kept]
     margin = torch.minimum(error - low, high - error)
     note = f"on average E(J) = {float(error.mean()):.3g} in [{float(low.mean()):.3g}, {float(high.mean()):.3g}]"
     note += "" if bool(kept.all()) else f"; {int((~kept).sum())} of {len(kept)} samples have λ_min(S) ≤ -1"

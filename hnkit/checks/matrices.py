@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hnkit.bounds import BOUNDS
 from hnkit.checks.check import Check, Finding, Registry, worst
 from hnkit.errors import NotApplicable
 from hnkit.figures.measured_map import MeasuredMap
@@ -97,12 +98,8 @@ def _bound(name: str, text: str, proof: str) -> None:
 
 
 _bound("norm", "|J|₂ ≤ the certified Lipschitz constant, in ball arithmetic", "estimates_certificates")
-_bound("theorem 7", "|E(J)| ≤ d h(L), in ball arithmetic", "theorem_7_bound")
-_bound("frobenius", "|E(J)| ≤ (|J|_F²/L²) h(L), in ball arithmetic", "frobenius_bound")
-_bound("singular values", "|E(J)| ≤ Σ h(σᵢ(J)), in ball arithmetic", "singular_value_bound")
-_bound("second order", "|E(J) - tr(J²)/2| ≤ (|J|_F²/L²)(h(L) - L²/2), in ball arithmetic", "second_order")
-_bound("field of values, upper", "E(J) ≤ E(S), in ball arithmetic", "field_of_values")
-_bound("field of values, lower", "E(S) - |K|_F²/2(1+λ_min(S))² ≤ E(J), in ball arithmetic", "field_of_values")
+for _name, _entry in BOUNDS.items():
+    _bound(_name, f"{_entry.statement}, in ball arithmetic", _entry.proof)
 
 
 def certified_checks(measured: MeasuredMap) -> list[Check]:

@@ -10,14 +10,14 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from hnkit.bounds import frobenius_bound, log_gap
+from hnkit.bounds import BOUNDS
 from hnkit.checks.measured_problem import MeasuredProblem
 from hnkit.checks.reference_maps import contraction
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.figures.table import FIGURES
 from hnkit.internal.stats import Estimate
 from hnkit.jacobian import dense_jacobian
-from hnkit.logdet import log_det_error
+from hnkit.linalg.matrices import MatrixNumbers
 from hnkit.maps import NoiseMap
 from hnkit.output.plots import Plot, densities, error_against_lipschitz, exact_against_l2, kl_split
 
@@ -61,22 +61,17 @@ def _spread(measured: MeasuredMap) -> float:
 def _bounds_plot(J: Tensor, what: str) -> Plot:
     """`E(t J)` for `t J` of norm L, and the bounds on it, over a grid of L."""
     J = J[torch.linalg.matrix_norm(J, ord=2) > 0]
-    unit = J / torch.linalg.matrix_norm(J, ord=2)[:, None, None]
-    singular = torch.linalg.svdvals(unit)
-    frobenius = unit.square().sum((1, 2)).sqrt()
-    symmetric = torch.linalg.eigvalsh((unit + unit.mT) / 2)
-    levels = torch.from_numpy(_LEVELS)
-    error = torch.stack([log_det_error(level * unit).abs().mean() for level in levels])
-    half = torch.stack([(level**2 * (unit * unit.mT).sum((1, 2)) / 2).abs().mean() for level in levels])
-    dim = J.shape[-1]
+    unit = MatrixNumbers(J / torch.linalg.matrix_norm(J, ord=2)[:, None, None])
+    at = [unit.scaled(float(level)) for level in _LEVELS]
+    error = torch.stack([numbers.error.abs().mean() for numbers in at])
+    half = torch.stack([(numbers.trace_square / 2).abs().mean() for numbers in at])
     bounds = {
-        "Theorem 7": dim * log_gap(levels),
-        "Frobenius": torch.stack([frobenius_bound(level * frobenius, level).mean() for level in levels]),
-        "singular values": torch.stack([log_gap(level * singular).sum(-1).mean() for level in levels]),
-        "field of values, E(S)": torch.stack([log_gap(-level * symmetric).sum(-1).mean() for level in levels]),
+        bound.label: torch.stack([bound.right(numbers).mean() for numbers in at])
+        for bound in BOUNDS.values()
+        if bound.left_label in ("|E(A)|", "E(A)")
     }
     curves = {"E(J), exact": error.numpy(), "tr(J²)/2": half.numpy()}
-    middle = len(levels) // 2
+    middle = len(_LEVELS) // 2
     loose = float(bounds["Theorem 7"][middle] / error[middle])
     title = f"At L = {_LEVELS[middle]:.2g} Theorem 7 is {loose:.3g} times looser than E(J)"
     caption = (

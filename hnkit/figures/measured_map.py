@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hnkit.bounds import field_of_values_bounds, singular_value_bound
 from hnkit.errors import (
     ExpansiveMapError,
     MissingDerivativeError,
@@ -25,8 +24,8 @@ from hnkit.errors import (
 from hnkit.internal.seeds import generator_for
 from hnkit.jacobian import RowJacobian, check_finite, check_map, dense_jacobian, rows_per_pass
 from hnkit.kl.divergence import KLEstimate, Method, noise_kl
+from hnkit.linalg.matrices import MatrixNumbers, bound_sides
 from hnkit.lipschitz.local import LipschitzEstimate, lipschitz_lower, lipschitz_upper, local_lipschitz
-from hnkit.logdet import log_det_error
 from hnkit.maps import NoiseMap, at_rows, chunked, working_type
 
 DENSE_DIM = 1024
@@ -47,7 +46,7 @@ _NORM_ERROR = 1e-3
 class RowStatistics:
     """What the dense Jacobians of `m` samples tell; every field `(m,)`, float64, nats where it is a bound.
 
-    `field_*` is NaN where `lambda_min(S) <= -1`, `singular` where the norm is at least 1.
+    `left` and `right` hold the two sides of every bound of `hnkit.bounds.BOUNDS`, NaN where its hypothesis is not met.
     """
 
     error: Tensor
@@ -59,9 +58,8 @@ class RowStatistics:
     least_symmetric: Tensor
     skew: Tensor
     sign: Tensor
-    singular: Tensor
-    field_lower: Tensor
-    field_upper: Tensor
+    left: Mapping[str, Tensor]
+    right: Mapping[str, Tensor]
 
     @property
     def contracting(self) -> Tensor:
@@ -226,8 +224,7 @@ class MeasuredMap:
         samples = torch.arange(self._dense_count, device=self.x.device)
         width = max(1, 2**23 // self.dim**2)
         parts = [_statistics(dense_jacobian(f, x)) for _, f, x in chunked(self.f, self.x, width, samples)]
-        names = RowStatistics.__dataclass_fields__
-        return RowStatistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+        return RowStatistics(**{name: _joined([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
     @property
     def rows(self) -> RowStatistics:
@@ -272,31 +269,29 @@ class MeasuredMap:
         return None if isinstance(self.certificate, str) else self.certificate.value
 
 
+def _joined(parts: list[Any]) -> Any:
+    """Tensors of successive rows as one; mappings of them key by key."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return {key: _joined([part[key] for part in parts]) for key in parts[0]}
+
+
 def _statistics(J: Tensor) -> RowStatistics:
     check_finite(J, "the Jacobian")  # LAPACK's eigenvalues of NaN end the process
-    symmetric = (J + J.mT) / 2
     skew = (J - J.mT) / 2
     eigenvalues = torch.linalg.eigvals(J)
-    norm = torch.linalg.matrix_norm(J, ord=2)
-    least = torch.linalg.eigvalsh(symmetric)[:, 0]
-    unknown = torch.full_like(norm, torch.nan)
-    singular, field_lower, field_upper = unknown.clone(), unknown.clone(), unknown.clone()
-    contracting, monotone = norm < 1, least > -1
-    if bool(contracting.any()):
-        singular[contracting] = singular_value_bound(J[contracting])
-    if bool(monotone.any()):
-        field_lower[monotone], field_upper[monotone] = field_of_values_bounds(J[monotone])
+    numbers = MatrixNumbers(J)
+    left, right = bound_sides(numbers)
     return RowStatistics(
-        error=log_det_error(J),
+        error=numbers.error,
         spectral=(eigenvalues.real - (1 + eigenvalues).abs().log()).sum(1),
         trace=J.diagonal(dim1=1, dim2=2).sum(1),
-        trace_square=(J * J.mT).sum((1, 2)),
-        frobenius=J.square().sum((1, 2)).sqrt(),
-        norm=norm,
-        least_symmetric=least,
+        trace_square=numbers.trace_square,
+        frobenius=numbers.frobenius,
+        norm=numbers.norm,
+        least_symmetric=numbers.least,
         skew=skew.square().sum((1, 2)).sqrt(),
         sign=torch.linalg.slogdet(torch.eye(J.shape[-1], dtype=J.dtype, device=J.device) + J).sign,
-        singular=singular,
-        field_lower=field_lower,
-        field_upper=field_upper,
+        left=left,
+        right=right,
     )

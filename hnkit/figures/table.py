@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hnkit.bounds import frobenius_bound, local_theorem7_bound, second_order_remainder_bound, theorem7_bound
+from hnkit.bounds import BOUNDS, frobenius_bound, local_theorem7_bound, theorem7_bound
 from hnkit.errors import NotApplicable
-from hnkit.figures.measured_map import MeasuredMap, RowStatistics
+from hnkit.figures.measured_map import MeasuredMap
 from hnkit.internal.stats import Estimate, ratio_and_stderr
 
 Reading = Callable[[MeasuredMap], "Estimate | float"]
@@ -187,24 +187,13 @@ def frobenius_estimate(measured: MeasuredMap) -> Estimate:
     return Estimate.of(frobenius_bound(1.0, _norms_below_one(measured)) * measured.probed_frobenius)
 
 
-@figure("frobenius_bound", "Frobenius bound", "E[(|J|_F²/L²) h(L)], L = |J(x)|₂")
-def frobenius(measured: MeasuredMap) -> Estimate:
-    """From dense Jacobians."""
-    rows = _contracting(measured)
-    return Estimate.of(frobenius_bound(rows.frobenius, rows.norm))
+def _bound_mean(name: str) -> Reading:
+    return lambda measured: Estimate.of(_where_it_holds(measured, name))
 
 
-@figure("singular_value_bound", "singular-value bound", "E Σ h(σᵢ)")
-def singular_values(measured: MeasuredMap) -> Estimate:
-    """From dense Jacobians."""
-    return Estimate.of(_contracting(measured).singular)
-
-
-@figure("second_order_remainder", "second-order remainder bound", "on |E(J) - tr(J²)/2|")
-def second_order_remainder(measured: MeasuredMap) -> Estimate:
-    """From dense Jacobians."""
-    rows = _contracting(measured)
-    return Estimate.of(second_order_remainder_bound(rows.frobenius, rows.norm))
+for _key, _bound in BOUNDS.items():
+    if _bound.figure:
+        figure(_bound.figure, _bound.label, _bound.note)(_bound_mean(_key))
 
 
 @figure("second_order", "second-order term", "E tr(J²)/2")
@@ -216,13 +205,14 @@ def second_order(measured: MeasuredMap) -> Estimate:
 @figure("field_of_values_lower", "field of values, lower", "E(J) is above it")
 def field_of_values_lower(measured: MeasuredMap) -> Estimate:
     """From the symmetric and skew parts of dense Jacobians."""
-    return Estimate.of(_monotone(measured).field_lower)
+    upper, slack = (_where_it_holds(measured, f"field of values, {side}") for side in ("upper", "lower"))
+    return Estimate.of(upper - slack)
 
 
 @figure("field_of_values_upper", "field of values, upper", "E(J) is below it")
 def field_of_values_upper(measured: MeasuredMap) -> Estimate:
     """From the symmetric parts of dense Jacobians."""
-    return Estimate.of(_monotone(measured).field_upper)
+    return Estimate.of(_where_it_holds(measured, "field of values, upper"))
 
 
 # --- hypotheses -------------------------------------------------------------------------------------------------
@@ -247,16 +237,13 @@ def _norms_below_one(measured: MeasuredMap) -> Tensor:
     return measured.norms
 
 
-def _contracting(measured: MeasuredMap) -> RowStatistics:
-    if bool((measured.rows.norm >= 1).any()):
+def _where_it_holds(measured: MeasuredMap, name: str) -> Tensor:
+    """A bound of `BOUNDS` at every row, where its hypothesis holds at every row."""
+    if BOUNDS[name].hypothesis == "norm" and bool((measured.rows.norm >= 1).any()):
         raise NotApplicable("a local norm is not below 1")
-    return measured.rows
-
-
-def _monotone(measured: MeasuredMap) -> RowStatistics:
-    if bool((measured.rows.least_symmetric <= -1).any()):
+    if BOUNDS[name].hypothesis == "cone" and bool((measured.rows.least_symmetric <= -1).any()):
         raise NotApplicable("λ_min(S) is not above -1 at every sample")
-    return measured.rows
+    return measured.rows.right[name]
 
 
 def mean_shift_share(delta: Tensor, prompts: Sequence[str] | None = None) -> float:

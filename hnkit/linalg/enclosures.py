@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hnkit.bounds import BOUNDS
 from hnkit.errors import InputError
 from hnkit.internal.values import number
 
@@ -117,10 +118,8 @@ def certify_bounds(
 ) -> BallCertificate:
     """Enclose E(A) and the bounds on it, and prove or refute each inequality for this very matrix.
 
-    The inequalities, by name: "theorem 7" `|E| <= d h(L)`, "frobenius" `|E| <= |A|_F^2 h(L)/L^2`, "singular values"
-    `|E| <= sum h(sigma_i)`, "second order" `|E - tr(A^2)/2| <= |A|_F^2 (h(L)/L^2 - 1/2)`, "field of values, upper"
-    `E <= E(S)` and "field of values, lower" `E(S) - |K|_F^2 / (2 (1 + lambda_min S)^2) <= E`, written as
-    `E(S) - E <= |K|_F^2 / ...`. L is `|A|_2`, or `lipschitz`, and then "norm" `|A|_2 <= L` is one more.
+    The inequalities are those of `hnkit.bounds.BOUNDS`, by their names there: `left <= right`. L is `|A|_2`, or
+    `lipschitz`, and then "norm" `|A|_2 <= L` is one more.
 
     Args:
         A: `(d, d)`, float32 or float64, `d <= 256`: a linear map, or a dense Jacobian. Taken as exact.
@@ -137,8 +136,9 @@ def certify_bounds(
     """
     matrix = _checked(A)
     claims = dict(reported or {})
-    if unknown := sorted(set(claims) - set(_NAMES)):
-        raise InputError(f"unknown bound {unknown[0]!r}: accepted are {', '.join(_NAMES)}")
+    names = (*BOUNDS, "norm")
+    if unknown := sorted(set(claims) - set(names)):
+        raise InputError(f"unknown bound {unknown[0]!r}: accepted are {', '.join(names)}")
     for name, claim in (*claims.items(), ("lipschitz", 0.0 if lipschitz is None else lipschitz)):
         if not math.isfinite(number(claim, f"{name} = {claim!r}")):
             raise InputError(f"{name} = {claim}: give a finite number")
@@ -153,15 +153,21 @@ def certify_bounds(
         bits *= 2
 
 
-_NAMES = (
-    "theorem 7",
-    "frobenius",
-    "singular values",
-    "second order",
-    "field of values, upper",
-    "field of values, lower",
-    "norm",
-)
+@dataclass(frozen=True)
+class _Numbers:
+    """What bounds are formulas in, as `hnkit.linalg.matrices.MatrixNumbers`, in balls."""
+
+    dim: int
+    error: Any
+    trace_square: Any
+    frobenius_square: Any
+    h: Any
+    ratio: Any
+    excess: Any
+    singular_sum: Any
+    symmetric_error: Any
+    skew_square: Any
+    least: Any
 
 
 def _flint() -> Any:
@@ -219,20 +225,29 @@ def _certify(
             name, Enclosure.of(value), Enclosure.of(right), verdict, "against the reported float" * (name in claims)
         )
 
-    size, ratio, plain = abs(error), _ratio(arb, L), bool(torch.equal(matrix, matrix.T))
+    ratio, plain = _ratio(arb, L), bool(torch.equal(matrix, matrix.T))
+    numbers = _Numbers(
+        dim=d,
+        error=error,
+        trace_square=(A * A).trace(),
+        frobenius_square=frobenius_square,
+        h=ratio * L * L,
+        ratio=ratio,
+        excess=ratio - arb(0.5),
+        singular_sum=sum((_ratio(arb, s) * s * s for s in sigma), arb(0)),
+        symmetric_error=error_symmetric,
+        skew_square=skew_square,
+        least=least,
+    )
     records = [
-        judge("theorem 7", size, d * ratio * L * L, below),
-        judge("frobenius", size, frobenius_square * ratio, below),
-        judge("singular values", size, sum((_ratio(arb, s) * s * s for s in sigma), arb(0)), below),
-        judge("second order", abs(error - (A * A).trace() / 2), frobenius_square * (ratio - arb(0.5)), below),
-        judge("field of values, upper", error, error_symmetric, cone, equal=plain),
         judge(
-            "field of values, lower",
-            error_symmetric - error,
-            skew_square / (2 * (1 + least) ** 2),
-            cone,
-            equal=plain,
-        ),
+            name,
+            bound.left(numbers),
+            bound.right(numbers),
+            below if bound.hypothesis == "norm" else cone,
+            equal=plain and bound.equal_if_symmetric,
+        )
+        for name, bound in BOUNDS.items()
     ]
     if lipschitz is not None:
         records.append(judge("norm", sigma[0], L, ("holds", "")))

@@ -16,18 +16,12 @@ import torch
 from scipy.stats import norm as normal_law
 from torch import Tensor, nn
 
-from hnkit.bounds import (
-    field_of_values_bounds,
-    frobenius_bound,
-    local_theorem7_bound,
-    second_order_remainder_bound,
-    singular_value_bound,
-    theorem7_bound,
-)
+from hnkit.bounds import BOUNDS, local_theorem7_bound, theorem7_bound
 from hnkit.errors import InputError
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.jacobian import check_batch, dense_jacobian, evaluate
 from hnkit.kl.divergence import Form, Method, noise_kl
+from hnkit.linalg.matrices import MatrixNumbers
 from hnkit.lipschitz.local import local_lipschitz
 from hnkit.logdet import log_det_error
 from hnkit.loss import NoiseLoss
@@ -243,8 +237,8 @@ def assert_theorem7(f: NoiseMap, x: Tensor, *, lipschitz: float | None = None) -
 def assert_bounds(A: Tensor) -> None:
     """Assert every bound of `hnkit.bounds` on `E(A)` that applies to the matrices, and their order.
 
-    Field of values where `lambda_min(S) > -1`; and where `|A|_2 < 1` the second-order remainder and
-    `|E| <= singular values <= Frobenius <= Theorem 7`.
+    Those of `hnkit.bounds.BOUNDS`: field of values where `lambda_min(S) > -1`; and where `|A|_2 < 1` the second-order
+    remainder and `|E| <= singular values <= Frobenius <= Theorem 7`.
 
     Args:
         A: `(..., d, d)`.
@@ -254,27 +248,23 @@ def assert_bounds(A: Tensor) -> None:
     """
     __tracebackhide__ = True
     d = A.shape[-1]
-    for index, matrix in enumerate(A.reshape(-1, d, d).double()):
+    for index, matrix in enumerate(A.reshape(-1, 1, d, d)):
         where = f" (matrix {index})" if A.ndim > 2 else ""
-        error = float(log_det_error(matrix))
-        spectral, frobenius = float(torch.linalg.matrix_norm(matrix, 2)), float(torch.linalg.matrix_norm(matrix))
-        margin = 1 + float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[0])
-        if margin > 1e-9:
-            lower, upper = (float(side) for side in field_of_values_bounds(matrix))
-            slack = _ROUNDING * frobenius**2 * max(1.0, margin**-2)
-            _ordered(lower, error, "field of values, lower", "E(A)", slack, where)
-            _ordered(error, upper, "E(A)", "field of values, upper", slack, where)
-        if spectral >= 1 - 1e-9:
-            continue
-        second = abs(error - float(torch.trace(matrix @ matrix)) / 2)
-        weyl = float(singular_value_bound(matrix))
-        middle, largest = frobenius_bound(frobenius, spectral), theorem7_bound(d, spectral)
-        remainder = second_order_remainder_bound(frobenius, spectral)
-        slack = _ROUNDING * middle
-        _ordered(abs(error), weyl, "|E(A)|", "singular-value bound", slack, where)
-        _ordered(weyl, middle, "singular-value bound", "Frobenius bound", slack, where)
-        _ordered(middle, largest, "Frobenius bound", "Theorem 7", slack, where)
-        _ordered(second, remainder, "|E(A) - tr(A^2)/2|", "second-order remainder bound", slack, where)
+        numbers = MatrixNumbers(matrix)
+        room = {"norm": 1 - float(numbers.norm), "cone": 1 + float(numbers.least)}
+        scale = _ROUNDING * float(numbers.frobenius_square)
+        for bound in BOUNDS.values():
+            if room[bound.hypothesis] <= 1e-9:
+                continue
+            value = float(bound.bound(numbers))
+            slack = (
+                scale * max(1.0, room["cone"] ** -2) if bound.hypothesis == "cone" else max(scale, _ROUNDING * value)
+            )
+            _ordered(float(bound.left(numbers)), value, bound.left_label, bound.label, slack, where)
+            if bound.looser is not None:
+                looser = BOUNDS[bound.looser]
+                above = float(looser.bound(numbers))
+                _ordered(value, above, bound.label, looser.label, _ROUNDING * above, where)
 
 
 def _ordered(small: float, large: float, small_name: str, large_name: str, slack: float, where: str) -> None:
