@@ -214,13 +214,14 @@ def functions():
     """Every function of hnkit that a module of checks imports from elsewhere, by where it is defined."""
     found = set()
     checks = ("maps", "problems", "measured_problem", "matrices", "differences")
-    for name in ("figures.measured_map", *(f"checks.{name}" for name in checks)):
+    for name in ("figures.measured_map", "linalg.matrices", *(f"checks.{name}" for name in checks)):
         for imported, value in vars(importlib.import_module(f"hnkit.{name}")).items():
             home = getattr(value, "__module__", "")
             elsewhere = home.startswith("hnkit.") and not home.startswith(("hnkit.checks", "hnkit.figures"))
             if inspect.isfunction(value) and elsewhere and imported not in NO_FIGURES:
                 found.add((home, imported))
-    return sorted(found | {("hnkit.kl.estimators", "arnoldi"), ("hnkit.kl.moments", "dense_moments")})
+    tables = {("hnkit.bounds", name) for name in ("local_theorem7_bound", "singular_value_bound")}
+    return sorted(found | tables | {("hnkit.kl.estimators", "arnoldi"), ("hnkit.kl.moments", "dense_moments")})
 
 
 NO_FIGURES = {"generator_for", "rows_per_pass", "chunked", "check_map", "check_finite"}
@@ -240,6 +241,8 @@ def poisoned(value):
         return torch.full_like(value, math.nan) if value.is_floating_point() else value
     if isinstance(value, tuple | list):
         return type(value)(map(poisoned, value))
+    if isinstance(value, dict):
+        return {key: poisoned(part) for key, part in value.items()}
     if isinstance(value, torch.nn.Module) or inspect.isfunction(value):
         return lambda *args: poisoned(value(*args)) + 0 * args[0]
     if dataclasses.is_dataclass(value):
