@@ -17,6 +17,9 @@ Progress = Callable[[int, int], None]
 
 # Jacobians with more entries than this are made and factored one sample at a time, in place.
 _IN_PLACE_ENTRIES = 2**23
+# Up to this dimension a loop over matrices costs more than it saves; above it, this many entries are read at a time.
+_SMALL_DIM = 32
+_CACHE_ENTRIES = 2**16
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,16 @@ def dense_moments(f: NoiseMap, x: Tensor, chunk: int | None, progress: Progress 
 
 
 def _square_and_frobenius(J: Tensor) -> tuple[Tensor, Tensor]:
-    """`tr(J^2)` and `|J|_F^2` of `(b, d, d)` matrices, a block of rows at a time."""
-    square = J.new_zeros(J.shape[0])
-    frobenius = J.new_zeros(J.shape[0])
-    block = max(1, _IN_PLACE_ENTRIES // (4 * J.shape[0] * J.shape[2]))
-    for part in slices(J.shape[1], block):
-        rows = J[:, part]
-        square += (rows * J[:, :, part].mT).sum((1, 2))
-        frobenius += rows.square().sum((1, 2))
+    """`tr(J^2)` and `|J|_F^2` of `(b, d, d)` matrices; of large ones singly, as many rows at a time as a cache holds."""
+    dim = J.shape[-1]
+    if dim <= _SMALL_DIM:
+        return (J * J.mT).sum((1, 2)), J.square().sum((1, 2))
+    block = max(1, _CACHE_ENTRIES // dim)
+    square, frobenius = J.new_zeros(J.shape[0]), J.new_zeros(J.shape[0])
+    for i, matrix in enumerate(J):
+        for part in slices(dim, block):
+            rows, columns = matrix[part], matrix[:, part]
+            flat = rows.reshape(-1)
+            square[i] += torch.dot(flat, columns.mT.reshape(-1))
+            frobenius[i] += torch.dot(flat, flat)
     return square, frobenius

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hnkit import noise_kl
 from hnkit.kl import Arnoldi, SecondOrder, moments
@@ -65,25 +64,12 @@ def test_a_group_of_dense_jacobians_takes_64_mebibytes(monkeypatch):
     assert seen == [(512, 2**23), (1, 2**23)]
 
 
-class LargestProduct(TorchDispatchMode):
-    """Remembers the entries of the largest elementwise product."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mul.Tensor:
-            self.entries = max(self.entries, result.numel())
-        return result
-
-
-@pytest.mark.parametrize(("entries", "rows_together"), [(96, 2), (95, 1), (47, 1), (10**6, 6)])
-def test_traces_of_squares_hold_a_quarter_of_the_memory(monkeypatch, entries, rows_together):
-    monkeypatch.setattr(moments, "_IN_PLACE_ENTRIES", entries)
-    J = torch.stack([matrix("gaussian", 0.9, 6), matrix("jordan", 0.5, 6)])
-    with LargestProduct() as largest:
-        square, frobenius = moments._square_and_frobenius(J)
-    assert largest.entries == 2 * rows_together * 6
+@pytest.mark.parametrize("entries", [7, 100, 10**6])
+@pytest.mark.parametrize("dim", [6, 32, 33, 50])
+def test_traces_of_squares_by_blocks_of_any_size(monkeypatch, entries: int, dim: int) -> None:
+    monkeypatch.setattr(moments, "_CACHE_ENTRIES", entries)
+    J = torch.stack([matrix("gaussian", 0.9, dim), matrix("jordan", 0.5, dim)])
+    square, frobenius = moments._square_and_frobenius(J)
     torch.testing.assert_close(square, (J @ J).diagonal(dim1=1, dim2=2).sum(1))
     torch.testing.assert_close(frobenius, torch.linalg.matrix_norm(J).square())
 
