@@ -9,6 +9,7 @@ A block stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -130,6 +131,30 @@ def bench_logdet() -> str:
     return to_markdown(Table(headers, tuple(rows), caption))
 
 
+def bench_peers() -> str:
+    """Hnkit beside its peers at equal products."""
+    document = _document("bench-peers")
+    rows: list[tuple[Cell, ...]] = [
+        (
+            name if i == 0 else "",
+            case["exact"] if i == 0 else "",
+            method,
+            format_estimate(run["value"], math.nan if run["stderr"] is None else run["stderr"]),
+            run["rmse"],
+            f"{run['products']:.0f}",
+            f"{run['seconds'] * 1e3:.1f} ms",
+        )
+        for name, case in document["cases"].items()
+        for i, (method, run) in enumerate(case["runs"].items())
+    ]
+    headers = ("J", "E(J)", "method", "one run", "error of all runs", "products", "time")
+    caption = (
+        f"d = {document['dim']}, {document['steps']} steps, {document['runs']} runs with seeds of their own; root mean "
+        f"square of the error; the fastest run counts. {document['machine']}."
+    )
+    return to_markdown(Table(headers, tuple(rows), caption))
+
+
 def bench_products() -> str:
     """What a product costs beside a bare one."""
     document = _document("bench-logdet")
@@ -165,6 +190,7 @@ def bench_sana() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "bench-exact": bench_exact,
     "bench-logdet": bench_logdet,
+    "bench-peers": bench_peers,
     "bench-products": bench_products,
     "bench-sana": bench_sana,
     "item-e": item_e,

@@ -117,7 +117,7 @@ def dense_moments(f: NoiseMap, x: Tensor, chunk: int | None, progress: Progress 
 
 
 def _square_and_frobenius(J: Tensor) -> tuple[Tensor, Tensor]:
-    """`tr(J^2)` and `|J|_F^2` of `(b, d, d)` matrices; of large ones singly, as many rows at a time as a cache holds."""
+    """`tr(J^2)` and `|J|_F^2` of `(b, d, d)` matrices; of large ones singly, as many rows at once as a cache holds."""
     dim = J.shape[-1]
     if dim <= _SMALL_DIM:
         return (J * J.mT).sum((1, 2)), J.square().sum((1, 2))
