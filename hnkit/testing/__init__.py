@@ -8,12 +8,11 @@ from hnkit.testing.assertions import (
     assert_kl,
     assert_kl_identity,
     assert_lipschitz,
+    assert_map,
     assert_mean,
     assert_moments,
-    assert_noise_loss,
     assert_rows_independent,
     assert_theorem7,
-    assert_zero_at_init,
 )
 from hnkit.testing.strategies import (
     MATRIX_KINDS,
@@ -23,6 +22,7 @@ from hnkit.testing.strategies import (
     noise,
     tilted_gaussians,
 )
+from hnkit.testing.trained import assert_noise_loss, assert_zero_at_init
 
 __all__ = [
     "MATRIX_KINDS",
@@ -31,6 +31,7 @@ __all__ = [
     "assert_kl",
     "assert_kl_identity",
     "assert_lipschitz",
+    "assert_map",
     "assert_mean",
     "assert_moments",
     "assert_noise_loss",

@@ -9,22 +9,20 @@ that are not met, raise `hnkit.InputError` instead: they say nothing about what 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from scipy.stats import norm as normal_law
-from torch import Tensor, nn
+from torch import Tensor
 
 from hnkit.bounds import BOUNDS, local_theorem7_bound, theorem7_bound
 from hnkit.errors import InputError
 from hnkit.internal.stats import mean_and_stderr
-from hnkit.jacobian import check_batch, dense_jacobian, evaluate
+from hnkit.jacobian import check_batch, check_map, dense_jacobian, evaluate
 from hnkit.kl.divergence import Form, Method, noise_kl
 from hnkit.linalg.matrices import MatrixNumbers
 from hnkit.lipschitz.local import local_lipschitz
 from hnkit.logdet import log_det_error
-from hnkit.loss import NoiseLoss
 from hnkit.maps import NoiseMap
 
 __all__ = [
@@ -32,19 +30,18 @@ __all__ = [
     "assert_kl",
     "assert_kl_identity",
     "assert_lipschitz",
+    "assert_map",
     "assert_mean",
     "assert_moments",
-    "assert_noise_loss",
     "assert_rows_independent",
     "assert_theorem7",
-    "assert_zero_at_init",
 ]
 
 _MIN_SAMPLES = 32  # fewer make the normal quantile of a z-test meaningless
 _ROUNDING = 1e-10  # relative slack of deterministic comparisons in float64
 
 
-def _fail(message: str) -> None:
+def fail(message: str) -> None:
     __tracebackhide__ = True
     raise AssertionError(message)
 
@@ -55,7 +52,7 @@ def _threshold(false_alarm: float, tests: int = 1) -> float:
     return float(normal_law.isf(false_alarm / (2 * tests)))
 
 
-def _require_samples(count: int) -> None:
+def require_samples(count: int) -> None:
     if count < _MIN_SAMPLES:
         raise InputError(f"{count} samples: a z-test needs at least {_MIN_SAMPLES}")
 
@@ -81,14 +78,14 @@ def assert_mean(
     """
     __tracebackhide__ = True
     limit = _threshold(false_alarm)
-    _require_samples(samples.numel())
+    require_samples(samples.numel())
     mean, stderr = mean_and_stderr(samples)
     rounding = _ROUNDING * max(1.0, float(samples.abs().max()), abs(expected)) / math.sqrt(samples.numel())
     distance = abs(mean - expected)
     if not distance <= bias_bound + limit * stderr + rounding:
         score = distance / stderr if stderr > 0 else math.inf
         bias = f" and a bias of at most {bias_bound:.3g}" if bias_bound else ""
-        _fail(
+        fail(
             f"{what} is {mean:.8g} +- {stderr:.2g}, expected {expected:.8g}: off by {distance:.3g} = {score:.1f} "
             f"standard errors (n = {samples.numel()}; {limit:.2f}{bias} are allowed at false alarm {false_alarm:g})"
         )
@@ -116,7 +113,7 @@ def assert_moments(samples: Tensor, mean: Tensor, covariance: Tensor, *, false_a
         raise InputError(
             f"mean {tuple(mean.shape)} and covariance {tuple(covariance.shape)} do not fit samples of {d} entries"
         )
-    _require_samples(n)
+    require_samples(n)
     centred = samples.detach().reshape(n, d).double() - mean.double()
     rows, columns = torch.triu_indices(d, d)
     products = centred[:, rows] * centred[:, columns]
@@ -132,7 +129,7 @@ def assert_moments(samples: Tensor, mean: Tensor, covariance: Tensor, *, false_a
     if not float(score[worst]) <= limit:
         target = float(mean[worst]) if worst < d else float(expected[worst])
         found = float(values.mean(0)[worst]) + (float(mean[worst]) if worst < d else 0.0)
-        _fail(
+        fail(
             f"{names[worst]} is {found:.6g} +- {float(stderr[worst]):.2g}, expected {target:.6g}: "
             f"{float(score[worst]):.1f} standard errors off (n = {n}; {limit:.2f} are allowed at false alarm "
             f"{false_alarm:g} over {len(names)} entries)"
@@ -159,7 +156,7 @@ def assert_kl_identity(f: NoiseMap, x: Tensor, *, false_alarm: float = 1e-6) -> 
     """
     __tracebackhide__ = True
     check_batch(x)
-    _require_samples(x.shape[0])
+    require_samples(x.shape[0])
     stein, change = noise_kl(f, x, form="stein"), noise_kl(f, x, form="change-of-variables", check=False)
     what = (
         "Stein's identity fails (is x standard normal, f continuous, its derivative right?): the KL is "
@@ -228,7 +225,7 @@ def assert_theorem7(f: NoiseMap, x: Tensor, *, lipschitz: float | None = None) -
     excess = errors - bounds * (1 + _ROUNDING) - torch.finfo(torch.float64).tiny
     worst = int(excess.argmax())
     if not float(excess[worst]) <= 0:
-        _fail(
+        fail(
             f"Theorem 7 fails at sample {worst}: |E(J)| = {float(errors[worst]):.8g} exceeds d h(L) = "
             f"{float(bounds[worst]):.8g} nats with L {constant}, d = {dim}, |J|_2 = {float(norms[worst]):.6g} there"
         )
@@ -270,7 +267,7 @@ def assert_bounds(A: Tensor) -> None:
 def _ordered(small: float, large: float, small_name: str, large_name: str, slack: float, where: str) -> None:
     __tracebackhide__ = True
     if not small <= large + slack:
-        _fail(f"{small_name} = {small:.10g} exceeds {large_name} = {large:.10g} by {small - large:.3g} nats{where}")
+        fail(f"{small_name} = {small:.10g} exceeds {large_name} = {large:.10g} by {small - large:.3g} nats{where}")
 
 
 def assert_lipschitz(f: NoiseMap, constant: float, x: Tensor, *, tolerance: float = 1e-6) -> None:
@@ -295,7 +292,7 @@ def assert_lipschitz(f: NoiseMap, constant: float, x: Tensor, *, tolerance: floa
     norms = local_lipschitz(f, x)
     worst = int(norms.argmax())
     if not float(norms[worst]) <= constant * (1 + tolerance):
-        _fail(f"|J(x)|_2 = {float(norms[worst]):.8g} at sample {worst} exceeds the Lipschitz constant {constant:.8g}")
+        fail(f"|J(x)|_2 = {float(norms[worst]):.8g} at sample {worst} exceeds the Lipschitz constant {constant:.8g}")
     with torch.no_grad():
         values = evaluate(f, x).flatten(1).double()
     apart = torch.cdist(x.flatten(1).double(), x.flatten(1).double(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -304,10 +301,35 @@ def assert_lipschitz(f: NoiseMap, constant: float, x: Tensor, *, tolerance: floa
     excess = moved - constant * (1 + tolerance) * apart - rounding
     i, j = divmod(int(excess.argmax()), x.shape[0])
     if float(excess[i, j]) > 0:
-        _fail(
+        fail(
             f"|f(x) - f(y)| = {float(moved[i, j]):.8g} at samples {i} and {j}, {float(apart[i, j]):.8g} apart: a "
             f"Lipschitz constant of at least {float(moved[i, j] / apart[i, j]):.8g} is needed, not {constant:.8g}"
         )
+
+
+def assert_map(f: NoiseMap, x: Tensor, *, rows: int = 8, jvp: bool = True) -> None:
+    """Assert that a function keeps the promises that every figure of hnkit rests on; see `hnkit.check_map`.
+
+    Its rows are independent of each other, of their position and of their number; it is a function of `x` and leaves
+    it alone; and the derivatives that autograd reports, `J^T u` and `J v`, are those of finite differences and of each
+    other. A straight-through estimator, a detached part and a wrong backward fail.
+
+    Args:
+        f: batch-first map.
+        x: `(n, *shape)`.
+        rows: at most this many rows are tried.
+        jvp: try `J v` too.
+
+    Raises:
+        AssertionError: saying what is not kept, with the size of the difference.
+        InputError: `x` is no batch of noise.
+    """
+    __tracebackhide__ = True
+    check_batch(x)
+    try:
+        check_map(f, x, rows=rows, jvp=jvp)
+    except InputError as error:
+        fail(str(error))
 
 
 def assert_rows_independent(f: NoiseMap, x: Tensor, *, tolerance: float = 1e-5) -> None:
@@ -344,181 +366,7 @@ def _rows_agree(new: Tensor, old: Tensor, limit: float, first: int, when: str) -
     change = (new.double() - old.double()).abs().flatten(1).amax(1)
     worst = int(change.argmax())
     if not float(change[worst]) <= limit:
-        _fail(
+        fail(
             f"rows are not independent: row {first + worst} of f(x) changes by {float(change[worst]):.4g} {when} "
             f"(rounding would explain {limit:.2g})"
-        )
-
-
-def assert_zero_at_init(
-    module: nn.Module,
-    shape: tuple[int, ...],
-    *,
-    condition: Any = None,
-    rows: int = 3,
-    seed: int = 0,
-    trainable: bool = True,
-) -> None:
-    """Assert that a fresh hypernetwork is exactly zero, `f(x) = 0`, and yet able to learn.
-
-    Exactly: the steered and the base images of an untrained network are then the same, bit for bit.
-
-    Args:
-        module: called as `module(x)`, or `module(x, condition)` if a condition is given.
-        shape: of one noise sample.
-        condition: second argument, for `rows` rows.
-        rows: rows of the batch; a third of them are ten times larger than standard normal noise.
-        seed: of the noise.
-        trainable: also require that some parameter receives a gradient that is not zero: a product of two zero
-            factors would stay zero for ever.
-
-    Raises:
-        AssertionError: with the largest entry of f(x), or because no parameter receives a gradient.
-    """
-    __tracebackhide__ = True
-    generator = torch.Generator().manual_seed(seed)
-    parameter = next(module.parameters(), None)
-    x = torch.randn(rows, *shape, generator=generator)
-    x[::3] *= 10
-    if parameter is not None:
-        x = x.to(parameter)
-    with torch.enable_grad():
-        y = module(x) if condition is None else module(x, condition)
-        if y.shape != x.shape:
-            _fail(f"f(x) has shape {tuple(y.shape)} for x of shape {tuple(x.shape)}")
-        largest = float(y.detach().abs().nan_to_num(math.inf).max())
-        if largest != 0:
-            _fail(f"f is not zero at initialisation: the largest entry of f(x) is {largest:.4g}")
-        if not trainable:
-            return
-        weights = torch.randn(y.shape, generator=generator).to(y)
-        learning = [p for p in module.parameters() if p.requires_grad]
-        if not learning:
-            _fail("f is zero and has no parameter that requires a gradient: it can never learn")
-        gradients = (
-            torch.autograd.grad((y * weights).sum(), learning, allow_unused=True)
-            if y.requires_grad
-            else [None] * len(learning)
-        )
-    if not any(g is not None and bool(g.any()) for g in gradients):
-        _fail(
-            f"f is zero and none of its {len(learning)} trainable parameters receives a gradient: it can never learn "
-            "(are both factors of a product zero?)"
-        )
-
-
-def assert_noise_loss(
-    loss: NoiseLoss,
-    f: nn.Module,
-    x: Tensor,
-    generate: Callable[[Tensor], Tensor],
-    reward: Callable[[Tensor], Tensor],
-    *,
-    repeats: int = 64,
-    seed: int = 0,
-    tolerance: float = 1e-6,
-    false_alarm: float = 1e-6,
-) -> None:
-    """Assert value and gradient of a noise loss against a dense twin that shares no code with it.
-
-    Per row `total = kl - r(g(x_hat))/alpha` and `x_hat = x + f(x)`; the KL term, and the gradient of a sum of rows with
-    *different weights* in the parameters of f, are compared with `|f|^2/2` plus nothing, `tr(J^2)/2` or
-    `tr J - log|det(I + J)|` through dense Jacobians. Losses with probes are compared in the mean over `repeats` draws,
-    by z-tests.
-
-    Args:
-        loss: the loss, anything with the call and the attributes `kl`, `alpha`, `reduction` of `NoiseLoss`.
-        f: the hypernetwork, float64, with parameters; `|J| < 1`.
-        x: `(n, *shape)` noise, float64; d products per row are spent.
-        generate: noise to outputs.
-        reward: outputs to `(n,)`.
-        repeats: draws of the probes, at least 32, of losses with probes.
-        seed: of the probes and of the weights.
-        tolerance: relative error allowed, of rounding and (for a Krylov loss) of truncation.
-        false_alarm: probability of failing although the loss is right.
-
-    Raises:
-        AssertionError: naming what differs, with both numbers.
-    """
-    __tracebackhide__ = True
-    parameters = [p for p in f.parameters() if p.requires_grad]
-    if not parameters:
-        raise InputError("f has no trainable parameter: give a module whose gradient can be compared")
-    random = loss.kl in ("second-order", "arnoldi")
-    if random:
-        _require_samples(repeats)
-    n, generator = x.shape[0], torch.Generator().manual_seed(seed)
-    weights = 0.5 + torch.rand(n, generator=generator, dtype=torch.float64)
-    directions = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
-    twin_kl, twin_reward = _twin(loss, f, x, generate, reward)
-    twin_slope = _slope(weights @ (twin_kl - twin_reward / loss.alpha), parameters, directions)
-    kls, slopes = [], []
-    for _ in range(repeats if random else 1):
-        terms = loss(f, x, generate, reward, generator=generator)
-        _close(terms.x_hat, x + f(x), tolerance, "x_hat against x + f(x)")
-        _close(terms.reward, twin_reward, tolerance, "reward against r(g(x + f(x)))")
-        _close(terms.total, terms.kl - terms.reward / loss.alpha, tolerance, "total against kl - reward / alpha")
-        kls.append(terms.kl.detach().double())
-        slopes.append(_slope(weights @ terms.total.double(), parameters, directions))
-    twin_kl, twin_reward = twin_kl.detach(), twin_reward.detach()
-    if not random:
-        _close(kls[0], twin_kl, tolerance, f"KL term of kl={loss.kl!r}, reduction={loss.reduction!r}")
-        _close(slopes[0], twin_slope, tolerance, "gradient with a weight per sample, along a random direction")
-        return
-    shift = tolerance * float(twin_kl.abs().sum())
-    what = f"summed KL term of kl={loss.kl!r}, reduction={loss.reduction!r}"
-    assert_mean(torch.stack(kls).sum(1), float(twin_kl.sum()), false_alarm=false_alarm / 2, bias_bound=shift, what=what)
-    assert_mean(
-        torch.stack(slopes),
-        float(twin_slope),
-        false_alarm=false_alarm / 2,
-        bias_bound=tolerance * abs(float(twin_slope)),
-        what="gradient with a weight per sample, along a random direction,",
-    )
-
-
-def _slope(value: Tensor, parameters: list[nn.Parameter], directions: list[Tensor]) -> Tensor:
-    """Derivative of `value` along one direction of the parameters."""
-    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-    parts = [(g * v).sum() for g, v in zip(gradients, directions, strict=True) if g is not None]
-    return torch.stack(parts).sum().double() if parts else torch.zeros((), dtype=torch.float64)
-
-
-def _twin(
-    loss: NoiseLoss, f: nn.Module, x: Tensor, generate: Callable[[Tensor], Tensor], reward: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """KL terms and rewards of the rows by autograd through dense Jacobians, row by row."""
-    terms = []
-    for row in x:
-        delta = f(row[None]).flatten()
-        term = delta.square().sum() / 2
-        if loss.kl != "l2":
-
-            def along_row(z: Tensor) -> Tensor:
-                result: Tensor = f(z[None])[0].flatten()
-                return result
-
-            J = torch.autograd.functional.jacobian(along_row, row, create_graph=True)  # type: ignore[no-untyped-call]
-            J = J.reshape(row.numel(), -1)
-            if loss.kl == "second-order":
-                term = term + torch.trace(J @ J) / 2
-            else:
-                identity = torch.eye(row.numel(), dtype=J.dtype)
-                term = term + torch.trace(J) - torch.linalg.slogdet(identity + J).logabsdet
-        terms.append(term / row.numel() if loss.reduction == "mean" else term)
-    return torch.stack(terms).double(), reward(generate(x + f(x))).double()
-
-
-def _close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    __tracebackhide__ = True
-    if found.shape != expected.shape:
-        _fail(f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
-    found, expected = found.detach().double().flatten(), expected.detach().double().flatten()
-    difference = (found - expected).abs()
-    scale = float(expected.abs().max())
-    worst = int(difference.argmax())
-    if not float(difference[worst]) <= tolerance * scale + torch.finfo(torch.float64).tiny:
-        _fail(
-            f"{what}: {float(found[worst]):.8g}, expected {float(expected[worst]):.8g} at entry {worst} "
-            f"(relative difference {float(difference[worst]) / max(scale, 1e-300):.3g}, {tolerance:g} is allowed)"
         )

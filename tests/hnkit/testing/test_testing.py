@@ -22,6 +22,7 @@ from hnkit.testing import (
     assert_kl,
     assert_kl_identity,
     assert_lipschitz,
+    assert_map,
     assert_mean,
     assert_moments,
     assert_noise_loss,
@@ -459,3 +460,28 @@ def test_local_norms_of_drawn_images_stay_below_their_certificate():
         assert float(local_lipschitz(f, x).max()) <= lipschitz_upper(f).value
 
     check()
+
+
+@pytest.mark.parametrize(
+    ("f", "words"),
+    [
+        (lambda x: x - x.mean(0), "couples rows"),
+        (lambda x: x / len(x), "how many rows"),
+        (lambda x: x.mul_(0.5), "writes into its input"),
+        (lambda x: x * x.detach(), "derivative of the map is wrong by 50%"),
+        (lambda x: x + (x.round() - x).detach(), "straight-through"),
+        (lambda x: x[:, :1], "shape"),
+    ],
+)
+def test_assert_map_says_what_is_not_kept(f, words):
+    x = torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(AssertionError, match=words):
+        assert_map(f, x, jvp=False)
+
+
+def test_assert_map_passes_on_maps_and_refuses_what_is_no_noise():
+    x = torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert_map(lambda x: 0.3 * x.sin(), x)
+    assert_map(torch.nn.ReLU(), x[:1])
+    with pytest.raises(InputError, match="int64"):
+        assert_map(lambda x: x, torch.zeros(3, 2, dtype=torch.int64))
