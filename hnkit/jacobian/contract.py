@@ -192,7 +192,15 @@ def _same(a: Tensor, b: Tensor, loss_of_digits: float = 0.0) -> bool:
     return float((a.double() - b.double()).abs().max()) <= tolerance * scale
 
 
-class _Precision(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
+class _Watching(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
+    """A look at every operation of an evaluation."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler to shield a mode from it: seconds, once a process
+
+
+class _Precision(_Watching):  # type: ignore[misc, no-untyped-call]
     """Notes the floating-point types that an evaluation passes through, inside closures and under autocast too."""
 
     def __init__(self) -> None:
@@ -211,7 +219,7 @@ class _Precision(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
         return max(self._units | {_unit(value) for value in values})
 
 
-class _Lifted(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
+class _Lifted(_Watching):  # type: ignore[misc, no-untyped-call]
     """Computes in single precision what a map computes in half precision, so that differences of it mean something."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
