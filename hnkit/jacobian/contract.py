@@ -360,7 +360,7 @@ def _check_derivative(f: NoiseMap, points: Tensor, index: Tensor, unit: float, j
             "it"
         )
     if jvp:
-        _check_products(operator, directions, pulled, unit)
+        _check_products(operator, directions, pulled, reported)
 
 
 def _check_products(
