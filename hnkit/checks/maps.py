@@ -12,7 +12,7 @@ from torch import Tensor
 from hnkit.bounds import BOUNDS, theorem7_bound
 from hnkit.checks.check import Finding, Registry, confidence_radius, mean_finding, worst
 from hnkit.checks.differences import explained_by_steps
-from hnkit.errors import MissingDerivativeError, NotApplicable
+from hnkit.errors import MissingDerivativeError, NotApplicable, NotCertifiedError
 from hnkit.figures.measured_map import MeasuredMap, RowStatistics
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.jacobian import RowJacobian
@@ -286,6 +286,8 @@ def lipschitz_order(measured: MeasuredMap) -> Finding:
     sampled, ascended = float(measured.norms.max()), measured.lower.value
     tolerance = max(2e-3, measured.resolution) * (sampled + 1e-12)
     if isinstance(measured.certificate, str):
+        if measured.certifiable:
+            raise NotCertifiedError(measured.certificate)
         note = f"sampled {sampled:.4g} ≤ ascended; no certificate: {measured.certificate}"
         return Finding(ascended, sampled, tolerance, ">=", note, certified=False)
     certified = measured.certificate.value

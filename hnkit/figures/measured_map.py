@@ -81,6 +81,7 @@ class MeasuredMap:
         module: the module that a Lipschitz certificate may walk through; `None`: `f` itself.
         smooth: whether `f` has no kinks, so that finite differences of it converge everywhere.
         continuous: whether `f` is known to be so, as the optimal map of a problem is.
+        certifiable: whether its Lipschitz constant is known to have a proof, so that a certificate is to be found.
         ascent_steps: steps of the gradient ascent behind the Lipschitz estimate.
         prompts: the prompt of each row, within which mean shifts are taken; `None`: all rows have one.
         probes: the generator of the probes of `noise_kl`; `None`: one derived from the seed.
@@ -95,6 +96,7 @@ class MeasuredMap:
     module: NoiseMap | None = None
     smooth: bool = True
     continuous: bool = False
+    certifiable: bool = False
     ascent_steps: int = 25
     prompts: Sequence[str] | None = None
     probes: torch.Generator | None = None

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hnkit.config import TrainConfig
-from hnkit.errors import InputError
 from hnkit.figures import FIGURES
 from hnkit.output.plots import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILION, Plot, new_figure
 from hnkit.tilt import TiltedProblem
@@ -115,10 +114,9 @@ def _gap(measured: Records, problem: TiltedProblem) -> Figure:
     axes.errorbar(at, gap, yerr=np.nan_to_num(stderr), color=INK, marker="o", markersize=4, capsize=2, label="learned")
     references = (("l2_gap", "optimum of L2", ORANGE, "--"), ("second_order_gap", "of second order", SKY, "-."))
     for name, label, colour, line in references:
-        try:
-            value = getattr(problem, name)()
-        except (InputError, AttributeError):  # this problem has no such optimum in closed form
+        if name in problem.unavailable or not hasattr(problem, name):  # no such optimum in closed form
             continue
+        value = getattr(problem, name)()
         axes.axhline(value, color=colour, linestyle=line, label=f"{label}:  {value:.3g}")
     axes.axhline(0, color=GREEN, linestyle=":", label="of the exact KL:  0")
     axes.set(xlabel="step", ylabel="nats from the tilted law", title=f"{gap[-1]:.3g} nats from the optimum")

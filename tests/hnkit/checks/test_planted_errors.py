@@ -25,11 +25,14 @@ from hnkit.checks.measured_problem import MeasuredProblem
 from hnkit.checks.problems import TOY_CHECKS
 from hnkit.checks.reference_maps import contraction
 from hnkit.checks.report import Report
+from hnkit.checks.settings import VerifySettings
+from hnkit.checks.verify_toys import verify_toys
 from hnkit.cli import app as cli
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.internal import stats as stats
 from hnkit.kl import estimators, moments
 from hnkit.kl.methods import exact as kl
+from hnkit.lipschitz import certify
 from hnkit.lipschitz import local as lipschitz
 from hnkit.toy.linear_gaussian import LinearGaussian, linear_gaussian_low_rank
 
@@ -307,6 +310,19 @@ def failing(checks):
 
 def test_nothing_fails_as_it_is():
     assert failing([*map_checks(), *problem_checks()]) == []
+
+
+def test_red_where_a_rule_refuses_what_is_known_to_be_certified(monkeypatch):
+    """A rule refuses by InputError, which makes a map one without a certificate; the reference maps have one."""
+
+    def refuse(module, visit):
+        raise InputError("planted")
+
+    monkeypatch.setitem(certify._RULES, torch.nn.Tanh, refuse)
+    report = verify_toys([], VerifySettings(samples=16), references=["contraction"])
+    failed = [check for check in report.checks if check.verdict == "fails"]
+    assert [check.name for check in failed] == ["lipschitz-order"]
+    assert "planted" in failed[0].note
 
 
 @pytest.mark.parametrize("wrong", KINDS)

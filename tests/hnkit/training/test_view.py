@@ -72,6 +72,7 @@ def test_measured_lines_have_an_error_bar_on_every_figure():
 @pytest.mark.parametrize(("stderr", "shown"), [(0.0, "0.5 ± 0"), (None, "0.5 ± unknown"), (0.1, "0.50 ± 0.10")])
 def test_a_standard_error_of_zero_is_known(stderr, shown):
     score = {"role": "trained", "base": 1.0, "steered": 1.5, "gain": 0.5, "gain_stderr": stderr}
+    score["non_finite"] = {"base": 0, "steered": 0}
     report = {"measurement": None, "closed_form": None, "validation": {"scores": {"r": score}}, "config": {}}
     sections = _sections({**report, "versions": {}}, [])
     assert sections[0].blocks[0].rows[0][-1] == shown
