@@ -20,7 +20,7 @@ import pytest
 import typer
 
 from hnkit.cli import app as cli
-from hnkit.cli import backends, compare, generate, train, verify_bound
+from hnkit.cli import backends, compare, frontier, generate, train, verify_bound
 from hnkit.cli.app import describe_error
 from hnkit.cli.folders import resumed_folder
 from hnkit.cli.options import NEWEST, command
@@ -522,12 +522,13 @@ def test_help_imports_no_torch():
 
 
 COMMANDS = {
-    "verify-bound": verify_bound,
-    "train": train,
-    "generate": generate,
-    "compare": compare,
+    "verify-bound": verify_bound, "train": train, "generate": generate, "compare": compare, "frontier": frontier,
     "backends": backends,
-}
+}  # fmt: skip
+
+
+def test_every_command_is_tried_here():
+    assert set(COMMANDS) == set(typer.main.get_command(cli.app).commands)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
