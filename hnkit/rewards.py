@@ -104,8 +104,14 @@ class CallableReward:
         return self.function(images, prompts)
 
 
-def load_reward(name: str, spec: RewardSpec, device: torch.device) -> Reward:
+def load_reward(name: str, spec: RewardSpec, device: torch.device, *, local_files_only: bool = True) -> Reward:
     """One reward of the configuration.
+
+    Args:
+        name: of an installed reward, or an import path.
+        spec: its weight and options.
+        device: given to a loader that takes one.
+        local_files_only: given to a loader that takes it: one switch for the whole run, that of the backend.
 
     Raises:
         InputError: unknown name or option, or something that it needs is missing.
@@ -121,6 +127,8 @@ def load_reward(name: str, spec: RewardSpec, device: torch.device) -> Reward:
     options = dict(spec.options)
     if "device" in accepted:
         options.setdefault("device", str(device))
+    if "local_files_only" in accepted:
+        options.setdefault("local_files_only", local_files_only)
     try:
         hints = typing.get_type_hints(factory)
     except (NameError, TypeError):  # names that exist for type checkers alone: nothing to check against
@@ -218,7 +226,9 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     return scores
 
 
-def load_rewards(specs: Mapping[str, RewardSpec], default: Reward | None, device: torch.device) -> RewardSum:
-    """The rewards of a table, or the backend's default one where the table is empty."""
-    loaded = [load_reward(name, spec, device) for name, spec in specs.items()]
+def load_rewards(
+    specs: Mapping[str, RewardSpec], default: Reward | None, device: torch.device, *, local_files_only: bool = True
+) -> RewardSum:
+    """The rewards of a table, or the backend's default one where the table is empty; see `load_reward`."""
+    loaded = [load_reward(name, spec, device, local_files_only=local_files_only) for name, spec in specs.items()]
     return RewardSum(loaded or ([default] if default is not None else []))

@@ -84,10 +84,11 @@ class Session:
         if not self.parameters:
             raise InputError(f"backend {config.backend!r} has no trainable parameters: check its adapter options")
         self.device = next(iter(self.parameters.values())).device
-        self.rewards = load_rewards(config.rewards, backend.default_reward, self.device)
+        local: bool = getattr(config.options, "local_files_only", True)
+        self.rewards = load_rewards(config.rewards, backend.default_reward, self.device, local_files_only=local)
         if not self.rewards.rewards:
             raise InputError(f"no reward given and backend {config.backend!r} has no default: use --reward NAME=WEIGHT")
-        self.heldout = load_rewards(config.heldout, None, self.device)
+        self.heldout = load_rewards(config.heldout, None, self.device, local_files_only=local)
         self.training_prompts, self.validation_prompts = _chosen_prompts(config, backend)
         backend.prepare([*self.training_prompts, *self.validation_prompts])
         self.stream = SampleStream(

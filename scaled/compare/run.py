@@ -253,10 +253,11 @@ class _Session:
         self.config = config
         self.base = completed(backend_factory(settings.backend).load(config.options))
         self.device = next(self.base.hypernetwork.parameters()).device
-        rewards = load_rewards(config.rewards, self.base.default_reward, self.device)
+        local: bool = getattr(config.options, "local_files_only", True)
+        rewards = load_rewards(config.rewards, self.base.default_reward, self.device, local_files_only=local)
         if not rewards.rewards:
             raise InputError(f"backend {settings.backend!r} has no default reward: --set rewards.NAME=WEIGHT")
-        heldout = load_rewards(config.heldout, None, self.device)
+        heldout = load_rewards(config.heldout, None, self.device, local_files_only=local)
         self.scorer = Scorer(rewards, heldout, self.base.judge)
         # the baselines climb what training maximises: the weighted sum, at weight one
         self.reward: Reward = CallableReward("reward", 1.0, rewards)

@@ -43,14 +43,17 @@ def local_folder(source: str) -> Path | None:
         return None
 
 
-def missing_model(what: str, source: str, cause: BaseException) -> InputError:
-    """The one line for a model that is neither a readable folder nor in the cache nor reachable."""
+def missing_model(what: str, source: str, cause: BaseException, *, local_files_only: bool = True) -> InputError:
+    """The one line for a model that is neither a readable folder nor in the cache nor, where that is on, reachable."""
     reason = reason_of(cause)
     if local_folder(source) is not None:
         return InputError(f"{what}: the folder {source} is not a readable model ({reason}): give a complete folder")
+    fetched = "nothing is downloaded unasked" if local_files_only else f"it could not be fetched ({reason})"
+    switch = "set backend.local_files_only = false, " if local_files_only else ""
     return InputError(
-        f"{what}: {source!r} is not a local folder, not in the local cache, and could not be fetched ({reason}): run "
-        f"{shlex.join(('hf', 'download', source))} where there is a network, or give the path of a folder that holds it"
+        f"{what}: {source!r} is not a local folder and not in the local cache, and {fetched}: run "
+        f"{shlex.join(('hf', 'download', source))} where there is a network, {switch}or give the path of a folder that "
+        "holds it"
     )
 
 
@@ -67,13 +70,16 @@ def without_bars(*libraries: Any) -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def pretrained(load: Callable[..., Loaded], source: str, *, what: str, **kwargs: Any) -> Loaded:
+def pretrained(
+    load: Callable[..., Loaded], source: str, *, what: str, local_files_only: bool = True, **kwargs: Any
+) -> Loaded:
     """Call a library's `from_pretrained` on a folder or a hub name.
 
     Args:
         load: e.g. `CLIPModel.from_pretrained`.
         source: a local folder, or a name on the hub.
         what: what is being loaded, for the message, e.g. `"reward 'pickscore'"`.
+        local_files_only: never download.
         **kwargs: passed to `load`. `trust_remote_code` is never among them.
 
     Raises:
@@ -83,13 +89,13 @@ def pretrained(load: Callable[..., Loaded], source: str, *, what: str, **kwargs:
 
     try:
         with without_bars(logging):
-            return load(source, **kwargs)
+            return load(source, local_files_only=local_files_only, **kwargs)
     except _UNREADABLE as error:
-        raise missing_model(what, source, error) from error
+        raise missing_model(what, source, error, local_files_only=local_files_only) from error
 
 
-def hub_file(source: str, filename: str, *, what: str) -> Path:
-    """The path of one file of a local folder or of a hub repository (from the cache, else downloaded).
+def hub_file(source: str, filename: str, *, what: str, local_files_only: bool = True) -> Path:
+    """The path of one file of a local folder or of a hub repository: from the cache, or downloaded where that is on.
 
     Raises:
         InputError: it is in neither place.
@@ -100,6 +106,6 @@ def hub_file(source: str, filename: str, *, what: str) -> Path:
             raise InputError(f"{what}: the folder {source} has no file {filename}: give a folder that holds it")
         return folder / filename
     try:
-        return Path(hf_hub_download(source, filename))
+        return Path(hf_hub_download(source, filename, local_files_only=local_files_only))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise missing_model(what, source, error) from error
+        raise missing_model(what, source, error, local_files_only=local_files_only) from error

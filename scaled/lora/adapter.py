@@ -2,8 +2,8 @@
 
 `adapter_model.safetensors` has peft's keys (`base_model.model.<layer>.lora_A.weight`); `adapter_config.json` is a LoRA
 configuration that plain peft reads, with a block `hnkit` for what peft has no word for: the zero-base last layer, the
-base the weights belong to, what f is given of a prompt, and checksums. Nothing is ignored on reading: whatever does
-not fit is an error.
+base the weights belong to, the options that change what f is given, and checksums. Nothing is ignored on reading:
+whatever does not fit is an error.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Adapter:
     weights: Mapping[str, Tensor] = field(repr=False)
     """By `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
     conditioning: Mapping[str, Any] = field(default_factory=dict)
-    """Options that change what f is given of a prompt, by name; empty where nothing is recorded."""
+    """Options that change what f is given, by name; empty where nothing is recorded."""
 
 
 def write_adapter(folder: str | Path, adapter: Adapter) -> None:
@@ -161,7 +161,7 @@ def adapter_options(
 
     Args:
         folder: of the adapter, or the run folder that holds it.
-        conditioning: names and types of the options that change what f is given of a prompt.
+        conditioning: names and types of the options that change what f is given.
         published: those of an adapter without hnkit's block.
 
     Raises:

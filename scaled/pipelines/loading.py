@@ -77,7 +77,7 @@ def find_model(model_id: str, local_files_only: bool = True) -> Path:
 
         return Path(DiffusionPipeline.download(model_id, use_safetensors=True))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise missing_model("backend.model_id", model_id, error) from error
+        raise missing_model("backend.model_id", model_id, error, local_files_only=local_files_only) from error
 
 
 def _check_index(folder: Path, family: Family) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ def imagereward(
     model_id: str = REPOSITORY,
     tokenizer_id: str = "bert-base-uncased",
     device: str = "cpu",
+    local_files_only: bool = True,
 ) -> ImageReward:
     """ImageReward from its published file (a hub name, or a local folder that holds `ImageReward.pt`).
 
@@ -71,9 +73,10 @@ def imagereward(
         model_id: where `ImageReward.pt` is.
         tokenizer_id: BERT's tokenizer, by hub name or local folder.
         device: where it runs.
+        local_files_only: never download.
     """
     what = "reward 'imagereward'"
-    file = hub_file(model_id, FILE, what=what)
+    file = hub_file(model_id, FILE, what=what, local_files_only=local_files_only)
     config = architecture(file, published_config(), what=what)
     state = convert_imagereward(read_state_dict(file, what=what), what=what)
     vision = BlipVisionModel(config.vision_config)
@@ -82,7 +85,8 @@ def imagereward(
     for part, prefix in ((vision, "vision."), (text, "text."), (mlp, "mlp.")):
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         load_strict(part, own, what=what)
-    tokenizer = pretrained(BertTokenizerFast.from_pretrained, tokenizer_id, what=what)
+    load: Any = BertTokenizerFast.from_pretrained
+    tokenizer = pretrained(load, tokenizer_id, what=what, local_files_only=local_files_only)
     return ImageReward(weight, vision, text, mlp, tokenizer).to(device)
 
 

@@ -83,20 +83,28 @@ class LinearHeadReward(nn.Module):
             return score
 
 
-def _tokenizer(source: str, what: str) -> CLIPTokenizerFast:
-    tokenizer: CLIPTokenizerFast = pretrained(CLIPTokenizerFast.from_pretrained, source, what=what)
+def _tokenizer(source: str, what: str, local_files_only: bool) -> CLIPTokenizerFast:
+    load = CLIPTokenizerFast.from_pretrained
+    tokenizer: CLIPTokenizerFast = pretrained(load, source, what=what, local_files_only=local_files_only)
     return tokenizer
 
 
-def clipscore(*, weight: float = 1.0, model_id: str = LAION_H14, device: str = "cpu") -> ClipReward:
+def clipscore(
+    *, weight: float = 1.0, model_id: str = LAION_H14, device: str = "cpu", local_files_only: bool = True
+) -> ClipReward:
     """CLIPScore: `exp(logit_scale) * cos(image, prompt)` of a CLIP model (a hub name or a local folder)."""
     what = "reward 'clipscore'"
-    model = pretrained(CLIPModel.from_pretrained, model_id, what=what)
-    return ClipReward("clipscore", weight, model, _tokenizer(model_id, what), scaled=True).to(device)
+    model = pretrained(CLIPModel.from_pretrained, model_id, what=what, local_files_only=local_files_only)
+    return ClipReward("clipscore", weight, model, _tokenizer(model_id, what, local_files_only), scaled=True).to(device)
 
 
 def pickscore(
-    *, weight: float = 1.0, model_id: str = PICKSCORE, tokenizer_id: str | None = None, device: str = "cpu"
+    *,
+    weight: float = 1.0,
+    model_id: str = PICKSCORE,
+    tokenizer_id: str | None = None,
+    device: str = "cpu",
+    local_files_only: bool = True,
 ) -> ClipReward:
     """PickScore: `exp(logit_scale) * cos(image, prompt)` of the CLIP-H fine-tuned on human choices.
 
@@ -106,11 +114,12 @@ def pickscore(
         tokenizer_id: where the tokenizer is; the published model uses that of LAION's CLIP-H. A local `model_id`
             that holds one needs none.
         device: where it runs.
+        local_files_only: never download.
     """
     what = "reward 'pickscore'"
-    model = pretrained(CLIPModel.from_pretrained, model_id, what=what)
+    model = pretrained(CLIPModel.from_pretrained, model_id, what=what, local_files_only=local_files_only)
     source = tokenizer_id or (model_id if (Path(model_id) / "tokenizer_config.json").is_file() else LAION_H14)
-    return ClipReward("pickscore", weight, model, _tokenizer(source, what), scaled=True).to(device)
+    return ClipReward("pickscore", weight, model, _tokenizer(source, what, local_files_only), scaled=True).to(device)
 
 
 def hpsv2(
@@ -119,6 +128,7 @@ def hpsv2(
     model_id: str = HPS,
     tokenizer_id: str = LAION_H14,
     device: str = "cpu",
+    local_files_only: bool = True,
 ) -> ClipReward:
     """HPSv2.1: the cosine of OpenCLIP's ViT-H-14 fine-tuned on human preferences.
 
@@ -131,12 +141,13 @@ def hpsv2(
         model_id: a hub name or a local folder that holds `HPS_v2.1_compressed.pt`.
         tokenizer_id: a CLIP tokenizer, by hub name or local folder.
         device: where it runs.
+        local_files_only: never download.
     """
     what = "reward 'hpsv2'"
-    file = hub_file(model_id, HPS_FILE, what=what)
+    file = hub_file(model_id, HPS_FILE, what=what, local_files_only=local_files_only)
     model = CLIPModel(architecture(file, vit_h14_config(), what=what))
     load_strict(model, convert_open_clip(read_state_dict(file, what=what), what=what), what=what)
-    tokenizer = _tokenizer(tokenizer_id, what)
+    tokenizer = _tokenizer(tokenizer_id, what, local_files_only)
     return ClipReward("hpsv2", weight, model, tokenizer, scaled=False, clean=clean_text).to(device)
 
 
@@ -146,6 +157,7 @@ def aesthetic(
     model_id: str = "openai/clip-vit-large-patch14",
     head: str = "",
     device: str = "cpu",
+    local_files_only: bool = True,
 ) -> LinearHeadReward:
     """An aesthetic score: a linear head on CLIP's normalised image embedding, such as LAION's aesthetic predictor.
 
@@ -154,6 +166,7 @@ def aesthetic(
         model_id: the CLIP model the head was trained on; the published head was on OpenAI's ViT-L/14.
         head: the file with the head, safetensors or `.pth`; it has no default. See `linear_head` for what it holds.
         device: where it runs.
+        local_files_only: never download.
     """
     what = "reward 'aesthetic'"
     if not head:
@@ -161,7 +174,7 @@ def aesthetic(
     if not Path(head).is_file():
         raise InputError(f"{what}: the head {head} is not a file: give LAION's .pth or a safetensors file")
     folded = linear_head(read_state_dict(Path(head), what=what), what=what)
-    model = pretrained(CLIPModel.from_pretrained, model_id, what=what)
+    model = pretrained(CLIPModel.from_pretrained, model_id, what=what, local_files_only=local_files_only)
     linear = nn.Linear(model.config.projection_dim, 1)
     load_strict(linear, folded, what=what)
     return LinearHeadReward("aesthetic", weight, model, linear).to(device)

@@ -291,7 +291,9 @@ def test_prompts_reach_f_as_they_did_in_training(trained, checkpoint):
 
     with_f, folder = trained("sana", instruction=True, max_sequence_length=200)
     document = json.loads((folder / CONFIG).read_text())
-    assert document["hnkit"]["conditioning"] == {"instruction": True, "max_sequence_length": 200}
+    assert document["hnkit"]["conditioning"] == {
+        "size": 32, "instruction": True, "max_sequence_length": 200,
+    }  # fmt: skip
     call = {key: value for key, value in arguments("sana").items() if key != "complex_human_instruction"}
     default = with_f(PROMPTS, generator=seeded(), **call)
     without = images_of(with_f, "sana")

@@ -22,8 +22,8 @@ class Family(ABC):
     max_steps: ClassVar[int] = 1000
     multiple: ClassVar[int] = 8
     """What divides every image side that the pipeline takes."""
-    conditioning: ClassVar[Mapping[str, type]] = {}
-    """Options that change what f is given of a prompt, with their types: an adapter records them."""
+    conditioning: ClassVar[Mapping[str, type]] = {"size": int}
+    """Options that change what f is given, with their types: an adapter records them."""
     published: ClassVar[Mapping[str, Any]] = {}
     """Options of adapters that record nothing, those of the paper's code."""
 

@@ -34,7 +34,7 @@ class FluxFamily(Family):
     last_layer: ClassVar[str] = "proj_out"
     multiple: ClassVar[int] = 16
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
-    conditioning: ClassVar[Mapping[str, type]] = {"max_sequence_length": int}
+    conditioning: ClassVar[Mapping[str, type]] = {"size": int, "max_sequence_length": int}
 
     def noise_shape(self, pipe: Any, size: int) -> tuple[int, ...]:
         """`(channels, side, side)`, 16 x 64 x 64 at 512 px."""

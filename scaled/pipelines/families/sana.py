@@ -48,7 +48,7 @@ class SanaFamily(Family):
     network: ClassVar[str] = "transformer"
     last_layer: ClassVar[str] = "proj_out"
     multiple: ClassVar[int] = 32
-    conditioning: ClassVar[Mapping[str, type]] = {"instruction": bool, "max_sequence_length": int}
+    conditioning: ClassVar[Mapping[str, type]] = {"size": int, "instruction": bool, "max_sequence_length": int}
     published: ClassVar[Mapping[str, Any]] = {"instruction": False}
 
     def noise_shape(self, pipe: Any, size: int) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ from transformers import BertTokenizerFast, CLIPConfig, CLIPModel, CLIPTokenizer
 
 from hnkit import InputError
 from hnkit.backend import Reward, load_installed
+from hnkit.config import RewardSpec
+from hnkit.rewards import load_rewards
 from hnkit.scaled.rewards import Redness, blip, clip
 from hnkit.scaled.rewards.preprocess import CLIP_MEAN, CLIP_STD, Tokens, preprocess
 from hnkit.scaled.rewards.weights import architecture, read_state_dict
@@ -311,3 +313,32 @@ def test_a_missing_model_is_one_line(monkeypatch):
         with pytest.raises(InputError, match="not in the local cache") as caught:
             build(model_id="nobody/no-such-model")
         assert "\n" not in str(caught.value)
+
+
+def test_rewards_download_where_the_one_switch_says_so_and_not_else(monkeypatch):
+    """The backend's `local_files_only` reaches every loader; the refusal names it and is whole."""
+    asked = []
+
+    def missing(*_, local_files_only, **__):
+        asked.append(local_files_only)
+        raise OSError("there is no network here")
+
+    monkeypatch.setattr("transformers.CLIPModel.from_pretrained", missing)
+    monkeypatch.setattr("hnkit.scaled.internal.hub.hf_hub_download", missing)
+    names = ("clipscore", "pickscore", "hpsv2", "imagereward")
+    for local in (True, False):
+        for name in names:
+            with pytest.raises(InputError) as caught:
+                load_rewards({name: RewardSpec()}, None, torch.device("cpu"), local_files_only=local)
+            assert ("set backend.local_files_only = false" in str(caught.value)) == local
+            assert ("there is no network here" in str(caught.value)) != local
+            assert str(caught.value).endswith("or give the path of a folder that holds it")
+    assert asked == [True] * len(names) + [False] * len(names)
+    with pytest.raises(InputError):
+        load_rewards(
+            {"clipscore": RewardSpec(1.0, {"local_files_only": True})},
+            None,
+            torch.device("cpu"),
+            local_files_only=False,
+        )
+    assert asked[-1] is True, "what is said of one reward wins"
