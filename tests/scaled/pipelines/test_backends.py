@@ -290,6 +290,18 @@ class TestEveryBackend:
             load(copy)
 
 
+def test_files_of_the_fp16_variant_alone_are_read(checkpoint, make_backend, tmp_path):
+    import diffusers
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(checkpoint("sd-turbo"))
+    pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    assert not list((tmp_path / "half" / "unet").glob("diffusion_pytorch_model.safetensors"))
+    backend = make_backend("sd-turbo", model_id=str(tmp_path / "half"))
+    whole = make_backend("sd-turbo")
+    for one, other in zip(backend._base.parameters(), whole._base.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_options_are_checked():
     with pytest.raises(InputError, match="float32, bfloat16, float16"):
         PipelineOptions(dtype="int8")  # type: ignore[arg-type]
