@@ -28,11 +28,31 @@ TOY_SAMPLES = 2048
 _ALPHAS = (1e-3, 1e4)
 
 
-def installed_problems() -> dict[str, Callable[[], TiltedProblem]]:
-    """Every closed-form problem of the installed distributions, by name."""
+def installed_problems(names: Sequence[str] = ()) -> dict[str, Callable[[], TiltedProblem]]:
+    """Every closed-form problem of the installed distributions, by name.
+
+    Args:
+        names: of those that are needed, all if none is named: a distribution that is broken is an error where one of
+            these may be its.
+
+    Raises:
+        InputError: a distribution is broken, or two of them have a problem of one name.
+    """
     problems: dict[str, Callable[[], TiltedProblem]] = {}
+    broken: InputError | None = None
     for point in installed_names("hnkit.problems"):
-        problems.update(load_installed("hnkit.problems", point))
+        try:
+            offered = load_installed("hnkit.problems", point)
+        except InputError as error:
+            broken = error
+            continue
+        for name, build in offered.items():
+            if name in problems or name in reference_maps():
+                raise InputError(f"two toys are named {name!r}, one of them by {point!r}: uninstall what brings it")
+            problems[name] = build
+    known = {*problems, *reference_maps()}
+    if broken is not None and not (names and known.issuperset(names)):
+        raise broken
     return problems
 
 
@@ -49,7 +69,7 @@ def chosen_problems(names: Sequence[str], alpha: float | None = None) -> list[Ti
             f"--alpha {alpha:g}: closed forms in double precision keep the digits that the checks need from "
             f"{_ALPHAS[0]:g} to {_ALPHAS[1]:g}: give a temperature between"
         )
-    installed = installed_problems()
+    installed = installed_problems(names)
     for name in names:
         if name not in installed and name not in reference_maps():
             accepted = ", ".join([*installed, *reference_maps()])

@@ -12,6 +12,7 @@ from torch import nn
 
 from hnkit import InputError
 from hnkit.backend import Backend, BackendBase, backend_factory, completed, installed_names, load_installed
+from hnkit.checks.verify_toys import chosen_problems
 from hnkit.cli.backends import Options, run
 from hnkit.cli.compare import comparison_runner
 from hnkit.maps import Condition
@@ -215,3 +216,18 @@ def test_a_broken_comparison_of_others_does_not_stop_ours(install):
     assert type(comparison_runner(backend_factory("digits"))).__name__ == "Comparison"
     with pytest.raises(InputError, match=r"no comparison is installed for backend toy.*is left out: "):
         comparison_runner(backend_factory("toy"))
+
+
+def test_a_broken_distribution_of_toys_does_not_stop_the_others(install):
+    install("theirs", "theirmodule", "raise ValueError('half an edit')\n", problems={"theirs": "theirmodule:P"})
+    assert [problem.name for problem in chosen_problems(["linear-gaussian", "rotation"])] == ["linear-gaussian"]
+    for names in ([], ["linear-gaussian", "one-of-theirs"]):  # it may be theirs that is asked for
+        with pytest.raises(InputError, match=r"of theirs is broken \(ValueError: half an edit"):
+            chosen_problems(names)
+
+
+@pytest.mark.parametrize("name", ["linear-gaussian", "rotation"])
+def test_a_toy_that_two_distributions_name_is_refused(name, install):
+    install("theirs", "theirmodule", f"P = {{{name!r}: None}}\n", problems={"zzz": "theirmodule:P"})
+    with pytest.raises(InputError, match=f"two toys are named '{name}'"):
+        chosen_problems(["folding"])
