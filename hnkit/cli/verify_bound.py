@@ -49,7 +49,9 @@ class Options(WithBackend):
     shape: str | None = setting(None, metavar="C,H,W")
     adapter: Path | None = setting(None, metavar="DIR")
     prompts: str | None = setting(None, metavar="FILE")
-    method: Literal["exact", "arnoldi", "lanczos", "power", "roulette", "second-order", "l2"] | None = setting(None)
+    method: Literal["exact", "arnoldi", "lanczos", "low-rank", "power", "roulette", "second-order", "l2"] | None = (
+        setting(None)
+    )
     samples: int | None = setting(None)
     seed: int = setting(0)
     alpha: float | None = setting(None)

@@ -7,6 +7,7 @@ from hnkit.kl.methods.arnoldi import Arnoldi
 from hnkit.kl.methods.exact import Exact
 from hnkit.kl.methods.l2 import L2
 from hnkit.kl.methods.lanczos import Lanczos
+from hnkit.kl.methods.low_rank import LowRank
 from hnkit.kl.methods.power import Power
 from hnkit.kl.methods.roulette import Roulette
 from hnkit.kl.methods.second_order import SecondOrder
@@ -20,6 +21,7 @@ __all__ = [
     "Folds",
     "KLEstimate",
     "Lanczos",
+    "LowRank",
     "Power",
     "Roulette",
     "SecondOrder",

@@ -50,6 +50,7 @@ class QuadraticForm:
         bound: proved bound of the same; NaN where none is known.
         products: products with J and its transpose that the row needed.
         steps: length of the series or Krylov space; one number for all rows.
+        sign: sign of `det(I + J)` where the method knows it.
     """
 
     value: Tensor
@@ -61,6 +62,7 @@ class QuadraticForm:
     bound: Tensor
     products: Tensor
     steps: int
+    sign: Tensor | None = None
 
 
 def draw_probes(

@@ -123,7 +123,7 @@ class Probed(Estimator):
             truncation=gather("truncation").mean(1),
             bound=gather("bound").mean(1),
             spread=error.var(1) if probes > 1 else torch.full_like(l2, torch.nan),
-            sign=None,
+            sign=None if forms[0].sign is None else gather("sign")[:, 0],
             num_jvp=num_jvp,
             num_vjp=num_vjp,
             probes=probes,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import hnkit.kl.method
 from hnkit import Estimate, InputError, NonFiniteError, noise_kl
 from hnkit.errors import ExpansiveMapError
-from hnkit.kl import L2, Arnoldi, Exact, Lanczos, Power, Roulette, SecondOrder
+from hnkit.kl import L2, Arnoldi, Exact, Lanczos, LowRank, Power, Roulette, SecondOrder
 from hnkit.kl.divergence import FORMS, METHODS
 from hnkit.kl.estimators import roulette
 from hnkit.kl.method import Probed
@@ -330,6 +330,7 @@ OBJECTS = [
     (Arnoldi(probes=3, variance_reduction="xtrace"), "arnoldi", {"probes": 3, "variance_reduction": "xtrace"}),
     (Lanczos(tolerance=1e-6, probe="gaussian"), "lanczos", {"tolerance": 1e-6, "probe": "gaussian"}),
     (Power(steps=5), "power", {"steps": 5}),
+    (LowRank(probes=2, rank=4), "low-rank", {"probes": 2, "rank": 4}),
     (Roulette(sure=2), "roulette", {"sure": 2}),
     (SecondOrder(probes=2), "second-order", {"probes": 2}),
 ]
