@@ -10,7 +10,7 @@ import mpmath
 import pytest
 import torch
 
-from hnkit.bounds import BOUNDS, Bound, solver_margin
+from hnkit.bounds import BOUNDS, Bound, field_of_values_bounds, solver_margin
 from hnkit.checks import plots
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import CERTIFIED_CHECKS
@@ -128,6 +128,8 @@ def test_the_figure_of_a_bound_is_its_mean_over_the_samples():
         if bound.figure:
             reading = FIGURES[bound.figure].read(measured)
             assert reading.value == pytest.approx(float(bound.bound(MatrixNumbers(A[None]))), rel=1e-9), name
+    for key, side in zip(("field_of_values_lower", "field_of_values_upper"), field_of_values_bounds(A), strict=True):
+        assert FIGURES[key].read(measured).value == pytest.approx(float(side), rel=1e-9)
     expanding = MeasuredMap("linear", lambda x: 3 * x, noise(8, 4))
     for bound in BOUNDS.values():
         if bound.figure:

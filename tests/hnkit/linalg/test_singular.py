@@ -260,13 +260,13 @@ class Rounded(RowJacobian):
 
 @pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-6])
 def test_a_residual_that_stops_falling_is_left_where_it_is(size):
-    """Within a few restarts of the twelve allowed, at about the size of the errors, with the value right to that."""
+    """Within a few restarts of the sixty allowed, at about the size of the errors, with the value right to that."""
     A = with_values([1.0, *torch.linspace(0.8, 0.1, 59, dtype=F64).tolist()])[0]
-    found = leading_singular(Rounded(A, 3, size), noise(3, 60), tolerance=1e-9)
+    found = leading_singular(Rounded(A, 3, size), noise(3, 60), tolerance=1e-9, cycles=60)
     assert not bool(found.converged.any())
     assert 0.3 * size < float(found.residual.min()) <= float(found.residual.max()) < 5 * size
     assert found.value.tolist() == pytest.approx([1.0] * 3, abs=4 * size)
-    assert found.products < 6 * 2 * 3 * 49
+    assert found.products < 30 * 2 * 3 * 8  # of at least 8 steps in each restart
     exact = leading_singular(operator(A, A, A), noise(3, 60), tolerance=1e-9)
     assert bool(exact.converged.all())
     assert exact.tolerance == 1e-9
