@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md do what the page says: a check in one file, a toy in two."""
+"""The examples of CONTRIBUTING.md do what the page says: a check in one file, a bound in one entry, a toy in two files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from hnkit.bounds import BOUNDS
 from hnkit.checks.check import Registry
 from hnkit.checks.reference_maps import contraction
 from hnkit.checks.settings import VerifySettings
 from hnkit.checks.verify_toys import verify_toys
 from hnkit.figures import MeasuredMap
+from hnkit.linalg.enclosures import certify_bounds
+from hnkit.testing import assert_bounds
 
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -40,6 +43,21 @@ def test_the_example_of_a_check(monkeypatch):
     assert scaled.measured == pytest.approx(1.0)  # attained by multiples of the identity
     (large,) = registry.run(MeasuredMap("large", lambda x: 0.3 * x, torch.randn(2, 2000).double()), "large")
     assert large.verdict == "not applicable"
+
+
+def test_the_example_of_a_bound(monkeypatch):
+    pytest.importorskip("flint")
+    monkeypatch.setitem(BOUNDS, "rational", BOUNDS["frobenius"])  # is taken away again
+    exec(compile(example("Adding a bound: its proof and one entry"), "bound", "exec"), {})
+    x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = MeasuredMap("map", contraction(4), x).rows
+    assert bool((rows.left["rational"] <= rows.right["frobenius"]).all())
+    assert bool((rows.right["frobenius"] <= rows.right["rational"]).all())
+    A = 0.3 * torch.eye(3, dtype=torch.float64)
+    assert_bounds(A)
+    record = certify_bounds(A).bounds["rational"]
+    assert record.verdict == "holds"
+    assert record.bound.lower == pytest.approx(0.27 / 1.4)
 
 
 def test_the_example_of_a_toy(monkeypatch):

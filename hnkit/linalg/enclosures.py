@@ -161,6 +161,7 @@ class _Numbers:
     error: Any
     trace_square: Any
     frobenius_square: Any
+    norm: Any
     h: Any
     ratio: Any
     excess: Any
@@ -231,6 +232,7 @@ def _certify(
         error=error,
         trace_square=(A * A).trace(),
         frobenius_square=frobenius_square,
+        norm=L,
         h=ratio * L * L,
         ratio=ratio,
         excess=ratio - arb(0.5),

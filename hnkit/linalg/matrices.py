@@ -23,7 +23,7 @@ class MatrixNumbers:
     """Numbers of `(n, d, d)` matrices, each of shape `(n,)` in float64; nats where they are terms of E.
 
     What a bound of `hnkit.bounds.BOUNDS` may use, in tensors here and in balls in `hnkit.linalg.enclosures`: `dim`,
-    `error`, `trace_square`, `frobenius_square`, `h`, `ratio` and `excess` of the norm, `singular_sum`,
+    `error`, `trace_square`, `frobenius_square`, `norm` and its `h`, `ratio` and `excess`, `singular_sum`,
     `symmetric_error`, `skew_square`, `least`.
 
     Args:
