@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md do what the page says: a check in one file, a bound in one entry, a toy in two files."""
+"""The examples of CONTRIBUTING.md do what the page says: checks in one file, bounds in one entry, toys in two files."""
 
 from __future__ import annotations
 
