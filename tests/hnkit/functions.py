@@ -109,3 +109,27 @@ class Slopes:
 
     def select(self, index: Tensor) -> Slopes:
         return Slopes(self.slopes[index])
+
+
+def seeded(seed=0):
+    """A generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+class Linear:
+    """`f(x) = A x + b` on the flattened row."""
+
+    def __init__(self, A, b=None):
+        self.A, self.b = A, torch.zeros(A.shape[0], dtype=A.dtype) if b is None else b
+
+    def __call__(self, x):
+        return (x.flatten(1) @ self.A.T.to(x.dtype) + self.b.to(x.dtype)).reshape(x.shape)
+
+
+def network(d=6, width=16, scale=0.5):
+    """A small float64 network with a local norm below 1."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(d, width), torch.nn.Tanh(), torch.nn.Linear(width, d)).double()
+    with torch.no_grad():
+        net[2].weight.mul_(scale * 3)
+    return net

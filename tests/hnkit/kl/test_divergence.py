@@ -1,50 +1,28 @@
 """noise_kl against closed forms and quadrature, what it says about its own error, and what it refuses."""
 
-import dataclasses
 import math
-from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import hnkit.kl.method
 from hnkit import Estimate, InputError, NonFiniteError, noise_kl
 from hnkit.errors import ExpansiveMapError
-from hnkit.kl import L2, Arnoldi, Exact, Lanczos, LowRank, Power, Roulette, SecondOrder
 from hnkit.kl.divergence import FORMS, METHODS
 from hnkit.kl.estimators import roulette
-from hnkit.kl.method import Probed
 from hnkit.maps import Condition, ConditionedMap
+from tests.hnkit.functions import Linear, f64, network, noise, seeded
 from tests.hnkit.operator_zoo import MatrixOperator, exact_error, matrix
 
+TURN = torch.tensor([[0.0, -0.4], [0.4, 0.0]], dtype=torch.float64)
+
+
+def turned(x: Tensor) -> Tensor:
+    """0.4 times a quarter turn: every probe of two signs sees the same of it."""
+    return x @ TURN
+
+
 STOCHASTIC = ("arnoldi", "lanczos", "power", "roulette", "second-order")
-
-
-def noise(n: int, *shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Linear:
-    """`f(x) = A x + b` on the flattened row."""
-
-    def __init__(self, A: Tensor, b: Tensor | None = None) -> None:
-        self.A, self.b = A, torch.zeros(A.shape[0], dtype=A.dtype) if b is None else b
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (x.flatten(1) @ self.A.T.to(x.dtype) + self.b.to(x.dtype)).reshape(x.shape)
-
-
-def network(d: int = 6, width: int = 16, scale: float = 0.5) -> nn.Module:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(d, width), nn.Tanh(), nn.Linear(width, d)).double()
-    with torch.no_grad():
-        net[2].weight.mul_(scale * 3)
-    return net
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -226,9 +204,6 @@ def test_xtrace_reduces_the_probe_error() -> None:
     assert better.probe_stderr < 0.1 * plain.probe_stderr
 
 
-# --- injectivity ------------------------------------------------------------------------------------------------
-
-
 def test_injectivity_is_certified_by_a_proved_constant() -> None:
     small = nn.Sequential(nn.Linear(4, 4, bias=False)).double()
     with torch.no_grad():
@@ -257,9 +232,6 @@ def test_orientation_is_not_compared_across_conditions() -> None:
     slopes = torch.tensor([-1.9, 0.5], dtype=torch.float64)
     f = ConditionedMap(Signed(), Condition(("a", "b"), {"slope": slopes}))
     assert noise_kl(f, noise(2, 1)).injective == "unknown"
-
-
-# --- bounds of the bias -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["arnoldi", "power", "second-order", "lanczos"])
@@ -293,143 +265,6 @@ def test_bias_bound_from_a_certified_network() -> None:
     assert noise_kl(small, noise(3, 4), method="roulette", generator=seeded()).bias_bound == 0.0
 
 
-def test_printing() -> None:
-    estimate = noise_kl(Linear(matrix("symmetric", 0.6, 6)), noise(4, 6), method="arnoldi", steps=3, lipschitz=0.6)
-    assert str(estimate) == f"{Estimate(estimate.value, estimate.stderr)} nats (bias at most {estimate.bias_bound:.2g})"
-    assert str(dataclasses.replace(estimate, value=1.0, stderr=0.25, bias_bound=0.0)) == "1.00 ± 0.25 nats"
-    unproved = dataclasses.replace(estimate, bias_bound=None)
-    assert str(unproved).endswith(f" nats (truncation about {estimate.bias_estimate:.2g})")
-    assert repr(estimate) == f"KLEstimate({estimate}, arnoldi, 4 samples, injective: unknown)"
-    assert isinstance(estimate, Estimate)
-
-
-def test_parts_are_kept_per_sample() -> None:
-    f, x = network(), noise(5, 6)
-    J = torch.func.vmap(torch.func.jacrev(f))(x).detach()
-    for method in ("exact", Arnoldi(probes=4)):
-        estimate = noise_kl(f, x, method=method, form="change-of-variables", generator=seeded())
-        parts = estimate.parts
-        torch.testing.assert_close(parts.l2, f(x).detach().square().sum(1) / 2)
-        torch.testing.assert_close(parts.alignment, (x * f(x).detach()).sum(1))
-        torch.testing.assert_close(estimate.per_sample, parts.l2 + parts.error + parts.alignment - parts.trace)
-        assert estimate.l2 == float(parts.l2.mean())
-        assert estimate.error == float(parts.error.mean())
-        assert Estimate.of(parts.error).value == estimate.error
-    exact = noise_kl(f, x).parts
-    torch.testing.assert_close(exact.trace, J.diagonal(dim1=1, dim2=2).sum(1))
-    torch.testing.assert_close(exact.frobenius, J.square().sum((1, 2)))
-
-
-# --- estimators as objects --------------------------------------------------------------------------------------
-
-
-OBJECTS = [
-    (Exact(), "exact", {}),
-    (L2(), "l2", {}),
-    (Arnoldi(probes=3, steps=4), "arnoldi", {"probes": 3, "steps": 4}),
-    (Arnoldi(probes=3, variance_reduction="xtrace"), "arnoldi", {"probes": 3, "variance_reduction": "xtrace"}),
-    (Lanczos(tolerance=1e-6, probe="gaussian"), "lanczos", {"tolerance": 1e-6, "probe": "gaussian"}),
-    (Power(steps=5), "power", {"steps": 5}),
-    (LowRank(probes=2, rank=4), "low-rank", {"probes": 2, "rank": 4}),
-    (Roulette(sure=2), "roulette", {"sure": 2}),
-    (SecondOrder(probes=2), "second-order", {"probes": 2}),
-]
-
-
-@pytest.mark.parametrize(("estimator", "name", "options"), OBJECTS, ids=str)
-def test_a_name_with_options_is_shorthand_for_an_object(estimator, name: str, options: dict) -> None:
-    f, x = network(), noise(6, 6)
-    first = noise_kl(f, x, method=estimator, generator=seeded())
-    second = noise_kl(f, x, method=name, generator=seeded(), **options)
-    assert torch.equal(first.per_sample, second.per_sample)
-    assert first.method == second.method == name
-
-
-def test_every_method_has_its_object() -> None:
-    assert {name for _, name, _ in OBJECTS} == set(METHODS)
-
-
-def test_options_beside_an_object_and_unknown_ones_are_refused() -> None:
-    f, x = network(), noise(3, 6)
-    with pytest.raises(InputError, match=r"probes beside an estimator: give Arnoldi\(...\) its options"):
-        noise_kl(f, x, method=Arnoldi(), probes=2)
-    with pytest.raises(InputError, match="unknown option 'probess'"):
-        noise_kl(f, x, method="arnoldi", probess=2)
-    with pytest.raises(InputError, match="tolerance 2 is not between"):
-        Arnoldi(tolerance=2)
-    with pytest.raises(InputError, match="unknown method 3"):
-        noise_kl(f, x, method=3)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("generator", [3, "1", 0.5])
-def test_a_generator_that_is_none_is_one_line(method, generator) -> None:
-    with pytest.raises(InputError, match=r"generator .* is no torch\.Generator"):
-        noise_kl(network(), noise(3, 6), method=method, generator=generator)
-
-
-def test_a_new_estimator_is_one_class() -> None:
-    """A class with a name is a method, with its options, its errors, its plans and its record."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Hutchinson(Probed):
-        name: ClassVar[str] = "half-hutchinson"
-
-        @property
-        def fixed_products(self) -> int:
-            return 2
-
-        def form(self, operator, vectors, run):
-            return SecondOrder(self.probes, self.probe).form(operator, vectors, run)
-
-    try:
-        f, x = network(), noise(20, 6)
-        own = noise_kl(f, x, method="half-hutchinson", probes=2, generator=seeded())
-        assert torch.equal(
-            own.per_sample, noise_kl(f, x, method="second-order", probes=2, generator=seeded()).per_sample
-        )
-        assert noise_kl(f, x, method=Hutchinson(), budget=20, generator=seeded()).samples == 10
-        with pytest.raises(InputError, match="half-hutchinson"):
-            noise_kl(f, x, method="neither")
-    finally:
-        hnkit.kl.method._CLASSES.pop("half-hutchinson")
-
-
-# --- folds ------------------------------------------------------------------------------------------------------
-
-
-def test_folds_of_a_map_that_folds() -> None:
-    """`f = -1.2 tanh 2x` folds the middle of the line: degree 1, eq. 53 0.058 (not the KL, 0.917)."""
-    estimate = noise_kl(lambda x: -1.2 * torch.tanh(2 * x), noise(20_000, 1), form="change-of-variables")
-    folds = estimate.folds
-    assert folds is not None
-    inside = math.acosh(math.sqrt(2.4)) / 2  # det = 1 - 2.4 / cosh(2x)^2 is negative for |x| below it
-    mass = math.erf(inside / math.sqrt(2))
-    assert abs(folds.negative / 20_000 - mass) < 4.5 * math.sqrt(mass * (1 - mass) / 20_000)
-    assert mass < folds.upper < mass + 0.02
-    assert abs(folds.degree.value - 1) < 4.5 * folds.degree.stderr
-    assert folds.degree.stderr < 0.05
-    assert abs(estimate.value - 0.058) < 4.5 * estimate.stderr + 5e-4
-    assert "orientation reversed at" in str(folds)
-    # E[1{det < 0} exp(-ell)] is the integral of the density of T x over folded points, by quadrature in x.
-    t = torch.linspace(-inside, inside, 20_001, dtype=torch.float64)
-    y = t - 1.2 * torch.tanh(2 * t)
-    density = torch.exp(-y.square() / 2) / math.sqrt(2 * math.pi) * (1 - 2.4 / torch.cosh(2 * t) ** 2).abs()
-    assert abs(folds.folded.value - float(torch.trapezoid(density, t))) < 4.5 * folds.folded.stderr
-
-
-def test_no_fold_is_said_with_its_bound() -> None:
-    folds = noise_kl(network(), noise(59, 6)).folds
-    assert folds is not None
-    assert folds.negative == 0
-    assert folds.upper == pytest.approx(1 - 0.05 ** (1 / 59))
-    assert str(folds) == "no fold in 59 samples (in at most 0.05 of them, 95%)"
-    assert noise_kl(network(), noise(5, 6), method="arnoldi").folds is None
-
-
-# --- the roulette near a norm of 1 ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("norm", [0.9, 0.97, 0.99])
 def test_roulette_near_a_norm_of_one_is_right_or_refuses(norm: float) -> None:
     """The error bar of a variance that is infinite is no error bar: at -L I the truth is d h(L)."""
@@ -458,108 +293,6 @@ def test_roulette_refuses_what_it_cannot_say() -> None:
 
     with pytest.raises(ExpansiveMapError, match="variance is not finite"):
         all_seeds()
-
-
-# --- targets ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", STOCHASTIC)
-@pytest.mark.parametrize("budget", [60, 500])
-def test_budget_is_kept_and_used(method, budget: int) -> None:
-    f, x = network(), noise(20, 6)
-    estimate = noise_kl(f, x, method=method, budget=budget, generator=seeded())
-    spent = estimate.num_jvp + estimate.num_vjp
-    if method != "roulette":  # its lengths are random
-        assert spent <= budget
-    assert spent > 0.4 * budget
-    assert estimate.per_sample.shape == (estimate.samples,)
-    # Samples come before probes: a second probe only once every sample has one.
-    assert estimate.samples == 20 or estimate.probes == 1
-
-
-@pytest.mark.parametrize("method", ["arnoldi", "lanczos", "power"])
-@pytest.mark.parametrize("tolerance", [1e-2, 1e-8])
-def test_a_budget_keeps_the_tolerance(method, tolerance: float) -> None:
-    """Adaptive steps stay adaptive: to the tolerance asked for, at every sample, not at the one that the pilot saw."""
-    slopes = torch.linspace(0.1, 0.8, 20, dtype=torch.float64)
-
-    def uneven(x: Tensor) -> Tensor:  # hardly bent at the first sample, strongly at the others
-        return slopes * x.abs().clamp(max=1) * x / 2
-
-    x = noise(20, 20)
-    x[0] *= 1e-3
-    estimate = noise_kl(uneven, x, method=method, budget=3000, tolerance=tolerance, generator=seeded(), check=False)
-    assert estimate.num_jvp + estimate.num_vjp <= 3000
-    size = float(estimate.parts.frobenius.mean()) / 2
-    assert estimate.bias_estimate <= tolerance * size
-    finest = noise_kl(uneven, x, method=method, tolerance=1e-12, probes=estimate.probes, check=False, max_steps=200)
-    assert finest.steps >= estimate.steps
-
-
-def test_a_budget_below_one_row_says_what_is_needed() -> None:
-    with pytest.raises(InputError, match=r"budget 3 is too small: one sample needs \d+ products"):
-        noise_kl(network(), noise(5, 6), method="arnoldi", budget=3)
-
-
-def test_relative_error_target_is_met() -> None:
-    f, x = network(), noise(16, 6)
-    exact = noise_kl(f, x).value
-    misses = []
-    for seed in range(40):
-        estimate = noise_kl(f, x, method="arnoldi", rel_error=0.02, check=False, generator=seeded(seed))
-        misses.append((estimate.value - exact) / (0.02 * exact))
-        assert estimate.probe_stderr < 1.6 * 0.02 * exact
-    deviation = torch.tensor(misses)
-    # Unbiased: the mean of 40 within 4.5 standard errors of 0. On target: root mean square at most 1, up to chance.
-    assert abs(float(deviation.mean())) < 4.5 * float(deviation.std()) / math.sqrt(40)
-    assert float(deviation.square().mean().sqrt()) < 1.2
-
-
-def test_relative_error_covers_the_samples_too_where_it_can() -> None:
-    f = Linear(matrix("symmetric", 0.5, 6))
-    estimate = noise_kl(f, noise(4000, 6), method="arnoldi", rel_error=0.05, generator=seeded())
-    assert estimate.stderr <= 0.05 * estimate.value
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"rel_error": 0.01}, "zero"),
-        ({"rel_error": 0.0}, "rel_error 0.0"),
-        ({"rel_error": -1.0}, "rel_error -1.0"),
-        ({"rel_error": 1.5}, "rel_error 1.5"),
-        ({"budget": 0}, "budget 0"),
-        ({"budget": -5}, "budget -5"),
-        ({"tolerance": 0.0}, "tolerance 0.0"),
-        ({"probes": 0}, "probes 0"),
-        ({"steps": 0}, "steps 0"),
-        ({"steps": 2.5}, "steps 2.5"),
-        ({"chunk": 0}, "chunk 0"),
-        ({"probe": "uniform"}, "'uniform'"),
-        ({"form": "neither"}, "'neither'"),
-        ({"method": "magic"}, "'magic'"),
-        ({"variance_reduction": "all"}, "'all'"),
-        ({"variance_reduction": "xtrace"}, "2 probes or more"),
-        ({"method": "power", "variance_reduction": "xtrace", "probes": 4}, "arnoldi"),
-        ({"method": "exact", "budget": 100}, "no probes"),
-        ({"method": "l2", "rel_error": 0.1}, "no probes"),
-        ({"rel_error": 0.1, "budget": 100}, "both"),
-        ({"lipschitz": -1.0}, "lipschitz -1.0"),
-        ({"lipschitz": math.nan}, "lipschitz nan"),
-    ],
-)
-def test_bad_options_are_one_line(options: dict, words: str) -> None:
-    with pytest.raises(InputError, match=words) as caught:
-        noise_kl(lambda x: 0 * x, noise(3, 4), **{"method": "arnoldi", **options})
-    assert "\n" not in str(caught.value)
-
-
-def test_an_absurd_relative_error_is_refused() -> None:
-    with pytest.raises(InputError, match="probes per sample"):
-        noise_kl(network(), noise(2, 6), method="arnoldi", rel_error=1e-6, generator=seeded())
-
-
-# --- failures ---------------------------------------------------------------------------------------------------
 
 
 def test_series_methods_refuse_a_norm_of_one_and_name_it() -> None:
@@ -627,3 +360,57 @@ def test_compiled_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = noise_kl(f, x, method="arnoldi", generator=seeded(), compile=True)
     assert compiled == ["inductor"]
     assert quick.value == plain.value
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lipschitz": math.inf}, "lipschitz inf"),
+        ({"lipschitz": -0.1}, "lipschitz -0.1"),
+        ({"tolerance": 1.0}, "tolerance 1.0"),
+        ({"tolerance": 1.5}, "tolerance 1.5"),
+        ({"method": "arnoldi", "rel_error": 1.0}, "rel_error 1.0"),
+        ({"probes": 2**40}, "below 2\\^40"),
+        ({"method": "arnoldi", "probes": 1, "variance_reduction": "xtrace"}, "2 probes or more"),
+    ],
+)
+def test_options_just_outside_their_range_are_refused(options, words):
+    with pytest.raises(InputError, match=words):
+        noise_kl(turned, noise(2, 2, seed=3), **{"method": "l2", **options})
+
+
+def test_options_at_the_edge_of_their_range_are_accepted():
+    assert noise_kl(lambda x: 0 * x + 1, noise(2, 2, seed=3), method="l2", lipschitz=0.0).bias_bound == 0.0
+    assert noise_kl(turned, noise(2, 2, seed=3), method="l2", probes=2**40 - 1).probes == 0
+    pair = noise_kl(turned, noise(3, 2, seed=3), method="arnoldi", probes=2, variance_reduction="xtrace")
+    assert pair.probes == 2
+
+
+def test_a_lipschitz_constant_of_one_bounds_nothing():
+    assert noise_kl(turned, noise(2, 2, seed=3), method="l2", lipschitz=1.0).bias_bound is None
+    assert noise_kl(turned, noise(2, 2, seed=3), method="second-order", lipschitz=1.0).bias_bound is None
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_the_error_of_the_truncation_is_a_mean_over_samples(n):
+    """`h(L) - L^2/2` for each dimension bounds what the second-order term leaves of the log-determinant."""
+    estimate = noise_kl(turned, noise(n, 2, seed=3), method="second-order", lipschitz=0.4)
+    assert estimate.bias_bound == pytest.approx(2 * (-math.log(0.6) - 0.4 - 0.08), rel=1e-12)
+    alone = noise_kl(turned, noise(1, 2, seed=3), method="second-order", lipschitz=0.4)
+    assert estimate.bias_estimate == pytest.approx(alone.bias_estimate, rel=1e-12)
+    assert estimate.bias_estimate > 0
+
+
+def test_the_symmetry_index_of_small_jacobians():
+    assert noise_kl(lambda x: 0.01 * x, noise(3, 2, seed=3)).symmetry_index == pytest.approx(1.0)
+    assert noise_kl(turned, noise(3, 2, seed=3)).symmetry_index == pytest.approx(-1.0)
+
+
+def test_the_local_norm_is_the_largest_seen():
+    estimate = noise_kl(lambda x: x.square() / 4, f64([0.2], [-1.5], [1.0]), method="arnoldi")
+    assert estimate.local_norm == pytest.approx(0.75)
+
+
+def test_a_map_is_prepared_for_compilation_only_if_it_is_compiled(monkeypatch):
+    monkeypatch.setattr("hnkit.kl.divergence.reusable_graphs", lambda: pytest.fail("nothing is compiled"))
+    assert noise_kl(turned, noise(3, 2, seed=3)).error == pytest.approx(-math.log1p(0.4**2))

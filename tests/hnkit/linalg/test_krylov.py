@@ -1,4 +1,4 @@
-"""Small errors in `hnkit/krylov.py` that no other test noticed, found by benchmarks/mutate.py."""
+"""Krylov processes and functions of the small matrices that they leave."""
 
 from __future__ import annotations
 

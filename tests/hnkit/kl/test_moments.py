@@ -1,4 +1,4 @@
-"""Small errors in `hnkit/moments.py` that no other test noticed, found by benchmarks/mutate.py."""
+"""Per-sample figures from dense Jacobians and from probes, in chunks."""
 
 from __future__ import annotations
 
