@@ -187,6 +187,7 @@ def _unseeded(f: NoiseMap, points: Tensor) -> Tensor:
 
 def _same(a: Tensor, b: Tensor, loss_of_digits: float = 0.0) -> bool:
     """Equal up to rounding; evaluations of one batch size run the same kernels."""
+    a, b = a.detach(), b.detach()  # views of parameters keep their graph without recording
     scale = max(float(a.abs().max()), float(b.abs().max()))
     tolerance = max(1e-10 if a.dtype == torch.float64 else 2e-3, loss_of_digits)
     return float((a.double() - b.double()).abs().max()) <= tolerance * scale
