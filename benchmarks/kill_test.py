@@ -1,11 +1,14 @@
-"""Kill `hnkit train` at random moments, resume it each time, and compare the end with a run that was left in peace.
+"""Kill hnkit at random moments, go on each time, and compare the end with a run that was left in peace.
 
 Half of the kills come after a random time, half at a random write of the run's own (a flush, a rename), so that many
-fall inside a checkpoint. SIGKILL, SIGTERM and SIGINT alternate at random. Every finished run must equal the undisturbed
-one byte for byte: adapter, metrics, report, page, plots and last checkpoint.
+fall inside a checkpoint. SIGKILL, SIGTERM, SIGINT, SIGHUP and SIGUSR1 alternate at random; in training a reward may
+raise instead, at a random call, and a fifth of the attempts write their progress into a pipe that nobody reads. Every
+finished run must equal the undisturbed one byte for byte: adapter, metrics, report, page, plots, images and last
+checkpoint. `verify-bound` is not resumed but run again; what a killed one leaves may not look finished.
 
     python benchmarks/kill_test.py --kills 60
     python benchmarks/kill_test.py --kills 50 --backend digits --set train.steps=30
+    python benchmarks/kill_test.py --kills 20 --command generate
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 SETTINGS = {
@@ -34,34 +38,85 @@ SETTINGS = {
     "ema": 0.9,
     "kl": "second-order",
 }
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+COMPARISON = {
+    "best_of": 2, "steps": "[1, 2]", "diversity_prompts": 1, "diversity_seeds": 3, "measure_samples": 4, "grid": 2,
+    "train_steps": 3, "prompts": 4,
+}  # fmt: skip
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 WRITES = ("fsync", "rename", "replace", "mkdir")
-NEVER_COMPARED = {"timings.jsonl", ".lock"}
+NEVER_COMPARED = {"timings.jsonl", ".lock", ".lock-holder"}
+RAISED = 2
+"""Exit code of a run whose reward raised."""
+
+Prepare = Callable[[], None]
 
 
-def spawn(arguments: list[str], log: Path, prepare: Callable[[], None]) -> int:
+@dataclass(frozen=True)
+class Command:
+    """A command that is killed.
+
+    Attributes:
+        start: its arguments, but for `--out`.
+        resume: the arguments of going on, but for the folder; `None`: it is run again.
+        begun: the file whose presence means that a folder can be gone on with.
+    """
+
+    start: list[str]
+    resume: list[str] | None
+    begun: str
+
+
+def commands(name: str, backend: str, overrides: list[str]) -> Command:
+    """The command `name` on small work."""
+    flags = [flag for override in overrides for flag in ("--set", override)]
+    if name == "train":
+        settings = [f"train.{key}={value}" for key, value in SETTINGS.items()] if backend == "toy" else []
+        flags = [flag for override in [*settings, *overrides] for flag in ("--set", override)]
+        return Command(["train", "--backend", backend, *flags], ["train", "--resume"], "config.toml")
+    if name == "generate":
+        prompts = ("a red three", "a blue seven above a green one")
+        asked = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+        return Command(
+            ["generate", "--backend", "digits", *asked, "--count", "3", *flags], ["generate", "--resume"], "plan.json"
+        )
+    if name == "compare":
+        settings = [flag for key, value in COMPARISON.items() for flag in ("--set", f"compare.{key}={value}")]
+        methods = ["--methods", "base,hypernoise,best-of-n", "--seeds", "2", "--set", "train.batch=4"]
+        start = ["compare", "--backend", "digits", *methods, *settings, *flags]
+        return Command(start, ["compare", "--backend", "digits", "--resume"], "plan.json")
+    return Command(["verify-bound", "--toy", "linear-gaussian", "--samples", "128", *flags], None, "report.html")
+
+
+def spawn(arguments: list[str], log: Path, prepare: Prepare, *, unread: bool = False) -> int:
     """Run the command line in a forked process, which saves the seconds of importing; returns its id."""
     child = os.fork()
     if child:
         return child
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
+    os.dup2(descriptor, 1)
+    if unread:  # as a terminal that is gone, or `2>&1 | head`
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    os.dup2(descriptor, 2)
     code = 1
     try:
         prepare()
-        importlib.import_module("hnkit.cli.app").app(arguments)
+        sys.argv = ["hnkit", *arguments]
+        importlib.import_module("hnkit.cli.app").main()
     except SystemExit as end:
         code = int(end.code or 0)
     except KeyboardInterrupt:  # before the command line could take it
         code = 130
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                continue
         os._exit(code)
 
 
-def signal_at_write(count: int, signum: int) -> Callable[[], None]:
+def signal_at_write(count: int, signum: int) -> Prepare:
     """Make the process signal itself just before its `count`-th write operation."""
 
     def prepare() -> None:
@@ -79,11 +134,29 @@ def signal_at_write(count: int, signum: int) -> Callable[[], None]:
     return prepare
 
 
-def outcome(folder: Path, steps: int) -> dict[str, bytes]:
-    """Everything a run is for: of the checkpoints only the last, since a stop adds some."""
-    last = f"step-{steps:08d}"
+def raise_at_reward(count: int) -> Prepare:
+    """Make the `count`-th call of a reward raise."""
+
+    def prepare() -> None:
+        rewards = importlib.import_module("hnkit.rewards")
+        calls, plain = iter(range(1, 10**9)), rewards.score
+
+        class Raising:
+            name = "raising"
+
+            def __call__(self, *_):
+                raise ConnectionError("the scorer's service is gone")
+
+        rewards.score = lambda reward, *rest: plain(Raising() if next(calls) == count else reward, *rest)
+
+    return prepare
+
+
+def outcome(folder: Path, steps: int | None) -> dict[str, bytes]:
+    """Everything a run is for: of checkpoints only the last of each training, since a stop adds some."""
+    last = f"step-{steps:08d}" if steps is not None else None
     return {
-        str(path.relative_to(folder)): path.read_bytes()
+        str(path.relative_to(folder)): path.read_bytes().replace(str(folder).encode(), b"FOLDER")
         for path in folder.rglob("*")
         if path.is_file()
         and path.name not in NEVER_COMPARED
@@ -99,54 +172,62 @@ def exit_code(status: int) -> int:
 class KillTest:
     """Runs, kills and comparisons, with their counts."""
 
-    def __init__(self, work: Path, backend: str, overrides: list[str], seed: int) -> None:
-        self.work, self.random = work, random.Random(seed)
-        settings = [f"train.{key}={value}" for key, value in SETTINGS.items()] if backend == "toy" else []
-        flags = [flag for override in [*settings, *overrides] for flag in ("--set", override)]
-        self.train = ["train", "--backend", backend, *flags]
+    def __init__(self, work: Path, name: str, backend: str, overrides: list[str], seed: int) -> None:
+        self.work, self.random, self.name = work, random.Random(seed), name
+        self.command = commands(name, backend, overrides)
         self.log = work / "log.txt"
         self.counts: Counter[str] = Counter()
         self.runs = 0
 
-    def reference(self) -> tuple[dict[str, bytes], int, float]:
+    def reference(self) -> tuple[dict[str, bytes], int | None, float]:
         """The undisturbed run: its files, its steps, and how long it took."""
         begun = time.monotonic()
-        status = os.waitpid(spawn([*self.train, "--out", str(self.work / "whole")], self.log, lambda: None), 0)[1]
-        if exit_code(status):
-            raise SystemExit(f"the undisturbed run failed with {exit_code(status)}:\n{self.log.read_text()}")
+        arguments = [*self.command.start, "--out", str(self.work / "whole")]
+        code = exit_code(os.waitpid(spawn(arguments, self.log, lambda: None), 0)[1])
+        if code:
+            raise SystemExit(f"the undisturbed run failed with {code}:\n{self.log.read_text()}")
         seconds = time.monotonic() - begun
-        steps = json.loads((self.work / "whole" / "report.json").read_text())["step"]
+        report = json.loads((self.work / "whole" / "report.json").read_text())
+        steps = report["step"] if self.name == "train" else None
         return outcome(self.work / "whole", steps), steps, seconds
 
     def attempt(self, folder: Path, seconds: float, quiet: bool) -> int:
-        """Start or resume the run in `folder`, and kill it unless `quiet`; returns its exit code."""
-        started = (folder / "config.toml").exists()
-        if not started:
+        """Start or go on with the run in `folder`, and disturb it unless `quiet`; returns its exit code."""
+        begun = self.command.resume is not None and (folder / self.command.begun).exists()
+        if not begun:
+            if self.command.resume is None and (folder / self.command.begun).exists():
+                raise SystemExit(f"{folder} was killed and looks finished")
             shutil.rmtree(folder, ignore_errors=True)
-        command = ["train", "--resume", str(folder)] if started else [*self.train, "--out", str(folder)]
+        arguments = [*self.command.resume, str(folder)] if begun else [*self.command.start, "--out", str(folder)]
         signum = self.random.choice(SIGNALS)
-        at_write = not quiet and self.random.random() < 0.5
-        prepare = signal_at_write(self.random.randint(1, 40), signum) if at_write else lambda: None
-        child = spawn(command, self.log, prepare)
-        if not quiet and not at_write:
+        unread = not quiet and self.random.random() < 0.2
+        kind = "quiet" if quiet else self.random.choices(["write", "time", "reward"], [5, 5, self.name == "train"])[0]
+        prepare: Prepare = lambda: None  # noqa: E731
+        if kind == "write":
+            prepare = signal_at_write(self.random.randint(1, 40), signum)
+        elif kind == "reward":
+            prepare = raise_at_reward(self.random.randint(2, 30))
+        child = spawn(arguments, self.log, prepare, unread=unread)
+        if kind == "time":
             time.sleep(self.random.uniform(0, 0.4 * seconds))
             # the child is not waited for yet, so its id cannot have been given to another process
             os.kill(child, signum)
         code = exit_code(os.waitpid(child, 0)[1])
-        if code == 128 + signum:
+        self.counts["with output that nobody reads"] += unread
+        if kind == "reward" and code == RAISED:
+            self.counts["a reward that raised"] += 1
+        elif kind in ("write", "time") and code == 128 + signum:
             self.counts[signal.Signals(signum).name] += 1
-            self.counts["at a write" if at_write else "at a random time"] += 1
-            self.counts["before the run began"] += not (folder / "config.toml").exists()
-            self.counts["inside a checkpoint or the adapter"] += any(folder.rglob(".*.tmp"))
-            if signum != signal.SIGKILL and (folder / "config.toml").exists():
-                self.counts["stopped after a checkpoint"] += "stopped at step" in self.log.read_text().splitlines()[-1]
+            self.counts["at a write" if kind == "write" else "at a random time"] += 1
+            self.counts["before the run began"] += not (folder / self.command.begun).exists()
+            self.counts["inside a checkpoint or another write"] += any(folder.rglob(".*tmp"))
         elif code:
             raise SystemExit(f"exit code {code} after {signal.Signals(signum).name}:\n{self.log.read_text()[-3000:]}")
         return code
 
     def kills(self) -> int:
-        """Kills so far."""
-        return sum(self.counts[signum.name] for signum in SIGNALS)
+        """Kills and raised rewards so far."""
+        return sum(self.counts[signum.name] for signum in SIGNALS) + self.counts["a reward that raised"]
 
     def run(self, kills: int) -> bool:
         """Kill that often; True if every run ended as the undisturbed one."""
@@ -172,14 +253,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--command", default="train", choices=("train", "generate", "compare", "verify-bound"))
     parser.add_argument("--backend", default="toy")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE")
     options = parser.parse_args()
     # imported once, before any fork: numerics run in the children alone
-    for module in ("hnkit.cli.train", "hnkit.training.run", "hnkit.toy.backend", "matplotlib.backends.backend_agg"):
+    modules = ["hnkit.cli.app", "hnkit.training.run", "hnkit.toy.backend", "matplotlib.backends.backend_agg"]
+    if options.command in ("generate", "compare") or options.backend != "toy":
+        modules += ["hnkit.scaled.digits.backend", "hnkit.scaled.compare.run", "diffusers", "transformers", "peft"]
+    for module in modules:
         importlib.import_module(module)
     with tempfile.TemporaryDirectory(prefix="hnkit-kill-") as work:
-        test = KillTest(Path(work), options.backend, options.set, options.seed)
+        test = KillTest(Path(work), options.command, options.backend, options.set, options.seed)
         begun = time.monotonic()
         whole = test.run(options.kills)
     figures = ", ".join(f"{name} {count}" for name, count in test.counts.items())

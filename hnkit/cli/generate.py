@@ -114,8 +114,10 @@ def resumed(options: Options) -> tuple[Path, GeneratePlan, BackendBase]:
     """The run to go on with, whose adapter and model must be what they were."""
     from hnkit.adapters import load_trained
     from hnkit.generate import PLAN, GeneratePlan
+    from hnkit.internal.folders import require_resumable
 
     folder = resumed_folder(str(options.resume), options.out, "generate", PLAN)
+    require_resumable(folder, "generate")
     plan = GeneratePlan.read(folder)
     if options.backend not in (None, plan.backend):
         raise InputError(f"--resume {folder} has backend {plan.backend!r}, not {options.backend!r}")

@@ -20,7 +20,7 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 from hnkit.errors import InputError
-from hnkit.internal.files import atomic_write
+from hnkit.internal.files import atomic_write, require_run_folder
 
 LOCK, HOLDER = ".lock", ".lock-holder"
 
@@ -48,6 +48,18 @@ def require_plain(folder: Path, names: Iterable[str]) -> None:
                 raise InputError(
                     f"{found} is {kind}, and hnkit writes through none: take it out of the run folder, or start anew"
                 )
+
+
+def require_resumable(folder: Path, kind: str) -> None:
+    """Refuse a folder that hnkit has not marked as a run of this kind, or that holds a link or a special file.
+
+    For commands that write under many names: everything in the folder, and in the folders directly in it, is looked at.
+
+    Raises:
+        InputError: the message names what is in the way.
+    """
+    require_run_folder(folder, kind)
+    require_plain(folder, sorted(entry.name for entry in os.scandir(folder)))
 
 
 def _kind(path: Path) -> str:

@@ -19,6 +19,7 @@ from hnkit.training.view import Trackers
 from hnkit.training.watch import Watch
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
+_BEST_KEYS = ("step", "loss")  # in this order in every report, whatever a file sorts
 
 
 @contextlib.contextmanager
@@ -58,7 +59,8 @@ class Recorder:
             self.log = JsonLog(folder / METRICS)
         else:
             with written_here(folder):
-                self.looked, self.best = int(start.state["looked"]), start.state["best"]
+                self.looked, best = int(start.state["looked"]), start.state["best"]
+                self.best = best and {key: best[key] for key in _BEST_KEYS}
                 self.log = JsonLog.resume(folder / METRICS, start.state["metrics"], session.view.warn)
                 self._saved = (start.step, self.looked)
         stack.callback(self.log.close)
@@ -123,7 +125,7 @@ class Recorder:
         if not self.session.config.train.validate_every or not math.isfinite(loss):
             return
         if self.best is None or loss < self.best["loss"]:
-            best = {"step": self.session.step, "loss": loss}
+            best = dict(zip(_BEST_KEYS, (self.session.step, loss), strict=True))
             config, evaluator, ending = self.session.config, self.evaluator, self.ending()
             replace_folder(self.folder / BEST, lambda target: write_adapter(target, config, evaluator, ending))
             self.best = best

@@ -25,7 +25,7 @@ from hnkit.internal.files import (
     write_json,
     write_sealed,
 )
-from hnkit.internal.folders import run_lock
+from hnkit.internal.folders import require_resumable, run_lock
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.maps import ConditionedMap, slices
@@ -91,6 +91,7 @@ class Comparison:
         """
         if resume is not None:
             folder = Path(resume)
+            require_resumable(folder, "compare")
             settings = _read_plan(folder, backend)
             _require_same(
                 folder, settings, methods=methods, adapter=adapter, prompts=prompts, seeds=seeds, quick=quick,

@@ -65,13 +65,14 @@ def test_a_reward_that_raises_in_training_loses_no_step(tmp_path, fake, error):
 
 
 def test_a_reward_that_raises_in_the_last_validation_loses_nothing(tmp_path, fake):
-    run(fake_config(), tmp_path / "whole")
-    with_fault(fake, raise_at(7, ValueError("no")))
+    config = fake_config(validate_every=3)
+    run(config, tmp_path / "whole")
+    with_fault(fake, raise_at(9, ValueError("no")))
     with pytest.raises(InputError, match="after step 6; go on"):
-        run(fake_config(), tmp_path / "run")
+        run(config, tmp_path / "run")
     assert saved_step(tmp_path / "run") == 6
     with_fault(fake, lambda _, scores: scores)
-    assert resume(fake_config(), tmp_path / "run").finished
+    assert resume(config, tmp_path / "run").finished
     assert same_outcome(tmp_path / "whole", tmp_path / "run", "step-00000006")
 
 
