@@ -74,7 +74,7 @@ def commands(name: str, backend: str, overrides: list[str]) -> Command:
         flags = [flag for override in [*settings, *overrides] for flag in ("--set", override)]
         return Command(["train", "--backend", backend, *flags], ["train", "--resume"], "config.toml")
     if name == "generate":
-        prompts = ("a red three", "a blue seven above a green one")
+        prompts = ("a red three", "a two left of a nine")
         asked = [flag for prompt in prompts for flag in ("--prompt", prompt)]
         return Command(
             ["generate", "--backend", "digits", *asked, "--count", "3", *flags], ["generate", "--resume"], "plan.json"
