@@ -227,7 +227,7 @@ def functions():
     return sorted(found | tables | {("hnkit.kl.estimators", "arnoldi"), ("hnkit.kl.moments", "dense_moments")})
 
 
-NO_FIGURES = {"generator_for", "rows_per_pass", "chunked", "check_map", "check_finite"}
+NO_FIGURES = {"generator_for", "rows_per_pass", "chunked", "check_map", "check_finite", "working_type"}
 METHODS = [
     (jacobian.RowJacobian, "jvp"), (jacobian.RowJacobian, "vjp"), (loss.NoiseLoss, "__call__"),
     *((LinearGaussian, name) for name, value in vars(hnkit.tilt.TiltedProblem).items()
