@@ -146,7 +146,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
     """
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     measurement = next((r["measurement"] for r in reversed(records) if r.get("measurement")), None)
-    latest = next((r for r in reversed(records) if r.get("measurement") or "not_measured" in r), {})
+    latest: dict[str, Any] = next((r for r in reversed(records) if r.get("measurement") or "not_measured" in r), {})
     validation = next((r["validation"] for r in reversed(records) if "validation" in r), None)
     problem = evaluator.problem
     law = None

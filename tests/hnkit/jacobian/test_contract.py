@@ -632,3 +632,27 @@ def test_the_first_line_of_what_a_map_raises_is_told(error, words):
     with pytest.raises(InputError, match=words) as caught:
         check_map(f, points(d=3))
     assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_network_in_half_precision_is_compared_with_itself_in_single(dtype: torch.dtype) -> None:
+    """Weights, casts and constants in half precision are lifted too."""
+
+    class Network(Wrapped):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x.to(dtype)).to(dtype)
+            return self.last(self.function(h)).to(x.dtype)
+
+    right = seeded(lambda: Network(torch.tanh)).to(dtype)
+    wrong = seeded(lambda: Network(lambda h: 0.3 * h + h.tanh().detach())).to(dtype)
+    for x in (points(9, dtype), points(9, torch.float32)):
+        check_map(right, x, jvp=False)
+        with pytest.raises(InputError, match="derivative of the map is wrong"):
+            check_map(wrong, x, jvp=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_function_that_is_differentiable_once_says_so_itself(dtype: torch.dtype) -> None:
+    f = seeded(lambda: Wrapped(SinOnce.apply)).to(dtype)
+    with pytest.raises(InputError, match="marked with once_differentiable"):
+        NoiseLoss("arnoldi")(f, points(3, dtype), lambda z: z, lambda y: y.sum(1))
