@@ -51,7 +51,8 @@ class MatrixNumbers:
     @cached_property
     def frobenius(self) -> Tensor:
         """`|A|_F`."""
-        return torch.linalg.vector_norm(self.matrices, dim=(-2, -1))
+        result: Tensor = torch.linalg.vector_norm(self.matrices, dim=(-2, -1))
+        return result
 
     @property
     def frobenius_square(self) -> Tensor:
@@ -61,12 +62,14 @@ class MatrixNumbers:
     @cached_property
     def singular_values(self) -> Tensor:
         """`(n, d)`, descending, as the solver gives them."""
-        return torch.linalg.svdvals(self.matrices)
+        result: Tensor = torch.linalg.svdvals(self.matrices)
+        return result
 
     @cached_property
     def eigenvalues(self) -> Tensor:
         """`(n, d)` of the symmetric part, ascending, as the solver gives them."""
-        return torch.linalg.eigvalsh(self.matrices / 2 + self.matrices.mT / 2)
+        result: Tensor = torch.linalg.eigvalsh(self.matrices / 2 + self.matrices.mT / 2)
+        return result
 
     @property
     def norm(self) -> Tensor:
