@@ -20,7 +20,8 @@ class Options(WithBackend):
     """The paper's tables and figures for a backend: base, noise hypernetwork and the baselines, paired.
 
     Attributes:
-        methods: some of base, hypernoise, direct, best-of-n, reno, prompt-optimisation; default: all.
+        methods: some of base, hypernoise, direct, best-of-2, best-of-4, best-of-n, reno, prompt-optimisation;
+            default: all.
         adapter: trained adapter, or the run folder that holds it; default: one is trained here.
         prompts: .txt, .json, .jsonl, .csv:COLUMN, a folder of .txt, hf:NAME; default: the backend's held-out ones.
         seeds: noise seeds per prompt; default: 4, and 2 with --quick.

@@ -39,12 +39,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Images of a batch: `(n, 3, H, W)` in [0, 1], the noise and prompts they came from in the end, and the cost."""
+    """Images of a batch: `(n, 3, H, W)` in [0, 1], the noise and prompts they came from in the end, and the cost.
+
+    `pool` holds the rewards `(n, candidates)` of the base images that each was chosen from, where there were any.
+    """
 
     images: Tensor
     noise: Tensor
     prompts: tuple[str, ...]
     cost: Cost
+    pool: Tensor | None = None
 
 
 class Method(Protocol):
@@ -146,6 +150,7 @@ class BestOfN:
         """The best images and the noises they came from."""
         start = time.perf_counter()
         best_images = best_noise = best_scores = None
+        pool = []
         for candidate in range(self.n):
             trial = noise  # the first candidate is the base noise itself
             if candidate:
@@ -153,6 +158,7 @@ class BestOfN:
             images = _images(backend, prompts, trial, steps)
             with torch.no_grad():
                 scores = _scores(self.reward, images, prompts)
+            pool.append(scores)
             if best_images is None or best_noise is None or best_scores is None:
                 best_images, best_noise, best_scores = images.clone(), trial.clone(), scores.clone()
                 continue
@@ -162,7 +168,7 @@ class BestOfN:
         assert best_noise is not None
         rows = len(prompts)
         cost = Cost(generator=self.n * steps * rows, reward=self.n * rows, seconds=time.perf_counter() - start)
-        return Outcome(best_images, best_noise, tuple(prompts), cost)
+        return Outcome(best_images, best_noise, tuple(prompts), cost, torch.stack(pool, dim=1))
 
 
 @dataclass(frozen=True)

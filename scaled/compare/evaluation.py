@@ -22,12 +22,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One image: what it was asked for, from which noise, and every score of it."""
+    """One image: what it was asked for, from which noise, every score of it, and the rewards of its candidates."""
 
     prompt: str
     seed: int
     category: str
     scores: Mapping[str, float]
+    pool: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def _document(outcome: Outcome, prompts: Sequence[str], seed: int, backend: Back
             "seed": seed,
             "category": category_of(backend, prompt),
             "scores": {name: float(values[i]) for name, values in scores.items()},
+            "pool": [] if outcome.pool is None else outcome.pool[i].tolist(),
         }
         for i, prompt in enumerate(prompts)
     ]

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hnkit.internal.files import atomic_write
 from hnkit.output.page import Cell, Picture, Section, Table, Text, format_estimate, format_number, write_html
-from hnkit.output.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILION, Plot, new_figure
+from hnkit.output.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, Plot, new_figure
+from hnkit.output.plots import frontier as draw_frontier
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +27,8 @@ _COLOURS = {
     "base": GREY,
     "hypernoise": BLUE,
     "direct": VERMILION,
+    "best-of-2": SKY,
+    "best-of-4": INK,
     "best-of-n": GREEN,
     "reno": ORANGE,
     "prompt-optimisation": PURPLE,
@@ -34,6 +37,8 @@ _NAMES = {
     "base": "base",
     "hypernoise": "+ HyperNoise",
     "direct": "direct LoRA",
+    "best-of-2": "+ best-of-2",
+    "best-of-4": "+ best-of-4",
     "best-of-n": "+ best-of-N",
     "reno": "+ ReNO",
     "prompt-optimisation": "+ prompt optimisation",
@@ -93,6 +98,7 @@ def all_tables(document: Document) -> dict[str, Table]:
         "ranks": _ranks_table(document),
         "losses": _losses_table(document),
         "l2": _closeness_table(document),
+        "frontier": _frontier_table(document),
     }
 
 
@@ -306,6 +312,28 @@ def _closeness_table(document: Document) -> Table:
     return Table(headers, tuple(body), caption)
 
 
+def _frontier_table(document: Document) -> Table:
+    """Nats, gain in the trained reward, and efficiency of every method; empty where there is no frontier."""
+    found = document.get("frontier") or {"methods": {}}
+    body = []
+    for name, method in found["methods"].items():
+        known = method["nats"] is not None
+        body.append(
+            (
+                _network_label(name),
+                f"{method['nats']:.3g}" if known else f"at least {method['nats_lower_bound']:.3g}",
+                format_estimate(method["gain"], _nan(method["stderr"])),
+                "–" if method["efficiency"] is None else f"{100 * method['efficiency']:.0f} %",
+            )
+        )
+    caption = (
+        "Gain in the trained reward, which the methods maximise. Efficiency is the gain as a share of the most that "
+        "any law of so many nats can gain, estimated from rewards of base images alone. Nats of best-of-N are an upper "
+        "bound, nats of networks the KL integrand, and 'at least' is a 95% bound by the rewards alone."
+    )
+    return Table(("method", "nats", "gain in reward", "efficiency"), tuple(body), caption)
+
+
 def _nan(value: float | None) -> float:
     return float("nan") if value is None else value
 
@@ -318,6 +346,7 @@ def _network_label(name: str) -> str:
 
 def _sections(document: Document, tables: Mapping[str, Table], pictures: Mapping[str, Picture]) -> list[Section]:
     titles = (
+        ("Reward per nat: what was bought, and what could have been", ("frontier",), ("frontier",)),
         ("Table 1: what a noise hypernetwork buys", ("table-1", "scores"), ("grid", "gain-against-cost")),
         ("Tables 2 and 8: more sampler steps", ("steps",), ()),
         ("Figure 4: reward against independent quality", (), ("reward-against-quality",)),
@@ -359,6 +388,9 @@ def draw_plots(document: Document, images: Mapping[str, Tensor]) -> list[Plot]:
             partial(_gain_against_cost, document),
         ),
     ]
+    if (document.get("frontier") or {}).get("frontier"):
+        caption = "The most reward that any law can gain for its nats, best-of-N, and what each method gained."
+        plots.insert(0, Plot("frontier", caption, partial(_frontier, document["frontier"])))
     if any(len(series) > 1 for series in document["training"].values()):
         caption = "Along training, on held-out prompts: the trained reward against a score nothing is trained on."
         plots.append(Plot("reward-against-quality", caption, partial(_quality, document)))
@@ -460,6 +492,27 @@ def _quality(document: Document) -> Figure:
         )
     axes[0].legend(loc="best")
     return figure
+
+
+def _frontier(found: Row) -> Figure:
+    curve = [np.array([point[key] for point in found["frontier"]], dtype=float) for key in ("nats", "gain", "stderr")]
+    within = [entry for entry in found["best_of"] if entry["nats"] <= found["most_nats"]]
+    best = (
+        np.array([entry["nats"] for entry in within]),
+        np.array([entry["gain"] for entry in within]),
+        [str(entry["n"]) for entry in within],
+    )
+    methods = {
+        _network_label(name): (
+            method["nats_lower_bound"] if method["nats"] is None else method["nats"],
+            method["gain"],
+            _nan(method["stderr"]),
+            method["nats"] is None,
+        )
+        for name, method in found["methods"].items()
+        if not name.startswith("best-of-")
+    }
+    return draw_frontier((curve[0], curve[1], curve[2]), best, methods, "Reward per nat")
 
 
 def _losses(document: Document) -> Figure:

@@ -11,7 +11,7 @@ from hnkit.config import parse_options
 from hnkit.errors import InputError
 from hnkit.internal.values import typed_values
 
-METHODS = ("base", "hypernoise", "direct", "best-of-n", "reno", "prompt-optimisation")
+METHODS = ("base", "hypernoise", "direct", "best-of-2", "best-of-4", "best-of-n", "reno", "prompt-optimisation")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ from hnkit.scaled.compare.baselines import (
 )
 from hnkit.scaled.compare.diversity import DinoSimilarity, Lpips, Metric, pixel_distance
 from hnkit.scaled.compare.evaluation import Evaluation, Scorer, base_noise, category_of, evaluate, read_part
+from hnkit.scaled.compare.frontier import frontier_part
 from hnkit.scaled.compare.networks import Network, given, trained
 from hnkit.scaled.compare.page import write_page
 from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
@@ -263,6 +265,7 @@ class _Session:
         # the baselines climb what training maximises: the weighted sum, at weight one
         self.reward: Reward = CallableReward("reward", 1.0, rewards)
         self.networks: dict[str, Network] = {}
+        self.candidates = {"best-of-2": 2, "best-of-4": 4, "best-of-n": self.plan.best_of}
         for chunk in slices(len(settings.prompts), self.plan.batch):
             self.base.encode(settings.prompts[chunk])
 
@@ -285,6 +288,7 @@ class _Session:
             ("ranks", "tables 9 and 10: ranks", self._ranks),
             ("losses", "losses and their exact KL", self._losses),
             ("l2", "how close L2 stayed", self._closeness),
+            ("frontier", "reward per nat", self._frontier),
             ("training", "figure 4", self._training),
             ("grid", "grid of images", self._grid),
         ]
@@ -338,8 +342,8 @@ class _Session:
 
     def _method(self, name: str) -> Method:
         plan = self.plan
-        if name == "best-of-n":
-            return BestOfN(self.reward, n=plan.best_of)
+        if name in self.candidates:
+            return BestOfN(self.reward, n=self.candidates[name], name=name)
         if name == "reno":
             return ReNO(self.reward, iterations=plan.reno_iterations)
         if name == "prompt-optimisation":
@@ -508,6 +512,18 @@ class _Session:
             method = "arnoldi" if norm is not None and norm < 1 else "lanczos"
         write_sealed(path, found)
         return found
+
+    def _frontier(self) -> dict[str, Any] | None:
+        """Gain of every method against the most that its nats could buy; no image is made for it."""
+        named = [name for name in self.plan.methods if name != "base"]
+        losses = [f"kl-{kl}" for kl in self.plan.losses]
+        nats = {name: math.log(n) - (n - 1) / n for name, n in self.candidates.items() if n > 1}
+        nats |= {row["method"]: row["along_training"][-1]["kl"] for row in self._losses()}
+        if closeness := self._closeness():
+            nats["hypernoise"] = closeness[0]["kl"]
+        pool = self._evaluate("best-of-n") if "best-of-n" in named else None
+        evaluations = [self._evaluate(name) for name in [*named, *losses]]
+        return frontier_part(self._evaluate("base"), evaluations, pool, nats)
 
     def _training(self) -> dict[str, list[dict[str, Any]]]:
         """Figure 4: trained reward and independent scores on held-out prompts along training."""
