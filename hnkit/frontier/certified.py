@@ -97,8 +97,8 @@ def nats_lower_bound(base: Sequence[Tensor], method: Sequence[Tensor], *, confid
     For every function T, `KL(q || p) >= E_q T - log E_p exp T` (Donsker and Varadhan). T is the reward, centred by base
     samples that are used for nothing else, scaled and clipped. `E_q T` has an ordinary error bar (Student's t);
     `E_p exp T`, whose law is skewed, is bounded from above by the empirical Bernstein inequality of Maurer and Pontil
-    (arXiv 0907.3740, Theorem 11), at any sample size; both for all tried scales and clips at once. Over prompts the mean
-    of the log is at most the log of the mean.
+    for independent variables (arXiv 0907.3740, Theorem 11), at any sample size; both for all tried scales and clips at
+    once. Over prompts the mean of the log is at most the log of the mean.
 
     Args:
         base: for each prompt the rewards of its base samples, `(n_c,)`, `LEAST_SAMPLES` at least.
