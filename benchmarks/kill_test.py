@@ -77,7 +77,9 @@ def commands(name: str, backend: str, overrides: list[str]) -> Command:
         prompts = ("a red three", "a two left of a nine")
         asked = [flag for prompt in prompts for flag in ("--prompt", prompt)]
         return Command(
-            ["generate", "--backend", "digits", *asked, "--count", "3", *flags], ["generate", "--resume"], "plan.json"
+            ["generate", "--backend", "digits", *asked, "--count", "3", *flags],
+            ["generate", "--resume"],
+            "generate.json",
         )
     if name == "compare":
         settings = [flag for key, value in COMPARISON.items() for flag in ("--set", f"compare.{key}={value}")]

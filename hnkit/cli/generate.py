@@ -59,11 +59,12 @@ def run(options: Options) -> int:
     """Write the images of every prompt; see `hnkit.generate`."""
     from hnkit.generate import generate_pairs
     from hnkit.internal.files import resumable
-    from hnkit.internal.folders import run_lock
+    from hnkit.internal.folders import run_lock, sweep_temporaries
     from hnkit.output import terminal
 
     folder, plan, backend = resumed(options) if options.resume is not None else begun(options)
     with run_lock(folder):
+        sweep_temporaries(folder)
         try:
             with resumable("hnkit", "generate", "--resume", str(folder)):
                 document = generate_pairs(

@@ -20,7 +20,7 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 from hnkit.errors import InputError
-from hnkit.internal.files import atomic_write, require_run_folder
+from hnkit.internal.files import TEMPORARY, atomic_write, require_run_folder
 
 LOCK, HOLDER = ".lock", ".lock-holder"
 
@@ -60,6 +60,17 @@ def require_resumable(folder: Path, kind: str) -> None:
     """
     require_run_folder(folder, kind)
     require_plain(folder, sorted(entry.name for entry in os.scandir(folder)))
+
+
+def sweep_temporaries(run: Path) -> None:
+    """Remove what atomic writes that were killed have left in a run folder and the folders directly in it.
+
+    The caller holds its lock.
+    """
+    for folder in (run, *(path for path in run.iterdir() if path.is_dir() and not path.is_symlink())):
+        for path in folder.glob(f".*{TEMPORARY}"):
+            if path.is_file() and not path.is_symlink():
+                path.unlink()
 
 
 def _kind(path: Path) -> str:

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hnkit.errors import InputError
-from hnkit.internal.files import TEMPORARY, file_digest, read_sealed, write_sealed
-from hnkit.internal.folders import open_to_append
+from hnkit.internal.files import file_digest, read_sealed, write_sealed
+from hnkit.internal.folders import open_to_append, sweep_temporaries
 from hnkit.internal.values import finite
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -161,10 +161,7 @@ def sweep(run: Path) -> None:
                 shutil.rmtree(old)
             else:  # killed between the two renames
                 old.rename(folder)
-    for folder in (run, *(path for path in run.iterdir() if path.is_dir() and not path.is_symlink())):
-        for path in folder.glob(f".*{TEMPORARY}"):
-            if path.is_file() and not path.is_symlink():
-                path.unlink()
+    sweep_temporaries(run)
 
 
 def _sweep_checkpoints(run: Path) -> None:
