@@ -160,6 +160,7 @@ def _of_numbers(name: str, dtype: torch.dtype) -> list[Row]:
         ("field_of_values_bounds", "upper, |A| = 0.5", found[1], upper),
         ("theorem7_bound", "L = 0.5", hnkit.theorem7_bound(DIM, L), DIM * h(mL)),
         ("theorem7_bound", "L = 2^-30", hnkit.theorem7_bound(DIM, small), DIM * h(ms)),
+        ("local_theorem7_bound", "L = 0.5", hnkit.local_theorem7_bound(DIM, L), DIM * h(mL)),
         ("frobenius_bound", "L = 0.5", hnkit.frobenius_bound(F, L), mF**2 / mL**2 * h(mL)),
         ("second_order_remainder_bound", "L = 0.5", hnkit.second_order_remainder_bound(F, L),
          mF**2 / mL**2 * (h(mL) - mL**2 / 2)),
@@ -213,6 +214,43 @@ def _of_maps(name: str, dtype: torch.dtype) -> list[Row]:
         Row("verify_bound", "KL, against float64", name, _name(type(figure.value)),
             _error(figure.value, mpmath.mpf(twin.value))),
         Row("certify_injective", f"tanh network: {certain.status}", name, "str", 0.0),
+        Row("check_map", f"tanh network: {_accepted(f, x)}", name, "str", 0.0),
+        *_of_rewards(name, dtype),
+    ]  # fmt: skip
+
+
+def _accepted(f: Callable[[Tensor], Tensor], x: Tensor) -> str:
+    hnkit.check_map(f, x)
+    return "accepted"
+
+
+def _of_rewards(name: str, dtype: torch.dtype) -> list[Row]:
+    """The bounds from rewards, and a rule of one's own for a module's certificate."""
+    generator = torch.Generator().manual_seed(3)
+    base = [row.to(dtype) for row in torch.randn(20, 40, dtype=torch.float64, generator=generator)]
+    steered = [row.to(dtype) for row in 2 + torch.randn(20, 40, dtype=torch.float64, generator=generator)]
+    kl = [0.5 * row.square() for row in steered]
+    alpha = mpmath.mpf(2)
+    terms = [
+        mpmath.fsum(mpmath.mpf(k) - mpmath.mpf(r) / alpha for k, r in zip(ks.tolist(), rs.tolist(), strict=True)) / 40
+        + mpmath.log(mpmath.fsum(mpmath.exp(mpmath.mpf(b) / alpha) for b in bs.tolist()) / 40)
+        for ks, rs, bs in zip(kl, steered, base, strict=True)
+    ]
+    reference = mpmath.fsum(terms) / len(terms)
+    gap = hnkit.gap_lower_bound(kl, steered, base, 2.0)
+    nats = hnkit.nats_lower_bound(base, steered)
+    twin = hnkit.nats_lower_bound([b.double() for b in base], [s.double() for s in steered])
+
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 2
+
+    hnkit.register(Half)(lambda module, visit: hnkit.lipschitz.JacobianBounds(0.5, 0.5, 0.5))  # noqa: ARG005
+    ruled = hnkit.lipschitz_upper(Half())
+    return [
+        Row("gap_lower_bound", "its estimate", name, _name(type(gap.lower)), _error(gap.estimate, reference)),
+        Row("nats_lower_bound", "against float64", name, _name(type(nats)), _error(nats, mpmath.mpf(twin))),
+        Row("register", "a rule of one's own", name, _name(type(ruled.value)), _error(ruled.value, mpmath.mpf("0.5"))),
     ]  # fmt: skip
 
 
