@@ -11,7 +11,7 @@ from typing import Any
 
 from hnkit.adapters import load_trained
 from hnkit.backend import Backend, backend_factory
-from hnkit.config import CONFIG_FILE, resolve_config
+from hnkit.config import CONFIG_FILE, RunConfig
 from hnkit.errors import InputError
 from hnkit.training.run import METRICS, train
 
@@ -26,20 +26,18 @@ class Network:
     metrics: tuple[dict[str, Any], ...]
 
 
-def trained(name: str, backend: str, folder: Path, overrides: Sequence[str], rewards: Sequence[str] = ()) -> Network:
+def trained(name: str, config: RunConfig, folder: Path) -> Network:
     """Train a network in `folder`, go on with it, or load it if it is finished.
 
     Args:
         name: of the network in tables.
-        backend: name of the installed backend.
+        config: of its training.
         folder: its run folder.
-        overrides: `table.key=value` of its configuration.
-        rewards: `name=weight`; empty: the backend's preset.
 
     Raises:
         InputError: the run was interrupted (by a signal, after a checkpoint): it can be resumed.
     """
-    config = resolve_config(backend=backend, overrides=overrides, rewards=rewards)
+    backend = config.backend
     begun = (folder / CONFIG_FILE).is_file()
     result = train(config, resume=folder) if begun else train(config, out=folder)
     if not result.finished:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hnkit.adapters import adapter_folder
 from hnkit.backend import Backend, Reward, backend_factory, completed
-from hnkit.config import resolve_config, split_permissions
+from hnkit.config import split_permissions
 from hnkit.errors import InputError
 from hnkit.figures import measure
 from hnkit.internal.files import (
     atomic_write,
     file_digest,
     new_run_folder,
-    read_sealed,
     resumable,
     write_json,
     write_sealed,
@@ -31,7 +29,6 @@ from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.maps import ConditionedMap, slices
 from hnkit.output.terminal import Steps, steps
-from hnkit.prompts import require_disjoint
 from hnkit.rewards import CallableReward, load_rewards
 from hnkit.scaled.compare.baselines import (
     Base,
@@ -43,16 +40,23 @@ from hnkit.scaled.compare.baselines import (
     TextGenerationProposer,
 )
 from hnkit.scaled.compare.diversity import DinoSimilarity, Lpips, Metric, pixel_distance
-from hnkit.scaled.compare.evaluation import Evaluation, Scorer, base_noise, category_of, evaluate, read_part
+from hnkit.scaled.compare.evaluation import Evaluation, Scorer, base_noise, evaluate, read_part
 from hnkit.scaled.compare.frontier import frontier_part
 from hnkit.scaled.compare.networks import Network, given, trained
 from hnkit.scaled.compare.page import write_page
-from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
+from hnkit.scaled.compare.plan import make_plan
+from hnkit.scaled.compare.settings import (
+    PLAN,
+    Settings,
+    chosen_prompts,
+    configuration,
+    digests,
+    read_plan,
+    require_same,
+)
 from hnkit.scaled.compare.tables import method_row
 from hnkit.scaled.lora.adapter import adapter_options
 from hnkit.scaled.pipelines.factory import PipelineFactory
-
-PLAN = "plan.json"
 
 
 class Comparison:
@@ -94,8 +98,8 @@ class Comparison:
         if resume is not None:
             folder = Path(resume)
             require_resumable(folder, "compare")
-            settings = _read_plan(folder, backend)
-            _require_same(
+            settings = read_plan(folder, backend)
+            require_same(
                 folder, settings, methods=methods, adapter=adapter, prompts=prompts, seeds=seeds, quick=quick,
                 overrides=overrides,
             )  # fmt: skip
@@ -103,7 +107,6 @@ class Comparison:
             session = _Session(replace(settings, overrides=(*settings.overrides, *lifting)))
         else:
             plan, others = make_plan(quick=quick, methods=methods, seeds=seeds, overrides=overrides)
-            resolve_config(backend=backend, overrides=others)  # a mistake is refused before a folder is made
             if adapter is not None and not Path(adapter).is_dir():
                 raise InputError(
                     f"--adapter {adapter} is not a folder: name the folder of a trained adapter, or its run"
@@ -111,8 +114,9 @@ class Comparison:
             files = {}
             if adapter is not None:
                 adapter_options(adapter)
-                files = _digests(Path(adapter))
-            chosen = _chosen_prompts(backend, prompts, plan, others)
+                files = digests(Path(adapter))
+            config = configuration(backend, adapter, others)  # a mistake is refused before a folder is made
+            chosen = chosen_prompts(config, prompts, plan)
             where = None if adapter is None else str(Path(adapter).resolve())
             settings = Settings(backend, plan, where, files, tuple(chosen), tuple(others), quick)
             session = _Session(settings)  # what is missing or cannot be used is refused before a folder is made
@@ -123,128 +127,6 @@ class Comparison:
         return document | {"run_folder": str(folder)}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything a comparison depends on; plan.json holds it."""
-
-    backend: str
-    plan: Plan
-    adapter: str | None
-    adapter_files: dict[str, str]
-    """SHA-256 of the adapter's files: parts made with one adapter are not mixed with another's."""
-    prompts: tuple[str, ...]
-    overrides: tuple[str, ...]
-    quick: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON."""
-        return {
-            **vars(self),
-            "plan": self.plan.to_json(),
-            "prompts": list(self.prompts),
-            "overrides": split_permissions(self.overrides)[1],
-        }
-
-
-def _read_plan(folder: Path, backend: str) -> Settings:
-    try:
-        document = read_sealed(folder / PLAN)
-        settings = Settings(
-            document["backend"],
-            plan_from_json(document["plan"]),
-            document["adapter"],
-            dict(document["adapter_files"]),
-            tuple(document["prompts"]),
-            tuple(document["overrides"]),
-            document["quick"],
-        )
-        texts = [settings.backend, settings.adapter or "", *settings.prompts, *settings.overrides]
-        if not settings.prompts or not all(isinstance(text, str) for text in texts):
-            raise ValueError("not text where text belongs")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"--resume {folder}: no comparison is there ({PLAN} is missing or damaged): name its folder"
-        ) from error
-    if lifting := split_permissions(settings.overrides)[0]:
-        raise InputError(f"--resume {folder}: its {PLAN} has {lifting[0]!r}: only your own flag may allow that")
-    if settings.backend != backend:
-        raise InputError(f"--resume {folder} compares backend {settings.backend!r}, not {backend!r}")
-    if settings.adapter is not None and _digests(Path(settings.adapter)) != settings.adapter_files:
-        raise InputError(
-            f"--resume {folder}: its adapter {settings.adapter} is gone or has changed since: restore it, or compare "
-            f"the new one in a new folder"
-        )
-    return settings
-
-
-def _require_same(
-    folder: Path,
-    settings: Settings,
-    *,
-    methods: Sequence[str] | None,
-    adapter: str | Path | None,
-    prompts: Sequence[str] | None,
-    seeds: int | None,
-    quick: bool,
-    overrides: Sequence[str],
-) -> None:
-    """Refuse flags beside `--resume` that ask for another comparison than the one in the folder."""
-    plan = settings.plan
-    mine, others = make_plan(quick=settings.quick, methods=methods, seeds=seeds, overrides=overrides)
-    asked: dict[str, tuple[Any, Any]] = {}
-    if methods is not None:
-        asked["--methods"] = mine.methods, plan.methods
-    if seeds is not None:
-        asked["--seeds"] = mine.seeds, plan.seeds
-    if quick:
-        asked["--quick"] = quick, settings.quick
-    if adapter is not None:
-        asked["--adapter"] = str(Path(adapter).resolve()), settings.adapter
-    if prompts is not None:
-        asked["--prompts"] = tuple(prompts[: plan.prompts] if plan.prompts else prompts), settings.prompts
-    for override in overrides:
-        table, _, key = override.partition("=")[0].strip().partition(".")
-        if table == "compare":
-            asked[f"--set {override}"] = getattr(mine, key), getattr(plan, key)
-    for override in split_permissions(others)[1]:
-        asked[f"--set {override}"] = override in settings.overrides, True
-    for flag, (wanted, has) in asked.items():
-        if wanted != has:
-            kept = f" (it has {has!r})" if isinstance(has, int | str) and not isinstance(has, bool) else ""
-            raise InputError(
-                f"--resume {folder} with {flag}: that comparison was begun otherwise{kept}: leave the flag out, or "
-                "start a new one"
-            )
-
-
-def _digests(adapter: Path) -> dict[str, str]:
-    folder = adapter_folder(adapter)
-    return {path.name: file_digest(path) for path in sorted(folder.glob("*")) if path.is_file()}
-
-
-def _chosen_prompts(backend: str, prompts: Sequence[str] | None, plan: Plan, overrides: Sequence[str]) -> list[str]:
-    if prompts is None:
-        loaded = completed(backend_factory(backend).load(resolve_config(backend=backend, overrides=overrides).options))
-        if loaded.prompts is None:
-            raise InputError(f"backend {backend!r} has no prompts of its own: give --prompts FILE")
-        training, held_out = loaded.prompts()
-        require_disjoint(training, held_out)
-        category = {prompt: category_of(loaded, prompt) for prompt in held_out}
-        prompts = _interleaved(held_out, category)
-    return list(prompts[: plan.prompts] if plan.prompts else prompts)
-
-
-def _interleaved(prompts: Sequence[str], category: dict[str, str]) -> list[str]:
-    """Prompts in turn from each category, so that a first part of them has all of them."""
-    queues = {name: [p for p in prompts if category[p] == name] for name in dict.fromkeys(category.values())}
-    ordered: list[str] = []
-    while any(queues.values()):
-        ordered += [queue.pop(0) for queue in queues.values() if queue]
-    return ordered
-
-
 class _Session:
     """The parts of a comparison; each reads what is on the disk and does what is not."""
 
@@ -252,7 +134,7 @@ class _Session:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.plan = settings, settings.plan
-        config = resolve_config(backend=settings.backend, overrides=settings.overrides)
+        config = settings.configuration
         self.config = config
         self.base = completed(backend_factory(settings.backend).load(config.options))
         self.device = next(self.base.hypernetwork.parameters()).device
@@ -336,7 +218,8 @@ class _Session:
             overrides += [f"backend.rank={rank}", f"backend.lora_alpha={2 * rank}"]
         if kl is not None:
             overrides.append(f"train.kl={kl}")
-        self.networks[name] = trained(name, settings.backend, self.folder / "runs" / name, overrides)
+        config = configuration(settings.backend, settings.adapter, overrides)
+        self.networks[name] = trained(name, config, self.folder / "runs" / name)
 
     # --- evaluations ---------------------------------------------------------------------------------------
 

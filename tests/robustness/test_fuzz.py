@@ -28,7 +28,7 @@ from hnkit.prompts import read_prompts
 from hnkit.scaled.compare.evaluation import _read, read_part
 from hnkit.scaled.compare.networks import _records
 from hnkit.scaled.compare.plan import Plan, plan_from_json
-from hnkit.scaled.compare.run import _read_plan
+from hnkit.scaled.compare.settings import read_plan
 from hnkit.scaled.digits.checkpoint import CHECKSUMS, read_checksums
 from hnkit.training.checkpoint import (
     CHECKPOINTS,
@@ -371,13 +371,13 @@ def test_plans_and_parts_of_comparisons(data, tmp_path):
     content = data if isinstance(data, bytes) else json.dumps(data).encode()
     for name in ("plan.json", "part.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes(content)
-    one_line(lambda: _read_plan(tmp_path, "digits"))
+    one_line(lambda: read_plan(tmp_path, "digits"))
     assert read_part(tmp_path / "part.json") is None
     if not isinstance(data, bytes):
         for name in ("plan.json", "part.json"):
             with contextlib.suppress(ValueError):  # not JSON: a NaN in it
                 write_sealed(tmp_path / name, data)
-    one_line(lambda: _read_plan(tmp_path, "digits"))
+    one_line(lambda: read_plan(tmp_path, "digits"))
     read_part(tmp_path / "part.json")
     assert _read(tmp_path / "part.json", ["a three"]) is None
     one_line(lambda: _records(tmp_path / "metrics.jsonl"))

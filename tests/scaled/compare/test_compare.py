@@ -15,12 +15,14 @@ import torch
 from hnkit import InputError
 from hnkit.backend import backend_factory
 from hnkit.cli.app import describe_error
+from hnkit.config import resolve_config
 from hnkit.internal.files import write_sealed
 from hnkit.scaled.compare import COMPARISON
 from hnkit.scaled.compare import run as run_module
 from hnkit.scaled.compare.evaluation import Row, base_noise
 from hnkit.scaled.compare.page import all_tables, lead, to_csv
 from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
+from hnkit.scaled.compare.settings import configuration
 from hnkit.scaled.compare.tables import by_category, category_mean, estimate
 from tests.scaled import tiny
 
@@ -61,6 +63,7 @@ def redness_alone():
     for module in (
         "hnkit.training.session",
         "hnkit.scaled.compare.run",
+        "hnkit.scaled.compare.settings",
         "hnkit.scaled.compare.networks",
         "hnkit.backend",
     ):
@@ -280,3 +283,36 @@ def test_csv_is_the_table(finished):
     out, document = finished
     table = all_tables(document)["table-1"]
     assert (out / "table-1.csv").read_text() == to_csv(table)
+
+
+def test_an_adapter_is_compared_as_its_run_left_it(make_backend, checkpoint, tmp_path):
+    """Model, options, training and rewards are the run's; flags come on top; an adapter alone says what it records."""
+    options = tiny.options("sana", checkpoint("sana"), instruction=True, dtype="bfloat16")
+    made = resolve_config(
+        backend="sana",
+        overrides=[*(f"backend.{key}={str(value).lower() if value is True else value}"
+                     for key, value in options.items()),
+                   "train.alpha=0.25", "train.kl=second-order", "train.batch=6"],
+        rewards=["redness=3.0"],
+    )  # fmt: skip
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text(made.to_toml())
+    make_backend("sana", instruction=True).save_adapter(run / "adapter")
+    for folder in (run, run / "adapter"):
+        found = configuration("sana", folder, ["train.lr=0.5"])
+        assert found.options == made.options
+        assert {name: spec.weight for name, spec in found.rewards.items()} == {"redness": 3.0}
+        assert (found.train.alpha, found.train.kl, found.train.lr) == (0.25, "second-order", 0.5)
+    alone = configuration("sana", shutil.copytree(run / "adapter", tmp_path / "alone"), [])
+    assert (alone.options.rank, alone.options.lora_alpha, alone.options.size) == (4, 8.0, 32)
+    assert alone.options.instruction
+    assert alone.options.model_id == str(checkpoint("sana"))
+    text = (run / "config.toml").read_text().replace("[rewards.redness]", '[rewards."mine.mod:score"]')
+    (run / "config.toml").write_text(text)
+    with pytest.raises(InputError, match=r"mine\.mod:score.*names an installed reward to compare by"):
+        configuration("sana", run, [])
+    named = configuration("sana", run, ["rewards.redness=2.0"])
+    assert {name: spec.weight for name, spec in named.rewards.items()} == {"redness": 2.0}
+    with pytest.raises(InputError, match="is for backend 'sana', not 'digits'"):
+        configuration("digits", run, [])
