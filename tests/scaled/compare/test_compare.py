@@ -121,7 +121,7 @@ def test_resumption_refuses_flags_that_ask_for_another_comparison(flags, words, 
 
 def test_resumption_accepts_the_flags_it_was_begun_with(finished, overrides):
     out, _ = finished
-    settings = run_module._read_plan(out, "sana")
+    settings = run_module.read_plan(out, "sana")
     same = {"methods": settings.plan.methods, "prompts": PROMPTS, "seeds": 2, "overrides": overrides}
     run_module._require_same(out, settings, adapter=None, quick=False, **same)
 
@@ -132,7 +132,7 @@ def test_a_plan_cannot_switch_downloads_on(overrides, tmp_path):
     settings = run_module.Settings("sana", plan, None, {}, ("a cat",), (*others, lifting), True)
     assert lifting not in settings.to_json()["overrides"]  # it is not passed on
     write_sealed(tmp_path / "plan.json", settings.to_json())
-    assert run_module._read_plan(tmp_path, "sana").overrides == tuple(others)
+    assert run_module.read_plan(tmp_path, "sana").overrides == tuple(others)
     for text in (lifting, "rewards.clipscore.local_files_only = 0"):
         write_sealed(tmp_path / "plan.json", settings.to_json() | {"overrides": [text]})
         with pytest.raises(InputError, match="only your own flag may allow that"):
