@@ -16,7 +16,7 @@ from hnkit import InputError
 from hnkit.backend import backend_factory
 from hnkit.cli.app import describe_error
 from hnkit.config import resolve_config
-from hnkit.internal.files import write_sealed
+from hnkit.internal.files import new_run_folder, write_sealed
 from hnkit.scaled.compare import COMPARISON
 from hnkit.scaled.compare import run as run_module
 from hnkit.scaled.compare.evaluation import Row, base_noise
@@ -131,12 +131,13 @@ def test_a_plan_cannot_switch_downloads_on(overrides, tmp_path):
     plan, others = make_plan(quick=True, methods=None, seeds=None, overrides=[])
     settings = run_module.Settings("sana", plan, None, {}, ("a cat",), (*others, lifting), True)
     assert lifting not in settings.to_json()["overrides"]  # it is not passed on
-    write_sealed(tmp_path / "plan.json", settings.to_json())
-    assert run_module.read_plan(tmp_path, "sana").overrides == tuple(others)
+    folder = new_run_folder(tmp_path / "run", "compare")
+    write_sealed(folder / "plan.json", settings.to_json())
+    assert run_module.read_plan(folder, "sana").overrides == tuple(others)
     for text in (lifting, "rewards.clipscore.local_files_only = 0"):
-        write_sealed(tmp_path / "plan.json", settings.to_json() | {"overrides": [text]})
+        write_sealed(folder / "plan.json", settings.to_json() | {"overrides": [text]})
         with pytest.raises(InputError, match="only your own flag may allow that"):
-            COMPARISON("sana", resume=tmp_path)
+            COMPARISON("sana", resume=folder)
 
 
 def test_an_interrupted_comparison_ends_as_an_uninterrupted_one(finished, overrides, tmp_path, monkeypatch):
