@@ -209,9 +209,10 @@ def test_parts_made_with_another_adapter_are_not_mixed_in(finished, overrides, t
 
 
 def test_a_damaged_plan_is_refused(finished, tmp_path):
-    (tmp_path / "plan.json").write_text((finished[0] / "plan.json").read_text().replace('"seeds": 2', '"seeds": 3'))
+    folder = new_run_folder(tmp_path / "run", "compare")
+    (folder / "plan.json").write_text((finished[0] / "plan.json").read_text().replace('"seeds": 2', '"seeds": 3'))
     with pytest.raises(InputError, match=r"plan\.json is missing or damaged"):
-        COMPARISON("sana", resume=tmp_path)
+        COMPARISON("sana", resume=folder)
 
 
 @pytest.mark.parametrize(
