@@ -123,7 +123,7 @@ def test_resumption_accepts_the_flags_it_was_begun_with(finished, overrides):
     out, _ = finished
     settings = run_module.read_plan(out, "sana")
     same = {"methods": settings.plan.methods, "prompts": PROMPTS, "seeds": 2, "overrides": overrides}
-    run_module._require_same(out, settings, adapter=None, quick=False, **same)
+    run_module.require_same(out, settings, adapter=None, quick=False, **same)
 
 
 def test_a_plan_cannot_switch_downloads_on(overrides, tmp_path):
@@ -226,7 +226,7 @@ def test_a_damaged_plan_is_refused(finished, tmp_path):
         ({"overrides": ["compare.losses=['l3']"]}, "names 'l3'"),
         ({"overrides": ["compare.seeds=x"]}, "an integer"),
         ({"overrides": ["compare.seeds"]}, "write compare.KEY=VALUE"),
-        ({"resume": "nowhere"}, "no comparison is there"),
+        ({"resume": "nowhere"}, "no run is there"),
         ({"adapter": "nowhere"}, "is not a folder"),
     ],
 )
