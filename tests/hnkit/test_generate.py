@@ -131,7 +131,7 @@ def test_links_in_a_run_folder_are_not_followed(here, capsys):
     (here / "run" / "prompt-000").symlink_to(here / "elsewhere")
     code, _, err = run(capsys, "generate", "--resume", "run")
     assert code == 2
-    assert "is a link" in err
+    assert "is a symbolic link" in err
     assert not list((here / "elsewhere").iterdir())
 
 

@@ -291,7 +291,15 @@ def test_held_out_prompts_scores_and_images(tmp_path, fake):
     trained_on = {prompt for batch in backend.seen for prompt in batch} & set(backend.prompts()[0])
     assert trained_on == set(backend.prompts()[0])
     card = (tmp_path / "run/adapter/README.md").read_text()
-    for text in ("fake", "2 brightness", "40 steps of 4 samples", "effective alpha = 1", "KL:", "L2 term:", "## Use"):
+    for text in (
+        "fake",
+        "2 brightness",
+        "40 steps of 4 samples",
+        "effective alpha = 1",
+        "KL (Stein form):",
+        "L2 term:",
+        "## Use",
+    ):
         assert text in card
     assert ModelCard(card).data.to_dict() == {
         "library_name": "hnkit",
