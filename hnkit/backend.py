@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -65,6 +66,29 @@ class Reward(Protocol):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores of shape `(n,)`, float32 at least, differentiable in `images` of shape `(n, 3, H, W)` in [0, 1]."""
         ...
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What one pass of a hypernetwork does to a batch: its delta, the moved noise `(n, *shape)`, and their images."""
+
+    delta: Tensor
+    noise: Tensor
+    images: Tensor
+
+
+def steer(backend: Backend, noise: Tensor, condition: Condition, steps: int = 1) -> Steered:
+    """Images of `x + f(x)` under one condition a row: `g(x + f(x))`, eq. 6 of arXiv 2508.09968.
+
+    Args:
+        backend: its hypernetwork is f, its generator g.
+        noise: x, `(n, *noise_shape)`.
+        condition: of every row.
+        steps: sampler steps of the generator.
+    """
+    delta = ConditionedMap(backend.hypernetwork, condition)(noise)
+    moved = noise + delta.to(noise.dtype)
+    return Steered(delta, moved, backend.generate(moved, condition, steps))
 
 
 class BackendBase(ABC):

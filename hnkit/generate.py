@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from hnkit import __version__
-from hnkit.backend import Backend, completed
+from hnkit.backend import Backend, completed, steer
 from hnkit.config import GenerateSettings, split_permissions
 from hnkit.errors import InputError, NonFiniteError
 from hnkit.internal.files import atomic_write, read_sealed, write_json, write_sealed
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.values import typed_values
-from hnkit.maps import ConditionedMap, NoiseMap, slices
+from hnkit.maps import slices
 from hnkit.output.images import image_png
 from hnkit.output.layouts import check_layout, write_layout
 from hnkit.output.page import Picture, Section, Table, Text, write_html
@@ -231,10 +231,10 @@ def _pair(backend: Backend, prompt: str, noise: Tensor, steps: int, steered: boo
     condition = backend.encode(texts)
     outputs = {"base": backend.generate(noise, condition, steps)}
     if steered:
-        f: NoiseMap = ConditionedMap(backend.hypernetwork, condition)
-        delta = f(noise)
-        _require_finite(delta, f"the delta f(x) of the noise under prompt {prompt[:60]!r}", "the adapter is damaged")
-        outputs["steered"] = backend.generate(noise + delta.to(noise.dtype), condition, steps)
+        moved = steer(backend, noise, condition, steps)
+        what = f"the delta f(x) of the noise under prompt {prompt[:60]!r}"
+        _require_finite(moved.delta, what, "the adapter is damaged")
+        outputs["steered"] = moved.images
     for kind, images in outputs.items():
         if images.dim() != 4 or images.shape[1] != 3:
             raise InputError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hnkit.backend import BackendBase
+from hnkit.backend import BackendBase, steer
 from hnkit.config import TrainConfig
 from hnkit.figures import Measurement, measure
 from hnkit.internal.files import atomic_write
@@ -138,13 +138,13 @@ class Evaluator:
         steps, condition = self.settings.generator_steps, self.base.encode(prompts)
         base = self.base.generate(noise, condition, steps)
         if self.settings.objective == "direct":
-            steered = self.backend.generate(noise, self.backend.encode(prompts), steps)
-            return {"base": base, "steered": steered}, torch.zeros(len(noise))
-        delta = self.map_for(prompts)(noise)
-        term = delta.flatten(1).double().square().sum(1) / 2
+            tuned = self.backend.generate(noise, self.backend.encode(prompts), steps)
+            return {"base": base, "steered": tuned}, torch.zeros(len(noise))
+        steered = steer(self.backend, noise, condition, steps)
+        term = steered.delta.flatten(1).double().square().sum(1) / 2
         if self.settings.reduction == "mean":
-            term = term / delta[0].numel()
-        return {"base": base, "steered": self.base.generate(noise + delta.to(noise.dtype), condition, steps)}, term
+            term = term / steered.delta[0].numel()
+        return {"base": base, "steered": steered.images}, term
 
     def _scores(self, outputs: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         trained = self.rewards.scores(outputs, prompts)

@@ -14,9 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hnkit.backend import Backend, Reward
+from hnkit.backend import Backend, Reward, steer
 from hnkit.errors import InputError, NonFiniteError
-from hnkit.maps import ConditionedMap
 
 
 @dataclass(frozen=True)
@@ -124,12 +123,10 @@ class HyperNoise:
         """Images of the steered noise."""
         start = time.perf_counter()
         with torch.no_grad():
-            condition = backend.encode(prompts)
-            steered = noise + ConditionedMap(backend.hypernetwork, condition)(noise).to(noise.dtype)
-            images = backend.generate(steered, condition, steps=steps)
+            moved = steer(backend, noise, backend.encode(prompts), steps)
         rows = len(prompts)
         cost = Cost(generator=steps * rows, hypernetwork=rows, seconds=time.perf_counter() - start)
-        return Outcome(images, steered, tuple(prompts), cost)
+        return Outcome(moved.images, moved.noise, tuple(prompts), cost)
 
 
 @dataclass(frozen=True)
