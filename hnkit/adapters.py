@@ -30,7 +30,7 @@ def load_trained(
     the run are not loaded: only training needs them.
 
     Args:
-        name: of an installed backend.
+        name: the name of an installed backend.
         adapter: the adapter's folder, or the run folder that holds it; `None`: the backend as it starts, f = 0.
         overrides: `backend.key=value`.
 

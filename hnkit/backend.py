@@ -83,7 +83,7 @@ def steer(backend: Backend, noise: Tensor, condition: Condition, steps: int = 1)
     Args:
         backend: its hypernetwork is f, its generator g.
         noise: x, `(n, *noise_shape)`.
-        condition: of every row.
+        condition: the condition of every row.
         steps: sampler steps of the generator.
     """
     delta = ConditionedMap(backend.hypernetwork, condition)(noise)
@@ -97,10 +97,10 @@ class BackendBase(ABC):
     An offer that is `None` here is one that a backend need not make; a subclass makes it with a method of that name.
 
     Attributes:
-        name: of the backend, for reports.
-        noise_shape: of one sample.
+        name: the name of the backend, for reports.
+        noise_shape: the shape of one sample.
         hypernetwork: the trainable map; zero before training.
-        noise_dtype: of the noise that the generator takes.
+        noise_dtype: the type of the noise that the generator takes.
         max_steps: the most sampler steps of `generate`; `None`: any number.
         default_reward: what is trained on when no reward is named.
         problem: the `TiltedProblem` whose generator and reward these are, where the tilted law is known.

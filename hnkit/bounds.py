@@ -365,7 +365,7 @@ class Bound:
     Both sides are formulas in the numbers of A that `hnkit.linalg.matrices.MatrixNumbers` lists, tensors or balls.
 
     Attributes:
-        label: in figures, plots and messages.
+        label: the name, in figures, plots and messages.
         check: the name of its check in `verify-bound`.
         figure: the key of the figure of its mean over samples; empty: the figures of the map hold it in their own way.
         left_label: what the left side is called in messages.

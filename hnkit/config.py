@@ -62,7 +62,7 @@ class TrainConfig:
         accumulate: micro-batches per process that make up one optimiser step.
         optimizer: `"adamw8bit"` needs the package bitsandbytes.
         lr: peak learning rate.
-        momentum: of SGD.
+        momentum: the momentum of SGD.
         nesterov: Nesterov momentum, for SGD.
         weight_decay: decoupled (AdamW) or added to the gradient (SGD).
         clip: bound on the norm of the gradient of one optimiser step; 0 is none.

@@ -36,14 +36,14 @@ class GeneratePlan:
 
     Attributes:
         backend: name of the installed backend.
-        settings: of the run.
-        prompts: in the order of their folders.
+        settings: the settings of the run.
+        prompts: the prompts, in the order of their folders.
         records: what the prompt file said of them besides their text.
         overrides: `backend.key=value`, as the user gave them.
         adapter: folder of the adapter or of its run; `None`: base images alone.
         adapter_files: SHA-256 of the adapter's files by name: images of one adapter are not mixed with another's.
         model: SHA-256 of the base model where the backend knows it.
-        version: of hnkit.
+        version: the version of hnkit.
     """
 
     backend: str
@@ -115,9 +115,9 @@ def generate_pairs(
     gone on with by the same call, and ends with the same files.
 
     Args:
-        backend: with its adapter loaded.
+        backend: the backend, with its adapter loaded.
         prompts: distinct; `prompt-000/base-00.png` and `prompt-000/steered-00.png` come from the same noise.
-        settings: of the run.
+        settings: the settings of the run.
         folder: an existing run folder, empty or with what the same run has written so far.
         steered: write steered images too; false for a backend without an adapter.
         records: what a prompt file says of its prompts besides their text (see `hnkit.prompts.read_records`), for a

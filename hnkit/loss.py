@@ -137,7 +137,7 @@ class NoiseLoss:
             x: `(n, *shape)` base noise; no gradient flows into it.
             generate: noise `(n, *shape)` to outputs, differentiable.
             reward: outputs to `(n,)`, differentiable.
-            generator: of the probes.
+            generator: the generator of the probes.
 
         Raises:
             InputError: a map or reward of the wrong shape, a map whose rows depend on each other (batch normalisation

@@ -108,7 +108,7 @@ def load_reward(name: str, spec: RewardSpec, device: torch.device, *, local_file
     """One reward of the configuration.
 
     Args:
-        name: of an installed reward, or an import path.
+        name: the name of an installed reward, or an import path.
         spec: its weight and options.
         device: given to a loader that takes one.
         local_files_only: given to a loader that takes it: one switch for the whole run, that of the backend.

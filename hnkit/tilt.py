@@ -248,9 +248,9 @@ def optimality_gap(
         problem: generator, reward and `log Z*`.
         f: batch-first map.
         x: `(n, *noise_shape)` samples of `N(0, I)`, float64; with a `budget` the first of them, as many as it pays for.
-        method: of `noise_kl`; anything but `"exact"` makes the result an approximation.
+        method: the method of `noise_kl`; anything but `"exact"` makes the result an approximation.
         form: `"change-of-variables"` or `"stein"`; the same mean for smooth `f`, another variance.
-        **options: passed to `noise_kl`.
+        **options: further options, which are passed to `noise_kl`.
 
     Returns:
         The estimate with its standard error.

@@ -42,11 +42,11 @@ def verify_bound(
         f: batch-first map `x -> delta`, rows independent, differentiable; `x` of shape `(n, *shape)`.
         shape: noise shape of one row.
         samples: how many noise samples; standard errors come from them. `None`: 256, fewer in many dimensions.
-        seed: of the noise and of every probe.
-        method: of `noise_kl`; `None` takes "exact" up to 1024 dimensions, "arnoldi" above.
+        seed: the seed of the noise and of every probe.
+        method: the method of `noise_kl`; `None` takes "exact" up to 1024 dimensions, "arnoldi" above.
         name: how the report calls the map.
         certify: enclose E(A) and its bounds in ball arithmetic at some points (needs python-flint).
-        options: passed to `noise_kl` (`probes`, `steps`, `rel_error`, `budget`, `probe`).
+        options: further options, which are passed to `noise_kl` (`probes`, `steps`, `rel_error`, `budget`, `probe`).
 
     Returns:
         The report; `report.ok` is false if a check fails, `report.write(folder)` writes the run folder.

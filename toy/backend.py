@@ -36,9 +36,9 @@ class ToyOptions:
     Attributes:
         problem: name of a listed problem.
         hypernetwork: `"affine"`, `f(x) = A x + c`, or `"mlp"`, tanh layers of `width` with a linear last layer.
-        width: of the hidden layers of the MLP.
+        width: the width of the hidden layers of the MLP.
         depth: number of hidden layers of the MLP.
-        seed: of the MLP's initial weights; its last layer starts at zero.
+        seed: the seed of the MLP's initial weights; its last layer starts at zero.
     """
 
     problem: str = "linear-gaussian"

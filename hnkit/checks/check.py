@@ -210,7 +210,7 @@ def mean_finding(
         samples: `(n,)` independent values.
         expected: what their mean should be (or be bounded by, see `relation`).
         relation: how the mean is to stand to `expected`.
-        note: passed on.
+        note: what the check says beside its figures.
         floor: numerical error of one sample, added to the radius.
 
     Raises:

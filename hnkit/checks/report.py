@@ -61,7 +61,7 @@ class Report:
     Attributes:
         title: what was verified.
         config: the resolved options of the run.
-        checks: in the order of the table.
+        checks: the checks, in the order of the table.
         figures: reported quantities.
         notes: sentences: what can and cannot be said about invertibility, and the like; `(group, sentence)`.
         plots: drawn when the report is written.

@@ -23,8 +23,8 @@ class VerifySettings:
 
     Attributes:
         samples: noise samples; `None`: 2048 for a toy, 256 down to 32 for a map, by its dimension.
-        seed: of the noise and of every probe.
-        method: of `noise_kl`; `None`: exact up to 1024 dimensions, Arnoldi above.
+        seed: the seed of the noise and of every probe.
+        method: the method of `noise_kl`; `None`: exact up to 1024 dimensions, Arnoldi above.
         certify: enclose E(A) and its bounds in ball arithmetic at some samples.
         options: further options of `noise_kl`.
     """

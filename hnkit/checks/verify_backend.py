@@ -24,9 +24,9 @@ def verify_backend(
     """Measure a trained hypernetwork, prompt by prompt and overall; see `hnkit.verify_bound`.
 
     Args:
-        backend: with its adapter loaded.
+        backend: the backend, with its adapter loaded.
         prompts: each gets an equal share of the samples.
-        settings: of the run.
+        settings: the settings of the run.
         alpha: temperature it was trained at, for the optimality gap of a backend whose tilted law is measured.
     """
     per_prompt = max(1, settings.samples_for(math.prod(backend.noise_shape)) // len(prompts))

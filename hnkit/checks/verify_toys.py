@@ -32,8 +32,8 @@ def installed_problems(names: Sequence[str] = ()) -> dict[str, Callable[[], Tilt
     """Every closed-form problem of the installed distributions, by name.
 
     Args:
-        names: of those that are needed, all if none is named: a distribution that is broken is an error where one of
-            these may be its.
+        names: the names of those that are needed, all if none is named: a distribution that is broken is an error where
+            one of these may be its.
 
     Raises:
         InputError: a distribution is broken, or two of them have a problem of one name.
@@ -90,9 +90,9 @@ def verify_toys(
 
     Args:
         problems: what is checked.
-        settings: of the run.
+        settings: the settings of the run.
         references: names of the reference maps that are checked too; `None`: all.
-        say: called with the name of each part when it begins.
+        say: a function that is called with the name of each part when it begins.
     """
     samples = settings.samples or TOY_SAMPLES
     checks: list[Check] = []

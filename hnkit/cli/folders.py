@@ -27,7 +27,7 @@ def resumed_folder(resume: str, out: Path | None, kind: str, file: str) -> Path:
 
     Args:
         resume: a folder, or `NEWEST`.
-        out: of `--out`.
+        out: the value of `--out`.
         kind: the first word of the names under `runs/`, which go on with the time of the start: that says which is
             the newest, while a copy, a look inside or a new file beside the results change the folder's own time.
         file: what a folder must hold to be such a run.

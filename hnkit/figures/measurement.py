@@ -31,7 +31,7 @@ class Measurement:
 
     Attributes:
         samples: how many noises were used.
-        method: of `noise_kl`.
+        method: the method of `noise_kl`.
         kl: the KL integrand's mean: the KL itself if `injective` is `"certified"`, else a lower bound of it.
         l2: mean of `|f|^2/2`.
         error: mean of `E(J) = tr J - log|det(I + J)|`.
@@ -91,12 +91,12 @@ def measure(
     Args:
         f: batch-first map.
         x: `(n, *shape)` samples of `N(0, I)`, n >= 2.
-        method: of `noise_kl`, or `"auto"`: exact up to d = 512, above it Arnoldi, or Golub-Kahan ("lanczos") where a
-            local norm reaches 1 (also one met on the way, beyond the rows whose norms are taken).
+        method: the method of `noise_kl`, or `"auto"`: exact up to d = 512, above it Arnoldi, or Golub-Kahan ("lanczos")
+            where a local norm reaches 1 (also one met on the way, beyond the rows whose norms are taken).
         rel_error: the relative error at which a stochastic method stops.
         prompts: one per row; the mean shift is taken within rows of the same prompt. `None`: all rows together.
         problem: its tilted law is the target of the optimality gap.
-        generator: of the probes.
+        generator: the generator of the probes.
 
     Raises:
         ExpansiveMapError: the method that was asked for needs local norms below 1.

@@ -26,7 +26,7 @@ class GapBound:
         estimate: what the same samples suggest it is; an estimate, too small where exp(r / alpha) varies too much.
         stderr: Monte Carlo error of the mean of `ell - r / alpha` under the steered law.
         penalty: what the bound of log Z* costs, `log(2 / (1 - confidence)) / C` nats for C prompts.
-        confidence: of the bound.
+        confidence: the confidence of the bound.
         prompts: how many prompts there are, C.
     """
 
@@ -54,7 +54,7 @@ def gap_lower_bound(
         steered: for each prompt the rewards of the same samples, `(m_c,)`.
         base: for each prompt the rewards of independent base samples, `(n_c,)`.
         alpha: the temperature of the target, in units of the reward.
-        confidence: of the bound.
+        confidence: the confidence of the bound.
 
     Raises:
         InputError: fewer than two prompts, lists that do not match, values that are not finite, or a temperature or
@@ -103,7 +103,7 @@ def nats_lower_bound(base: Sequence[Tensor], method: Sequence[Tensor], *, confid
     Args:
         base: for each prompt the rewards of its base samples, `(n_c,)`, `LEAST_SAMPLES` at least.
         method: for each prompt the rewards of the method's samples, `(m_c,)`; prompts in the order of `base`.
-        confidence: of the bound.
+        confidence: the confidence of the bound.
 
     Returns:
         A number that the mean over prompts of `KL(q_c || p_c)` exceeds with that probability; at least 0.

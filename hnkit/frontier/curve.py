@@ -76,7 +76,7 @@ class Frontier:
 
     Args:
         base: for each prompt the rewards of its base samples, `(n_c,)`, independent draws; any order of prompts.
-        seed: of the bootstrap.
+        seed: the seed of the bootstrap.
 
     Raises:
         InputError: no prompts, fewer than `LEAST_SAMPLES` samples of one, a reward that is not finite, or rewards

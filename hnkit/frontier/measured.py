@@ -32,9 +32,9 @@ class FrontierSettings:
         base_samples: base images a prompt, from which the frontier is estimated.
         samples: steered images a prompt, from which gain and KL are estimated; the noises of the first base images.
         steps: sampler steps of the generator.
-        seed: of the noise and of the probes.
+        seed: the seed of the noise and of the probes.
         batch: images generated together.
-        method: of `noise_kl`; `None`: exact up to 1024 dimensions, Golub-Kahan above.
+        method: the method of `noise_kl`; `None`: exact up to 1024 dimensions, Golub-Kahan above.
     """
 
     base_samples: int = 128
@@ -55,7 +55,7 @@ class NetworkOnFrontier:
     """A hypernetwork beside what its nats could buy.
 
     Attributes:
-        frontier: of the base, by the reward.
+        frontier: the frontier of the base, by the reward.
         table: rewards of base and hypernetwork, prompt by prompt.
         methods: the hypernetwork's gain and efficiency, under its name.
         kl: mean over prompts of the KL integrand, nats: the KL where the map is injective, else a lower bound of it.
@@ -99,7 +99,7 @@ def network_on_frontier(
     """Generate base and steered images, score them, and measure the KL of the hypernetwork on the same noises.
 
     Args:
-        backend: with its adapter loaded.
+        backend: the backend, with its adapter loaded.
         rewards: what the frontier is drawn in.
         prompts: the prompt set; every prompt counts the same.
         settings: sizes, seed and method.

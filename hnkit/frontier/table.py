@@ -121,7 +121,7 @@ def methods_on_frontier(
     Args:
         table: method -> its rewards, as `read_rewards` gives them.
         base: which of the methods is the base.
-        seed: of the bootstrap.
+        seed: the seed of the bootstrap.
 
     Raises:
         InputError: there is no base, or a method lacks a prompt of the base or has one that the base lacks.

@@ -29,7 +29,7 @@ def require_plain(folder: Path, names: Iterable[str]) -> None:
     """Refuse a folder in which something that hnkit writes is a link or a special file.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
         names: files and folders directly in it; of a folder, what is directly in it is looked at too.
 
     Raises:

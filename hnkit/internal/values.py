@@ -157,7 +157,7 @@ def typed_values(entries: Mapping[str, Any], record: type[Any], where: str) -> d
     """The values of a table as the fields of a dataclass ask for them.
 
     Args:
-        entries: from TOML, JSON or flags.
+        entries: the entries, from TOML, JSON or flags.
         record: the dataclass.
         where: the source, for messages.
 

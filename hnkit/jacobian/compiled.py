@@ -23,7 +23,7 @@ def compile_map(f: NoiseMap, x: Tensor, backend: str = "inductor") -> NoiseMap:
     Args:
         f: the map; of a `ConditionedMap` its network is compiled.
         x: `(n, *shape)` points to compare at.
-        backend: of `torch.compile`.
+        backend: the backend of `torch.compile`.
 
     Raises:
         InputError: the map does not compile, or the compiled one differs by more than the rounding of its precision.

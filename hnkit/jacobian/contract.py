@@ -48,7 +48,7 @@ def check_map(f: NoiseMap, x: Tensor, *, rows: int = 8, jvp: bool = True) -> Non
     Args:
         f: the map.
         x: `(n, *shape)` points to try it at.
-        rows: at most this many rows are used.
+        rows: the most rows that are used.
         jvp: also compare `J v` with `J^T u`; for maps of which only vector-Jacobian products are asked, give False.
 
     Raises:

@@ -65,7 +65,7 @@ def noise_kl(
             "roulette", "second-order" (`tr(J^2)/2` for `E(J)`) or "l2" (0 for `E(J)`); or an estimator that owns its
             options, such as `hnkit.kl.Arnoldi(probes=4, tolerance=1e-5)`.
         form: "stein" or "change-of-variables"; the L2 term is the same in both.
-        generator: of the probes.
+        generator: the generator of the probes.
         rel_error: choose the number of probes, by a pilot run, for this Monte Carlo error relative to the KL (see
             `hnkit.kl.plan.plan_for_error`).
         budget: spend at most about this many products: as many samples as it pays for, then more probes each.
@@ -75,12 +75,12 @@ def noise_kl(
         compile: run the map through `torch.compile` (a string names its backend) after a parity check.
         check: try the map first (`check_map`).
         certify: look for a proof, from the weights of f, of its Lipschitz constant and of injectivity.
-        progress: called with (done, in all): products for "exact", (sample, probe) rows otherwise.
+        progress: a function that is called with (done, in all): products for "exact", (sample, probe) rows otherwise.
 
-        **options: of the method, where it is named: `probes` (per sample), `steps` (Krylov or series length; `None`:
-            adaptive), `tolerance` (relative truncation error that adaptive steps aim at), `probe` ("rademacher",
-            "gaussian" or "spherical"), `variance_reduction` ("xtrace" with "arnoldi" and 2 probes or more) and what
-            its class in `hnkit.kl.methods` says.
+        **options: options of the method, where it is named: `probes` (per sample), `steps` (Krylov or series length;
+            `None`: adaptive), `tolerance` (relative truncation error that adaptive steps aim at), `probe`
+            ("rademacher", "gaussian" or "spherical"), `variance_reduction` ("xtrace" with "arnoldi" and 2 probes or
+            more) and what its class in `hnkit.kl.methods` says.
 
     Raises:
         InputError: a bad option or map; a local norm >= 1 where the method needs less (it is named).

@@ -137,7 +137,7 @@ def power_series(
         operator: J.
         probe: `(rows, d)`.
         steps: n >= 2; `None`: until the estimated rest, summed over the rows, is below `tolerance` of the forms' size.
-        tolerance: of the adaptive choice, relative to `|J^T v|^2 / 2` summed over the rows.
+        tolerance: the tolerance of the adaptive choice, relative to `|J^T v|^2 / 2` summed over the rows.
         max_steps: the most adaptive steps.
         lipschitz: proved bound of `|J|_2`, for `bound`.
 
@@ -283,7 +283,8 @@ def arnoldi(
         operator: J.
         probe: `(rows, d)`.
         steps: m; `None`: as many as bring the estimated error, summed over the rows, below `tolerance`.
-        tolerance: of the adaptive choice, relative to the size of the forms, `|J^T v|^2 / 2` summed over the rows.
+        tolerance: the tolerance of the adaptive choice, relative to the size of the forms, `|J^T v|^2 / 2` summed over
+            the rows.
         max_steps: the most adaptive steps.
         lipschitz: proved bound of `|J|_2`, for `bound`.
 
@@ -312,7 +313,7 @@ def arnoldi_process(
         operator: J.
         probe: `(rows, d)`.
         steps: m; `None`: until `rest`, summed over the rows, is safely below `tolerance` times `size`.
-        tolerance: of the adaptive choice.
+        tolerance: the tolerance of the adaptive choice.
         max_steps: the most adaptive steps.
         rest: the estimated error of each row.
         size: what `tolerance` is relative to; `None`: the size of the forms.
@@ -391,7 +392,7 @@ def lanczos(
         operator: J.
         probe: `(rows, d)`.
         steps: m; `None`: adaptive.
-        tolerance: of the adaptive choice, relative to `|J^T v|^2 / 2` summed over the rows.
+        tolerance: the tolerance of the adaptive choice, relative to `|J^T v|^2 / 2` summed over the rows.
         max_steps: the most adaptive steps.
         lipschitz: proved bound of `|J|_2`.
 

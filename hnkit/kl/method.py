@@ -32,10 +32,10 @@ class Run:
     """What an estimator is told besides its own options.
 
     Attributes:
-        generator: of the probes.
+        generator: the generator of the probes.
         lipschitz: proved Lipschitz constant of the map, or `None`.
         chunk: rows per pass through the network; `None`: chosen from d and the device.
-        progress: called with (done, in all).
+        progress: a function that is called with (done, in all).
     """
 
     generator: torch.Generator | None = None

@@ -31,7 +31,8 @@ class Plan:
     """Sizes of an estimate and what the pilots that chose them cost.
 
     Attributes:
-        estimator: with its number of probes, its tolerance and, under a budget, its longest space filled in.
+        estimator: the estimator, with its number of probes, its tolerance and, under a budget, its longest space filled
+            in.
         samples: how many of the samples to use, from the first.
         num_jvp: Jacobian-vector products of the pilots.
         num_vjp: vector-Jacobian products of the pilots.

@@ -33,7 +33,7 @@ def xtrace(
         probe: `(rows, d)`.
         group: probes per point, 2 or more, at most d.
         steps: Krylov steps of each product with phi; `None`: adaptive.
-        tolerance: of the adaptive choice.
+        tolerance: the tolerance of the adaptive choice.
         max_steps: the most adaptive steps.
 
     Returns:

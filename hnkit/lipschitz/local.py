@@ -81,7 +81,7 @@ def local_norms(
         f: batch-first map, rows independent.
         x: `(n, *shape)`.
         tolerance: relative residual to reach; `None`: 1e-5, coarser for half-precision `x`.
-        generator: of the random start vectors; `None`: a fixed seed.
+        generator: the generator of the random start vectors; `None`: a fixed seed.
         cycles: restarts after which a row is left as it is.
     """
     check_batch(x)
@@ -124,7 +124,7 @@ def local_lipschitz(
         tolerance: relative residual that every row must reach. `None`: 1e-5 (8 units of rounding of the dtype of `x` if
             that is coarser), or what the products of the map resolve: a network that computes in half precision
             inside leaves some 1e-2, which `local_norms` states row by row. Up to 1/16 is given.
-        generator: of the random start vectors; `None`: a fixed seed, so that the result repeats.
+        generator: the generator of the random start vectors; `None`: a fixed seed, so that the result repeats.
 
     Returns:
         `(n,)` float64. Their maximum is a lower bound of the Lipschitz constant, not the constant.
@@ -175,7 +175,7 @@ def lipschitz_lower(
         ascent_steps: trial steps; 0: the samples alone.
         starts: how many of the samples are moved, the largest norms first.
         tolerance: as in `local_lipschitz`.
-        generator: of the random start vectors; `None`: a fixed seed.
+        generator: the generator of the random start vectors; `None`: a fixed seed.
 
     Returns:
         The estimate, `kind` `"sampled"` if `ascent_steps` is 0, else `"lower"`.

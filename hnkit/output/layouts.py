@@ -57,7 +57,7 @@ def write_layout(
         name: one of `LAYOUTS`.
         folder: the run folder, with `prompt-000/base-00.png` and so on.
         kinds: "base", "steered".
-        prompts: in the order of their folders.
+        prompts: the prompts, in the order of their folders.
         count: images of each prompt.
         records: what is known about a prompt besides its text.
     """
@@ -84,7 +84,7 @@ def check_layout(name: str, prompts: Sequence[str], count: int, records: Records
         name: as the user wrote it.
         prompts: empty while they are not known.
         count: images of each prompt.
-        records: of the prompts, as `read_records` gives them.
+        records: the records of the prompts, as `read_records` gives them.
 
     Raises:
         InputError: names the first prompt and what is wrong with it.

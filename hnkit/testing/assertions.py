@@ -186,7 +186,7 @@ def assert_kl(
         form: as in `noise_kl`.
         false_alarm: probability of failing although the value is right.
         bias_bound: allowed systematic error, nats, for methods that truncate.
-        **options: passed to `noise_kl`.
+        **options: further options, which are passed to `noise_kl`.
 
     Raises:
         AssertionError: with the estimate, its standard error and the z-score.
@@ -317,7 +317,7 @@ def assert_map(f: NoiseMap, x: Tensor, *, rows: int = 8, jvp: bool = True) -> No
     Args:
         f: batch-first map.
         x: `(n, *shape)`.
-        rows: at most this many rows are tried.
+        rows: the most rows that are tried.
         jvp: try `J v` too.
 
     Raises:

@@ -158,7 +158,7 @@ def noise(
 
     Args:
         draw: supplied by hypothesis.
-        shape: of one sample, or a strategy for it.
+        shape: the shape of one sample, or a strategy for it.
         rows: n, or a strategy for it.
 
     Returns:
@@ -179,7 +179,8 @@ def lipschitz_maps(
 
     Args:
         draw: supplied by hypothesis.
-        shape: of one noise sample, or a strategy for it; three axes (channels, height, width) add convolutional maps.
+        shape: the shape of one noise sample, or a strategy for it; three axes (channels, height, width) add
+            convolutional maps.
         constant: the certified constant, at least 0, or a strategy for it.
 
     Returns:

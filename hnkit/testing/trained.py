@@ -30,11 +30,11 @@ def assert_zero_at_init(
     Exactly: the steered and the base images of an untrained network are then the same, bit for bit.
 
     Args:
-        module: called as `module(x)`, or `module(x, condition)` if a condition is given.
-        shape: of one noise sample.
+        module: a function that is called as `module(x)`, or `module(x, condition)` if a condition is given.
+        shape: the shape of one noise sample.
         condition: second argument, for `rows` rows.
         rows: rows of the batch; a third of them are ten times larger than standard normal noise.
-        seed: of the noise.
+        seed: the seed of the noise.
         trainable: also require that some parameter receives a gradient that is not zero: a product of two zero
             factors would stay zero for ever.
 
@@ -99,7 +99,7 @@ def assert_noise_loss(
         generate: noise to outputs.
         reward: outputs to `(n,)`.
         repeats: draws of the probes, at least 32, of losses with probes.
-        seed: of the probes and of the weights.
+        seed: the seed of the probes and of the weights.
         tolerance: relative error allowed, of rounding and (for a Krylov loss) of truncation.
         false_alarm: probability of failing although the loss is right.
 

@@ -55,7 +55,7 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], state: 
         step: optimiser steps done.
         tensors: copied to the CPU; no two may share memory.
         state: a JSON document without NaN.
-        keep: at least 1.
+        keep: how many checkpoints are kept, at least 1.
 
     Returns:
         The checkpoint's folder.

@@ -35,10 +35,10 @@ class SampleStream:
     `t * batch + i` of that endless sequence.
 
     Attributes:
-        seed: of the run.
+        seed: the seed of the run.
         batch: rows of one optimiser step over all processes.
-        shape: of one noise.
-        dtype: of the noise.
+        shape: the shape of one noise.
+        dtype: the type of the noise.
         prompts: the training prompts, not empty (`("",)` for an unconditional generator).
         noise: `"fresh"`: one for each row of each step; `"step"`: one for each step, shared by all its rows, as the
             published code draws it; `"fixed"`: one for each prompt, for the whole run (an unconditional generator

@@ -27,9 +27,9 @@ def training_plots(records: Records, problem: TiltedProblem | None, settings: Tr
     """What the records of metrics.jsonl can show.
 
     Args:
-        records: in the order of the run.
+        records: the records, in the order of the run.
         problem: the closed-form problem that was trained on, if there is one.
-        settings: of the run, which say what its loss was made of.
+        settings: the settings of the run, which say what its loss was made of.
     """
     steps = [record for record in records if "loss" in record]
     measured = [record for record in records if record.get("measurement")]

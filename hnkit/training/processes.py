@@ -26,7 +26,7 @@ class Processes:
 
     Attributes:
         count: how many there are.
-        index: of this one, from 0.
+        index: the number of this one, from 0.
         device: where this one computes.
     """
 
@@ -117,8 +117,8 @@ class Heartbeat:
     that measures.
 
     Args:
-        processes: of the run.
-        lost: called in that thread, once, with what happened.
+        processes: the processes of the run.
+        lost: a function that is called in that thread, once, with what happened.
     """
 
     def __init__(self, processes: Processes, lost: Callable[[str], None]) -> None:

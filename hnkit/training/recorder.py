@@ -42,7 +42,7 @@ class Recorder:
     between makes the measurement when it is resumed, and nothing is lost to a measurement that takes long or fails.
 
     Attributes:
-        session: of the run.
+        session: the session of the run.
         looked: the last step at which everything was measured that is due there.
         best: step and loss of the validation with the lowest loss so far, or `None`.
         evaluator: what measures.

@@ -136,10 +136,10 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
     What somebody else has put into the folder of the adapter stays there.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         evaluator: its network holds the weights to save.
         folder: the run folder.
-        ending: of the run as a whole.
+        ending: the ending of the run as a whole.
 
     Returns:
         What report.json holds. It has no times or dates in it: equal runs have equal reports.

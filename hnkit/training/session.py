@@ -51,7 +51,7 @@ class Session:
     Attributes:
         step: optimiser steps done.
         skipped: batches skipped because the loss or its gradient was not finite.
-        skipped_in_row: of these, the last ones in a row.
+        skipped_in_row: how many of these were the last ones, in a row.
         moved: steps whose gradient was finite and not zero.
         whole: false while an optimiser step is under way, and after one that raised.
         provenance: digests of the code, the model and the prompts.

@@ -35,14 +35,14 @@ class Evaluator:
     """Measurements of one run, always on the same noise and the same prompts, so that they are paired.
 
     Attributes:
-        settings: of the run.
+        settings: the settings of the run.
         base: the backend whose plain outputs are the comparison.
         backend: the backend that is trained (the same, or its direct fine-tuning twin).
         rewards: what is trained on.
         heldout: what is only reported.
         prompts: what it is measured on.
         held_out: whether none of them is trained on.
-        device: of the network.
+        device: the device of the network.
     """
 
     settings: TrainConfig

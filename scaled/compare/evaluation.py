@@ -105,14 +105,14 @@ def evaluate(
         method: what makes the images.
         backend: what it makes them with.
         prompts: distinct prompts.
-        scorer: of the images.
+        scorer: the scorer of the images.
         seeds: noises per prompt.
         steps: sampler steps.
         batch: images at once.
-        seed: of the comparison.
+        seed: the seed of the comparison.
         folder: where chunks are kept.
-        device: of the backend.
-        progress: told `(name, done, all)` after every chunk.
+        device: the device of the backend.
+        progress: a function that is told `(name, done, all)` after every chunk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     total = seeds * len(prompts)

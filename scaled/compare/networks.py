@@ -30,8 +30,8 @@ def trained(name: str, config: RunConfig, folder: Path) -> Network:
     """Train a network in `folder`, go on with it, or load it if it is finished.
 
     Args:
-        name: of the network in tables.
-        config: of its training.
+        name: the name of the network in tables.
+        config: the configuration of its training.
         folder: its run folder.
 
     Raises:

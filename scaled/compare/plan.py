@@ -19,15 +19,15 @@ class Plan:
     """The settings of a comparison; `--set compare.KEY=VALUE` changes one.
 
     Attributes:
-        methods: of table 1; a method that the backend cannot offer is refused by name.
+        methods: the methods of table 1; a method that the backend cannot offer is refused by name.
         seeds: noises per prompt.
         prompts: how many held-out prompts; 0 is all.
         batch: images at once.
         steps: sampler steps of tables 2 and 8.
         best_of: N of best-of-N.
-        reno_iterations: of ReNO.
-        rounds: of prompt optimisation.
-        proposals: of each round.
+        reno_iterations: the iterations of ReNO.
+        rounds: the rounds of prompt optimisation.
+        proposals: the proposals of each round.
         proposer: a local transformers text-generation model for prompt optimisation; empty: the backend's own.
         ranks: LoRA ranks of tables 9 and 10, each trained here.
         losses: KL terms of which each is trained here and followed by its exact KL; "exact" may be added, at d
@@ -39,7 +39,7 @@ class Plan:
         lpips: a safetensors file with LPIPS weights; empty: left out.
         measure_samples: samples of the KL measurement.
         grid: prompts shown in the grid of images.
-        seed: of everything.
+        seed: the seed of everything.
     """
 
     methods: tuple[str, ...] = METHODS

@@ -83,7 +83,7 @@ class Comparison:
 
         Args:
             backend: name of the installed backend.
-            methods: of table 1; `None`: all.
+            methods: the methods of table 1; `None`: all.
             adapter: a trained hypernetwork; `None`: one is trained here with the backend's preset.
             prompts: to evaluate on; `None`: the backend's own held-out prompts.
             seeds: noises per prompt.

@@ -80,7 +80,7 @@ def pretrained(
         source: a local folder, or a name on the hub.
         what: what is being loaded, for the message, e.g. `"reward 'pickscore'"`.
         local_files_only: never download.
-        **kwargs: passed to `load`. `trust_remote_code` is never among them.
+        **kwargs: further options, which are passed to `load`. `trust_remote_code` is never among them.
 
     Raises:
         InputError: nothing could be loaded from there.

@@ -116,7 +116,7 @@ def read_adapter(folder: str | Path, expected: Adapter) -> Adapter:
     on depthwise convolutions too, as safetensors or as `adapter_model.bin`, of which nothing but tensors is unpickled.
 
     Args:
-        folder: of the adapter, or the run folder that holds it.
+        folder: the folder of the adapter, or the run folder that holds it.
         expected: rank, base and objective of the place; of an adapter without the block, guidance and conditioning.
 
     Raises:
@@ -160,7 +160,7 @@ def adapter_options(
     """The backend options that an adapter records: rank, lora_alpha, model_id and, by hnkit, guidance and more.
 
     Args:
-        folder: of the adapter, or the run folder that holds it.
+        folder: the folder of the adapter, or the run folder that holds it.
         conditioning: names and types of the options that change what f is given.
         published: those of an adapter without hnkit's block.
 

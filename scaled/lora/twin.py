@@ -93,7 +93,8 @@ def make_twin(base: nn.Module, spec: LoraSpec, *, zero_base: str | None, seed: i
         base: the frozen network; it is not changed.
         spec: rank, alpha and target layers.
         zero_base: name of the last layer, whose frozen weight and bias are then left out; `None` keeps them.
-        seed: of LoRA's `A` (normal, standard deviation `1 / rank`); the global generators are left as they were.
+        seed: the seed of LoRA's `A` (normal, standard deviation `1 / rank`); the global generators are left as they
+            were.
 
     Returns:
         The twin. Its LoRA weights are float32 whatever the base's type, and are its only trainable parameters.

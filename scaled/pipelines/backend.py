@@ -32,8 +32,8 @@ class PipelineBackend(BackendBase):
     """A frozen diffusers pipeline with a noise hypernetwork.
 
     Attributes:
-        name: of the backend, for reports.
-        noise_shape: of one sample.
+        name: the name of the backend, for reports.
+        noise_shape: the shape of one sample.
         hypernetwork: `f(x | c)`, zero at the start; its parameters that require gradients are the LoRA weights.
         pipeline: the unmodified diffusers pipeline that makes the images (its text encoders are kept apart).
         options: as loaded.
@@ -104,11 +104,11 @@ class PipelineBackend(BackendBase):
 
         Args:
             noise: standard normal or steered, shape `(n, *noise_shape)`.
-            condition: of the n rows.
-            steps: of the sampler.
-            generator: of the noise that a sampler of several steps adds; `None`: one seeded with `options.seed`, so
-                that base and steered images of the same batch share it. One per row makes rows independent of their
-                place in the batch.
+            condition: the condition of the n rows.
+            steps: the steps of the sampler.
+            generator: the generator of the noise that a sampler of several steps adds; `None`: one seeded with
+                `options.seed`, so that base and steered images of the same batch share it. One per row makes rows
+                independent of their place in the batch.
 
         Raises:
             InputError: shapes do not match, or the scheduler refuses that number of steps.

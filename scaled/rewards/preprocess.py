@@ -28,7 +28,7 @@ class Tokens:
     """How a reward turns prompts into tokens.
 
     Attributes:
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         length: prompts are cut or padded to this many tokens.
         clean: applied to every prompt first.
     """
@@ -41,7 +41,7 @@ class Tokens:
         """Refuse a tokenizer that is not the model's, with which scores would be wrong without a word, or fail later.
 
         Args:
-            name: of the reward, for the message.
+            name: the name of the reward, for the message.
             vocabulary: tokens that the model has embeddings of.
             end: the token at which the model reads a prompt's embedding; `None` if it reads it elsewhere.
 

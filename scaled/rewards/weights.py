@@ -57,7 +57,7 @@ def architecture(weights: Path, published: Config, *, what: str) -> Config:
 
     Args:
         weights: the file; weights of another size than the published ones bring their `config.json` along.
-        published: of the published weights; a `config.json` of another `model_type` is none of ours.
+        published: the configuration of the published weights; a `config.json` of another `model_type` is none of ours.
         what: named in errors.
 
     Raises:
