@@ -178,28 +178,10 @@ def _table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str
 
 
 def _plot(document: Mapping[str, Any]) -> bytes:
-    import numpy as np
-
     from hnkit.output.plots import frontier, style, to_png
 
-    points = document["frontier"]
-    curve = tuple(np.array([point[key] for point in points], dtype=float) for key in ("nats", "gain", "stderr"))
-    shown = [entry for entry in document["best_of"] if entry["nats"] <= document["most_nats"]]
-    best = (
-        np.array([entry["nats"] for entry in shown]), np.array([entry["gain"] for entry in shown]),
-        [str(entry["n"]) for entry in shown],
-    )  # fmt: skip
-    methods = {
-        name: (
-            method["nats_lower_bound"] if method["nats"] is None else method["nats"],
-            method["gain"],
-            float("nan") if method["stderr"] is None else method["stderr"],
-            method["nats"] is None,
-        )
-        for name, method in document["methods"].items()
-    }
     with style():
-        return to_png(frontier(curve, best, methods, "Reward per nat"))  # type: ignore[arg-type]
+        return to_png(frontier(document, {name: name for name in document["methods"]}, "Reward per nat"))
 
 
 def _sections(document: Mapping[str, Any], picture: bytes) -> list[Any]:

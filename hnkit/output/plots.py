@@ -227,34 +227,40 @@ def kl_split(names: Sequence[str], parts: Mapping[str, Sequence[float]], totals:
     return figure
 
 
-def frontier(
-    curve: tuple[Array, Array, Array],
-    best_of: tuple[Array, Array, Sequence[str]],
-    methods: Mapping[str, tuple[float, float, float, bool]],
-    title: str,
-) -> Figure:
+def frontier(document: Mapping[str, Any], labels: Mapping[str, str], title: str) -> Figure:
     """Gain over nats: the frontier with its error band, best-of-N, and methods, whose nats are known or bounded.
 
     Args:
-        curve: nats, gain and standard error, each `(k,)`.
-        best_of: nats, gain and labels of best-of-N.
-        methods: name -> (nats, gain, standard error of the gain, whether its nats are only a lower bound).
+        document: what `hnkit.frontier.frontier_document` gives.
+        labels: the methods that are drawn, and what they are called.
         title: the finding, in a few words.
     """
+    points = document["frontier"]
+    nats, gain, error = (np.array([point[key] for point in points], dtype=float) for key in ("nats", "gain", "stderr"))
+    within = [entry for entry in document["best_of"] if entry["nats"] <= document["most_nats"]]
     figure, (axes,) = new_figure()
-    nats, gain, error = curve
     axes.fill_between(nats, gain - 2 * error, gain + 2 * error, color=BLUE, alpha=0.15, linewidth=0)
     axes.plot(nats, gain, color=BLUE, label="the most that any law can gain (± 2 standard errors)")
-    best_nats, best_gain, labels = best_of
+    best_nats, best_gain = [entry["nats"] for entry in within], [entry["gain"] for entry in within]
     axes.plot(best_nats, best_gain, "o", color=GREY, markersize=4.5, label="best of N (nats: an upper bound)")
-    for x, y, label in zip(best_nats, best_gain, labels, strict=True):
-        axes.annotate(label, (x, y), textcoords="offset points", xytext=(5, -11), color=GREY, fontsize=8)
+    for entry in within:
+        axes.annotate(
+            str(entry["n"]),
+            (entry["nats"], entry["gain"]),
+            textcoords="offset points",
+            xytext=(5, -11),
+            color=GREY,
+            fontsize=8,
+        )
     markers, colours = ("D", "s", "^", "v", "P", "X"), (VERMILION, GREEN, PURPLE, ORANGE, SKY, INK)
-    for index, (name, (x, y, spread, bounded)) in enumerate(methods.items()):
+    for index, (key, name) in enumerate(labels.items()):
+        method = document["methods"][key]
+        bounded, y, spread = method["nats"] is None, method["gain"], method["stderr"]
+        x = method["nats_lower_bound"] if bounded else method["nats"]
         colour = colours[index % len(colours)]
         label = f"{name} (nats: at least)" if bounded else name
         axes.errorbar(
-            x, y, yerr=None if spread != spread else 2 * spread, xerr=None, fmt=markers[index % len(markers)],
+            x, y, yerr=None if spread is None else 2 * spread, xerr=None, fmt=markers[index % len(markers)],
             color=colour, label=label, capsize=3,
         )  # fmt: skip
         if bounded:

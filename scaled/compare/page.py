@@ -495,24 +495,8 @@ def _quality(document: Document) -> Figure:
 
 
 def _frontier(found: Row) -> Figure:
-    curve = [np.array([point[key] for point in found["frontier"]], dtype=float) for key in ("nats", "gain", "stderr")]
-    within = [entry for entry in found["best_of"] if entry["nats"] <= found["most_nats"]]
-    best = (
-        np.array([entry["nats"] for entry in within]),
-        np.array([entry["gain"] for entry in within]),
-        [str(entry["n"]) for entry in within],
-    )
-    methods = {
-        _network_label(name): (
-            method["nats_lower_bound"] if method["nats"] is None else method["nats"],
-            method["gain"],
-            _nan(method["stderr"]),
-            method["nats"] is None,
-        )
-        for name, method in found["methods"].items()
-        if not name.startswith("best-of-")
-    }
-    return draw_frontier((curve[0], curve[1], curve[2]), best, methods, "Reward per nat")
+    drawn = {name: _network_label(name) for name in found["methods"] if not name.startswith("best-of-")}
+    return draw_frontier(found, drawn, "Reward per nat")
 
 
 def _losses(document: Document) -> Figure:
