@@ -68,6 +68,20 @@ class Reward(Protocol):
         ...
 
 
+def image_noise(backend: Backend, condition: Condition) -> Tensor:
+    """The base noise x of each row's image, `(n, *noise_shape)` in the generator's type, where the hypernetwork is.
+
+    Row i is drawn from row i's own generator, so it is the same in every batch.
+    """
+    full = completed(backend)
+    parameter = next(iter(full.hypernetwork.parameters()), torch.zeros(()))
+    draws = [
+        torch.randn(full.noise_shape, dtype=full.noise_dtype, generator=generator)
+        for generator in condition.generators("noise")
+    ]
+    return torch.stack(draws).to(parameter.device)
+
+
 @dataclass(frozen=True)
 class Steered:
     """What one pass of a hypernetwork does to a batch: its delta, the moved noise `(n, *shape)`, and their images."""

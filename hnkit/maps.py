@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from hnkit.errors import InputError
+from hnkit.internal.seeds import generator_for, image_seed
 
 NoiseMap = Callable[[Tensor], Tensor]
 """A batch-first map `f(x) -> delta`: `x` of shape `(n, *shape)`, rows independent, differentiable."""
@@ -17,14 +19,45 @@ NoiseMap = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Condition:
-    """What a batch of prompts became: tensors whose first dimension is the row, and the prompts themselves."""
+    """What a batch of prompts became, and which image of its prompt each row is.
+
+    Attributes:
+        prompts: the prompt of each row.
+        tensors: what an encoder made of them; the first dimension is the row.
+        seeds: the seed of each row's image, from which all that is random in it is drawn; empty: the rows are counted
+            within their prompt, as its images 0, 1, ... under seed 0.
+    """
 
     prompts: tuple[str, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            numbers: Counter[str] = Counter()
+            seeds = []
+            for prompt in self.prompts:
+                seeds.append(image_seed(0, prompt, numbers[prompt]))
+                numbers[prompt] += 1
+            object.__setattr__(self, "seeds", tuple(seeds))
+        if len(self.seeds) != len(self.prompts):
+            raise InputError(f"{len(self.seeds)} seeds and {len(self.prompts)} prompts given: one seed per prompt")
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.prompts)
+
+    def of_images(self, seed: int, numbers: Sequence[int]) -> Condition:
+        """The same condition, row i for image `numbers[i]` of its prompt under `seed`."""
+        rows = zip(self.prompts, numbers, strict=True)
+        return replace(self, seeds=tuple(image_seed(seed, prompt, number) for prompt, number in rows))
+
+    def generators(self, purpose: str, *position: int) -> list[torch.Generator]:
+        """A CPU generator for each row, which depends on its image, the purpose and the position alone.
+
+        Two calls give generators that draw the same.
+        """
+        return [generator_for(seed, purpose, *position) for seed in self.seeds]
 
     def select(self, index: Tensor) -> Condition:
         """The condition of the rows `index` (repeats allowed), in that order."""
@@ -33,6 +66,7 @@ class Condition:
             self,
             prompts=tuple(self.prompts[i] for i in rows),
             tensors={key: value[index.to(value.device)] for key, value in self.tensors.items()},
+            seeds=tuple(self.seeds[i] for i in rows),
         )
 
 

@@ -24,6 +24,15 @@ def generator_for(seed: int, purpose: str, *position: int) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, purpose, *position))
 
 
+def image_seed(seed: int, prompt: str, index: int) -> int:
+    """The seed of image number `index` of a prompt: all that is drawn for it comes from `generator_for(this, purpose)`.
+
+    So an image is the same whatever is made beside it, before it, or by another process. The prompt comes last, so
+    that no text can pass for another number.
+    """
+    return derived_seed(seed, f"image/{index}/{prompt}")
+
+
 def seed_global(seed: int, purpose: str, *position: int) -> None:
     """Seed every global generator, for models and rewards that draw from one behind our back."""
     value = derived_seed(seed, purpose, *position)

@@ -106,16 +106,16 @@ class PipelineBackend(BackendBase):
             noise: standard normal or steered, shape `(n, *noise_shape)`.
             condition: the condition of the n rows.
             steps: the steps of the sampler.
-            generator: the generator of the noise that a sampler of several steps adds; `None`: one seeded with
-                `options.seed`, so that base and steered images of the same batch share it. One per row makes rows
-                independent of their place in the batch.
+            generator: the generator of the noise that a sampler of several steps adds; `None`: one for each row, from
+                the seed of its image and `options.seed`, so that an image is the same in every batch, and base and
+                steered ones share that noise.
 
         Raises:
             InputError: shapes do not match, or the scheduler refuses that number of steps.
         """
         self._check(noise, condition, steps)
         if generator is None:
-            generator = torch.Generator(device=noise.device).manual_seed(self.options.seed)
+            generator = condition.generators("sampler", self.options.seed)
         arguments = self.family.call_arguments(self.options, condition.tensors, steps)
         sample: Any = inspect.unwrap(type(self.pipeline).__call__)  # the library's sampler without its torch.no_grad
         with memory.explained(memory.advice(self.options)):

@@ -52,6 +52,33 @@ def test_slices_cover_a_count(count: int, width: int) -> None:
     assert len(parts) == -(-count // width)
 
 
+def test_a_rows_draws_belong_to_its_image_wherever_it_stands() -> None:
+    def draws(condition: Condition, purpose: str, *position: int) -> list[float]:
+        return [float(torch.randn((), generator=g)) for g in condition.generators(purpose, *position)]
+
+    condition = Condition(("a", "b/1", "a", "a")).of_images(7, (4, 0, 5, 4))
+    found = draws(condition, "sampler")
+    assert found == draws(condition, "sampler")
+    assert found[0] == found[3] != found[2]
+    index = torch.tensor([2, 1, 1])
+    assert draws(condition.select(index), "sampler") == [found[2], found[1], found[1]]
+    assert draws(Condition(("b/1",)).of_images(7, (0,)), "sampler") == [found[1]]
+    several = [
+        found,
+        draws(condition, "noise"),
+        draws(condition, "sampler", 1),
+        draws(condition.of_images(8, (4, 0, 5, 4)), "sampler"),
+    ]
+    assert len({value for values in several for value in values}) == 3 * len(several)
+    # without a word about images, the rows of a prompt are its images 0, 1, ...
+    assert Condition(("a", "b", "a")) == Condition(("a", "b", "a")).of_images(0, (0, 0, 1))
+    assert Condition(("a", "b", "a")).select(torch.tensor([2])).seeds == Condition(("a",)).of_images(0, (1,)).seeds
+    # no prompt can pass for the number of another
+    assert Condition(("1/a",)).of_images(0, (0,)).seeds != Condition(("a",)).of_images(0, (1,)).seeds
+    with pytest.raises(InputError, match="1 seeds and 2 prompts"):
+        Condition(("a", "b"), seeds=(1,))
+
+
 class Submodule(nn.Module):
     """A map with a layer of its own that happens to be called `select`."""
 
@@ -85,6 +112,7 @@ class Named(nn.Module):
 
 def attribute() -> nn.Module:
     f = nn.Linear(3, 3)
+    f.weight.data *= 0.3  # whatever is drawn, a contraction, as Arnoldi's method needs it
     f.select = lambda index: f  # type: ignore[assignment]
     return f
 
