@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Measurement:
         num_vjp: vector-Jacobian products spent on `kl`.
         gap: distance from the optimum, where the tilted law is known.
         local_norm_note: how coarsely the local norms are resolved, or why there are none; empty where they converged.
+        per_sample: the integrand of `kl` at each noise, `(samples,)` on the CPU; it stays out of the record.
     """
 
     samples: int
@@ -61,11 +62,14 @@ class Measurement:
     num_vjp: int
     gap: Estimate | None = None
     local_norm_note: str = ""
+    per_sample: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The figures as a JSON document, `None` for what is not known; an estimate is a value and its `_stderr`."""
         document: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
+            if name == "per_sample":
+                continue
             value = getattr(self, name)
             document[name] = value.value if isinstance(value, Estimate) else value
             if isinstance(value, Estimate) or name == "gap":
@@ -137,6 +141,7 @@ def measure(
         num_jvp=estimate.num_jvp,
         num_vjp=estimate.num_vjp,
         gap=gap,
+        per_sample=estimate.per_sample.detach().double().cpu(),
         **estimates,
     )
 

@@ -39,7 +39,13 @@ class GapBound:
 
 
 def gap_lower_bound(
-    kl: Sequence[Tensor], steered: Sequence[Tensor], base: Sequence[Tensor], alpha: float, *, confidence: float = 0.95
+    kl: Sequence[Tensor],
+    steered: Sequence[Tensor],
+    base: Sequence[Tensor],
+    alpha: float,
+    *,
+    confidence: float = 0.95,
+    paired: bool = True,
 ) -> GapBound:
     """Nats between the law of a map and the tilted law of a temperature, from below, on any model.
 
@@ -47,14 +53,16 @@ def gap_lower_bound(
     eq. 53 or 55; the last is bounded by Markov's inequality: with `Zhat_c` the mean of `exp(r / alpha)` over
     independent base samples of prompt c, `E prod_c Zhat_c / Z_c = 1`, so that with probability `1 - delta`
     `mean_c log Z_c >= mean_c log Zhat_c - log(1 / delta) / C`, whatever the variance of `exp(r / alpha)`. Half of
-    delta goes there and half to Student's t for the mean of `ell - r / alpha`.
+    delta goes there and half to the mean of `ell - r / alpha`, whose error is Student's t: asymptotic, as every error
+    bar of a mean of an unbounded variable is.
 
     Args:
         kl: for each prompt the integrand `ell` of the KL at its samples, `(m_c,)`, nats.
-        steered: for each prompt the rewards of the same samples, `(m_c,)`.
-        base: for each prompt the rewards of independent base samples, `(n_c,)`.
+        steered: for each prompt the rewards of its steered samples, `(m_c,)`.
+        base: for each prompt the rewards of base samples that are independent of each other, `(n_c,)`.
         alpha: the temperature of the target, in units of the reward.
         confidence: the confidence of the bound.
+        paired: whether `kl` and `steered` are of the same samples; else they are of independent ones, of any number.
 
     Raises:
         InputError: fewer than two prompts, lists that do not match, values that are not finite, or a temperature or
@@ -74,21 +82,58 @@ def gap_lower_bound(
         raise InputError(
             "one prompt only: a certificate needs 2 prompts or more, for it costs log(2 / delta) nats over their number"
         )
-    if [len(r) for r in rewards] != [len(k) for k in values] or len(values) != count:
-        raise InputError("kl and steered need one value a sample each, and kl, steered and base one entry a prompt")
-    terms = [k - r / alpha for k, r in zip(values, rewards, strict=True)]
-    freedom = sum(len(term) - 1 for term in terms)
-    means = torch.stack([term.mean() for term in terms])
-    if all(len(term) > 1 for term in terms):
-        stderr = math.sqrt(sum(float(term.var()) / len(term) for term in terms)) / count
-    else:  # one sample a prompt: the spread between prompts contains that within them
-        stderr, freedom = float(means.std()) / math.sqrt(count), count - 1
+    if len(values) != count or len(rewards) != count:
+        raise InputError("kl, steered and base need one entry a prompt")
+    if not paired:
+        mean = _mean(values) + _mean([-r / alpha for r in rewards])
+    elif [len(r) for r in rewards] == [len(k) for k in values]:
+        mean = _mean([k - r / alpha for k, r in zip(values, rewards, strict=True)])
+    else:
+        raise InputError("kl and steered need one value a sample each, or paired=False")
     log_z = torch.stack([(r / alpha).logsumexp(0) - math.log(len(r)) for r in bases])
     delta = (1 - confidence) / 2
     penalty = math.log(1 / delta) / count
-    estimate = float(means.mean() + log_z.mean())
-    lower = estimate - penalty - float(student.isf(delta, freedom)) * stderr
-    return GapBound(max(0.0, lower), estimate, stderr, penalty, confidence, count)
+    estimate = mean.value + float(log_z.mean())
+    lower = estimate - penalty - float(student.isf(delta, mean.freedom)) * mean.stderr
+    return GapBound(max(0.0, lower), estimate, mean.stderr, penalty, confidence, count)
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """A mean over fixed prompts, with the variance of its error and the degrees of freedom of that variance."""
+
+    value: float
+    variance: float
+    freedom: float
+
+    def __add__(self, other: _Mean) -> _Mean:
+        """The sum of two independent means (Welch and Satterthwaite)."""
+        variance = self.variance + other.variance
+        weights = self.variance**2 / self.freedom + other.variance**2 / other.freedom
+        freedom = variance**2 / weights if weights else min(self.freedom, other.freedom)
+        return _Mean(self.value + other.value, variance, freedom)
+
+    @property
+    def stderr(self) -> float:
+        return math.sqrt(self.variance)
+
+
+def _mean(terms: Sequence[Tensor]) -> _Mean:
+    """Mean over prompts of the means of samples, from the spread of samples within prompts.
+
+    The degrees of freedom are Satterthwaite's: one noisy prompt among quiet ones leaves few. Where a prompt has one
+    sample, the spread between prompts is taken, which contains that within them.
+    """
+    count = len(terms)
+    means = torch.stack([term.mean() for term in terms])
+    if any(len(term) == 1 for term in terms):
+        return _Mean(float(means.mean()), float(means.var()) / count, count - 1)
+    parts = torch.stack([term.var() / len(term) for term in terms]) / count**2
+    freedoms = torch.tensor([len(term) - 1.0 for term in terms], dtype=parts.dtype)
+    fourth = float((parts.square() / (freedoms + 2)).sum())  # unbiased: E s^4 = sigma^4 (1 + 2 / freedom)
+    variance = float(parts.sum())
+    found = variance**2 / fourth - 2 if fourth else float(freedoms.sum())
+    return _Mean(float(means.mean()), variance, max(found, float(freedoms.min())))
 
 
 def nats_lower_bound(base: Sequence[Tensor], method: Sequence[Tensor], *, confidence: float = 0.95) -> float:

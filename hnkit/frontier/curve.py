@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hnkit.errors import InputError
+from hnkit.internal.stats import Estimate
 
 LEAST_SAMPLES = 8
 """Base samples that a prompt needs, at least."""
@@ -102,21 +103,16 @@ class Frontier:
             raise InputError(
                 f"the base samples are too few: fewer than {LEAST_EFFECTIVE:g} are effective at any temperature"
             )
-        self._replicated = self._replicates(seed)
+        self._least_nats = float(self._betas[1] * self._gains[1] - self._psi.mean(0)[1])
+        self._shares = _resampled(len(self.base) if len(self.base) > 1 else len(self.base[0]), seed)
+        self._replicated = self._replicates()
 
-    def _replicates(self, seed: int) -> Tensor:
+    def _replicates(self) -> Tensor:
         """Bootstrap replicates of psi, `(replicates, betas)`: prompts carry the noise of their samples with them."""
-        generator = torch.Generator().manual_seed(seed)
-        count = len(self.base)
-        if count > 1:
-            drawn = torch.randint(count, (_REPLICATES, count), generator=generator)
-            weights = torch.zeros(_REPLICATES, count, dtype=torch.float64)
-            weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-            return weights @ self._psi / count
+        shares = self._shares
+        if len(self.base) > 1:
+            return shares @ self._psi
         (r,) = self.base
-        drawn = torch.randint(len(r), (_REPLICATES, len(r)), generator=generator)
-        shares = torch.zeros(_REPLICATES, len(r), dtype=torch.float64)
-        shares.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / len(r), dtype=torch.float64))
         u = r - r.mean()
         largest = float(u.max())  # subtracted before exp, so that nothing overflows
         means = shares @ (self._betas[:, None] * (u - largest)).exp().T
@@ -134,6 +130,10 @@ class Frontier:
         last = self._usable - 1
         return max(0.0, float(self._betas[last] * self._gains[last] - self._psi.mean(0)[last]))
 
+    def carries(self, nats: float) -> bool:
+        """Whether the samples carry the frontier at this budget, which is above 0 and below `most_nats`."""
+        return nats > 0 and int(self._minimum(self._psi.mean(0), nats)[1]) < self._usable - 1
+
     def point(self, nats: float) -> FrontierPoint:
         """The frontier at a budget.
 
@@ -145,8 +145,11 @@ class Frontier:
         """
         if not nats > 0:
             raise InputError(f"a budget of {nats:g} nats: give a positive number")
+        if nats < self._least_nats:  # below the temperatures that are tried psi is quadratic, and R* a square root
+            last, scale = self.point(self._least_nats), math.sqrt(nats / self._least_nats)
+            return FrontierPoint(nats, scale * last.gain, scale * last.stderr, scale * last.beta, last.effective)
         value, index = self._minimum(self._psi.mean(0), nats)
-        if int(index) >= self._usable - 1:
+        if not self.carries(nats):
             raise InputError(
                 f"a budget of {nats:g} nats: these samples carry the frontier up to {self.most_nats:.3g} nats only; "
                 "take more base samples a prompt"
@@ -205,6 +208,36 @@ class Frontier:
     def efficiency(self, gain: float, nats: float) -> float:
         """A gain as a share of the frontier's at the same nats; 1 is the most that any law can have."""
         return gain / self.point(nats).gain
+
+    def efficiency_estimate(self, gains: Tensor, nats: float, nats_stderr: float = 0.0) -> Estimate:
+        """The efficiency of a method with its standard error, by a bootstrap over prompts.
+
+        Gain and frontier are resampled together, since a prompt whose base rewards spread moves both.
+
+        Args:
+            gains: the gain at each prompt, `(prompts,)`, in the order of the base samples.
+            nats: the method's nats, the mean over prompts.
+            nats_stderr: their standard error, which enters through the slope `dR*/dK = 1 / beta`.
+
+        Returns:
+            The estimate; its error is NaN where there is one prompt.
+        """
+        point = self.point(nats)
+        value = float(gains.mean()) / point.gain
+        if len(self.base) == 1:
+            return Estimate(value, math.nan)
+        scale = min(1.0, math.sqrt(nats / self._least_nats))
+        frontiers = scale * self._minimum(self._replicated, max(nats, self._least_nats))[0]
+        replicated = (self._shares @ gains.double()) / frontiers
+        slope = value / (point.gain * point.beta)
+        return Estimate(value, math.hypot(float(replicated.std()), slope * nats_stderr))
+
+
+def _resampled(count: int, seed: int) -> Tensor:
+    """Bootstrap draws of `count` units as the share of each, `(replicates, count)`."""
+    drawn = torch.randint(count, (_REPLICATES, count), generator=torch.Generator().manual_seed(seed))
+    shares = torch.zeros(_REPLICATES, count, dtype=torch.float64)
+    return shares.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / count, dtype=torch.float64))
 
 
 @dataclass(frozen=True)

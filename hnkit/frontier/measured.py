@@ -23,6 +23,9 @@ from hnkit.rewards import RewardSum
 EXACT_UP_TO = 1024
 """Largest noise dimension at which the KL is taken from dense Jacobians."""
 
+FAITHFUL = ("exact", "arnoldi", "lanczos", "low-rank")
+"""Methods whose mean is that of the KL integrand to working accuracy; a certified gap rests on no other."""
+
 
 @dataclass(frozen=True)
 class FrontierSettings:
@@ -62,7 +65,7 @@ class NetworkOnFrontier:
         kl_stderr: its standard error over samples within prompts.
         l2: mean over prompts of `|f|^2 / 2`, nats.
         gap: how far the hypernetwork is from the tilted law of its temperature; `None` without temperature, or where
-            there is one prompt.
+            there is one prompt or the method of the KL leaves out a part of it.
         alpha: that temperature.
     """
 
@@ -133,12 +136,12 @@ def network_on_frontier(
         steered[prompt] = _scores(backend, rewards, prompt, x + f(x).to(x.dtype), settings)
     kl = sum(float(values.mean()) for values in integrands) / len(integrands)
     errors = [mean_and_stderr(values)[1] ** 2 for values in integrands]
-    table = {"base": Rewards(base), name: Rewards(steered, nats=kl)}
-    frontier, methods = methods_on_frontier(table)
     gap = None
-    if alpha is not None and len(base) > 1:
+    if alpha is not None and len(base) > 1 and estimate.method in FAITHFUL:
         gap = gap_lower_bound(integrands, list(steered.values()), list(base.values()), alpha)
     stderr = sum(errors) ** 0.5 / len(errors)
+    table = {"base": Rewards(base), name: Rewards(steered, nats=kl, nats_stderr=stderr, gap=gap)}
+    frontier, methods = methods_on_frontier(table)
     return NetworkOnFrontier(frontier, table, methods, kl, stderr, sum(squares) / len(squares), gap, alpha)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hnkit.errors import InputError
-from hnkit.frontier.certified import nats_lower_bound
+from hnkit.frontier.certified import GapBound, nats_lower_bound
 from hnkit.frontier.curve import Frontier
 from hnkit.internal.values import finite
 
@@ -26,10 +26,14 @@ class Rewards:
     Attributes:
         rewards: prompt -> `(m,)` rewards.
         nats: mean over prompts of the method's KL from the base (or an upper bound of it); `None` if unknown.
+        nats_stderr: standard error of these nats; 0 where they are known exactly.
+        gap: how far the method is from the tilted law of its temperature, where that was bounded.
     """
 
     rewards: Mapping[str, Tensor]
     nats: float | None = None
+    nats_stderr: float = 0.0
+    gap: GapBound | None = None
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,11 @@ class MethodGain:
         stderr: its standard error over prompts; NaN where there is one.
         nats_lower_bound: see the function of that name, at 95%.
         nats: the method's nats where they are known, else `None`.
+        nats_stderr: standard error of these nats; 0 where they are exact, or are not known.
         efficiency: `gain / R*(nats)`, `None` where the nats are unknown or beyond what the samples carry. (At the
             nats that its rewards alone show, every method would be efficient: its nats must be known.)
+        efficiency_stderr: standard error of the efficiency over prompts; NaN where there is one.
+        gap: how far the method is from the tilted law of its temperature, where that was bounded.
     """
 
     gain: float
@@ -50,6 +57,9 @@ class MethodGain:
     nats_lower_bound: float
     nats: float | None
     efficiency: float | None
+    nats_stderr: float = 0.0
+    efficiency_stderr: float | None = None
+    gap: GapBound | None = None
 
 
 def read_rewards(path: str | Path) -> dict[str, Rewards]:
@@ -142,11 +152,14 @@ def methods_on_frontier(
         rewards = [method.rewards[prompt] for prompt in prompts]
         gains = torch.stack([r.mean() - b.mean() for r, b in zip(rewards, base_rewards, strict=True)])
         error = float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
-        efficiency = None
-        if method.nats is not None and 0 < method.nats < frontier.most_nats:
-            efficiency = frontier.efficiency(float(gains.mean()), method.nats)
+        share = None
+        if method.nats is not None and frontier.carries(method.nats):
+            share = frontier.efficiency_estimate(gains, method.nats, method.nats_stderr)
         bound = nats_lower_bound(base_rewards, rewards)
-        found[name] = MethodGain(float(gains.mean()), error, bound, method.nats, efficiency)
+        efficiency, spread = (None, None) if share is None else (share.value, share.stderr)
+        found[name] = MethodGain(
+            float(gains.mean()), error, bound, method.nats, efficiency, method.nats_stderr, spread, method.gap
+        )
     return frontier, found
 
 

@@ -18,12 +18,21 @@ from hnkit.training.run import METRICS, train
 
 @dataclass(frozen=True)
 class Network:
-    """A backend with a trained adapter, and the records of its training where they are known."""
+    """A backend with a trained adapter, and the records of its training where they are known.
+
+    Attributes:
+        name: the name of the network in tables.
+        backend: the backend, with the adapter loaded.
+        parameters: how many weights were trained.
+        metrics: the records of its training.
+        alpha: the effective temperature it was trained at; `None` where nothing says so, or where it moves no noise.
+    """
 
     name: str
     backend: Backend
     parameters: int
     metrics: tuple[dict[str, Any], ...]
+    alpha: float | None = None
 
 
 def trained(name: str, config: RunConfig, folder: Path) -> Network:
@@ -45,20 +54,21 @@ def trained(name: str, config: RunConfig, folder: Path) -> Network:
             raise KeyboardInterrupt
         comparison = shlex.join(["hnkit", "compare", "--backend", backend, "--resume", str(folder.parents[1])])
         raise InputError(f"training of {name} was stopped at step {result.step}: go on with {comparison}")
+    alpha = None
     if config.train.objective == "direct":
         base: Any = backend_factory(backend).load(config.options)
         loaded = base.direct()
         loaded.load_adapter(folder / "adapter")
     else:
-        loaded, _ = load_trained(backend, folder)
-    return Network(name, loaded, trainable(loaded), _records(folder / METRICS))
+        loaded, alpha = load_trained(backend, folder)
+    return Network(name, loaded, trainable(loaded), _records(folder / METRICS), alpha)
 
 
 def given(name: str, backend: str, adapter: Path, overrides: Sequence[str]) -> Network:
     """A network the user has trained: the adapter's folder or its run folder."""
-    loaded, _ = load_trained(backend, adapter, [o for o in overrides if o.startswith("backend.")])
+    loaded, alpha = load_trained(backend, adapter, [o for o in overrides if o.startswith("backend.")])
     runs = [folder for folder in (adapter, adapter.parent) if (folder / METRICS).is_file()]
-    return Network(name, loaded, trainable(loaded), _records(runs[0] / METRICS) if runs else ())
+    return Network(name, loaded, trainable(loaded), _records(runs[0] / METRICS) if runs else (), alpha)
 
 
 def trainable(backend: Backend) -> int:

@@ -15,7 +15,6 @@ from torch import Tensor
 from hnkit.backend import Backend, Reward, backend_factory, completed
 from hnkit.config import split_permissions
 from hnkit.errors import InputError
-from hnkit.figures import measure
 from hnkit.internal.files import (
     atomic_write,
     file_digest,
@@ -27,7 +26,7 @@ from hnkit.internal.files import (
 from hnkit.internal.folders import require_resumable, run_lock
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr
-from hnkit.maps import ConditionedMap, slices
+from hnkit.maps import slices
 from hnkit.output.terminal import Steps, steps
 from hnkit.rewards import CallableReward, load_rewards
 from hnkit.scaled.compare.baselines import (
@@ -42,6 +41,7 @@ from hnkit.scaled.compare.baselines import (
 from hnkit.scaled.compare.diversity import DinoSimilarity, Lpips, Metric, pixel_distance
 from hnkit.scaled.compare.evaluation import Evaluation, Scorer, base_noise, evaluate, read_part
 from hnkit.scaled.compare.frontier import frontier_part
+from hnkit.scaled.compare.nats import NetworkKL, network_kl
 from hnkit.scaled.compare.networks import Network, given, trained
 from hnkit.scaled.compare.page import write_page
 from hnkit.scaled.compare.plan import make_plan
@@ -378,35 +378,43 @@ class _Session:
         saved: list[dict[str, Any]] | None = read_part(path)
         if isinstance(saved, list):
             return saved
-        count = self.plan.measure_samples
-        distinct = self.settings.prompts[: max(1, count // 4)]
-        prompts = [distinct[row % len(distinct)] for row in range(count)]
-        noise = torch.randn(count, *self.base.noise_shape, generator=generator_for(self.plan.seed, "compare kl"))
-        f = ConditionedMap(network.backend.hypernetwork, network.backend.encode(prompts))
-        found: list[dict[str, Any]] = []
-        method = "auto"
-        for _ in range(2):
-            probes = generator_for(self.plan.seed, "compare probes")
-            figures = measure(f, noise.to(self.device), method=method, prompts=prompts, generator=probes).to_json()
-            if figures["method"] not in [entry["method"] for entry in found]:
-                found.append(figures)
-            # beside the exact figure a stochastic one: Arnoldi's where it applies, else Golub and Kahan's
-            norm = figures["local_norm"]["max"]
-            method = "arnoldi" if norm is not None and norm < 1 else "lanczos"
+        measured = self._network_kl("hypernoise")
+        found = [measured.figures]
+        # beside the exact figure a stochastic one: Arnoldi's where it applies, else Golub and Kahan's
+        norm = found[0]["local_norm"]["max"]
+        method = "arnoldi" if norm is not None and norm < 1 else "lanczos"
+        if method != found[0]["method"]:
+            found.append(self._measured("hypernoise", method).figures)
         write_sealed(path, found)
         return found
 
-    def _frontier(self) -> dict[str, Any] | None:
+    def _network_kl(self, name: str) -> NetworkKL:
+        """The KL of a network on noises of the comparison, by the method that fits."""
+        path = self.folder / "parts" / f"kl-of-{name}.json"
+        saved = read_part(path)
+        if isinstance(saved, dict):
+            return NetworkKL(**saved)
+        found = self._measured(name)
+        write_sealed(path, vars(found))
+        return found
+
+    def _measured(self, name: str, method: str = "auto") -> NetworkKL:
+        plan = self.plan
+        return network_kl(
+            self.networks[name].backend, self.settings.prompts, plan.seeds, plan.measure_samples, plan.seed,
+            method=method,
+        )  # fmt: skip
+
+    def _frontier(self) -> dict[str, Any]:
         """Gain of every method against the most that its nats could buy; no image is made for it."""
         named = [name for name in self.plan.methods if name != "base"]
         losses = [f"kl-{kl}" for kl in self.plan.losses]
         nats = {name: math.log(n) - (n - 1) / n for name, n in self.candidates.items() if n > 1}
-        nats |= {row["method"]: row["along_training"][-1]["kl"] for row in self._losses()}
-        if closeness := self._closeness():
-            nats["hypernoise"] = closeness[0]["kl"]
+        measured = {name: self._network_kl(name) for name in ("hypernoise", *losses) if name in self.networks}
+        alphas = {name: self.networks[name].alpha for name in measured}
         pool = self._evaluate("best-of-n") if "best-of-n" in named else None
         evaluations = [self._evaluate(name) for name in [*named, *losses]]
-        return frontier_part(self._evaluate("base"), evaluations, pool, nats)
+        return frontier_part(self._evaluate("base"), evaluations, pool, nats, measured, alphas)
 
     def _training(self) -> dict[str, list[dict[str, Any]]]:
         """Figure 4: trained reward and independent scores on held-out prompts along training."""

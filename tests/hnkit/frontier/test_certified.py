@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from scipy.stats import binom
+from scipy.stats import t as student
 
 from hnkit.errors import InputError
 from hnkit.frontier import gap_lower_bound, nats_lower_bound
@@ -43,6 +44,39 @@ def test_the_gap_is_not_overstated(alpha, confidence):
     ]
     failures = sum(bound.lower > truth for bound in bounds)
     assert failures <= most_failures(repetitions, 1 - confidence)
+
+
+def test_kl_and_rewards_may_be_of_independent_samples():
+    """Then their errors add; taken as one vector they would be paired, and here cancel."""
+    generator, shift, alpha = torch.Generator().manual_seed(0), 1.0, 1.0
+    kl, steered, base = shifted(12, 6, 400, shift, generator)
+    other, _, _ = shifted(12, 4, 400, shift, generator)
+    paired, apart = gap_lower_bound(kl, steered, base, alpha), gap_lower_bound(other, steered, base, alpha, paired=False)
+    assert paired.stderr == pytest.approx(0.0, abs=1e-12)  # x shift - x / alpha is constant
+    assert apart.stderr == pytest.approx(math.sqrt(1 / 6 + 1 / 4) / math.sqrt(12), rel=0.25)
+    assert apart.estimate == pytest.approx(paired.estimate, abs=6 * apart.stderr)
+    failures = 0
+    for _ in range(200):
+        kl, steered, base = shifted(12, 6, 30, shift, generator)
+        other, _, _ = shifted(12, 4, 400, shift, generator)
+        failures += gap_lower_bound(other, steered, base, alpha, paired=False).lower > 0
+    assert failures <= most_failures(200, 0.05)
+
+
+def test_one_noisy_prompt_leaves_few_degrees_of_freedom():
+    """12 prompts of 3 samples, one of them 20 times as noisy: the 24 degrees of freedom of all would be too many."""
+    generator, repetitions, truth = torch.Generator().manual_seed(6), 1500, 100.0
+    scale = torch.ones(12, 1, dtype=F64)
+    scale[0] = 20
+    zeros = [torch.zeros(3, dtype=F64)] * 12  # of rewards: log Zhat is 0, and the penalty stands beside the error bar
+    wrong = few = 0
+    for _ in range(repetitions):
+        kl = list(truth + scale * torch.randn(12, 3, generator=generator, dtype=F64))
+        bound = gap_lower_bound(kl, zeros, zeros, 1.0)
+        wrong += bound.lower + bound.penalty > truth
+        few += bound.estimate - float(student.isf(0.025, 24)) * bound.stderr > truth
+    assert wrong <= most_failures(repetitions, 0.025)
+    assert few > most_failures(repetitions, 0.025)
 
 
 def test_the_gap_is_found_where_there_is_one():
@@ -111,7 +145,8 @@ def test_bad_input_is_one_line():
         (lambda: gap_lower_bound(kl, steered, base, 0.0), "positive"),
         (lambda: gap_lower_bound(kl, steered, base, 1.0, confidence=1.0), "between 0 and 1"),
         (lambda: gap_lower_bound(kl[:3], steered, base, 1.0), "one entry a prompt"),
-        (lambda: gap_lower_bound([k[:2] for k in kl], steered, base, 1.0), "one value a sample"),
+        (lambda: gap_lower_bound([k[:2] for k in kl], steered, base, 1.0), "one value a sample each, or paired=False"),
+        (lambda: gap_lower_bound([k[:2] for k in kl[:3]], steered, base, 1.0, paired=False), "one entry a prompt"),
         (lambda: gap_lower_bound(kl, [r * math.inf for r in steered], base, 1.0), "not finite"),
         (lambda: nats_lower_bound(base, steered[:2]), "the same prompts"),
         (lambda: nats_lower_bound([b[:3] for b in base], steered), "8 or more"),

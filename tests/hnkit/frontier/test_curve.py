@@ -48,6 +48,55 @@ def test_one_prompt_has_an_error_bar_over_its_samples():
     assert 0.4 < float(values.std()) / (sum(point.stderr for point in gains) / 16) < 2
 
 
+def test_an_efficiency_has_the_error_bar_of_its_replicates():
+    """A shift of scale sqrt(2 K) buys everything; prompts differ in what they gain, and in how their rewards spread."""
+    nats, truth = 0.15, 0.5
+    found = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        scales = 0.5 + torch.rand(20, generator=generator, dtype=torch.float64)
+        base = [s * torch.randn(80, generator=generator, dtype=torch.float64) for s in scales]
+        whole = math.sqrt(2 * nats * (0.75 + 1 / 3))  # E s^2 of s uniform on [0.5, 1.5] is 13 / 12
+        gains = truth * whole * scales + 0.2 * torch.randn(20, generator=generator, dtype=torch.float64)
+        found.append(Frontier(base).efficiency_estimate(gains, nats, nats_stderr=0.0))
+    values = torch.tensor([estimate.value for estimate in found], dtype=torch.float64)
+    assert within(values, truth)
+    # chi-square of 39 degrees of freedom, at the file's rate: the spread of the replicates over the mean error bar
+    ratio = float(values.std()) / (sum(estimate.stderr for estimate in found) / len(found))
+    assert 0.6 < ratio < 1.6
+    # an error of the nats enters by the slope of the frontier: d log R / d log K = 1/2
+    gains = torch.full((12,), 0.3, dtype=torch.float64)
+    frontier = Frontier(gaussian(12, 400, 0))
+    exact = frontier.efficiency_estimate(gains, nats)
+    loose = frontier.efficiency_estimate(gains, nats, nats_stderr=0.3 * nats)
+    assert math.sqrt(loose.stderr**2 - exact.stderr**2) == pytest.approx(0.15 * exact.value, rel=0.1)
+    assert exact.value == pytest.approx(frontier.efficiency(0.3, nats))
+    assert math.isnan(Frontier(gaussian(1, 400, 0)).efficiency_estimate(gains[:1], nats).stderr)
+
+
+def test_tiny_budgets_follow_the_square_root():
+    """Below the temperatures that are tried: an untrained map spends 1e-9 nats, which is no budget of 5e-7."""
+    frontier = Frontier(gaussian(12, 400, 0))
+    for nats in (1e-12, 1e-9, 4e-7, 1e-6, 1e-4):
+        point = frontier.point(nats)
+        assert point.gain == pytest.approx(0.5 * math.sqrt(2 * nats), rel=0.1)
+        assert point.beta == pytest.approx(math.sqrt(2 * nats) / 0.5, rel=0.15)
+        assert frontier.efficiency_estimate(torch.full((12,), point.gain), nats).value == pytest.approx(1)
+
+
+def test_what_the_samples_do_not_carry_is_known_before_it_is_asked_for():
+    frontier = Frontier(gaussian(10, 50, 0))
+    for nats in torch.linspace(0.5, 1.2, 150).tolist():
+        nats *= frontier.most_nats
+        if frontier.carries(nats):
+            frontier.point(nats)
+        else:
+            with pytest.raises(InputError, match="carry the frontier up to"):
+                frontier.point(nats)
+    assert not frontier.carries(0.0)
+    assert not frontier.carries(frontier.most_nats)
+
+
 def bernoulli_kl(q: float, p: float) -> float:
     return q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
 

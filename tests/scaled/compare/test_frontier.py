@@ -1,16 +1,23 @@
-"""The frontier of a comparison: from candidates of best-of-N where they exist, and from scores of images alone."""
+"""The frontier of a comparison: from candidates of best-of-N where they exist, and from scores of images alone.
+
+Here the noise is one number, the reward is the steered noise itself, and f a shift: nats, frontier and the distance
+from the tilted law are known.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 
+import pytest
 import torch
 
 from hnkit.frontier import Frontier
 from hnkit.scaled.compare.baselines import Cost
-from hnkit.scaled.compare.evaluation import Evaluation, Row
-from hnkit.scaled.compare.frontier import base_rewards, frontier_part
+from hnkit.kl import noise_kl
+from hnkit.scaled.compare.evaluation import Evaluation, Row, base_noise
+from hnkit.scaled.compare.frontier import base_rewards, frontier_part, frontier_table, network_gap
+from hnkit.scaled.compare.nats import NetworkKL, network_kl, rows_within
 
 
 def evaluation(
@@ -26,24 +33,106 @@ def evaluation(
     return Evaluation(name, 1, tuple(rows), Cost())
 
 
+def figures(kl: float, method: str = "exact") -> dict[str, object]:
+    return {"kl": kl, "kl_stderr": 0.01, "method": method}
+
+
+def measured(ours: Evaluation, shift: float, prompts: int, seeds: int, method: str = "exact") -> NetworkKL:
+    """The integrand of eq. 53 of x -> x + shift at the noises of the images: `x shift + shift^2 / 2`."""
+    by_prompt = base_rewards(ours.rows, pooled=False)
+    chosen = list(by_prompt)[:prompts]
+    values = [(float(by_prompt[p][k]) - shift) * shift + shift**2 / 2 for k in range(seeds) for p in chosen]
+    return NetworkKL(prompts, seeds, figures(sum(values) / len(values), method), tuple(values))
+
+
 def test_the_candidates_of_best_of_n_are_the_base_samples():
     base, pool = evaluation("base", 0.0, 0), evaluation("best-of-n", 0.0, 1, candidates=20)
     ours = evaluation("hypernoise", 0.5, 2)
-    document = frontier_part(base, [ours, pool], pool, {"hypernoise": 0.2})
+    kl = NetworkKL(5, 2, figures(0.2), (0.2,) * 10)
+    document = frontier_part(base, [ours, pool], pool, {}, {"hypernoise": kl}, {"hypernoise": 1.0})
     samples = base_rewards(pool.rows)
     assert {len(values) for values in samples.values()} == {80}
     assert document["base_samples"] == 400
     frontier = Frontier(list(samples.values()))
     method = document["methods"]["hypernoise"]
     assert method["efficiency"] == method["gain"] / frontier.point(0.2).gain
+    assert method["efficiency_stderr"] > 0
+    assert (method["nats"], method["nats_stderr"]) == (0.2, 0.01)
     best = document["methods"]["best-of-n"]
     assert best["nats"] is None
+    assert best["gap"] is None
     assert best["nats_lower_bound"] <= math.log(20) - 19 / 20
     assert json.loads(json.dumps(document, allow_nan=False)) == document
 
 
-def test_too_few_samples_or_a_constant_reward_give_none():
+def test_the_gap_is_that_of_the_prompts_that_were_measured():
+    """Far from its target the bound is found, at its target it is zero; rewards and KL are of the same samples."""
+    pool = evaluation("best-of-n", 0.0, 1, prompts=40, candidates=25)
+    base = base_rewards(pool.rows)
+    alpha = 0.7
+    truth = {shift: (shift - 1 / alpha) ** 2 / 2 for shift in (-1.0, 1 / alpha)}
+    for shift, nats in truth.items():
+        ours = evaluation("hypernoise", shift, 2, prompts=40)
+        kl = measured(ours, shift, 30, 3)
+        gap = network_gap(kl, base_rewards(ours.rows, pooled=False), base, alpha)
+        assert gap is not None
+        assert gap.prompts == 30
+        assert gap.lower <= nats
+        assert gap.lower > 0.6 * nats - 0.01
+        # the same from first principles: the integrand less r / alpha, prompt by prompt
+        steered = list(base_rewards(ours.rows, pooled=False).items())[:30]
+        terms = [kl.of_prompt(index) - r[:3] / alpha for index, (_, r) in enumerate(steered)]
+        log_z = [(base[p] / alpha).exp().mean().log() for p, _ in steered]
+        assert gap.estimate == pytest.approx(float(torch.cat(terms).mean() + torch.stack(log_z).mean()))
+        document = frontier_part(pool, [ours], pool, {}, {"hypernoise": kl}, {"hypernoise": alpha})
+        assert document["methods"]["hypernoise"]["gap"]["lower"] == gap.lower
+        table = frontier_table({"frontier": document})
+        assert table.rows[0][-1] == f"at least {gap.lower:.3g}"
+        assert "95% probability" in table.caption
+
+
+@pytest.mark.parametrize(
+    ("prompts", "method", "alpha"), [(1, "exact", 1.0), (5, "second-order", 1.0), (5, "l2", 1.0), (5, "exact", None)]
+)
+def test_no_certificate_without_its_hypotheses(prompts, method, alpha):
+    pool = evaluation("best-of-n", 0.0, 1, prompts=prompts, candidates=20)
+    ours = evaluation("hypernoise", 0.5, 2, prompts=prompts)
+    kl = measured(ours, 0.5, prompts, 2, method)
+    document = frontier_part(pool, [ours], pool, {}, {"hypernoise": kl}, {"hypernoise": alpha})
+    assert document["methods"]["hypernoise"]["gap"] is None
+    assert "95% probability a hypernetwork" not in frontier_table({"frontier": document}).caption
+    assert ("One prompt only: no certificate" in frontier_table({"frontier": document}).caption) == (prompts == 1)
+
+
+def test_rows_are_measured_twice_a_prompt_where_there_are_two_seeds():
+    assert rows_within(38, 4, 64) == (32, 2)
+    assert rows_within(8, 4, 64) == (8, 4)
+    assert rows_within(38, 1, 64) == (38, 1)
+    assert rows_within(38, 2, 2) == (1, 2)
+    assert rows_within(3, 2, 4) == (2, 2)
+
+
+def test_the_kl_is_measured_at_the_noises_of_the_images(make_backend):
+    """A twin by hand: `noise_kl` of one prompt's map at the noises that `evaluate` gives it."""
+    backend = make_backend("sana")
+    with torch.no_grad():
+        for parameter in backend.hypernetwork.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    prompts = ["a red house", "two dogs", "a cat"]
+    found = network_kl(backend, prompts, 2, 4, 7)
+    assert (found.prompts, found.seeds) == (2, 2)
+    for index in range(2):
+        x = torch.stack([base_noise(backend, 7, seed, 3)[index] for seed in range(2)])
+        twin = noise_kl(backend.map_for([prompts[index]] * 2), x, method="exact").per_sample
+        torch.testing.assert_close(found.of_prompt(index), twin.double().cpu(), rtol=1e-3, atol=1e-4)
+
+
+def test_too_few_samples_or_a_constant_reward_are_said():
     base = evaluation("base", 0.0, 0)
-    assert frontier_part(base, [], None, {}) is None
+    document = frontier_part(base, [], None, {}, {}, {})
+    assert document["frontier"] == []
+    assert "give a vector of 8 or more" in document["remark"]
     flat = Evaluation("base", 1, tuple(Row("p", k, "", {"reward": 1.0}) for k in range(20)), Cost())
-    assert frontier_part(flat, [], None, {}) is None
+    assert "constant" in frontier_part(flat, [], None, {}, {}, {})["remark"]
+    assert not frontier_table({"frontier": document}).rows

@@ -1,0 +1,68 @@
+"""The KL of a comparison's networks, at noises that their images were made from: nats and gains of the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hnkit.backend import Backend
+from hnkit.figures import measure
+from hnkit.internal.seeds import generator_for
+from hnkit.maps import ConditionedMap
+from hnkit.scaled.compare.evaluation import base_noise
+
+
+@dataclass(frozen=True)
+class NetworkKL:
+    """What was measured of a network; a part of the comparison's folder.
+
+    Attributes:
+        prompts: how many of the comparison's prompts, from the first.
+        seeds: how many of its seeds, from the first.
+        figures: the record of the measurement, as `hnkit.figures.Measurement.to_json` gives it.
+        per_sample: the integrand of the KL, `[seed * prompts + prompt]`, nats.
+    """
+
+    prompts: int
+    seeds: int
+    figures: dict[str, Any]
+    per_sample: tuple[float, ...]
+
+    def of_prompt(self, index: int) -> torch.Tensor:
+        """The integrand at the noises of one prompt, `(seeds,)`."""
+        return torch.tensor(self.per_sample[index :: self.prompts], dtype=torch.float64)
+
+
+def rows_within(prompts: int, seeds: int, samples: int) -> tuple[int, int]:
+    """How many prompts and seeds a measurement of `samples` noises takes: two seeds a prompt where there are two.
+
+    Two samples of a prompt tell its noise from the differences between prompts.
+    """
+    each = min(seeds, 2)
+    chosen = max(1, min(prompts, samples // each))
+    return chosen, max(1, min(seeds, samples // chosen))
+
+
+def network_kl(
+    backend: Backend, prompts: Sequence[str], seeds: int, samples: int, seed: int, *, method: str = "auto"
+) -> NetworkKL:
+    """Measure the KL of a network on noises of the comparison.
+
+    Args:
+        backend: the backend, with its adapter loaded.
+        prompts: the comparison's prompts.
+        seeds: its noises a prompt.
+        samples: noises to measure on, at most.
+        seed: the seed of the comparison.
+        method: the method of `hnkit.figures.measure`.
+    """
+    chosen, each = rows_within(len(prompts), seeds, samples)
+    asked = list(prompts[:chosen]) * each
+    noise = torch.cat([base_noise(backend, seed, index, chosen) for index in range(each)])
+    f = ConditionedMap(backend.hypernetwork, backend.encode(asked))
+    noise = noise.to(next(backend.hypernetwork.parameters()).device)
+    found = measure(f, noise, method=method, prompts=asked, generator=generator_for(seed, "compare probes"))
+    return NetworkKL(chosen, each, found.to_json(), tuple(found.per_sample.tolist()))
