@@ -87,6 +87,7 @@ def test_every_table_is_filled(finished):
     assert gains["reno"] >= 0
     page = (out / "report.html").read_text()
     assert "Table 1" in page
+    assert "No frontier of reward per nat: prompt 0: base samples of shape (4,)" in page
     assert page.count("data:image/png;base64") >= 3
     assert json.loads((out / "report.json").read_text())["table_1"] == json.loads(json.dumps(document["table_1"]))
     assert lead(document)
