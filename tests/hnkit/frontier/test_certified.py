@@ -51,7 +51,8 @@ def test_kl_and_rewards_may_be_of_independent_samples():
     generator, shift, alpha = torch.Generator().manual_seed(0), 1.0, 1.0
     kl, steered, base = shifted(12, 6, 400, shift, generator)
     other, _, _ = shifted(12, 4, 400, shift, generator)
-    paired, apart = gap_lower_bound(kl, steered, base, alpha), gap_lower_bound(other, steered, base, alpha, paired=False)
+    paired = gap_lower_bound(kl, steered, base, alpha)
+    apart = gap_lower_bound(other, steered, base, alpha, paired=False)
     assert paired.stderr == pytest.approx(0.0, abs=1e-12)  # x shift - x / alpha is constant
     assert apart.stderr == pytest.approx(math.sqrt(1 / 6 + 1 / 4) / math.sqrt(12), rel=0.25)
     assert apart.estimate == pytest.approx(paired.estimate, abs=6 * apart.stderr)

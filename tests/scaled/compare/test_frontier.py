@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from hnkit.frontier import Frontier
-from hnkit.scaled.compare.baselines import Cost
 from hnkit.kl import noise_kl
+from hnkit.scaled.compare.baselines import Cost
 from hnkit.scaled.compare.evaluation import Evaluation, Row, base_noise
 from hnkit.scaled.compare.frontier import base_rewards, frontier_part, frontier_table, network_gap
 from hnkit.scaled.compare.nats import NetworkKL, network_kl, rows_within
