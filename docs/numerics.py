@@ -187,6 +187,8 @@ def _of_maps(name: str, dtype: torch.dtype) -> list[Row]:
     total = [frobenius(value) ** 2 / 2 + e_term(jacobian) for value, jacobian in truth]
     problem = _Still()
     gap = hnkit.optimality_gap(problem, f, x, form="stein")
+    with torch.no_grad():
+        injected = hnkit.injected_bound(f(x), hnkit.NoiseInjection(0.25))
     found = [
         Row("dense_jacobian", "tanh network", name, _name(J.dtype),
             max(_largest(J[i], truth[i][1]) for i in range(ROWS))),
@@ -202,6 +204,8 @@ def _of_maps(name: str, dtype: torch.dtype) -> list[Row]:
         Row("lipschitz_upper", "tanh network", name, _name(type(upper.value)), _error(upper.value, largest)),
         Row("NoiseLoss", "exact", name, _name(loss.total.dtype),
             max(_error(loss.total[i], total[i]) for i in range(ROWS))),
+        Row("injected_bound", "a quarter injected", name, _name(type(injected.nats.value)),
+            _error(injected.nats.value, 3 * half)),
         Row("optimality_gap", "zero reward", name, _name(gap.per_sample.dtype), _error(gap.value, kl)),
     ]  # fmt: skip
     report = hnkit.verify_bound(f, (DIM,), samples=ROWS, seed=0)
@@ -331,6 +335,8 @@ def edges() -> list[Edge]:
         Edge("noise_kl at x = nan", "NonFiniteError", lambda: _kl(_half, math.nan * x1)),
         Edge("NoiseLoss at d = 1, n = 1", "0.125", lambda: _loss(_half, x1)),
         Edge("NoiseLoss of no rows", "InputError", lambda: _loss(_half, x1[:0])),
+        Edge("injected_bound of one row", "0.5 ± unknown", lambda: str(k.injected_bound(x1, k.NoiseInjection()).nats)),
+        Edge("injected_bound of no rows", "InputError", lambda: k.injected_bound(x1[:0], k.NoiseInjection())),
         Edge("verify_bound at d = 1, n = 1", "no check fails", lambda: _verdict(_sign)),
     ]  # fmt: skip
 

@@ -40,6 +40,7 @@ _API = {
     ),
     # training, and how far from the target it ends
     "loss": ("NoiseLoss", "LossTerms"),
+    "injection": ("NoiseInjection", "injected_bound", "InjectedBound"),
     "tilt": ("TiltedProblem", "optimality_gap"),
     "frontier": ("Frontier", "gap_lower_bound", "nats_lower_bound"),
     # generators and rewards

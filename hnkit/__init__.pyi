@@ -17,6 +17,9 @@ from hnkit.errors import NotCertifiedError as NotCertifiedError
 from hnkit.frontier import Frontier as Frontier
 from hnkit.frontier import gap_lower_bound as gap_lower_bound
 from hnkit.frontier import nats_lower_bound as nats_lower_bound
+from hnkit.injection import InjectedBound as InjectedBound
+from hnkit.injection import NoiseInjection as NoiseInjection
+from hnkit.injection import injected_bound as injected_bound
 from hnkit.internal.stats import Estimate as Estimate
 from hnkit.jacobian import RowJacobian as RowJacobian
 from hnkit.jacobian import check_map as check_map

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hnkit.errors import InputError
+from hnkit.injection import NoiseInjection, deployed_noise
 from hnkit.internal.values import reason_of
 from hnkit.maps import Condition, ConditionedMap, NoiseMap
 
@@ -91,17 +92,28 @@ class Steered:
     images: Tensor
 
 
-def steer(backend: Backend, noise: Tensor, condition: Condition, steps: int = 1) -> Steered:
-    """Images of `x + f(x)` under one condition a row: `g(x + f(x))`, eq. 6 of arXiv 2508.09968.
+def steer(
+    backend: Backend,
+    noise: Tensor,
+    condition: Condition,
+    steps: int = 1,
+    *,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Steered:
+    """Images of `x + f(x)` under one condition a row, `g(x + f(x))`, eq. 6 of arXiv 2508.09968; or as it was trained.
 
     Args:
-        backend: its hypernetwork is f, its generator g.
+        backend: its hypernetwork is f, its generator g; what it injects is injected here.
         noise: x, `(n, *noise_shape)`.
         condition: the condition of every row.
         steps: sampler steps of the generator.
+        generators: the generator of each image, on whose state injected noise depends; it is left as it is.
+
+    Raises:
+        InputError: noise is injected and there are no generators.
     """
     delta = ConditionedMap(backend.hypernetwork, condition)(noise)
-    moved = noise + delta.to(noise.dtype)
+    moved, delta = deployed_noise(completed(backend).injection, noise, delta, generators)
     return Steered(delta, moved, backend.generate(moved, condition, steps))
 
 
@@ -118,6 +130,8 @@ class BackendBase(ABC):
         max_steps: the most sampler steps of `generate`; `None`: any number.
         default_reward: what is trained on when no reward is named.
         problem: the `TiltedProblem` whose generator and reward these are, where the tilted law is known.
+        injection: how the hypernetwork is deployed, set by training and by `load_adapter`; `None`: as `x + f(x)`.
+        records_injection: whether adapters keep `injection`, without which none is trained with it.
     """
 
     name: str
@@ -127,6 +141,8 @@ class BackendBase(ABC):
     max_steps: int | None = None
     default_reward: Reward | None = None
     problem: Any = None
+    injection: NoiseInjection | None = None
+    records_injection: bool = False
 
     prompts: Callable[[], tuple[list[str], list[str]]] | None = None
     """`prompts()`: training prompts and held-out ones of the backend's own, disjoint."""

@@ -36,6 +36,7 @@ from hnkit.prompts import file_and_column
 
 if TYPE_CHECKING:
     from hnkit.backend import BackendFactory
+    from hnkit.injection import NoiseInjection
 
 Scalar = bool | int | float | str
 CONFIG_FILE = "config.toml"
@@ -54,6 +55,12 @@ class TrainConfig:
         kl: the KL term of `NoiseLoss`.
         alpha: temperature of the tilt, in units of the reward.
         reduction: `"sum"` over the noise dimensions, or `"mean"`, which hides a factor d in alpha.
+        injection: share `1 - a^2` of the noise that is drawn afresh, in training and wherever the adapter is used:
+            `x_hat = a (x + f) + sqrt(1 - a^2) eps`, whose KL is at most `a^2 E|f|^2 / (2 (1 - a^2))`; 0 is none.
+        max_delta: bound on `|f|` with injected noise, to which longer deltas are scaled down; 0 is none.
+        draws: draws of injected noise for each sample of a step, each a pass of the generator.
+        reward_gradient: `"pathwise"`, through reward and generator, or `"score-function"`, which needs values of the
+            reward alone: with injected noise and 2 draws or more.
         noise: `"fresh"` noise for every sample; one for each optimiser `"step"`, shared by all its prompts, as in the
             published code; or one `"fixed"` noise for each training prompt.
         generator_steps: sampler steps of the generator during training.
@@ -92,6 +99,10 @@ class TrainConfig:
     kl: Literal["l2", "second-order", "arnoldi", "exact"] = setting("l2", flags=())
     alpha: float = setting(1.0, above=0, flags=())
     reduction: Literal["sum", "mean"] = setting("sum", flags=())
+    injection: float = setting(0.0, least=0, below=1)
+    max_delta: float = setting(0.0, least=0)
+    draws: int = setting(1, least=1)
+    reward_gradient: Literal["pathwise", "score-function"] = "pathwise"
     noise: Literal["fresh", "step", "fixed"] = "fresh"
     generator_steps: int = setting(1, least=1)
     steps: int = setting(1000, least=1, flags=())
@@ -131,6 +142,34 @@ class TrainConfig:
                 f"train.batch = {self.batch} is not a multiple of train.accumulate = {self.accumulate}: "
                 "batch counts the samples of one optimiser step, all micro-batches together"
             )
+        if self.injection:
+            if self.objective == "direct":
+                raise InputError("train.injection with train.objective = 'direct', which moves no noise: leave one out")
+            if self.kl != "l2":
+                raise InputError(
+                    f"train.injection with train.kl = {self.kl!r}: its KL is bounded by 'l2', leave kl out"
+                )
+        elif named := [name for name in ("max_delta", "draws", "reward_gradient") if self._set(name)]:
+            raise InputError(
+                f"train.{named[0]} = {getattr(self, named[0])!r} without train.injection, which it is about: give the "
+                "share of the noise that is drawn afresh, such as 0.5"
+            )
+        if self.reward_gradient == "score-function" and self.draws < 2:
+            raise InputError("train.reward_gradient = 'score-function' needs a baseline: give train.draws = 2 or more")
+
+    def _set(self, name: str) -> bool:
+        """Whether a setting is not at its default."""
+        default = {item.name: item.default for item in dataclasses.fields(self)}[name]
+        return bool(getattr(self, name) != default)
+
+    @property
+    def deployment(self) -> NoiseInjection | None:
+        """How the hypernetwork is deployed, in training as in use; `None`: as `x + f(x)`."""
+        if not self.injection:
+            return None
+        from hnkit.injection import NoiseInjection
+
+        return NoiseInjection(self.injection, self.max_delta or None)
 
 
 @dataclass(frozen=True)

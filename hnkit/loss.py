@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hnkit.errors import InputError
+from hnkit.injection import Generators, NoiseInjection, fresh_noise
 from hnkit.internal.seeds import check_generator
 from hnkit.internal.values import number
 from hnkit.jacobian import (
@@ -32,6 +33,8 @@ KLTerm = Literal["l2", "second-order", "arnoldi", "exact"]
 KL_TERMS: tuple[KLTerm, ...] = ("l2", "second-order", "arnoldi", "exact")
 Reduction = Literal["sum", "mean"]
 REDUCTIONS: tuple[Reduction, ...] = ("sum", "mean")
+RewardGradient = Literal["pathwise", "score-function"]
+REWARD_GRADIENTS: tuple[RewardGradient, ...] = ("pathwise", "score-function")
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,9 @@ class LossTerms:
     Attributes:
         total: `(n,)`; its mean is what to minimise.
         kl: `(n,)`, the KL term as it enters `total`: nats, or nats per dimension under the reduction "mean".
-        reward: `(n,)`, the reward as it was returned.
-        x_hat: `(n, *shape)`, the moved noise `x + f(x)`.
+        reward: `(n,)`, the reward as it was returned, the mean over the draws of injected noise; with score-function
+            gradients its gradient is that estimate, whatever the reward's own.
+        x_hat: `(n, *shape)`, the moved noise: `x + f(x)`, or the first draw of `a (x + f(x)) + sqrt(1 - a^2) eps`.
         solve_error: `(n,)`, estimated relative error of the linear solve behind the gradient of E(J); 0 where there
             is none.
     """
@@ -56,7 +60,7 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class NoiseLoss:
-    """`KL term - r(g(x + f(x))) / alpha` per sample, at least in float32.
+    """`KL term - r(g(x_hat)) / alpha` per sample, at least in float32; `x_hat = x + f(x)` unless noise is injected.
 
     The KL term is `|f|^2/2` ("l2", eq. 11 of the paper), plus an unbiased estimate of `tr(J^2)/2` ("second-order"), or
     of `E(J)` up to the truncation of a Krylov space ("arnoldi"), or `E(J)` itself ("exact": d products per sample, for
@@ -64,6 +68,11 @@ class NoiseLoss:
     that of `<w, dJ v>` with `(I + J^T) w = J^T v` (w = J^T v for second order), whose mean over probes is
     `tr[J (I + J)^-1 dJ] = dE(J)`. That needs `I + J` invertible, not a norm below 1: rows with a local norm of 1 or
     more are trained on as the others, only without a bound of the truncation. Backward passes are reverse over reverse.
+
+    With `injection` the generator is given `x_hat = a (x + f(x)) + sqrt(1 - a^2) eps` with fresh `eps`, and the KL
+    term is the proved bound `a^2 |f|^2 / (2 (1 - a^2))`, at `a^2 = 1/2` the L2 term. Given x, `x_hat` is Gaussian of
+    mean `a (x + f(x))`, so that a reward needs no gradient ("score-function"): for draws `k = 1..m` with rewards `r_k`,
+    `(a / sqrt(1 - a^2)) mean_k (r_k - mean_{j != k} r_j) <eps_k, df>` is an unbiased estimate of `d E[r]`.
 
     Args:
         kl: "l2", "second-order", "arnoldi" or "exact".
@@ -74,11 +83,16 @@ class NoiseLoss:
         tolerance: relative residual that adaptive steps aim at.
         max_steps: limit of the adaptive steps.
         probe: law of the probes.
+        injection: how much noise is injected, in training as in use; `None`: none. It goes with `kl="l2"` alone.
+        draws: draws of injected noise for each sample, each a pass of the generator; the reward is their mean.
+        reward_gradient: "pathwise": through reward and generator; "score-function": from the values of the reward
+            alone, with a leave-one-out baseline over 2 draws or more.
 
     Raises:
         InputError: an argument is out of range.
 
-    Source: arXiv 2508.09968, eq. 8, 11 and 65; `proofs/gradient_surrogate`.
+    Source: arXiv 2508.09968, eq. 8, 11 and 65; `proofs/gradient_surrogate`, `proofs/injected_noise`. Score functions:
+    Williams 1992, doi 10.1007/BF00992696; the leave-one-out baseline: Kool et al. 2019.
     """
 
     kl: KLTerm = "l2"
@@ -89,6 +103,9 @@ class NoiseLoss:
     tolerance: float = 1e-3
     max_steps: int = 32
     probe: Probe = "rademacher"
+    injection: NoiseInjection | None = None
+    draws: int = 1
+    reward_gradient: RewardGradient = "pathwise"
     _known: Acquaintances = field(default_factory=Acquaintances, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -104,10 +121,20 @@ class NoiseLoss:
             raise InputError(f"alpha {self.alpha!r} is not a positive number: give a temperature above 0")
         if not 0 < self.tolerance < 1:
             raise InputError(f"tolerance {self.tolerance!r} is not in (0, 1): give a relative residual such as 1e-3")
-        for name in ("probes", "steps", "max_steps"):
+        if self.reward_gradient not in REWARD_GRADIENTS:
+            accepted = ", ".join(REWARD_GRADIENTS)
+            raise InputError(f"unknown reward_gradient {self.reward_gradient!r}: accepted are {accepted}")
+        for name in ("probes", "steps", "max_steps", "draws"):
             count = getattr(self, name)
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
                 raise InputError(f"{name} {count!r} is not a positive whole number: give 1 or more")
+        if self.injection is not None and self.kl != "l2":
+            raise InputError(f"kl {self.kl!r} with injected noise: its KL is bounded by the L2 term alone, use kl 'l2'")
+        if self.injection is None and (self.draws > 1 or self.reward_gradient != "pathwise"):
+            what = f"draws {self.draws}" if self.draws > 1 else f"reward_gradient {self.reward_gradient!r}"
+            raise InputError(f"{what} without injected noise, which it is about: give injection=NoiseInjection(0.5)")
+        if self.reward_gradient == "score-function" and self.draws < 2:
+            raise InputError("reward_gradient 'score-function' with one draw has no baseline: give draws=2 or more")
 
     def effective_alpha(self, dim: int) -> float:
         """The temperature of the tilted law that this loss aims at, for noise of `dim` entries.
@@ -123,7 +150,7 @@ class NoiseLoss:
         generate: Callable[[Tensor], Tensor],
         reward: Callable[[Tensor], Tensor],
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> LossTerms:
         """Evaluate the loss on a batch; `terms.total.mean().backward()` gives its gradient in f's parameters.
 
@@ -135,9 +162,9 @@ class NoiseLoss:
         Args:
             f: the noise hypernetwork, batch-first, rows independent.
             x: `(n, *shape)` base noise; no gradient flows into it.
-            generate: noise `(n, *shape)` to outputs, differentiable.
-            reward: outputs to `(n,)`, differentiable.
-            generator: the generator of the probes.
+            generate: noise `(n, *shape)` to outputs, differentiable; it is called once for each draw, with all rows.
+            reward: outputs to `(n,)`, differentiable unless its gradient is that of the score function.
+            generator: the generator of the probes, or of the injected noise, for which it may be one for each row.
 
         Raises:
             InputError: a map or reward of the wrong shape, a map whose rows depend on each other (batch normalisation
@@ -145,10 +172,14 @@ class NoiseLoss:
             NonFiniteError: f or a product is not finite; the sample is named.
         """
         check_batch(x)
-        check_generator(generator)
         x = x.detach()
         if self._known.meet(f, x.dtype):
             check_for_loss(f, x, products=self.kl != "l2")
+        if self.injection is not None:
+            return self._with_injection(self.injection, f, x, generate, reward, generator)
+        if isinstance(generator, Sequence):
+            raise InputError("a generator for each row is for injected noise: give one generator for the probes")
+        check_generator(generator)
         dim = x[0].numel()
         solve_error = torch.zeros(x.shape[0], device=x.device)
         if self.kl == "l2":
@@ -167,12 +198,37 @@ class NoiseLoss:
         if self.reduction == "mean":
             term = term / dim
         x_hat = x + delta.to(torch.promote_types(x.dtype, delta.dtype))
-        score = reward(generate(x_hat))
-        if not isinstance(score, Tensor) or score.shape != (x.shape[0],):
-            shape = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-            raise InputError(f"the reward returned {shape} for {x.shape[0]} outputs: it must return ({x.shape[0]},)")
-        score = score.to(torch.promote_types(score.dtype, torch.float32))
+        score = _scores(reward, generate(x_hat), len(x))
         return LossTerms(term - score / self.alpha, term, score, x_hat, solve_error)
+
+    def _with_injection(
+        self,
+        injection: NoiseInjection,
+        f: NoiseMap,
+        x: Tensor,
+        generate: Callable[[Tensor], Tensor],
+        reward: Callable[[Tensor], Tensor],
+        generator: Generators,
+    ) -> LossTerms:
+        """The terms where noise is injected: a bound of the KL, and rewards averaged over its draws."""
+        delta = injection.clipped(evaluate(f, x))
+        delta = delta.to(torch.promote_types(torch.promote_types(x.dtype, delta.dtype), torch.float32))
+        term = injection.nats(delta)
+        if self.reduction == "mean":
+            term = term / x[0].numel()
+        noises = [fresh_noise(x, generator) for _ in range(self.draws)]
+        moved = [injection.moved(x, delta, eps) for eps in noises]
+        if self.reward_gradient == "pathwise":
+            score = torch.stack([_scores(reward, generate(x_hat), len(x)) for x_hat in moved]).mean(0)
+        else:
+            with torch.no_grad():
+                scores = torch.stack([_scores(reward, generate(x_hat.detach()), len(x)) for x_hat in moved])
+            # r_k - mean_{j != k} r_j = m / (m - 1) (r_k - mean_j r_j), and the baseline of a draw never saw its eps.
+            advantage = (scores - scores.mean(0)) * (self.draws / (self.draws - 1))
+            along = torch.stack([(eps * delta).flatten(1).sum(1) for eps in noises])
+            surrogate = (injection.kept / injection.injected) * (advantage * along).mean(0)
+            score = scores.mean(0) + (surrogate - surrogate.detach())
+        return LossTerms(term - score / self.alpha, term, score, moved[0], torch.zeros(len(x), device=x.device))
 
     def _probed_error(
         self, operator: RowJacobian, f: NoiseMap, x: Tensor, generator: torch.Generator | None
@@ -242,6 +298,15 @@ def _gmres(space: KrylovSpace) -> tuple[Tensor, Tensor]:
     coefficients = torch.linalg.solve_triangular(R, projected[:, :, None], upper=True)[:, :, 0]
     residual = right - torch.einsum("rkm,rm->rk", system, coefficients)
     return coefficients, ratio(residual.norm(dim=1), right.norm(dim=1))
+
+
+def _scores(reward: Callable[[Tensor], Tensor], outputs: Tensor, rows: int) -> Tensor:
+    """The reward of every output, in float32 at least."""
+    score = reward(outputs)
+    if not isinstance(score, Tensor) or score.shape != (rows,):
+        shape = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        raise InputError(f"the reward returned {shape} for {rows} outputs: it must return ({rows},)")
+    return score.to(torch.promote_types(score.dtype, torch.float32))
 
 
 def _exact_error(operator: RowJacobian, f: NoiseMap, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors"},
-    {"internal", "maps", "bounds"},
+    {"internal", "maps", "bounds", "injection"},
     {"jacobian", "logdet", "backend", "prompts", "output"},
     {"linalg", "config", "generate"},
     {"lipschitz", "rewards", "adapters"},

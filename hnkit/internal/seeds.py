@@ -33,6 +33,12 @@ def image_seed(seed: int, prompt: str, index: int) -> int:
     return derived_seed(seed, f"image/{index}/{prompt}")
 
 
+def forked(generator: torch.Generator, purpose: str) -> torch.Generator:
+    """A CPU generator that depends on the state of another and on the purpose alone; the other is left as it is."""
+    digest = hashlib.sha256(generator.get_state().numpy().tobytes()).hexdigest()
+    return generator_for(0, f"{purpose}/{digest}")
+
+
 def seed_global(seed: int, purpose: str, *position: int) -> None:
     """Seed every global generator, for models and rewards that draw from one behind our back."""
     value = derived_seed(seed, purpose, *position)

@@ -75,6 +75,10 @@ class SampleStream:
         torch.randint(0, 2, (start, math.prod(self.shape)), generator=generator)
         return generator
 
+    def injection_generators(self, step: int, start: int, stop: int) -> list[torch.Generator]:
+        """The generator of the injected noise of each of the rows `start` to `stop` of a step."""
+        return [generator_for(self.seed, "injected noise", step, row) for row in range(start, stop)]
+
     def epoch(self, step: int) -> float:
         """Passes over the training prompts made by the start of step `step`."""
         return step * self.batch / len(self.prompts)

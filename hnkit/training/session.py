@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hnkit.backend import BackendBase, backend_factory, completed
 from hnkit.config import RunConfig
 from hnkit.errors import ExpansiveMapError, InputError, NonFiniteError
+from hnkit.injection import Generators
 from hnkit.internal.seeds import seed_global
 from hnkit.internal.versions import code_digest
 from hnkit.loss import NoiseLoss
@@ -99,7 +100,20 @@ class Session:
             self.training_prompts,
             settings.noise,
         )
-        self.loss = NoiseLoss(kl=settings.kl, alpha=settings.alpha, reduction=settings.reduction)
+        if settings.injection and not backend.records_injection:
+            raise InputError(
+                f"train.injection = {settings.injection:g}: adapters of backend {config.backend!r} do not record "
+                "injected noise, and would be used without it: leave it out"
+            )
+        backend.injection = settings.deployment
+        self.loss = NoiseLoss(
+            kl=settings.kl,
+            alpha=settings.alpha,
+            reduction=settings.reduction,
+            injection=settings.deployment,
+            draws=settings.draws,
+            reward_gradient=settings.reward_gradient,
+        )
         self.optimizer = build_optimizer(settings, list(self.parameters.values()))
         self.average = WeightAverage(self.parameters, settings.ema) if settings.ema else None
         self.step = self.skipped = self.skipped_in_row = self.moved = 0
@@ -130,6 +144,9 @@ class Session:
         for reward in self.rewards.rewards:
             if reward.weight == 0:
                 continue
+            if settings.reward_gradient == "score-function":
+                score(reward, images, rows.prompts)
+                continue
             leaf = images.detach().clone().requires_grad_()
             with torch.enable_grad(), self._precision():
                 total = score(reward, leaf, rows.prompts).sum()
@@ -139,7 +156,9 @@ class Session:
             if gradient is None:
                 raise InputError(
                     f"reward {reward.name!r} passes no gradient to the images (it is constant, or computed under "
-                    "no_grad, with integers or outside torch): it would train nothing; report it with --heldout instead"
+                    "no_grad, with integers or outside torch): it would train nothing; train it from its values alone "
+                    "with --set train.reward_gradient=score-function --set train.injection=0.5 --set train.draws=4, or "
+                    "report it with --heldout"
                 )
             if not bool(gradient.any()):
                 self.view.say(
@@ -229,7 +248,8 @@ class Session:
 
         def reward(outputs: Tensor) -> Tensor:
             scores = self.rewards.scores(outputs, batch.prompts)
-            parts.update(scores.parts)
+            for name, part in scores.parts.items():  # one call for each draw of injected noise
+                parts[name] = parts.get(name, 0) + part / settings.draws
             return scores.total
 
         with self._precision():
@@ -238,8 +258,12 @@ class Session:
                 total, kl = -scores / settings.alpha, torch.zeros_like(scores)
             else:
                 f = ConditionedMap(self.network, condition)
-                probes = self.stream.probe_generator(step, start)
-                terms = self.loss(f, noise, generate, reward, generator=probes)
+                draws: Generators = (
+                    self.stream.injection_generators(step, start, stop)
+                    if settings.injection
+                    else self.stream.probe_generator(step, start)
+                )
+                terms = self.loss(f, noise, generate, reward, generator=draws)
                 total, kl, scores = terms.total, terms.kl, terms.reward
         if not scores.requires_grad:
             raise InputError(

@@ -24,6 +24,7 @@ from hnkit.config import (
     resolve_config,
     resume_command,
 )
+from hnkit.injection import NoiseInjection
 from hnkit.internal.values import described, field_types
 
 
@@ -402,3 +403,28 @@ def test_no_override_ever_raises_anything_but_an_input_error(key, value):
         except InputError as error:
             line = str(error)
         assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"injection": 1.0}, "train.injection = 1.0: accepted"),
+        ({"injection": 0.5, "kl": "exact"}, "train.injection with train.kl = 'exact'"),
+        ({"injection": 0.5, "objective": "direct"}, "moves no noise"),
+        ({"draws": 4}, "train.draws = 4 without train.injection"),
+        ({"max_delta": 2.0}, "train.max_delta = 2.0 without train.injection"),
+        ({"reward_gradient": "score-function"}, "'score-function' without train.injection"),
+        ({"reward_gradient": "score-function", "injection": 0.5}, "train.draws = 2 or more"),
+    ],
+)
+def test_injected_noise_is_asked_for_before_what_is_about_it(settings, words):
+    with pytest.raises(InputError) as caught:
+        TrainConfig(**settings)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_how_a_hypernetwork_is_deployed():
+    assert TrainConfig().deployment is None
+    assert TrainConfig(injection=0.5).deployment == NoiseInjection(0.5)
+    assert TrainConfig(injection=0.2, max_delta=3.0).deployment == NoiseInjection(0.2, 3.0)

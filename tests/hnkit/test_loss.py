@@ -3,12 +3,14 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import hnkit.loss
 from hnkit import InputError, NoiseLoss, NonFiniteError, log_det_error
+from hnkit.injection import NoiseInjection
 from hnkit.jacobian import RowJacobian, math_attention
 from hnkit.loss import KL_TERMS
 from tests.hnkit.functions import Slopes, f64
@@ -518,3 +520,139 @@ def test_value_at_jacobians_of_any_norm_in_one_batch(slopes):
     terms = NoiseLoss("arnoldi")(Slopes(torch.tensor(slopes, dtype=torch.float64)), x, identity, no_reward)
     assert terms.kl.tolist() == pytest.approx([s - math.log(abs(1 + s)) for s in slopes], rel=1e-11)
     assert terms.solve_error.tolist() == pytest.approx([0.0] * len(slopes), abs=1e-12)
+
+
+# --- injected noise ---------------------------------------------------------------------------------------------
+
+
+class Shift(nn.Module):
+    """`f(x) = slope x + shift` in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+        self.shift = nn.Parameter(torch.tensor(-0.4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slope * x + self.shift
+
+
+def cubic(y: Tensor) -> Tensor:
+    return (0.3 * y**3 - 0.7 * y**2 + y + 5).sum(1)
+
+
+def derivatives_of_the_mean(x: float, share: float, slope: float, shift: float) -> tuple[float, float]:
+    """`d/dslope` and `d/dshift` of `E[cubic(a ((1 + slope) x + shift) + b eps)]`, from the moments of a Gaussian."""
+    a, b2 = math.sqrt(1 - share), share
+    mean = a * ((1 + slope) * x + shift)
+    by_mean = 0.9 * (mean**2 + b2) - 1.4 * mean + 1  # E[cubic'(z)], z ~ N(mean, b^2)
+    return a * x * by_mean, a * by_mean
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+@pytest.mark.parametrize("gradient_of", ["pathwise", "score-function"])
+def test_the_gradient_of_the_mean_reward_is_exact_under_quadrature(monkeypatch, share, gradient_of):
+    """Two draws on a product grid of Gauss-Hermite nodes: their weighted mean is the expectation, with no sampling."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(7)
+    nodes, weights = torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+    first, second = torch.meshgrid(nodes, nodes, indexing="ij")
+    grid = [first.reshape(-1, 1), second.reshape(-1, 1)]
+    joint = torch.outer(weights, weights).flatten()
+    calls = iter(grid)
+    monkeypatch.setattr(hnkit.loss, "fresh_noise", lambda x, generator: next(calls))
+    f, alpha = Shift(), 0.5
+    x = torch.full((len(joint), 1), 0.8, dtype=torch.float64)
+    loss = NoiseLoss(alpha=alpha, injection=NoiseInjection(share), draws=2, reward_gradient=gradient_of)
+    terms = loss(f, x, identity, cubic)
+    found = gradient(f, (joint * terms.total).sum())
+    delta = 0.3 * 0.8 - 0.4
+    factor = (1 - share) / share * delta  # of a^2 delta^2 / (2 (1 - a^2))
+    by_slope, by_shift = derivatives_of_the_mean(0.8, share, 0.3, -0.4)
+    torch.testing.assert_close(found, f64(factor * 0.8 - by_slope / alpha, factor - by_shift / alpha))
+    torch.testing.assert_close(terms.total, terms.kl - terms.reward / alpha)
+    assert float(terms.kl[0].detach()) == pytest.approx(factor * delta / 2)
+
+
+@pytest.mark.parametrize("draws", [2, 3, 8])
+def test_the_score_function_is_unbiased(draws):
+    """Linear plus quadratic reward in four dimensions: 60 means against the closed form, |t| < 5.9 (2e-7 each)."""
+    f = nn.Linear(D, D, dtype=torch.float64)
+    with torch.no_grad():
+        f.weight.copy_(matrix("gaussian", 0.3, D))
+        f.bias.copy_(torch.arange(D) / 5)
+    x, share, alpha = noise(1, seed=3), 0.4, 0.7
+    H, w = torch.diag(f64(1.0, 0.5, -0.3, 2.0)), f64(1.0, -2.0, 0.5, 3.0)
+    loss = NoiseLoss(alpha=alpha, injection=NoiseInjection(share), draws=draws, reward_gradient="score-function")
+    repeats, batch = 60, 50
+    generator = torch.Generator().manual_seed(draws)
+    found = []
+    for _ in range(repeats):
+        terms = loss(f, x.expand(batch, D), identity, lambda y: y @ w - 0.5 * ((y @ H) * y).sum(1), generator=generator)
+        found.append(gradient(f, (terms.kl - terms.total).mean() * alpha))  # of the reward alone
+    a = math.sqrt(1 - share)
+    by_delta = a * (w - a * (x + f(x))[0] @ H).detach()
+    expected = torch.cat([torch.outer(by_delta, x[0]).flatten(), by_delta])
+    samples = torch.stack(found)
+    z = (samples.mean(0) - expected) / (samples.std(0) / math.sqrt(repeats))
+    assert float(z.abs().max()) < 5.9
+
+
+def test_the_baseline_takes_a_constant_out_of_the_reward():
+    f, x = mlp(), noise()
+    loss = NoiseLoss(injection=NoiseInjection(0.5), draws=3, reward_gradient="score-function")
+
+    def by(constant: float) -> Tensor:
+        generators = [torch.Generator().manual_seed(row) for row in range(len(x))]
+        terms = loss(f, x, identity, lambda y: linear_reward(y) + constant, generator=generators)
+        return gradient(f, terms.total.mean())
+
+    torch.testing.assert_close(by(0.0), by(1e4), rtol=1e-9, atol=1e-9)
+
+
+def test_a_row_s_injected_noise_does_not_depend_on_its_batch():
+    f, x = mlp(), noise()
+    loss = NoiseLoss(injection=NoiseInjection(0.5), draws=2)
+
+    def terms(rows: slice):
+        generators = [torch.Generator().manual_seed(row) for row in range(len(x))][rows]
+        return loss(f, x[rows], torch.tanh, linear_reward, generator=generators)
+
+    whole, part = terms(slice(0, 5)), terms(slice(2, 4))
+    torch.testing.assert_close(whole.reward[2:4], part.reward)
+    torch.testing.assert_close(whole.x_hat[2:4], part.x_hat)
+    delta = f(x[2:4])
+    torch.testing.assert_close(part.kl, delta.square().sum(1) / 2)
+    eps = (part.x_hat - math.sqrt(0.5) * (x[2:4] + delta)) / math.sqrt(0.5)
+    expected = torch.randn(D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    torch.testing.assert_close(eps[0], expected)
+
+
+def test_the_score_function_asks_for_values_alone():
+    f, x, seen = mlp(), noise(), []
+
+    def reward(y: Tensor) -> Tensor:
+        seen.append(y.requires_grad)
+        return torch.from_numpy((y.detach().numpy() > 0).sum(1).astype(float))
+
+    loss = NoiseLoss(injection=NoiseInjection(0.5), draws=4, reward_gradient="score-function")
+    terms = loss(f, x, identity, reward, generator=torch.Generator().manual_seed(0))
+    assert seen == [False] * 4
+    assert bool(gradient(f, -terms.reward.mean()).any())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"draws": 2}, "draws 2 without injected noise"),
+        ({"reward_gradient": "score-function"}, "'score-function' without injected noise"),
+        ({"reward_gradient": "none", "injection": NoiseInjection()}, "accepted are pathwise, score-function"),
+        ({"reward_gradient": "score-function", "injection": NoiseInjection()}, "give draws=2"),
+        ({"kl": "exact", "injection": NoiseInjection()}, "use kl 'l2'"),
+        ({"draws": 0, "injection": NoiseInjection()}, "draws 0"),
+    ],
+)
+def test_bad_options_of_injected_noise(options, words):
+    with pytest.raises(InputError, match=words):
+        NoiseLoss(**options)
+    with pytest.raises(InputError, match="for injected noise"):
+        NoiseLoss()(mlp(), noise(), identity, linear_reward, generator=[torch.Generator()])
