@@ -32,6 +32,7 @@ from hnkit.training.checkpoint import Checkpoint
 from hnkit.training.data import SampleStream
 from hnkit.training.optimize import (
     WeightAverage,
+    bounded_rows,
     build_optimizer,
     learning_rate,
     load_optimizer,
@@ -244,6 +245,8 @@ class Session:
         parts: dict[str, Tensor] = {}
 
         def generate(x: Tensor) -> Tensor:
+            if settings.reward_clip:  # what arrives is the gradient of -r / (alpha batch draws)
+                x = bounded_rows(x, settings.reward_clip / (settings.alpha * settings.batch * settings.draws))
             return self.backend.generate(x, condition, settings.generator_steps)
 
         def reward(outputs: Tensor) -> Tensor:

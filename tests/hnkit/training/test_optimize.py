@@ -12,6 +12,7 @@ from hnkit import InputError
 from hnkit.config import TrainConfig
 from hnkit.training.optimize import (
     WeightAverage,
+    bounded_rows,
     build_optimizer,
     learning_rate,
     load_optimizer,
@@ -29,6 +30,31 @@ def test_rates():
     assert learning_rate(linear, 10) == 0.0
     cosine = TrainConfig(lr=2.0, steps=8, schedule="cosine")
     assert [round(learning_rate(cosine, step), 12) for step in (0, 2, 4, 8)] == [2.0, 1.707106781187, 1.0, 0.0]
+
+
+def test_a_gradient_is_bounded_row_by_row_and_short_ones_pass_untouched():
+    x = torch.zeros(5, 2, 2, dtype=torch.float64, requires_grad=True)
+    directions = torch.randn(5, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([0.1, 2.9, 3.1, 4000.0, 0.0], dtype=torch.float64)
+    given = directions / directions.flatten(1).norm(dim=1)[:, None, None] * sizes[:, None, None]
+    bounded = bounded_rows(x, 3.0)
+    assert torch.equal(bounded, x)
+    (passed,) = torch.autograd.grad(bounded, x, given)
+    assert torch.equal(passed[[0, 1, 4]], given[[0, 1, 4]])
+    norms = passed.flatten(1).norm(dim=1)
+    assert norms[2:4].tolist() == pytest.approx([3.0, 3.0], rel=1e-14)
+    cosine = (passed * given).flatten(1).sum(1)[2:4] / norms[2:4] / sizes[2:4]
+    assert cosine.tolist() == pytest.approx([1.0, 1.0], rel=1e-14)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_not_made_finite(value):
+    x = torch.zeros(2, 3, requires_grad=True)
+    given = torch.ones(2, 3)
+    given[1, 2] = value
+    (passed,) = torch.autograd.grad(bounded_rows(x, 1.0), x, given)
+    assert bool(passed[0].isfinite().all())
+    assert not bool(passed[1].isfinite().all())
 
 
 def test_average_follows_its_recurrence():

@@ -25,14 +25,18 @@ import hnkit.training.session
 from hnkit import InputError
 from hnkit.config import resolve_config
 from hnkit.internal.folders import run_lock
+from hnkit.maps import ConditionedMap
 from hnkit.training import checkpoint
+from hnkit.training.processes import Processes
 from hnkit.training.run import train
-from hnkit.training.session import _chosen_prompts
+from hnkit.training.session import Session, _chosen_prompts
+from hnkit.training.view import TrainView
 from tests.hnkit.fake_backend import FakeBackend, FakeFactory
 from tests.hnkit.training.training_runs import (
     fake_config,
     interrupt_after,
     outcome,
+    quiet,
     records,
     resume,
     run,
@@ -74,7 +78,7 @@ def test_each_loss_learns_its_own_law(tmp_path, kl, nats, tolerance):
 VARIANTS = [
     ("kl=exact", "ema=0.9"),
     ("kl=second-order", "optimizer=sgd", "momentum=0.9", "nesterov=true", "lr=0.01", "noise=fixed"),
-    ("kl=l2", "accumulate=2", "warmup=5", "keep=1"),
+    ("kl=l2", "accumulate=2", "warmup=5", "keep=1", "reward_clip=0.5"),
 ]
 
 
@@ -235,6 +239,37 @@ def test_micro_batches_change_nothing(tmp_path):
     one, four = (load_file(tmp_path / name / "adapter/adapter.safetensors") for name in ("1", "4"))
     for name, value in one.items():
         assert float((value - four[name]).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_gradient_of_a_step_bounds_each_sample_s_reward(tmp_path, accumulate):
+    """Against the chain rule by hand: the reward's gradient of one row at a time, cut, then through the network."""
+    bound = 6.0
+    settings = ("batch=8", "clip=0", "alpha=0.7", f"reward_clip={bound}", f"accumulate={accumulate}")
+    session = Session(toy(*settings), Processes("cpu"), TrainView(quiet(), quiet=True))
+    with torch.no_grad():
+        for parameter in session.parameters.values():
+            parameter.add_(0.1)
+    session.gradients()
+    found = {name: parameter.grad.clone() for name, parameter in session.parameters.items()}
+    batch = session.stream.rows(0, 0, 8)
+    condition = session.backend.encode(batch.prompts)
+    f = ConditionedMap(session.network, condition)
+    cut, expected = 0, {name: torch.zeros_like(p) for name, p in session.parameters.items()}
+    for row in range(8):
+        delta = f(batch.noise)[row]
+        moved = (batch.noise[row] + delta).detach().requires_grad_()
+        outputs = session.backend.generate(moved[None], condition.select(torch.tensor([row])), 1)
+        (slope,) = torch.autograd.grad(session.rewards(outputs, batch.prompts[row : row + 1]).sum(), moved)
+        cut += float(slope.norm()) > bound
+        slope = slope * min(1.0, bound / float(slope.norm()))
+        total = (delta.square().sum() / 2 - (delta * slope).sum() / 0.7) / 8
+        shares = torch.autograd.grad(total, list(session.parameters.values()))
+        for name, share in zip(expected, shares, strict=True):
+            expected[name] += share
+    assert 0 < cut < 8
+    for name, gradient in found.items():
+        assert float((gradient - expected[name]).abs().max()) < 1e-12 * max(1.0, float(gradient.abs().max()))
 
 
 def test_two_processes_train_as_one(tmp_path):
