@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -13,12 +12,9 @@ import torch
 from hnkit.backend import BackendBase, RecordsOptions, backend_factory, completed
 from hnkit.config import CONFIG_FILE, RunConfig, make_options, parse_options, resolve_config
 from hnkit.errors import InputError
+from hnkit.internal.folders import adapter_folder
 
-
-def adapter_folder(folder: str | Path) -> Path:
-    """Where an adapter's files are: in the folder that is named, or, of a run folder, in its folder `adapter`."""
-    inside = Path(folder) / "adapter"
-    return inside if inside.is_dir() else Path(folder)
+__all__ = ["adapter_folder", "default_prompts", "load_trained"]
 
 
 def load_trained(
@@ -55,8 +51,8 @@ def load_trained(
             raise InputError(f"--adapter {adapter} was trained with --backend {config.backend}, not {name}")
         options = config.options
     elif isinstance(factory, RecordsOptions):
-        recorded = factory.adapter_options(weights)
-        options = make_options(partial(replace, recorded), parse_options(overrides, factory.options, "backend"))
+        given = parse_options(overrides, factory.options, "backend")
+        options = make_options(factory.options, {**factory.recorded(weights), **given})
     else:
         options = resolve_config(backend=name, overrides=overrides).options
     for item in fields(options):

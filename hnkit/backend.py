@@ -236,10 +236,10 @@ class BackendFactory(Protocol):
 
 @runtime_checkable
 class RecordsOptions(Protocol):
-    """A factory whose adapters record the options they were trained with."""
+    """A factory whose adapters record options that they were trained with."""
 
-    def adapter_options(self, folder: Path) -> Any:
-        """The options of a saved adapter, so that it loads without repeating them."""
+    def recorded(self, folder: Path) -> Mapping[str, Any]:
+        """The options that a saved adapter fixes, by name, so that it loads without repeating them."""
         ...
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tomli_w
 
 from hnkit.errors import InputError
+from hnkit.internal.folders import adapter_folder
 from hnkit.internal.values import (
     field_types,
     parse_text,
@@ -43,6 +44,8 @@ CONFIG_FILE = "config.toml"
 PERMISSIONS: dict[str, Scalar] = {"local_files_only": True}
 """Options that allow what a file must not switch on, with the value that allows nothing. They are taken from flags,
 and are not part of a run: a run folder that is passed on does not hold them."""
+PLACES = ("backend.model_id", "train.from_adapter", "train.prompts", "train.validation_prompts")
+"""Where a run finds what it is made from. A resumed run may find it elsewhere, if it is the same there."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class TrainConfig:
     """The table `[train]`: everything about a run that does not belong to the generator or the rewards.
 
     Attributes:
+        from_adapter: a trained adapter, or its run, to start from; empty: f = 0. Its rank, model and conditioning are
+            then the defaults of the backend's options.
         objective: `"hypernoise"` trains f on the noise; `"direct"` trains the backend's direct fine-tuning twin, the
             baseline. The latter's loss is `-reward / alpha` alone.
         kl: the KL term of `NoiseLoss`.
@@ -97,6 +102,7 @@ class TrainConfig:
         trackers: besides metrics.jsonl.
     """
 
+    from_adapter: str = setting("", flags=(), metavar="DIR", beside=True)
     objective: Literal["hypernoise", "direct"] = setting("hypernoise", flags=())
     kl: Literal["l2", "second-order", "arnoldi", "exact"] = setting("l2", flags=())
     alpha: float = setting(1.0, above=0, flags=())
@@ -239,7 +245,12 @@ class RunConfig:
 
     def to_toml(self) -> str:
         """The same as TOML; `resolve_config(config_file=...)` reads it back to an equal record."""
-        return "# The resolved configuration of this run.\n\n" + tomli_w.dumps(self.to_dict())
+        return config_toml(self.to_dict())
+
+
+def config_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """The tables of a resolved configuration as they stand in `config.toml`."""
+    return "# The resolved configuration of this run.\n\n" + tomli_w.dumps(tables)
 
 
 def resolve_config(
@@ -294,6 +305,7 @@ def resolve_config(
     flags = {"rewards": rewards, "heldout": heldout}
 
     merged: dict[str, dict[str, Any]] = {"train": {}, "backend": {}, "rewards": {}, "heldout": {}}
+    chosen: dict[str, Any] = {}  # of the backend's options, those that a file or a flag gives
     layers: list[tuple[str, Path | None, dict[str, dict[str, Any]]]] = [
         *((where, None, tables) for where, tables in presets),
         *((str(file), file, tables) for file, tables in sources),
@@ -312,12 +324,16 @@ def resolve_config(
             else:
                 accepted = TrainConfig if table == "train" else factory.options
                 known = {key: value for key, value in entries.items() if (table, key) != ("backend", "name")}
-                merged[table] |= _beside(typed_values(known, accepted, place), accepted, path)
+                values = _beside(typed_values(known, accepted, place), accepted, path)
+                merged[table] |= values
+                chosen |= values if table == "backend" and (path is not None or where == "--set") else {}
     for table, given in flags.items():
         if given:
             specs = dict(parse_reward_flag(flag, _flag(table)) for flag in given)
             merged[table] = _confirmed(merged[table], specs, given) if resume is not None else specs
         merged[table] |= _set_rewards(set_tables[table], merged[table], table)
+    if resume is None and (start := merged["train"].get("from_adapter")):
+        merged["backend"] |= {**_recorded(factory, start), **chosen}
     options = make_options(factory.options, merged["backend"])
     return RunConfig(backend, options, TrainConfig(**merged["train"]), merged["rewards"], merged["heldout"])
 
@@ -426,6 +442,18 @@ def _preset_tables(factory: BackendFactory, name: str | None) -> list[tuple[str,
             tables.setdefault(table, {})[key] = value
         found.append((f"preset {preset}", tables))
     return found
+
+
+def _recorded(factory: BackendFactory, adapter: str) -> Mapping[str, Any]:
+    """The options that the adapter which training starts from fixes."""
+    from hnkit.backend import RecordsOptions
+
+    if not Path(adapter).is_dir():
+        raise InputError(
+            f"train.from_adapter {adapter} is not a folder: name the folder of a trained adapter, or its run"
+        )
+    folder = adapter_folder(adapter)
+    return factory.recorded(folder) if isinstance(factory, RecordsOptions) else {}
 
 
 def _override_tables(overrides: Sequence[str], factory: BackendFactory) -> dict[str, dict[str, Any]]:

@@ -275,5 +275,9 @@ class ToyFactory:
         """The options that a saved adapter was trained with, so that it can be loaded without repeating them."""
         return adapter_options(folder)
 
+    def recorded(self, folder: str | Path) -> dict[str, Any]:
+        """The same, by name."""
+        return dataclasses.asdict(adapter_options(folder))
+
 
 FACTORY = ToyFactory()

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from hnkit import __version__
-from hnkit.cli import backends, compare, frontier, generate, train, verify_bound
+from hnkit.cli import backends, compare, export, frontier, generate, train, verify_bound
 from hnkit.cli.options import NEWEST, Command, PlainHelp, command
 from hnkit.errors import InputError
 from hnkit.internal.streams import Droppable
@@ -142,6 +142,7 @@ def _register(name: str, module: ModuleType) -> None:
 
 _register("verify-bound", verify_bound)
 _register("train", train)
+_register("export", export)
 _register("generate", generate)
 _register("frontier", frontier)
 _register("compare", compare)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -21,8 +22,25 @@ from filelock import FileLock, Timeout
 
 from hnkit.errors import InputError
 from hnkit.internal.files import TEMPORARY, atomic_write, require_run_folder
+from hnkit.internal.values import printable
 
 LOCK, HOLDER = ".lock", ".lock-holder"
+CHECKPOINT_FILES = TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+"""What a checkpoint of a run consists of."""
+
+
+def adapter_folder(folder: str | Path) -> Path:
+    """Where an adapter's files are: in the folder that is named, or, of a run folder, in its folder `adapter`.
+
+    Raises:
+        InputError: it is a checkpoint, of which an adapter is made first.
+    """
+    folder = Path(folder)
+    if all((folder / name).is_file() for name in CHECKPOINT_FILES):
+        command = shlex.join(("hnkit", "export", "--checkpoint", printable(str(folder))))
+        raise InputError(f"{folder} is a checkpoint of a run: {command} makes an adapter of it")
+    inside = folder / "adapter"
+    return inside if inside.is_dir() else folder
 
 
 def require_plain(folder: Path, names: Iterable[str]) -> None:

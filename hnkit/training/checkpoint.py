@@ -25,10 +25,9 @@ from torch import Tensor
 
 from hnkit.errors import InputError
 from hnkit.internal.files import file_digest, read_sealed, write_sealed
-from hnkit.internal.folders import open_to_append, sweep_temporaries
+from hnkit.internal.folders import CHECKPOINT_FILES, MANIFEST, STATE, TENSORS, open_to_append, sweep_temporaries
 from hnkit.internal.values import finite
 
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 CHECKPOINTS = "checkpoints"
 _NAME = re.compile(r"step-(\d{8,})")
 _HALF = re.compile(r"\.step-\d{8,}\.(tmp|old)")
@@ -79,7 +78,7 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], state: 
         (temporary / STATE).write_bytes(_canonical(state))
         files = {name: file_digest(temporary / name) for name in (TENSORS, STATE)}
         (temporary / MANIFEST).write_bytes(_manifest(files))
-        for name in (TENSORS, STATE, MANIFEST, "."):
+        for name in (*CHECKPOINT_FILES, "."):
             _sync(temporary / name)
         _remove(final)
         os.rename(temporary, final)  # noqa: PTH104 - the plain rename is the atomic step
@@ -88,7 +87,7 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], state: 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in _folders(run)[keep:]:
-        if {path.name for path in old.iterdir()} <= {TENSORS, STATE, MANIFEST}:  # what somebody put there is kept
+        if {path.name for path in old.iterdir()} <= set(CHECKPOINT_FILES):  # what somebody put there is kept
             _remove(old)
     return final
 

@@ -126,8 +126,18 @@ class Recorder:
             return
         if self.best is None or loss < self.best["loss"]:
             best = dict(zip(_BEST_KEYS, (self.session.step, loss), strict=True))
-            config, evaluator, ending = self.session.config, self.evaluator, self.ending()
-            replace_folder(self.folder / BEST, lambda target: write_adapter(target, config, evaluator, ending))
+            session = self.session
+            replace_folder(
+                self.folder / BEST,
+                lambda target: write_adapter(
+                    target,
+                    session.config,
+                    session.backend,
+                    step=session.step,
+                    skipped=session.skipped,
+                    rewards={reward.name: reward.weight for reward in session.rewards.rewards},
+                ),
+            )
             self.best = best
 
     def behind(self) -> bool:

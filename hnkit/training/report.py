@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from hnkit.backend import BackendBase
 from hnkit.config import RunConfig
 from hnkit.errors import InputError
 from hnkit.figures import FIGURES
@@ -159,7 +160,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
         "best": ending.best,
         "noise_shape": list(evaluator.backend.noise_shape),
         "rewards": {reward.name: reward.weight for reward in evaluator.rewards.rewards},
-        "temperature": _temperature(config, evaluator),
+        "temperature": _temperature(config, evaluator.backend),
         "measurement": measurement,
         "not_measured": latest.get("not_measured"),
         "validation": validation,
@@ -168,7 +169,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
         "versions": versions(),
     }
     report = finite(report)
-    replace_folder(folder / ADAPTER, lambda target: _write_adapter(target, config, evaluator, report))
+    replace_folder(folder / ADAPTER, lambda target: _write_adapter(target, config, evaluator.backend, report))
     report["provenance"] = {**ending.provenance, "adapter": folder_digests(folder / ADAPTER)}
     pictures = []
     for plot in training_plots(records, problem, config.train):
@@ -183,24 +184,33 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
     return report
 
 
-def _write_adapter(target: Path, config: RunConfig, evaluator: Evaluator, report: Mapping[str, Any]) -> None:
-    evaluator.backend.save_adapter(target)
-    (target / "README.md").write_text(model_card(config, evaluator, report), encoding="utf-8")
+def _write_adapter(target: Path, config: RunConfig, backend: BackendBase, report: Mapping[str, Any]) -> None:
+    backend.save_adapter(target)
+    (target / "README.md").write_text(model_card(config, backend, report), encoding="utf-8")
 
 
-def write_adapter(target: Path, config: RunConfig, evaluator: Evaluator, ending: Ending) -> None:
+def write_adapter(
+    target: Path,
+    config: RunConfig,
+    backend: BackendBase,
+    *,
+    step: int,
+    skipped: int,
+    rewards: Mapping[str, float],
+    measurement: Mapping[str, Any] | None = None,
+) -> None:
     """Save the network as it is along the way, with a card that says what is known of it by then."""
     report = {
-        "step": ending.step,
-        "skipped": ending.skipped,
-        "rewards": {reward.name: reward.weight for reward in evaluator.rewards.rewards},
-        "temperature": _temperature(config, evaluator),
-        "measurement": None,
+        "step": step,
+        "skipped": skipped,
+        "rewards": rewards,
+        "temperature": _temperature(config, backend),
+        "measurement": measurement,
     }
-    _write_adapter(target, config, evaluator, report)
+    _write_adapter(target, config, backend, report)
 
 
-def model_card(config: RunConfig, evaluator: Evaluator, report: Mapping[str, Any]) -> str:
+def model_card(config: RunConfig, backend: BackendBase, report: Mapping[str, Any]) -> str:
     """The README.md of an adapter: what it was trained for, how far L2 is from the KL, and how to use it.
 
     It begins with the metadata block by which the Hugging Face Hub finds an adapter and links it to its base model.
@@ -215,13 +225,14 @@ def model_card(config: RunConfig, evaluator: Evaluator, report: Mapping[str, Any
         f"- Reward: {rewards}",
         f"- Training: {report['step']} steps of {config.train.batch} samples, loss with {_term(config)}, "
         f"seed {config.train.seed}, {report['skipped']} batches skipped",
+        *([f"- Started from: the adapter {config.train.from_adapter}"] if config.train.from_adapter else []),
         f"- {report['temperature']}",
     ]
     lines += [f"- {name}: {value}" for name, value, _ in _figures(report["measurement"])]
     lines += [f"- {_unmeasured(report)}"] if report.get("not_measured") else []
     options = {key: value for key, value in config.to_dict()["backend"].items() if key != "name"}
     arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    usage = evaluator.backend.usage
+    usage = backend.usage
     plain = (
         "from pathlib import Path",
         "from hnkit.backend import backend_factory",
@@ -231,17 +242,17 @@ def model_card(config: RunConfig, evaluator: Evaluator, report: Mapping[str, Any
     )
     code = usage() if usage is not None else "\n".join(plain)
     text = "\n".join([*lines, "", "## Use", "", "```python", code, "```", ""])
-    return str(ModelCard(f"---\n{_metadata(config, evaluator).to_yaml()}\n---\n\n{text}"))
+    return str(ModelCard(f"---\n{_metadata(config, backend).to_yaml()}\n---\n\n{text}"))
 
 
-def _metadata(config: RunConfig, evaluator: Evaluator) -> ModelCardData:
+def _metadata(config: RunConfig, backend: BackendBase) -> ModelCardData:
     model = str(config.to_dict()["backend"].get("model_id", ""))
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not Path(model).exists()
     return ModelCardData(
         base_model=model if hub else None,
         base_model_relation="adapter" if hub else None,
         library_name="hnkit",
-        pipeline_tag="text-to-image" if len(evaluator.backend.noise_shape) > 1 else None,
+        pipeline_tag="text-to-image" if len(backend.noise_shape) > 1 else None,
         tags=["noise-hypernetwork" if config.train.objective == "hypernoise" else "reward-fine-tuning", _PAPER],
     )
 
@@ -252,10 +263,10 @@ def _term(config: RunConfig) -> str:
     return "no divergence term" if term is None else f"the {term[1]}"
 
 
-def _temperature(config: RunConfig, evaluator: Evaluator) -> str:
+def _temperature(config: RunConfig, backend: BackendBase) -> str:
     if config.train.objective == "direct":
         return "direct fine-tuning: no KL term, so no tilted law is aimed at"
-    return alpha_sentence(config.train, torch.Size(evaluator.backend.noise_shape).numel())
+    return alpha_sentence(config.train, torch.Size(backend.noise_shape).numel())
 
 
 def _figures(measurement: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:

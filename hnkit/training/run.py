@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hnkit.config import CONFIG_FILE, RunConfig, differing_keys, resume_command
+from hnkit.config import CONFIG_FILE, PLACES, RunConfig, differing_keys, resume_command
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write, new_run_folder, require_run_folder
 from hnkit.internal.folders import require_plain, run_lock
@@ -77,7 +77,8 @@ def train(
     Args:
         config: the resolved configuration.
         out: a new folder; `None`: under `runs/`.
-        resume: the folder of a run to go on with; its configuration must be `config`, but for a larger `train.steps`.
+        resume: the folder of a run to go on with; its configuration must be `config`, but for a
+            larger `train.steps` and for where its model, prompts and starting adapter now lie.
         console: where progress goes; `None`: stderr.
 
     Returns:
@@ -139,6 +140,8 @@ def _opened(
         if start is not None:
             with written_here(folder):
                 session.restore(start)
+        if resume is not None:
+            processes.on_main(lambda: atomic_write(folder / CONFIG_FILE, config.to_toml()))
         stack.enter_context(Heartbeat(processes, lambda reason: watch.end_process(2, reason)))
         return _run(session, folder, start, stop, watch, stack)
     except OSError as error:
@@ -184,7 +187,6 @@ def _reopen(
         view.say(f"{folder} is finished: {config.train.steps} steps, nothing to do")
         return TrainResult(folder, report["step"], True, 0, report["skipped"], report)
     sweep(folder)
-    atomic_write(folder / CONFIG_FILE, config.to_toml())
     return checkpoint
 
 
@@ -193,6 +195,8 @@ def _require_same(saved: dict[str, Any], config: RunConfig, folder: Path) -> Non
     steps = saved["train"]["steps"]
     for dotted in differing_keys(saved, given):
         table, _, key = dotted.partition(".")
+        if dotted in PLACES:  # what is there is compared once it is loaded
+            continue
         if dotted == "train.steps" and config.train.steps > steps and config.train.schedule == "constant":
             continue
         advice = "a resumed run keeps its configuration"

@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ from hnkit.backend import BackendBase, backend_factory, completed
 from hnkit.config import RunConfig
 from hnkit.errors import ExpansiveMapError, InputError, NonFiniteError
 from hnkit.injection import Generators
+from hnkit.internal.folders import adapter_folder
 from hnkit.internal.seeds import seed_global
 from hnkit.internal.versions import code_digest
 from hnkit.loss import NoiseLoss
 from hnkit.maps import ConditionedMap
 from hnkit.prompts import read_prompts, require_disjoint, split_prompts
 from hnkit.rewards import load_rewards, score
-from hnkit.training.checkpoint import Checkpoint
+from hnkit.training.checkpoint import Checkpoint, folder_digests
 from hnkit.training.data import SampleStream
 from hnkit.training.optimize import (
     WeightAverage,
@@ -80,6 +82,16 @@ class Session:
                 f"train.generator_steps = {settings.generator_steps}: backend {config.backend!r} takes 1 to "
                 f"{backend.max_steps}"
             )
+        self._started_from: dict[str, str] | None = None
+        if settings.from_adapter:
+            start = adapter_folder(settings.from_adapter)
+            if not start.is_dir():
+                raise InputError(
+                    f"train.from_adapter {settings.from_adapter}: the adapter that the run started from is not there: "
+                    "restore it, or say with --from-adapter where it is"
+                )
+            self._started_from = folder_digests(start)
+            backend.load_adapter(start)
         require_trackers(settings.trackers)
         self.network: nn.Module = backend.hypernetwork
         self.parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
@@ -305,7 +317,12 @@ class Session:
         return hashlib.sha256(lists.encode()).hexdigest()
 
     def _provenance(self) -> dict[str, Any]:
-        return {"code": code_digest(), "model": self.base.model_digest(), "prompts": self.prompts_digest()}
+        return {
+            "code": code_digest(),
+            "model": self.base.model_digest(),
+            "prompts": self.prompts_digest(),
+            "from_adapter": self._started_from,
+        }
 
     @property
     def problem(self) -> str:
@@ -316,13 +333,17 @@ class Session:
         """Stand where the checkpoint was written.
 
         Raises:
-            InputError: the prompts, or the weights of the base model, are others than they were.
+            InputError: the prompts, the base model or the adapter that it started from are others than they were.
         """
         if checkpoint.state["prompts"] != self.prompts_digest():
             raise InputError("the prompts have changed since the checkpoint was written: restore them, or start anew")
         before, now = checkpoint.state["provenance"], self.provenance
-        if before["model"] != now["model"]:
-            raise InputError("the base model is not the one of the checkpoint: restore it, or start anew")
+        require_same_model(checkpoint.state, self.config, now["model"])
+        if before.get("from_adapter") != now["from_adapter"]:
+            raise InputError(
+                f"train.from_adapter {self.config.train.from_adapter} is not the adapter that the run started from: "
+                "restore it, or start anew"
+            )
         if before["code"] != now["code"]:
             self.view.say("the code of hnkit has changed since the checkpoint was written")
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "average": {}, "optimizer": {}}
@@ -341,6 +362,34 @@ class Session:
         advice = self.backend.memory_advice()
         more = f" ({advice})" if advice else ""
         return f"raise train.accumulate for smaller micro-batches, or lower train.batch{more}"
+
+
+def require_same_model(state: Mapping[str, Any], config: RunConfig, digest: str | None) -> None:
+    """Refuse another base model than that of a checkpoint: by its weights where they are known, else by its name.
+
+    A model folder may have been moved: the last part of its path is its name, and that of a model on the hub.
+
+    Args:
+        state: the state of the checkpoint.
+        config: the configuration it is gone on with.
+        digest: SHA-256 of the weights that it has loaded, if that is known.
+
+    Raises:
+        InputError: it is another model.
+    """
+    before = state["provenance"]["model"]
+    was, asked = (str(tables["backend"].get("model_id", "")) for tables in (state["config"], config.to_dict()))
+    if before is not None and digest is not None:
+        if before != digest:
+            raise InputError(
+                f"the base model {asked or 'of the backend'!r} is not the one of the checkpoint (its weights are "
+                "others): restore it, or start anew"
+            )
+    elif Path(was).name != Path(asked).name:
+        raise InputError(
+            f"the base model is {asked!r}, and that of the checkpoint {was!r}: a model that has been moved keeps its "
+            "name; restore it, or start anew"
+        )
 
 
 def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:

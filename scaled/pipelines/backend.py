@@ -200,7 +200,7 @@ class PipelineBackend(BackendBase):
             base=self._base,
             spec=self._spec,
             zero_base=zero_base,
-            guidance=self.options.guidance,
+            guidance=getattr(self.hypernetwork, "guidance", self.options.guidance),
             weights=lora_state(self._twin),
             conditioning={name: getattr(self.options, name) for name in self.family.conditioning},
         )

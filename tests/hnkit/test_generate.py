@@ -193,12 +193,12 @@ def test_a_guidance_that_is_not_finite_is_refused_before_the_model_is_loaded(her
 
     factory = FakeFactory(options=Guided)
     monkeypatch.setattr("hnkit.adapters.backend_factory", lambda _: factory)
-    factory.adapter_options = lambda _: Guided(guidance=float("nan"))
+    factory.recorded = lambda _: {"guidance": float("nan")}
     code, _, err = run(capsys, *COMMAND, "--out", "run")
     assert code == 2
     assert "guidance = nan" in err
     assert not factory.loaded
-    factory.adapter_options = lambda _: Guided(guidance=1.5, prompts=7)
+    factory.recorded = lambda _: {"guidance": 1.5, "prompts": 7}
     assert run(capsys, *COMMAND, "--set", "backend.device=cpu", "--out", "run")[0] == 0
     assert factory.loaded[0].options == Guided(guidance=1.5, prompts=7)  # another --set does not drop what is recorded
 
