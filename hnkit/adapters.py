@@ -14,7 +14,7 @@ from hnkit.config import CONFIG_FILE, RunConfig, make_options, parse_options, re
 from hnkit.errors import InputError
 from hnkit.internal.folders import adapter_folder
 
-__all__ = ["adapter_folder", "default_prompts", "load_trained"]
+__all__ = ["adapter_folder", "default_prompts", "load_trained", "local_files_only"]
 
 
 def load_trained(
@@ -65,6 +65,12 @@ def load_trained(
         return backend, None
     dim = torch.Size(backend.noise_shape).numel()
     return backend, config.train.alpha / (dim if config.train.reduction == "mean" else 1)
+
+
+def local_files_only(name: str, overrides: Sequence[str]) -> bool:
+    """The switch for what is loaded beside the backend: off where `--set backend.local_files_only=false` is given."""
+    given = parse_options(overrides, backend_factory(name).options, "backend")
+    return bool(given.get("local_files_only", True))
 
 
 def default_prompts(backend: BackendBase) -> list[str]:

@@ -41,11 +41,11 @@ class Backend(Protocol):
         """Images in [0, 1] (or a toy's outputs) of `noise`, differentiable in it; the weights are frozen."""
         ...
 
-    def save_adapter(self, folder: Path) -> None:
+    def save_adapter(self, folder: str | Path) -> None:
         """Write the trained part of `hypernetwork` to a new or empty folder, as safetensors."""
         ...
 
-    def load_adapter(self, folder: Path) -> None:
+    def load_adapter(self, folder: str | Path) -> None:
         """Read what `save_adapter` wrote; any missing or unmatched key raises `InputError`."""
         ...
 
@@ -168,11 +168,11 @@ class BackendBase(ABC):
         """See `Backend.generate`."""
 
     @abstractmethod
-    def save_adapter(self, folder: Path) -> None:
+    def save_adapter(self, folder: str | Path) -> None:
         """See `Backend.save_adapter`."""
 
     @abstractmethod
-    def load_adapter(self, folder: Path) -> None:
+    def load_adapter(self, folder: str | Path) -> None:
         """See `Backend.load_adapter`."""
 
     def prepare(self, prompts: Sequence[str]) -> None:  # noqa: B027 - nothing to prepare is the ordinary case
@@ -238,7 +238,7 @@ class BackendFactory(Protocol):
 class RecordsOptions(Protocol):
     """A factory whose adapters record options that they were trained with."""
 
-    def recorded(self, folder: Path) -> Mapping[str, Any]:
+    def recorded(self, folder: str | Path) -> Mapping[str, Any]:
         """The options that a saved adapter fixes, by name, so that it loads without repeating them."""
         ...
 

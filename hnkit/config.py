@@ -346,7 +346,7 @@ def make_options(build: Callable[..., Any], values: Mapping[str, Any]) -> Any:
         raise error if isinstance(error, InputError) else InputError(f"[backend] {error}") from error
 
 
-def resume_command(config: RunConfig, folder: Path) -> str:
+def resume_command(config: RunConfig, folder: str | Path) -> str:
     """The flags that go on with a run, as they are typed into a shell: code is named again, it is never in a file."""
     words = ["--resume", str(folder)]
     for table, specs in (("rewards", config.rewards), ("heldout", config.heldout)):
@@ -406,10 +406,10 @@ def differing_keys(one: Mapping[str, Mapping[str, Any]], two: Mapping[str, Mappi
     ]
 
 
-def read_tables(path: Path) -> dict[str, dict[str, Any]]:
+def read_tables(path: str | Path) -> dict[str, dict[str, Any]]:
     """The tables of a configuration file, unchecked but for their names; a missing or malformed file is one line."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"configuration {path} cannot be read ({error.strerror}): name a TOML file") from error
     except UnicodeDecodeError as error:

@@ -56,20 +56,20 @@ class GeneratePlan:
     model: str | None = None
     version: str = __version__
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: str | Path) -> None:
         """Make `folder` the folder of this run; leave to download is not written into it."""
         document = {**vars(self), "settings": asdict(self.settings), "overrides": split_permissions(self.overrides)[1]}
-        write_sealed(folder / PLAN, document)
+        write_sealed(Path(folder) / PLAN, document)
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: str | Path) -> Self:
         """The plan of a folder.
 
         Raises:
             InputError: no run of `generate` is there, or its plan is damaged.
         """
         try:
-            document = read_sealed(folder / PLAN)
+            document = read_sealed(Path(folder) / PLAN)
             if not isinstance(document, dict) or set(document) != {item.name for item in fields(cls)}:
                 raise ValueError("it has other keys")
             settings = GenerateSettings(**typed_values(document.pop("settings"), GenerateSettings, PLAN))
@@ -168,12 +168,12 @@ def generate_pairs(
     return document
 
 
-def prompt_folder(folder: Path, number: int) -> Path:
+def prompt_folder(folder: str | Path, number: int) -> Path:
     """Where the images of a prompt are."""
-    return folder / f"prompt-{number:03d}"
+    return Path(folder) / f"prompt-{number:03d}"
 
 
-def complete_prompts(folder: Path, plan: GeneratePlan) -> int:
+def complete_prompts(folder: str | Path, plan: GeneratePlan) -> int:
     """How many prompts of a run have all their images."""
     return sum((prompt_folder(folder, number) / "prompt.txt").is_file() for number in range(len(plan.prompts)))
 

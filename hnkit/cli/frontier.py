@@ -97,7 +97,7 @@ def run(options: Options) -> int:
 
 
 def _measured(options: Options) -> Any:
-    from hnkit.adapters import default_prompts, load_trained
+    from hnkit.adapters import default_prompts, load_trained, local_files_only
     from hnkit.config import CONFIG_FILE, parse_reward_flag, resolve_config
     from hnkit.frontier.measured import FrontierSettings, network_on_frontier
     from hnkit.prompts import read_prompts
@@ -121,7 +121,8 @@ def _measured(options: Options) -> Any:
     backend, trained = load_trained(name, adapter, options.overrides)
     prompts = read_prompts(options.prompts) if options.prompts is not None else default_prompts(backend)
     device = next(backend.hypernetwork.parameters()).device
-    rewards = load_rewards(specs, backend.default_reward, device)
+    local = local_files_only(name, options.overrides)
+    rewards = load_rewards(specs, backend.default_reward, device, local_files_only=local)
     alpha = trained if options.alpha is None else options.alpha
     return network_on_frontier(backend, rewards, prompts, settings, alpha=alpha)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -298,9 +299,10 @@ class PromptOptimisation:
 class TextGenerationProposer:
     """Proposals from a local transformers text-generation model (a folder or a cached hub name)."""
 
-    model_id: str
+    model_id: str | Path
     max_new_tokens: int = 60
     device: str = "cpu"
+    local_files_only: bool = True
     _loaded: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(
@@ -312,9 +314,10 @@ class TextGenerationProposer:
         from hnkit.scaled.internal.hub import pretrained
 
         if not self._loaded:
-            what = f"prompt proposer {self.model_id!r}"
-            self._loaded["tokenizer"] = pretrained(AutoTokenizer.from_pretrained, self.model_id, what=what)
-            model = pretrained(AutoModelForCausalLM.from_pretrained, self.model_id, what=what)
+            what = f"prompt proposer {str(self.model_id)!r}"
+            switch: dict[str, Any] = {"what": what, "local_files_only": self.local_files_only}
+            self._loaded["tokenizer"] = pretrained(AutoTokenizer.from_pretrained, self.model_id, **switch)
+            model = pretrained(AutoModelForCausalLM.from_pretrained, self.model_id, **switch)
             self._loaded["model"] = model.to(self.device).eval()
         tokenizer, model = self._loaded["tokenizer"], self._loaded["model"]
         scored = "\n".join(f"{score:.4f}: {text}" for text, score in history[:10])

@@ -33,10 +33,13 @@ def pixel_distance(images: Tensor) -> float:
 class DinoSimilarity:
     """Cosine of the CLS states of a DINO vision transformer, averaged over pairs; higher is less diverse."""
 
-    def __init__(self, model_id: str, *, size: int = 224, device: str = "cpu") -> None:
+    def __init__(
+        self, model_id: str | Path, *, size: int = 224, device: str = "cpu", local_files_only: bool = True
+    ) -> None:
         from transformers import AutoModel
 
-        model = pretrained(AutoModel.from_pretrained, model_id, what="DINO similarity")
+        what = "DINO similarity"
+        model = pretrained(AutoModel.from_pretrained, model_id, what=what, local_files_only=local_files_only)
         self.model: nn.Module = model.eval().requires_grad_(False).float().to(device)
         self.size = size
 
@@ -58,9 +61,9 @@ class Lpips(nn.Module):
     linear heads `lin{0..4}.weight` of shape `(1, c, 1, 1)`.
     """
 
-    def __init__(self, weights: Path) -> None:
+    def __init__(self, weights: str | Path) -> None:
         super().__init__()
-        what = "LPIPS"
+        what, weights = "LPIPS", Path(weights)
         if not weights.is_file():
             raise InputError(f"{what}: {weights} is not a file: give a safetensors file with AlexNet and LPIPS weights")
         convolutions = ((0, 3, 64, 11, 4, 2), (3, 64, 192, 5, 1, 2), (6, 192, 384, 3, 1, 1), (8, 384, 256, 3, 1, 1),

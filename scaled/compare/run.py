@@ -35,6 +35,7 @@ from hnkit.scaled.compare.baselines import (
     HyperNoise,
     Method,
     PromptOptimisation,
+    Proposer,
     ReNO,
     TextGenerationProposer,
 )
@@ -139,6 +140,7 @@ class _Session:
         self.base = completed(backend_factory(settings.backend).load(config.options))
         self.device = next(self.base.hypernetwork.parameters()).device
         local: bool = getattr(config.options, "local_files_only", True)
+        self.local_files_only = local
         rewards = load_rewards(config.rewards, self.base.default_reward, self.device, local_files_only=local)
         if not rewards.rewards:
             raise InputError(f"backend {settings.backend!r} has no default reward: --set rewards.NAME=WEIGHT")
@@ -146,6 +148,12 @@ class _Session:
         self.scorer = Scorer(rewards, heldout, self.base.judge)
         # the baselines climb what training maximises: the weighted sum, at weight one
         self.reward: Reward = CallableReward("reward", 1.0, rewards)
+        self.metrics: dict[str, Metric] = {"pixel_distance": pixel_distance}
+        if self.plan.dino:
+            dino = DinoSimilarity(self.plan.dino, device=str(self.device), local_files_only=local)
+            self.metrics["dino_similarity"] = dino
+        if self.plan.lpips:
+            self.metrics["lpips"] = Lpips(self.plan.lpips).to(self.device)
         self.networks: dict[str, Network] = {}
         self.candidates = {"best-of-2": 2, "best-of-4": 4, "best-of-n": self.plan.best_of}
         for chunk in slices(len(settings.prompts), self.plan.batch):
@@ -230,7 +238,9 @@ class _Session:
         if name == "reno":
             return ReNO(self.reward, iterations=plan.reno_iterations)
         if name == "prompt-optimisation":
-            propose = TextGenerationProposer(plan.proposer) if plan.proposer else self.base.propose
+            propose: Proposer | None = self.base.propose
+            if plan.proposer:
+                propose = TextGenerationProposer(plan.proposer, local_files_only=self.local_files_only)
             if propose is None:
                 raise InputError(
                     "method prompt-optimisation needs a proposer: --set compare.proposer=MODEL names a local "
@@ -302,11 +312,7 @@ class _Session:
     def _diversity(self) -> list[dict[str, Any]]:
         plan = self.plan
         prompts = self.settings.prompts[: plan.diversity_prompts]
-        metrics: dict[str, Metric] = {"pixel_distance": pixel_distance}
-        if plan.dino:
-            metrics["dino_similarity"] = DinoSimilarity(plan.dino, device=str(self.device))
-        if plan.lpips:
-            metrics["lpips"] = Lpips(Path(plan.lpips)).to(self.device)
+        metrics = self.metrics
         names = ["base", *[n for n in self.networks if n in ("hypernoise", "direct") or n.startswith("kl-")]]
         rows: list[dict[str, Any]] = []
         base_values: dict[str, list[float]] = {}

@@ -25,7 +25,7 @@ def model_folder() -> Path:
     return Path(__file__).resolve().parent / "model"
 
 
-def read_checksums(folder: Path) -> dict[str, str]:
+def read_checksums(folder: str | Path) -> dict[str, str]:
     """The list of files and their checksums.
 
     Args:
@@ -37,7 +37,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     Raises:
         InputError: The list is missing or a line of it cannot be read.
     """
-    path = folder / CHECKSUMS
+    path = Path(folder) / CHECKSUMS
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -54,18 +54,19 @@ def read_checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def write_checksums(folder: Path) -> None:
+def write_checksums(folder: str | Path) -> None:
     """Write the list for all files of a folder.
 
     Args:
         folder: A model folder.
     """
+    folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
     lines = [f"{file_digest(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def verified_folder(folder: Path | None = None) -> Path:
+def verified_folder(folder: str | Path | None = None) -> Path:
     """Locate a model folder and check every file in it.
 
     Args:
@@ -77,7 +78,7 @@ def verified_folder(folder: Path | None = None) -> Path:
     Raises:
         InputError: The folder or a file is missing, or a file does not match its checksum; the file is named.
     """
-    folder = model_folder() if folder is None else folder
+    folder = model_folder() if folder is None else Path(folder)
     if not folder.is_dir():
         raise InputError(f"the digits model is missing: no folder {folder}; reinstall hnkit")
     for name, expected in read_checksums(folder).items():

@@ -124,7 +124,7 @@ class Judge:
         self.reader = reader.eval().requires_grad_(False)
 
     @classmethod
-    def load(cls, path: Path) -> Judge:
+    def load(cls, path: str | Path) -> Judge:
         """Read the weights.
 
         Args:

@@ -109,7 +109,7 @@ class Legibility:
         return score
 
 
-def legibility(folder: Path | None = None) -> Legibility:
+def legibility(folder: str | Path | None = None) -> Legibility:
     """The bundled legibility reward.
 
     Args:
@@ -121,13 +121,13 @@ def legibility(folder: Path | None = None) -> Legibility:
     Raises:
         InputError: A bundled file is missing or damaged.
     """
-    folder = verified_folder() if folder is None else folder
+    folder = verified_folder() if folder is None else Path(folder)
     classifier = InkClassifier()
     classifier.load_state_dict(load_file(folder / LEGIBILITY_FILE))
     return Legibility(classifier)
 
 
-def scorer(folder: Path | None = None, *, weight: float = 1.0, device: str = "cpu") -> ClipReward:
+def scorer(folder: str | Path | None = None, *, weight: float = 1.0, device: str = "cpu") -> ClipReward:
     """The bundled contrastive scorer: CLIPScore by a small CLIP trained on scenes and sentences.
 
     Args:
@@ -141,7 +141,7 @@ def scorer(folder: Path | None = None, *, weight: float = 1.0, device: str = "cp
     Raises:
         InputError: A bundled file is missing or damaged.
     """
-    folder = verified_folder() if folder is None else folder
+    folder = verified_folder() if folder is None else Path(folder)
     reward = clipscore(weight=weight, model_id=str(folder / CLIP_FOLDER), device=device)
     reward.name = "digits-clip"
     return reward

@@ -34,7 +34,7 @@ _UNREADABLE = (
 that are more than tensors."""
 
 
-def local_folder(source: str) -> Path | None:
+def local_folder(source: str | Path) -> Path | None:
     """The folder that `source` names, `None` if it names none."""
     try:
         folder = Path(source).expanduser()
@@ -43,9 +43,9 @@ def local_folder(source: str) -> Path | None:
         return None
 
 
-def missing_model(what: str, source: str, cause: BaseException, *, local_files_only: bool = True) -> InputError:
+def missing_model(what: str, source: str | Path, cause: BaseException, *, local_files_only: bool = True) -> InputError:
     """The one line for a model that is neither a readable folder nor in the cache nor, where that is on, reachable."""
-    reason = reason_of(cause)
+    source, reason = str(source), reason_of(cause)
     if local_folder(source) is not None:
         return InputError(f"{what}: the folder {source} is not a readable model ({reason}): give a complete folder")
     fetched = "nothing is downloaded unasked" if local_files_only else f"it could not be fetched ({reason})"
@@ -71,7 +71,7 @@ def without_bars(*libraries: Any) -> Iterator[None]:
 
 
 def pretrained(
-    load: Callable[..., Loaded], source: str, *, what: str, local_files_only: bool = True, **kwargs: Any
+    load: Callable[..., Loaded], source: str | Path, *, what: str, local_files_only: bool = True, **kwargs: Any
 ) -> Loaded:
     """Call a library's `from_pretrained` on a folder or a hub name.
 
@@ -89,12 +89,12 @@ def pretrained(
 
     try:
         with without_bars(logging):
-            return load(source, local_files_only=local_files_only, **kwargs)
+            return load(str(source), local_files_only=local_files_only, **kwargs)
     except _UNREADABLE as error:
         raise missing_model(what, source, error, local_files_only=local_files_only) from error
 
 
-def hub_file(source: str, filename: str, *, what: str, local_files_only: bool = True) -> Path:
+def hub_file(source: str | Path, filename: str, *, what: str, local_files_only: bool = True) -> Path:
     """The path of one file of a local folder or of a hub repository: from the cache, or downloaded where that is on.
 
     Raises:
@@ -106,6 +106,6 @@ def hub_file(source: str, filename: str, *, what: str, local_files_only: bool = 
             raise InputError(f"{what}: the folder {source} has no file {filename}: give a folder that holds it")
         return folder / filename
     try:
-        return Path(hf_hub_download(source, filename, local_files_only=local_files_only))
+        return Path(hf_hub_download(str(source), filename, local_files_only=local_files_only))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         raise missing_model(what, source, error, local_files_only=local_files_only) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -48,6 +49,9 @@ class PipelineOptions:
     """Of LoRA's random start, and of the noise that samplers of more than one step add on the way."""
 
     def __post_init__(self) -> None:
+        for name in ("model_id", "cache_dir"):
+            if isinstance(value := getattr(self, name), Path):
+                object.__setattr__(self, name, str(value))
         if self.dtype not in DTYPES:
             raise InputError(f"backend.dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
         for name in ("size", "max_sequence_length"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ class ImageReward(nn.Module):
 def imagereward(
     *,
     weight: float = 1.0,
-    model_id: str = REPOSITORY,
-    tokenizer_id: str = "bert-base-uncased",
+    model_id: str | Path = REPOSITORY,
+    tokenizer_id: str | Path = "bert-base-uncased",
     device: str = "cpu",
     local_files_only: bool = True,
 ) -> ImageReward:

@@ -83,14 +83,14 @@ class LinearHeadReward(nn.Module):
             return score
 
 
-def _tokenizer(source: str, what: str, local_files_only: bool) -> CLIPTokenizerFast:
+def _tokenizer(source: str | Path, what: str, local_files_only: bool) -> CLIPTokenizerFast:
     load = CLIPTokenizerFast.from_pretrained
     tokenizer: CLIPTokenizerFast = pretrained(load, source, what=what, local_files_only=local_files_only)
     return tokenizer
 
 
 def clipscore(
-    *, weight: float = 1.0, model_id: str = LAION_H14, device: str = "cpu", local_files_only: bool = True
+    *, weight: float = 1.0, model_id: str | Path = LAION_H14, device: str = "cpu", local_files_only: bool = True
 ) -> ClipReward:
     """CLIPScore: `exp(logit_scale) * cos(image, prompt)` of a CLIP model (a hub name or a local folder)."""
     what = "reward 'clipscore'"
@@ -101,8 +101,8 @@ def clipscore(
 def pickscore(
     *,
     weight: float = 1.0,
-    model_id: str = PICKSCORE,
-    tokenizer_id: str | None = None,
+    model_id: str | Path = PICKSCORE,
+    tokenizer_id: str | Path | None = None,
     device: str = "cpu",
     local_files_only: bool = True,
 ) -> ClipReward:
@@ -125,8 +125,8 @@ def pickscore(
 def hpsv2(
     *,
     weight: float = 1.0,
-    model_id: str = HPS,
-    tokenizer_id: str = LAION_H14,
+    model_id: str | Path = HPS,
+    tokenizer_id: str | Path = LAION_H14,
     device: str = "cpu",
     local_files_only: bool = True,
 ) -> ClipReward:
@@ -154,8 +154,8 @@ def hpsv2(
 def aesthetic(
     *,
     weight: float = 1.0,
-    model_id: str = "openai/clip-vit-large-patch14",
-    head: str = "",
+    model_id: str | Path = "openai/clip-vit-large-patch14",
+    head: str | Path = "",
     device: str = "cpu",
     local_files_only: bool = True,
 ) -> LinearHeadReward:

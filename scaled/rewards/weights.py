@@ -22,7 +22,7 @@ from hnkit.internal.values import reason_of
 Config = TypeVar("Config", bound=PretrainedConfig)
 
 
-def read_state_dict(path: Path, *, what: str) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, *, what: str) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file, or of a `.pt` file read without running any code.
 
     Tensors of a `.pt` file that torch wrote since 1.6 are mapped, not copied. A nested `state_dict` is unwrapped.
@@ -30,6 +30,7 @@ def read_state_dict(path: Path, *, what: str) -> dict[str, Tensor]:
     Raises:
         InputError: the file is damaged, or holds anything but tensors.
     """
+    path = Path(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -52,7 +53,7 @@ def read_state_dict(path: Path, *, what: str) -> dict[str, Tensor]:
     return {str(key): value.detach() for key, value in content.items()}
 
 
-def architecture(weights: Path, published: Config, *, what: str) -> Config:
+def architecture(weights: str | Path, published: Config, *, what: str) -> Config:
     """The configuration of the model in a weights file: that of a `config.json` beside it, else the published one.
 
     Args:
@@ -63,7 +64,7 @@ def architecture(weights: Path, published: Config, *, what: str) -> Config:
     Raises:
         InputError: the `config.json` is damaged.
     """
-    file = weights.with_name("config.json")
+    file = Path(weights).with_name("config.json")
     try:
         document = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if not isinstance(document, dict) or document.get("model_type") != published.model_type:

@@ -99,3 +99,30 @@ def test_the_miniature(tmp_path, capsys):
     assert abs(network["kl"]) < 0.05
     assert network["gap_lower_bound"] >= 0
     assert document["best_of"][0]["gain"] > 0
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_one_switch_for_the_model_and_the_rewards(allowed, tmp_path, capsys, monkeypatch):
+    """A reward that is not here: refused with the switch named, and asked of the hub once the switch is given."""
+    from hnkit.backend import backend_factory
+    from hnkit.scaled.internal import hub
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    asked: list[bool] = []
+
+    def download(source: str, filename: str, *, local_files_only: bool) -> str:
+        asked.append(local_files_only)
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    factory = backend_factory("digits")
+    factory.load(factory.options(rank=2)).save_adapter(tmp_path / "adapter")
+    switch = ["--set", "backend.local_files_only=false"] if allowed else []
+    code, _, err = command(
+        "frontier", "--backend", "digits", "--adapter", str(tmp_path / "adapter"), "--reward", "hpsv2=1", *switch,
+        "--out", str(tmp_path / "out"), capsys=capsys,
+    )  # fmt: skip
+    assert code == 2
+    assert asked == [not allowed]
+    assert ("set backend.local_files_only = false" in err) is not allowed
+    assert not (tmp_path / "out").exists()
