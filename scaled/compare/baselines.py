@@ -171,11 +171,12 @@ class BestOfN:
 
 @dataclass(frozen=True)
 class ReNO:
-    """Reward-based noise optimisation at test time (arXiv 2406.04312), one generator step per iteration.
+    """Reward-based noise optimisation at test time (arXiv 2406.04312).
 
     Ascends `weight * reward(g(x)) - regularisation * (|x|^2/2 - (d - 1) log|x|)` by SGD with Nesterov momentum, each
-    row's gradient clipped by its own norm, and keeps the iterate of highest reward. The regulariser is the negative
-    log density of the norm of a standard Gaussian, up to a constant.
+    row's gradient clipped by its own norm, and keeps the image of the first iterate of the highest weighted reward. The
+    regulariser is the negative log density of the norm of a standard Gaussian, up to a constant. As in the published
+    code the last iterate is only looked at: n iterations are n evaluations and n - 1 gradients.
     """
 
     reward: Reward
@@ -199,35 +200,41 @@ class ReNO:
         steps: int,
         generator: torch.Generator,  # noqa: ARG002
     ) -> Outcome:
-        """The best iterates; the first one is the base noise itself."""
+        """The images of the best iterates; the first iterate is the base noise itself."""
         start = time.perf_counter()
         with torch.no_grad():
             condition = backend.encode(prompts)
         x = noise.detach().clone().requires_grad_(True)
         optimizer = torch.optim.SGD([x], lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0)
-        best_noise = x.detach().clone()
+        best_images, best_noise = torch.empty(0), x.detach().clone()
         best_scores = torch.full((len(prompts),), -torch.inf, device=x.device)
         dimension = x[0].numel()
-        for _ in range(self.iterations):
-            scores = _scores(self.reward, backend.generate(x, condition, steps=steps), prompts)
-            better = scores.detach() > best_scores
-            best_noise[better], best_scores[better] = x.detach()[better], scores.detach()[better].to(best_scores)
+        for iteration in range(self.iterations):
+            images = backend.generate(x, condition, steps=steps)
+            scores = self.reward.weight * _scores(self.reward, images, prompts)
+            found = scores.detach().to(best_scores)
+            better = found > best_scores
+            if iteration == 0:
+                best_images = images.detach().clone()
+            best_images[better], best_noise[better] = images.detach()[better], x.detach()[better]
+            best_scores[better] = found[better]
+            if iteration == self.iterations - 1:
+                break
             norm = x.float().flatten(1).norm(dim=1)
             penalty = norm.square() / 2 - (dimension - 1) * norm.log()
-            loss = (self.regularisation * penalty - self.reward.weight * scores).sum()
+            loss = (self.regularisation * penalty - scores).sum()
             (gradient,) = torch.autograd.grad(loss, x)
             size = gradient.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
             x.grad = gradient * (self.clip / (size + 1e-6)).clamp(max=1.0)
             optimizer.step()
-        images = _images(backend, prompts, best_noise, steps)
         rows = len(prompts)
         cost = Cost(
-            generator=(self.iterations + 1) * steps * rows,
+            generator=self.iterations * steps * rows,
             reward=self.iterations * rows,
-            gradients=self.iterations * rows,
+            gradients=(self.iterations - 1) * rows,
             seconds=time.perf_counter() - start,
         )
-        return Outcome(images, best_noise, tuple(prompts), cost)
+        return Outcome(best_images, best_noise, tuple(prompts), cost)
 
 
 Proposer = Callable[[str, Sequence[tuple[str, float]], int, torch.Generator], Sequence[str]]
