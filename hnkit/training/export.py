@@ -55,6 +55,7 @@ def export_adapter(
     with written_here(run):
         require_same_model(found.state, config, backend.model_digest())
         _put(found, config, trained)
+        trained.injection = config.train.deployment
         tables = found.state["config"]
         rewards = {name: float(entry["weight"]) for name, entry in tables["rewards"].items()}
         skipped = int(found.state["skipped"])

@@ -58,7 +58,7 @@ class Session:
         skipped_in_row: how many of these were the last ones, in a row.
         moved: steps whose gradient was finite and not zero.
         whole: false while an optimiser step is under way, and after one that raised.
-        provenance: digests of the code, the model and the prompts.
+        provenance: digests of the code, the model, the prompts and the adapter that it started from.
     """
 
     def __init__(self, config: RunConfig, processes: Processes, view: TrainView) -> None:
@@ -317,12 +317,8 @@ class Session:
         return hashlib.sha256(lists.encode()).hexdigest()
 
     def _provenance(self) -> dict[str, Any]:
-        return {
-            "code": code_digest(),
-            "model": self.base.model_digest(),
-            "prompts": self.prompts_digest(),
-            "from_adapter": self._started_from,
-        }
+        made_from = {"code": code_digest(), "model": self.base.model_digest(), "prompts": self.prompts_digest()}
+        return made_from | ({"from_adapter": self._started_from} if self._started_from else {})
 
     @property
     def problem(self) -> str:
@@ -339,7 +335,7 @@ class Session:
             raise InputError("the prompts have changed since the checkpoint was written: restore them, or start anew")
         before, now = checkpoint.state["provenance"], self.provenance
         require_same_model(checkpoint.state, self.config, now["model"])
-        if before.get("from_adapter") != now["from_adapter"]:
+        if before.get("from_adapter") != now.get("from_adapter"):
             raise InputError(
                 f"train.from_adapter {self.config.train.from_adapter} is not the adapter that the run started from: "
                 "restore it, or start anew"
@@ -382,7 +378,7 @@ def require_same_model(state: Mapping[str, Any], config: RunConfig, digest: str 
     if before is not None and digest is not None:
         if before != digest:
             raise InputError(
-                f"the base model {asked or 'of the backend'!r} is not the one of the checkpoint (its weights are "
+                f"the base model is not the one of the checkpoint (the weights of {asked or 'the backend'!r} are "
                 "others): restore it, or start anew"
             )
     elif Path(was).name != Path(asked).name:

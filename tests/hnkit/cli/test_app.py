@@ -20,7 +20,7 @@ import pytest
 import typer
 
 from hnkit.cli import app as cli
-from hnkit.cli import backends, compare, frontier, generate, train, verify_bound
+from hnkit.cli import backends, compare, export, frontier, generate, train, verify_bound
 from hnkit.cli.app import describe_error
 from hnkit.cli.folders import resumed_folder
 from hnkit.cli.options import NEWEST, command
@@ -523,7 +523,7 @@ def test_help_imports_no_torch():
 
 COMMANDS = {
     "verify-bound": verify_bound, "train": train, "generate": generate, "compare": compare, "frontier": frontier,
-    "backends": backends,
+    "export": export, "backends": backends,
 }  # fmt: skip
 
 
