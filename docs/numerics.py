@@ -198,6 +198,7 @@ def _of_maps(name: str, dtype: torch.dtype) -> list[Row]:
             max(_largest(operator.jvp(v)[i, :, None], truth[i][1] * ones) for i in range(ROWS))),
         Row("noise_kl", "exact", name, _name(estimate.per_sample.dtype), _error(estimate.value, kl)),
         Row("noise_kl", "l2", name, _name(plain.per_sample.dtype), _error(plain.value, half)),
+        _of_verdict(name, dtype),
         Row("local_lipschitz", "tanh network", name, _name(local.dtype),
             max(_error(local[i], norms[i]) for i in range(ROWS))),
         Row("lipschitz_lower", "3 samples", name, _name(type(sampled.value)), _error(sampled.value, max(norms))),
@@ -221,6 +222,20 @@ def _of_maps(name: str, dtype: torch.dtype) -> list[Row]:
         Row("check_map", f"tanh network: {_accepted(f, x)}", name, "str", 0.0),
         *_of_rewards(name, dtype),
     ]  # fmt: skip
+
+
+def _of_verdict(name: str, dtype: torch.dtype) -> Row:
+    """In one dimension every probe is exact: `tr(J^2) / |f|^2` of x/2 is n / sum x^2."""
+    x = noise(dtype)[:, :1]
+    verdict = hnkit.l2_verdict(_half, x)
+    reference = ROWS / mpmath.fsum(value**2 for value in exact(x))
+    return Row(
+        "l2_verdict",
+        "x/2, d = 1: tr J²/|f|²",
+        name,
+        _name(type(verdict.ratio.value)),
+        _error(verdict.ratio.value, reference),
+    )
 
 
 def _accepted(f: Callable[[Tensor], Tensor], x: Tensor) -> str:
@@ -328,6 +343,8 @@ def edges() -> list[Edge]:
         Edge("local_lipschitz(1e300 x), d = 32", "1e+300", lambda: k.local_lipschitz(_huge, _wide())),
         Edge("lipschitz_lower at d = 1, n = 1", "0.5", lambda: k.lipschitz_lower(_half, x1).value),
         Edge("noise_kl at d = 1, n = 1", "0.219535 ± nan", lambda: _kl(_half, x1)),
+        Edge("l2_verdict of f = 0", "0", lambda: k.l2_verdict(torch.zeros_like, torch.ones(2, 3)).within),
+        Edge("l2_verdict at n = 1", "InputError", lambda: k.l2_verdict(_half, x1)),
         Edge("noise_kl of f = 0", "0 ± 0", lambda: _kl(torch.zeros_like, torch.ones(2, 3))),
         Edge("noise_kl of no rows", "InputError", lambda: _kl(_half, x1[:0])),
         Edge("noise_kl of 1e-160 x", "1.99998e-320 ± 0", lambda: _kl(_faint, torch.ones(2, 2, dtype=f64))),

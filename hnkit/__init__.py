@@ -14,7 +14,7 @@ _API = {
     "maps": ("NoiseMap", "Condition", "ConditionedMap"),
     "jacobian": ("RowJacobian", "dense_jacobian", "check_map"),
     # the KL divergence and its parts
-    "kl": ("noise_kl", "KLEstimate"),
+    "kl": ("noise_kl", "KLEstimate", "l2_verdict", "L2Verdict"),
     "internal.stats": ("Estimate",),
     "logdet": ("log_det_error",),
     # bounds

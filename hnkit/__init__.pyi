@@ -25,6 +25,8 @@ from hnkit.jacobian import RowJacobian as RowJacobian
 from hnkit.jacobian import check_map as check_map
 from hnkit.jacobian import dense_jacobian as dense_jacobian
 from hnkit.kl import KLEstimate as KLEstimate
+from hnkit.kl import L2Verdict as L2Verdict
+from hnkit.kl import l2_verdict as l2_verdict
 from hnkit.kl import noise_kl as noise_kl
 from hnkit.lipschitz import InjectivityCertificate as InjectivityCertificate
 from hnkit.lipschitz import LipschitzEstimate as LipschitzEstimate

@@ -11,6 +11,7 @@ from hnkit.kl.methods.low_rank import LowRank
 from hnkit.kl.methods.power import Power
 from hnkit.kl.methods.roulette import Roulette
 from hnkit.kl.methods.second_order import SecondOrder
+from hnkit.kl.verdict import L2Verdict, l2_verdict
 
 __all__ = [
     "L2",
@@ -20,10 +21,12 @@ __all__ = [
     "Exact",
     "Folds",
     "KLEstimate",
+    "L2Verdict",
     "Lanczos",
     "LowRank",
     "Power",
     "Roulette",
     "SecondOrder",
+    "l2_verdict",
     "noise_kl",
 ]

@@ -25,6 +25,21 @@ def _half_trace_of_square(matrix: list[list[Fraction]]) -> Fraction:
     return sum((matrix[i][j] * matrix[j][i] for i in range(n) for j in range(n)), Fraction(0)) / 2
 
 
+def _product(a: list[list[Fraction]], b: list[list[Fraction]]) -> list[list[Fraction]]:
+    columns = list(zip(*b, strict=True))
+    return [[sum((x * y for x, y in zip(row, column, strict=True)), Fraction(0)) for column in columns] for row in a]
+
+
+def _beyond_third(matrix: list[list[Fraction]], norm: Fraction, sign: int) -> tuple[arb, arb]:
+    """What the first three orders leave of E(A), and its bound by `|A^2|_F`, `|A^3|_F` and the norm."""
+    square = _product(matrix, matrix)
+    cube = _product(square, matrix)
+    traces = sign * _half_trace_of_square(matrix) - sum((cube[i][i] for i in range(len(cube))), Fraction(0)) / 3
+    bound = frobenius_squared(square) * (Fraction(1, 4) + norm / 10)
+    bound += frobenius_squared(cube) * (1 / (10 * norm) + 1 / (6 * (1 - norm)))
+    return abs(log_det_error(matrix) - ball(traces)), ball(bound)
+
+
 def claims(sign: int = 1) -> Iterator[Claim]:
     for kind in KINDS:
         for dim in (1, 3, 5):
@@ -35,6 +50,12 @@ def claims(sign: int = 1) -> Iterator[Claim]:
                 bound = ball(frobenius_squared(matrix)) / limit**2 * (h(limit) - limit**2 / 2)
                 yield Claim(
                     f"{kind}, d = {dim}, L = {norm}", surely_le(abs(remainder), bound + arb("1e-34")), "ball arithmetic"
+                )
+                left, right = _beyond_third(matrix, norm, sign)
+                yield Claim(
+                    f"three orders, {kind}, d = {dim}, L = {norm}",
+                    surely_le(left, right + arb("1e-34")),
+                    "ball arithmetic",
                 )
     norm = Fraction(4, 5)
     one = [[-norm]]
