@@ -206,7 +206,8 @@ def _moments(f: NoiseMap, x: Tensor, probes: int, generator: torch.Generator | N
         sizes = second.square().sum(1), third.square().sum(1)
         columns.append(torch.stack([l2, dot(probe, second), dot(probe, third), *sizes]))
         products += operator.num_vjp
-    return _Moments(*torch.cat(columns, 1).reshape(5, n, probes).mean(2), products)
+    l2, square, cube, fourth, sixth = torch.cat(columns, 1).reshape(5, n, probes).mean(2)
+    return _Moments(l2, square, cube, fourth, sixth, products)
 
 
 def _beyond_third(moments: _Moments, norm: Tensor) -> Tensor:
