@@ -92,28 +92,20 @@ class Steered:
     images: Tensor
 
 
-def steer(
-    backend: Backend,
-    noise: Tensor,
-    condition: Condition,
-    steps: int = 1,
-    *,
-    generators: Sequence[torch.Generator] | None = None,
-) -> Steered:
-    """Images of `x + f(x)` under one condition a row, `g(x + f(x))`, eq. 6 of arXiv 2508.09968; or as it was trained.
+def steer(backend: Backend, noise: Tensor, condition: Condition, steps: int = 1) -> Steered:
+    """Images of `x + f(x)` under one condition a row: `g(x + f(x))`, eq. 6 of arXiv 2508.09968.
+
+    Where the hypernetwork was trained with injected noise, they are those of `a (x + f(x)) + sqrt(1 - a^2) eps`, `eps`
+    drawn from the generator of each row's image.
 
     Args:
-        backend: its hypernetwork is f, its generator g; what it injects is injected here.
+        backend: its hypernetwork is f, its generator g.
         noise: x, `(n, *noise_shape)`.
         condition: the condition of every row.
         steps: sampler steps of the generator.
-        generators: the generator of each image, on whose state injected noise depends; it is left as it is.
-
-    Raises:
-        InputError: noise is injected and there are no generators.
     """
     delta = ConditionedMap(backend.hypernetwork, condition)(noise)
-    moved, delta = deployed_noise(completed(backend).injection, noise, delta, generators)
+    moved, delta = deployed_noise(completed(backend).injection, noise, delta, condition.generators("injected noise"))
     return Steered(delta, moved, backend.generate(moved, condition, steps))
 
 

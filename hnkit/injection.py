@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hnkit.errors import InputError
-from hnkit.internal.seeds import check_generator, forked
+from hnkit.internal.seeds import check_generator
 from hnkit.internal.stats import Estimate
 from hnkit.internal.values import number
 
@@ -80,6 +82,26 @@ class NoiseInjection:
         return self.nats_per_square * wide.flatten(1).square().sum(1)
 
 
+def read_injection(recorded: Any, where: Path) -> NoiseInjection | None:
+    """What an adapter records of its deployment: a table `share`, `max_delta`, or nothing.
+
+    Args:
+        recorded: the entry of the adapter's configuration, as it was parsed.
+        where: that file, for messages.
+
+    Raises:
+        InputError: it is another thing, or a value is out of range.
+    """
+    if recorded is None:
+        return None
+    if not isinstance(recorded, dict) or set(recorded) != {"share", "max_delta"}:
+        raise InputError(f"{where} has injection {recorded!r}: it is a table of share and max_delta")
+    try:
+        return NoiseInjection(**recorded)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
 def fresh_noise(x: Tensor, generator: Generators) -> Tensor:
     """Standard normal noise of the shape and device of `x`, in float32 at least.
 
@@ -108,25 +130,19 @@ def fresh_noise(x: Tensor, generator: Generators) -> Tensor:
 
 
 def deployed_noise(
-    injection: NoiseInjection | None, x: Tensor, delta: Tensor, generators: Sequence[torch.Generator] | None
+    injection: NoiseInjection | None, x: Tensor, delta: Tensor, generators: Generators
 ) -> tuple[Tensor, Tensor]:
     """What the generator is given in place of `x`, and the delta in it; both `(n, *shape)`.
 
     Args:
-        injection: how the hypernetwork is deployed; `None`: as `x + f(x)`, and `generators` are not used.
+        injection: how the hypernetwork is deployed; `None`: as `x + f(x)`, and nothing is drawn.
         x: `(n, *shape)` base noise.
         delta: `f(x)`.
-        generators: the generator of each image. The fresh noise is a function of their states, and they are left as
-            they are: what else is drawn from them is the same with and without a hypernetwork.
-
-    Raises:
-        InputError: noise is injected and there is not one generator for each row.
+        generators: what the fresh noise is drawn from, one generator for each row.
     """
     if injection is None:
         return x + delta.to(x.dtype), delta
-    if generators is None:
-        raise InputError("the hypernetwork injects fresh noise, and none is drawn from nowhere: give generators=[...]")
-    eps = fresh_noise(x, [forked(generator, "injected noise") for generator in generators])
+    eps = fresh_noise(x, generators)
     delta = injection.clipped(delta)
     return injection.moved(x, delta.to(eps.dtype), eps).to(x.dtype), delta
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from hnkit.errors import InputError
+from hnkit.injection import Generators, deployed_noise
+from hnkit.internal.seeds import forked
 from hnkit.maps import Condition
 from hnkit.scaled.backends import factory_for
 from hnkit.scaled.lora.adapter import Adapter, adapter_options, read_adapter, write_adapter
@@ -86,6 +89,9 @@ class SteeredPipeline:
     `prepare_latents`; the sampler is the library's, and so is the order of random draws: with f = 0 the images are
     bit-equal to the plain pipeline's. One forward of f is added, whatever the number of steps. Prompts reach f as they
     did in training: what the adapter records (SANA's instruction, the prompt's length) is the default of the call.
+
+    An adapter that was trained with injected noise is used with it: fresh noise that depends on the call's generator
+    and latents, and takes no draw from that generator.
     """
 
     hypernetwork: HyperNetwork
@@ -120,9 +126,13 @@ class SteeredPipeline:
         if noted is None:
             return prepared
         latents = prepared[0] if isinstance(prepared, tuple) else prepared
+        bound = inspect.signature(super().prepare_latents).bind(  # type: ignore[misc]
+            count, channels, height, width, dtype, *args, **kwargs
+        )
+        fresh = _fresh_generators(bound.arguments.get("generator"), latents)
         token = _embeddings.set(None)  # f may prepare latents of its own
         try:
-            moved = self._move(latents, height, width, Condition(("",) * count, noted))
+            moved = self._move(latents, height, width, Condition(("",) * count, noted), fresh)
         finally:
             _embeddings.reset(token)
         return (moved, *prepared[1:]) if isinstance(prepared, tuple) else moved
@@ -203,7 +213,7 @@ class SteeredPipeline:
         self._adapter = adapter
         self.hypernetwork = HyperNetwork(family, self, twin, adapter.guidance, _HINT)
 
-    def _move(self, latents: Tensor, height: int, width: int, condition: Condition) -> Tensor:
+    def _move(self, latents: Tensor, height: int, width: int, condition: Condition, fresh: Generators) -> Tensor:
         network = self._network
         if any(parameter.dtype.itemsize == 1 for parameter in network.parameters()):
             raise InputError(
@@ -219,14 +229,35 @@ class SteeredPipeline:
                 parameter.data = parameter.data.to(latents.device)
         scale = self.family.prepared_scale(self)
         noise = self.family.unpack(self, latents, height, width).float() / scale
-        delta = self.family.pack(self, self.hypernetwork(noise, condition))
-        return (latents.float() + scale * delta.float()).to(latents.dtype)
+        delta = self.hypernetwork(noise, condition)
+        if self._adapter.injection is None:
+            return (latents.float() + scale * self.family.pack(self, delta).float()).to(latents.dtype)
+        moved, _ = deployed_noise(self._adapter.injection, noise, delta, fresh)
+        return (scale * self.family.pack(self, moved)).to(latents.dtype)
 
 
 @functools.cache
 def _steered_class(plain: type) -> Any:
     """The steered subclass of a pipeline class, under the name of that class: libraries write it to their files."""
     return type(plain.__name__, (SteeredPipeline, plain), {"__module__": plain.__module__, "__doc__": plain.__doc__})
+
+
+def _fresh_generators(given: torch.Generator | list[torch.Generator] | None, latents: Tensor) -> Generators:
+    """What injected noise is drawn from: what the call was given, and nothing of that is used up.
+
+    Sampler noise is so the same with and without a hypernetwork. The latents are part of the seed, because one
+    generator in the state it has may be given with many latents.
+    """
+
+    def fork(generator: torch.Generator, rows: Tensor) -> torch.Generator:
+        digest = hashlib.sha256(rows.detach().float().cpu().numpy().tobytes()).hexdigest()
+        return forked(generator, f"injected noise/{digest}")
+
+    if given is None:
+        return None
+    if isinstance(given, torch.Generator):
+        return fork(given, latents)
+    return [fork(generator, row) for generator, row in zip(given, latents, strict=False)]
 
 
 def _bare(plain: type) -> Any:

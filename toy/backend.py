@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from hnkit.backend import BackendBase, Reward
 from hnkit.errors import InputError
+from hnkit.injection import read_injection
 from hnkit.internal.files import atomic_write
 from hnkit.maps import Condition
 from hnkit.tilt import TiltedProblem
 from hnkit.toy import PROBLEMS
 
-FORMAT = "hnkit-toy-adapter-1"
+FORMAT, INJECTED = "hnkit-toy-adapter-1", "hnkit-toy-adapter-2"
+"""The second is that of adapters with injected noise."""
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
 
 
@@ -95,8 +97,10 @@ class ToyBackend(BackendBase):
         default_reward: its reward.
         noise_dtype: the toys work in float64.
         max_steps: their generators have one step.
+        injection: how the hypernetwork is deployed, kept in its adapters.
     """
 
+    records_injection = True
     noise_dtype = torch.float64
     max_steps = 1
 
@@ -139,6 +143,8 @@ class ToyBackend(BackendBase):
         weights = save_tensors({key: value.contiguous() for key, value in self.hypernetwork.state_dict().items()})
         atomic_write(folder / WEIGHTS, weights)
         config = {"format": FORMAT, **dataclasses.asdict(self.options), "sha256": hashlib.sha256(weights).hexdigest()}
+        if self.injection is not None:
+            config |= {"format": INJECTED, "injection": dataclasses.asdict(self.injection)}
         atomic_write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
     def load_adapter(self, folder: str | Path) -> None:
@@ -157,6 +163,7 @@ class ToyBackend(BackendBase):
                     f"adapter {folder} has {key} = {have!r}, this backend {key} = {want!r}: "
                     f"load it with backend.{key} = {have}"
                 )
+        injection = read_injection(_read_config(folder).get("injection"), folder / CONFIG)
         state = _read_weights(folder)
         own = self.hypernetwork.state_dict()
         unmatched = sorted(set(own) ^ set(state))
@@ -172,14 +179,16 @@ class ToyBackend(BackendBase):
             if not bool(torch.isfinite(value).all()):
                 raise InputError(f"adapter {folder}: {key} is not finite, its training diverged: take an earlier one")
         self.hypernetwork.load_state_dict(state)
+        self.injection = injection
 
 
 def adapter_options(folder: str | Path) -> ToyOptions:
     """The options that the adapter in `folder` was trained with; a damaged or foreign one raises `InputError`."""
     folder = Path(folder)
     config = _read_config(folder)
-    if config.get("format") != FORMAT:
-        raise InputError(f"{folder / CONFIG}: format = {config.get('format')!r}, accepted is {FORMAT!r}")
+    wanted = FORMAT if config.get("injection") is None else INJECTED
+    if config.get("format") != wanted:
+        raise InputError(f"{folder / CONFIG}: format = {config.get('format')!r}, accepted is {wanted!r}")
     values: dict[str, Any] = {}
     for item in dataclasses.fields(ToyOptions):
         value = config.get(item.name)

@@ -107,7 +107,7 @@ class Evaluator:
         rows = max(1, settings.batch // settings.accumulate)
         for chunk in slices(count, rows):
             part = prompts[chunk]
-            outputs, kl = self._pair(noise[chunk].to(self.device), part, chunk.start)
+            outputs, kl = self._pair(noise[chunk].to(self.device), part)
             terms.append(kl.double().cpu())
             for kind, made in outputs.items():
                 for name, values in self._scores(made, part).items():
@@ -133,15 +133,14 @@ class Evaluator:
         generator = generator_for(self.settings.seed, purpose)
         return torch.randn(count, *self.backend.noise_shape, dtype=self.backend.noise_dtype, generator=generator)
 
-    def _pair(self, noise: Tensor, prompts: Sequence[str], first: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Base and steered outputs of the rows from `first`, and the KL term of each as it enters the L2 loss."""
+    def _pair(self, noise: Tensor, prompts: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """Base and steered outputs, and the L2 term of each row, or the bound that stands for it, as in the loss."""
         steps, condition = self.settings.generator_steps, self.base.encode(prompts)
         base = self.base.generate(noise, condition, steps)
         if self.settings.objective == "direct":
             tuned = self.backend.generate(noise, self.backend.encode(prompts), steps)
             return {"base": base, "steered": tuned}, torch.zeros(len(noise))
-        generators = [generator_for(self.settings.seed, "validate image", first + row) for row in range(len(noise))]
-        steered = steer(self.backend, noise, condition, steps, generators=generators)
+        steered = steer(self.backend, noise, condition, steps)
         injection = self.settings.deployment
         square = steered.delta.flatten(1).double().square().sum(1)
         term = square * (0.5 if injection is None else injection.nats_per_square)

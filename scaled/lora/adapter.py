@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, cast
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from hnkit.adapters import adapter_folder
 from hnkit.errors import InputError
+from hnkit.injection import NoiseInjection, read_injection
 from hnkit.internal.files import atomic_write
 from hnkit.internal.values import reason_of
 from hnkit.scaled.lora.twin import LoraSpec
@@ -33,7 +34,8 @@ from hnkit.scaled.lora.twin import LoraSpec
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PICKLED = "adapter_model.bin"
 """What the paper's trainer writes in place of `WEIGHTS`: the same tensors by `torch.save`."""
-_FORMAT = 1
+_FORMAT, _INJECTED = 1, 2
+"""Formats of the block `hnkit`: the second is that of adapters with injected noise, which older readers would drop."""
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
 _UNSUPPORTED = (
@@ -63,6 +65,8 @@ class Adapter:
     """By `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
     conditioning: Mapping[str, Any] = field(default_factory=dict)
     """Options that change what f is given, by name; empty where nothing is recorded."""
+    injection: NoiseInjection | None = None
+    """How f is deployed, as it was trained."""
 
 
 def write_adapter(folder: str | Path, adapter: Adapter) -> None:
@@ -87,7 +91,7 @@ def write_adapter(folder: str | Path, adapter: Adapter) -> None:
         "inference_mode": True,
         "target_modules": list(adapter.spec.targets),
         "hnkit": {
-            "format": _FORMAT,
+            "format": _FORMAT if adapter.injection is None else _INJECTED,
             "objective": adapter.objective,
             "zero_base_layer": adapter.zero_base,
             "guidance": adapter.guidance,
@@ -95,6 +99,7 @@ def write_adapter(folder: str | Path, adapter: Adapter) -> None:
             "base_class": type(adapter.base).__name__,
             "base_probe": _probe(adapter.base),
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
+            **({} if adapter.injection is None else {"injection": asdict(adapter.injection)}),
         },
     }
     config["hnkit"]["config_sha256"] = _config_checksum(config)
@@ -127,10 +132,11 @@ def read_adapter(folder: str | Path, expected: Adapter) -> Adapter:
     folder, config = files.folder, files.config
     rank, alpha = _lora_fields(folder, config)
     block = config.get("hnkit")
-    guidance, conditioning = expected.guidance, expected.conditioning
+    guidance, conditioning, injection = expected.guidance, expected.conditioning, None
     if block is not None:
         guidance = _check_block(files, block, expected)
         conditioning = block.get("conditioning", {})
+        injection = read_injection(block.get("injection"), folder / CONFIG)
     elif expected.objective != "hypernoise":
         raise InputError(f"{folder} does not say that it is a direct fine-tuning adapter: hnkit wrote none there")
     if (rank, alpha) != (expected.spec.rank, expected.spec.alpha):
@@ -151,6 +157,7 @@ def read_adapter(folder: str | Path, expected: Adapter) -> Adapter:
         guidance=guidance,
         weights=weights,
         conditioning=conditioning,
+        injection=injection,
     )
 
 
@@ -268,8 +275,12 @@ def _lora_fields(folder: Path, config: Mapping[str, Any]) -> tuple[int, float]:
 def _check_block(files: _Files, block: Any, expected: Adapter) -> float:
     folder, config = files.folder, files.config
     where = folder / CONFIG
-    if not isinstance(block, dict) or block.get("format") != _FORMAT:
-        raise InputError(f"{where} has an hnkit block of another format: this version reads format {_FORMAT}")
+    injected = isinstance(block, dict) and block.get("injection") is not None
+    if not isinstance(block, dict) or block.get("format") != (_INJECTED if injected else _FORMAT):
+        raise InputError(
+            f"{where} has an hnkit block of another format: this version reads format {_FORMAT}, and {_INJECTED} with "
+            "injected noise"
+        )
     if block.get("config_sha256") != _config_checksum(config):
         raise InputError(f"{where} is damaged or was edited: its checksum does not match")
     if block.get("weights_sha256") != hashlib.sha256(files.data).hexdigest():

@@ -38,7 +38,10 @@ class PipelineBackend(BackendBase):
         pipeline: the unmodified diffusers pipeline that makes the images (its text encoders are kept apart).
         options: as loaded.
         objective: `"hypernoise"`, or `"direct"` when the LoRA is on the generator itself.
+        injection: how the hypernetwork is deployed, kept in its adapters.
     """
+
+    records_injection = True
 
     def __init__(
         self,
@@ -185,6 +188,7 @@ class PipelineBackend(BackendBase):
         if adapter.spec != mine.spec:
             self.hypernetwork = self._install(adapter.spec)
         load_lora(self._twin, adapter.weights)
+        self.injection = adapter.injection
         if isinstance(self.hypernetwork, HyperNetwork):
             self.hypernetwork.guidance = adapter.guidance
 
@@ -203,6 +207,7 @@ class PipelineBackend(BackendBase):
             guidance=getattr(self.hypernetwork, "guidance", self.options.guidance),
             weights=lora_state(self._twin),
             conditioning={name: getattr(self.options, name) for name in self.family.conditioning},
+            injection=self.injection,
         )
 
     def _install(self, spec: LoraSpec) -> HyperNetwork | NoDelta:

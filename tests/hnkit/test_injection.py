@@ -17,6 +17,7 @@ from hnkit.injection import (
     injected_bound,
     lipschitz_mean_square_upper,
 )
+from hnkit.internal.seeds import forked
 
 SHARES = (0.1, 0.5, 0.9)
 
@@ -86,23 +87,25 @@ def test_fresh_noise_of_a_row_depends_on_its_generator_alone():
             fresh_noise(x, wrong)
 
 
-def test_what_is_deployed_leaves_the_images_generators_alone():
+def test_what_is_deployed_is_drawn_row_by_row():
     x, delta = noise(2), noise(2, seed=1)
     plain, _ = deployed_noise(None, x, delta, None)
     assert torch.equal(plain, x + delta)
-    given = generators(1, 2)
-    first, used = deployed_noise(NoiseInjection(0.5, 0.1), x, delta, given)
-    again, _ = deployed_noise(NoiseInjection(0.5, 0.1), x, delta, given)
-    assert torch.equal(first, again)
+    first, used = deployed_noise(NoiseInjection(0.5, 0.1), x, delta, generators(1, 2))
     assert float(used.norm(dim=1).max()) <= 0.1 + 1e-12
-    assert torch.equal(given[0].get_state(), torch.Generator().manual_seed(1).get_state())
-    moved = torch.Generator().manual_seed(1)
-    torch.randn(3, generator=moved)
-    other, _ = deployed_noise(NoiseInjection(0.5, 0.1), x, delta, [moved, given[1]])
+    other, _ = deployed_noise(NoiseInjection(0.5, 0.1), x, delta, generators(3, 2))
     assert not torch.equal(other[0], first[0])
     assert torch.equal(other[1], first[1])
-    with pytest.raises(InputError, match="give generators"):
-        deployed_noise(NoiseInjection(0.5), x, delta, None)
+    assert deployed_noise(NoiseInjection(), x.half(), delta, generators(1, 2))[0].dtype == torch.float16
+
+
+def test_a_forked_generator_depends_on_state_and_purpose_and_leaves_the_other_alone():
+    given = torch.Generator().manual_seed(1)
+    first = forked(given, "a").initial_seed()
+    assert torch.equal(given.get_state(), torch.Generator().manual_seed(1).get_state())
+    assert first == forked(torch.Generator().manual_seed(1), "a").initial_seed() != forked(given, "b").initial_seed()
+    torch.randn(3, generator=given)
+    assert forked(given, "a").initial_seed() != first
 
 
 def test_the_injected_noise_is_standard_normal_and_independent_of_the_noise():

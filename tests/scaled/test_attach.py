@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 
-from hnkit import InputError
+from hnkit import InputError, NoiseInjection
 from hnkit.scaled.attach import SteeredPipeline, attach
 from hnkit.scaled.lora.adapter import CONFIG
 from tests.scaled import tiny
@@ -313,3 +313,80 @@ def test_a_run_folder_is_taken_where_its_adapter_is(trained, checkpoint, tmp_pat
     folder.rename(tmp_path / "run" / "adapter")
     again = attach(load(checkpoint, "sana"), tmp_path / "run")
     assert torch.equal(images_of(again, "sana"), images_of(with_f, "sana"))
+
+
+# --- injected noise ---------------------------------------------------------------------------------------------
+
+
+def injecting(name, make_backend, folder, injection):
+    """A trained adapter that was trained with injected noise."""
+    backend = make_backend(name)
+    perturb(backend)
+    backend.injection = injection
+    backend.save_adapter(folder)
+    return backend
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_injected_noise_in_a_plain_pipeline(name, checkpoint, make_backend, tmp_path):
+    """The moved noise is a (x + f(x)) + b eps with an eps that is normal, the call's own, and takes no draw from it."""
+    injection = NoiseInjection(0.36, 5.0)
+    backend = injecting(name, make_backend, tmp_path / "trained", injection)
+    with_f = attach(load(checkpoint, name), tmp_path / "trained")
+    given, moved = [], []
+    with_f.hypernetwork.register_forward_hook(lambda module, inputs, output: given.append((inputs[0], output)))
+    move = with_f._move
+    with_f._move = lambda *inputs: moved.append(move(*inputs)) or moved[-1]
+    scale = {"guidance_scale": backend.options.guidance}
+
+    def images(generator, prompts=PROMPTS, **changes):
+        return with_f(prompts, generator=generator, **arguments(name, **scale, **changes)).images
+
+    used, plain = seeded(), seeded()
+    first = images(used)
+    x, delta = given[-1]
+    side = tiny.SIZES[name]
+    noise = with_f.family.unpack(with_f, moved[-1], side, side).float() / with_f.family.prepared_scale(with_f)
+    delta = delta * (5.0 / delta.flatten(1).norm(dim=1).clamp(min=5.0))[:, None, None, None]
+    eps = (noise - 0.8 * (x + delta)) / 0.6
+    # mean 0, variance 1 and no correlation with x, each by a z-test at 1e-6 (|z| < 4.9), and two rows that differ
+    count = eps.numel()
+    assert abs(float(eps.mean())) < 4.9 / count**0.5
+    assert abs(float(eps.square().mean()) - 1) < 4.9 * (2 / count) ** 0.5
+    assert abs(float((eps * x).mean())) < 4.9 / count**0.5
+    assert not torch.allclose(eps[0], eps[1], atol=0.1)
+    assert torch.equal(images(seeded()), first)
+    assert not torch.allclose(images(seeded(1)), first, atol=1e-3)
+    load(checkpoint, name)(PROMPTS, generator=plain, **arguments(name, **scale))
+    assert torch.equal(used.get_state(), plain.get_state())
+    # one generator an image: the image does not depend on its batch
+    both = images([seeded(1), seeded(2)])
+    torch.testing.assert_close(images([seeded(2)], PROMPTS[1:]), both[1:], atol=2e-6, rtol=0)
+    # one generator in one state, many latents: each has fresh noise of its own
+    latents = backend.family.pack(backend.pipeline, noise_for(backend, 2))
+    kept = seeded()
+    images(kept, latents=latents)
+    drawn = moved[-1]
+    images(kept, latents=latents + 1)
+    offset = (moved[-1] - drawn) / with_f.family.prepared_scale(with_f)
+    assert float(offset.std()) > 0.3
+    # and what is saved and copied is deployed alike
+    with_f.save_pretrained(tmp_path / "saved")
+    again = attach(load(checkpoint, name), tmp_path / "saved")
+    assert again._adapter.injection == injection
+    torch.testing.assert_close(
+        again(PROMPTS, generator=seeded(), **arguments(name, **scale)).images, first, atol=2e-6, rtol=0
+    )
+
+
+def test_without_a_generator_injected_noise_is_the_global_one_s(checkpoint, make_backend, tmp_path):
+    injecting("sd-turbo", make_backend, tmp_path / "trained", NoiseInjection(0.5))
+    with_f = attach(load(checkpoint, "sd-turbo"), tmp_path / "trained")
+    images = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        images += [with_f(PROMPTS, **arguments("sd-turbo")).images, with_f(PROMPTS, **arguments("sd-turbo")).images]
+    assert torch.equal(images[0], images[2])
+    assert torch.equal(images[1], images[3])
+    assert not torch.allclose(images[0], images[1], atol=1e-3)
+    assert not torch.allclose(images[0], images[4], atol=1e-3)
