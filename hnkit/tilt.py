@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from hnkit.errors import InputError, NonFiniteError
-from hnkit.internal.stats import mean_and_stderr
+from hnkit.injection import NoiseInjection, deployed_noise
+from hnkit.internal.stats import Estimate, mean_and_stderr
 from hnkit.maps import NoiseMap, at_rows
 
 if TYPE_CHECKING:
@@ -284,6 +285,28 @@ def optimality_gap(
         # the probes' error is part of kl.stderr and is not seen in the spread of per_sample alone
         stderr = max(stderr, kl.stderr) if math.isfinite(kl.stderr) else stderr
     return GapEstimate(value, stderr, kl.value, float(reward.mean()), certified, kind, per_sample)
+
+
+def injected_gap(
+    problem: TiltedProblem, injection: NoiseInjection, delta: Tensor, x: Tensor, generator: torch.Generator
+) -> Estimate:
+    """Bound of the distance from the optimum where noise is injected: KL bound - E[r(g(x_hat))]/alpha + log Z*.
+
+    Its mean is at least `KL(law of x_hat || p0*)` for any hypernetwork; the estimate has the Monte Carlo error it says.
+
+    Args:
+        problem: generator, reward and `log Z*`.
+        injection: how the hypernetwork is deployed.
+        delta: `(n, *noise_shape)` values of f at `x`.
+        x: `(n, *noise_shape)` samples of `N(0, I)`.
+        generator: the generator of the fresh noise.
+
+    Source: `proofs/injected_noise`, `proofs/optimality_gap`.
+    """
+    moved, _ = deployed_noise(injection, x.double(), delta.double(), generator)
+    with torch.no_grad():
+        reward = problem.reward(problem.generate(moved)).double()
+    return Estimate.of(injection.nats(delta.double()) - reward / problem.alpha + problem.log_z())
 
 
 def log_z_monte_carlo(problem: TiltedProblem, n: int, generator: torch.Generator) -> tuple[float, float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from hnkit.checks.injected import INJECTED_CHECKS
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import CERTIFIED_CHECKS
 from hnkit.checks.problems import TOY_CHECKS
 
-REGISTRIES = (MAP_CHECKS, TOY_CHECKS, CERTIFIED_CHECKS)
-"""Of maps, of closed-form problems, and of matrices in ball arithmetic."""
+REGISTRIES = (MAP_CHECKS, INJECTED_CHECKS, TOY_CHECKS, CERTIFIED_CHECKS)
+"""Of maps, of maps with injected noise, of closed-form problems, and of matrices in ball arithmetic."""
 
 
 def checks_by_proof() -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hnkit.checks.check import reported
+from hnkit.checks.injected import INJECTED_CHECKS
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import certified_checks
 from hnkit.checks.plots import map_plots
@@ -50,7 +51,7 @@ def map_report(
         InputError: its KL cannot be estimated by the method.
     """
     _ = measured.estimate  # a KL that cannot be estimated is bad input: one line, and no report
-    checks = list(MAP_CHECKS.run(measured, measured.name))
+    checks = [*MAP_CHECKS.run(measured, measured.name), *INJECTED_CHECKS.run(measured, measured.name)]
     figures, unread = map_quantities(measured)
     plots, undrawn = reported("plots", measured.name, partial(map_plots, measured))
     checks += [*unread, *undrawn]
@@ -61,7 +62,7 @@ def map_report(
         {**config, **settings.to_config(), "samples": len(measured.x), "method": measured.method},
         tuple(checks),
         (*figures, *extra),
-        tuple((measured.name, sentence) for sentence in invertibility(measured)),
+        tuple((measured.name, sentence) for sentence in (*deployment(measured), *invertibility(measured))),
         tuple(plots),
     )
 
@@ -79,6 +80,18 @@ def has_kinks(f: NoiseMap) -> bool:
     """Whether finite differences of the map may straddle a kink: unknown for a plain function, so yes."""
     kinked = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.PReLU, nn.ReLU6, nn.MaxPool2d, nn.Threshold, nn.Hardswish)
     return not isinstance(f, nn.Module) or any(isinstance(module, kinked) for module in f.modules())
+
+
+def deployment(measured: MeasuredMap) -> list[str]:
+    """What is known of the KL of a hypernetwork that is deployed with injected noise; nothing of another."""
+    if measured.injection is None:
+        return []
+    share = measured.injection.share
+    return [
+        f"Deployed with injected noise, share {share:g}: {measured.injected.sentence()}.",
+        "All other figures of the KL, of J and of T are those of x + f(x) without the injected noise, which is not "
+        "what is deployed.",
+    ]
 
 
 def invertibility(measured: MeasuredMap) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 
 from hnkit.backend import installed_names, load_installed
 from hnkit.checks.check import Check, reported
+from hnkit.checks.injected import INJECTED_CHECKS
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import certified_checks
 from hnkit.checks.measured_problem import MeasuredProblem
@@ -108,6 +109,7 @@ def verify_toys(
         maps.append(measured)
         notes.append((name, shows))
         checks += MAP_CHECKS.run(measured, name)
+        checks += INJECTED_CHECKS.run(measured, name)
         found, failed = map_quantities(measured, headlines=True)
         figures += found
         checks += failed
@@ -124,6 +126,7 @@ def verify_toys(
         maps.append(measured)
         checks += TOY_CHECKS.run(known, problem.name)
         checks += MAP_CHECKS.run(measured, problem.name)
+        checks += INJECTED_CHECKS.run(measured, problem.name)
         for found, failed in (map_quantities(measured, headlines=True), problem_quantities(known)):
             figures += found
             checks += failed

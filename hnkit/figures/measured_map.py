@@ -21,6 +21,7 @@ from hnkit.errors import (
     NotApplicable,
     NotCertifiedError,
 )
+from hnkit.injection import InjectedBound, NoiseInjection, injected_bound
 from hnkit.internal.seeds import generator_for
 from hnkit.jacobian import RowJacobian, check_finite, check_map, dense_jacobian, rows_per_pass
 from hnkit.kl.divergence import KLEstimate, Method, noise_kl
@@ -85,6 +86,7 @@ class MeasuredMap:
         ascent_steps: steps of the gradient ascent behind the Lipschitz estimate.
         prompts: the prompt of each row, within which mean shifts are taken; `None`: all rows have one.
         probes: the generator of the probes of `noise_kl`; `None`: one derived from the seed.
+        injection: how the map is deployed, where noise is injected; everything else is of `x + f(x)` without it.
     """
 
     name: str
@@ -100,6 +102,7 @@ class MeasuredMap:
     ascent_steps: int = 25
     prompts: Sequence[str] | None = None
     probes: torch.Generator | None = None
+    injection: NoiseInjection | None = None
 
     def validate(self) -> None:
         """Refuse a map that is no batch-first, row-wise, deterministic, differentiable, finite function."""
@@ -181,6 +184,13 @@ class MeasuredMap:
     def first(self, count: int) -> tuple[NoiseMap, Tensor]:
         """The map and the noise of the first `count` samples."""
         return at_rows(self.f, self.x, count)
+
+    @cached_property
+    def injected(self) -> InjectedBound:
+        """The bound of the KL of the deployed law; `NotApplicable` where no noise is injected."""
+        if self.injection is None:
+            raise NotApplicable("no noise is injected")
+        return injected_bound(self.value, self.injection, lipschitz=self.certified_constant)
 
     @cached_property
     def half_square(self) -> Tensor:

@@ -124,6 +124,33 @@ def mean_shift(measured: MeasuredMap) -> float:
     return mean_shift_share(measured.value.double().flatten(1).cpu(), measured.prompts)
 
 
+# --- with injected noise ----------------------------------------------------------------------------------------
+
+
+@figure(
+    "injected_bound", "KL of the deployed law, at most", "a² E|f|² / 2(1-a²), proved for any f; its mean is estimated"
+)
+def injected_bound(measured: MeasuredMap) -> Estimate:
+    """The law of `a (x + f(x)) + sqrt(1 - a^2) eps`, without a Jacobian."""
+    return measured.injected.nats
+
+
+@figure("injected_certified", "the same, certified at 95 %", "f is clipped, or its Lipschitz constant certified")
+def injected_certified(measured: MeasuredMap) -> float:
+    """One-sided, over the samples."""
+    if measured.injected.certified is None:
+        raise NotApplicable(measured.injected.how)
+    return measured.injected.certified
+
+
+@figure("injected_ceiling", "the same, for certain", "a² R² / 2(1-a²), |f| being clipped at R")
+def injected_ceiling(measured: MeasuredMap) -> float:
+    """Whatever was trained."""
+    if measured.injected.ceiling is None:
+        raise NotApplicable("f is not clipped")
+    return measured.injected.ceiling
+
+
 # --- norms ------------------------------------------------------------------------------------------------------
 
 QUANTILES = {"0.1": "10 %", "0.5": "median", "0.9": "90 %"}

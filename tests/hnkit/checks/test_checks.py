@@ -21,7 +21,7 @@ from hnkit.checks.matrices import CERTIFIED_CHECKS, Certified
 from hnkit.checks.measured_problem import MeasuredProblem
 from hnkit.checks.problems import TOY_CHECKS
 from hnkit.checks.reference_maps import contraction, reference_maps
-from hnkit.checks.registries import checks_by_proof
+from hnkit.checks.registries import REGISTRIES, checks_by_proof
 from hnkit.checks.report import Report
 from hnkit.checks.settings import VerifySettings
 from hnkit.checks.verify_toys import verify_toys
@@ -201,20 +201,16 @@ def test_a_wrong_certificate_is_seen_in_half_precision():
 def test_every_check_names_a_proof_and_a_statement():
     by_proof = checks_by_proof()
     names = [name for names in by_proof.values() for name in names]
-    assert (
-        len(names)
-        == len(set(names))
-        == sum(len(registry.statements) for registry in (MAP_CHECKS, TOY_CHECKS, CERTIFIED_CHECKS))
-    )
+    assert len(names) == len(set(names)) == sum(len(registry.statements) for registry in REGISTRIES)
     central = {
         "prop_2_objective", "theorem_3_pushforward", "theorem_3_minimiser", "prop_4_noise_objective",
         "control_reduction", "lemma_5_diffeomorphism", "lemma_6_stein", "kl_two_forms", "theorem_7_bound",
         "data_processing", "local_theorem_7", "frobenius_bound", "second_order", "symmetry_index", "l2_optimum",
         "optimality_gap", "non_injective", "estimates_certificates", "singular_value_bound", "field_of_values",
-        "arnoldi_bias",
+        "arnoldi_bias", "injected_noise",
     }  # fmt: skip
     assert set(by_proof) == central
-    for registry in (MAP_CHECKS, TOY_CHECKS, CERTIFIED_CHECKS):
+    for registry in REGISTRIES:
         for statement in registry.statements.values():
             assert len(statement.name) <= 31
             assert statement.text

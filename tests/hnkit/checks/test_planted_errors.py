@@ -19,6 +19,7 @@ import torch
 
 import hnkit
 from hnkit import InputError, NonFiniteError, bounds, jacobian, logdet, loss, tilt, toy
+from hnkit.checks.injected import INJECTED_CHECKS
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import CERTIFIED_CHECKS, Certified
 from hnkit.checks.measured_problem import MeasuredProblem
@@ -29,6 +30,7 @@ from hnkit.checks.settings import VerifySettings
 from hnkit.checks.verify_toys import verify_toys
 from hnkit.cli import app as cli
 from hnkit.figures.measured_map import MeasuredMap
+from hnkit.injection import NoiseInjection
 from hnkit.internal import stats as stats
 from hnkit.kl import estimators, moments
 from hnkit.kl.methods import exact as kl
@@ -161,6 +163,22 @@ PLANTED = {
     "mean over dimensions in the loss": lambda m: plant(
         m, loss, "NoiseLoss", lambda f: lambda kl, alpha: f(kl, alpha=alpha, reduction="mean")
     ),
+    "the injected share in place of its root": lambda m: m.setattr(
+        NoiseInjection, "injected", property(lambda s: s.share)
+    ),
+    "fresh noise on top of all of the noise": lambda m: m.setattr(NoiseInjection, "kept", property(lambda self: 1.0)),
+    "sign of the delta with injected noise": lambda m: plant_method(
+        m, NoiseInjection, "moved", lambda f: lambda self, x, delta, eps: f(self, x, -delta, eps)
+    ),
+    "the delta not scaled with the noise": lambda m: plant_method(
+        m, NoiseInjection, "moved", lambda f: lambda self, x, delta, eps: f(self, x, delta / self.kept, eps)
+    ),
+    "half of the injected bound": lambda m: plant_method(m, NoiseInjection, "nats", scaled(0.5)),
+    "the injected bound doubled": lambda m: plant_method(m, NoiseInjection, "nats", scaled(2.0)),
+    "sign of the injected bound": lambda m: plant_method(m, NoiseInjection, "nats", scaled(-1.0)),
+    "a^2 / 2 in place of a^2 / 2(1 - a^2)": lambda m: m.setattr(
+        NoiseInjection, "nats_per_square", property(lambda self: (1 - self.share) / 2)
+    ),
     "log Z* left out of the gap": lambda m: plant(
         m,
         tilt,
@@ -216,7 +234,7 @@ def test_every_planted_error_patches_something(monkeypatch):
 def functions():
     """Every function of hnkit that a module of checks imports from elsewhere, by where it is defined."""
     found = set()
-    checks = ("maps", "problems", "measured_problem", "matrices", "differences")
+    checks = ("maps", "injected", "problems", "measured_problem", "matrices", "differences")
     for name in ("figures.measured_map", "linalg.matrices", *(f"checks.{name}" for name in checks)):
         for imported, value in vars(importlib.import_module(f"hnkit.{name}")).items():
             home = getattr(value, "__module__", "")
@@ -230,6 +248,7 @@ def functions():
 NO_FIGURES = {"generator_for", "rows_per_pass", "chunked", "check_map", "check_finite", "working_type"}
 METHODS = [
     (jacobian.RowJacobian, "jvp"), (jacobian.RowJacobian, "vjp"), (loss.NoiseLoss, "__call__"),
+    (NoiseInjection, "moved"), (NoiseInjection, "nats"),
     *((LinearGaussian, name) for name, value in vars(hnkit.tilt.TiltedProblem).items()
       if inspect.isfunction(value) and not name.startswith("_") and name != "with_alpha"),
     (LinearGaussian, "second_order_map"), (LinearGaussian, "second_order_gap"),
@@ -294,6 +313,7 @@ def map_checks():
     x = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     measured = MeasuredMap("contraction", contraction(3), x)
     yield from MAP_CHECKS.run(measured, "contraction")
+    yield from INJECTED_CHECKS.run(measured, "contraction")
     yield MAP_CHECKS.statements["kl-affine"].check(MeasuredMap("affine", lambda x: 0.3 * x + 0.1, x), "affine")
     if importlib.util.find_spec("flint") is not None:
         yield from CERTIFIED_CHECKS.run(Certified(measured), "contraction")
