@@ -169,6 +169,10 @@ class InjectedBound:
     how: str
     ceiling: float | None
 
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain values, the estimate as `nats` and `nats_stderr`."""
+        return {**vars(self), "nats": self.nats.value, "nats_stderr": self.nats.stderr}
+
     def sentence(self) -> str:
         """What is known, in words that name what is proved and what is estimated."""
         parts = [f"KL of the deployed law: at most {self.nats} nats (proved for any f; the mean is estimated)"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from hnkit.errors import ExpansiveMapError, InputError
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.figures.table import FIGURES, QUANTILES, mean_shift_share
+from hnkit.injection import InjectedBound, NoiseInjection
 from hnkit.internal.stats import Estimate
 from hnkit.internal.values import finite
 from hnkit.lipschitz.local import RESOLVED, local_norms
@@ -45,6 +46,8 @@ class Measurement:
         num_vjp: vector-Jacobian products spent on `kl`.
         gap: distance from the optimum, where the tilted law is known.
         local_norm_note: how coarsely the local norms are resolved, or why there are none; empty where they converged.
+        injected: the bound of the KL of what is deployed, where noise is injected; all else is then of `x + f(x)`,
+            which is not deployed.
         per_sample: the integrand of `kl` at each noise, `(samples,)` on the CPU; it stays out of the record.
     """
 
@@ -62,6 +65,7 @@ class Measurement:
     num_vjp: int
     gap: Estimate | None = None
     local_norm_note: str = ""
+    injected: InjectedBound | None = None
     per_sample: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -72,6 +76,8 @@ class Measurement:
                 continue
             value = getattr(self, name)
             document[name] = value.value if isinstance(value, Estimate) else value
+            if isinstance(value, InjectedBound):
+                document[name] = value.to_json()
             if isinstance(value, Estimate) or name == "gap":
                 document[f"{name}_stderr"] = None if value is None else value.stderr
             if name == "kl":
@@ -89,6 +95,7 @@ def measure(
     prompts: Sequence[str] | None = None,
     problem: TiltedProblem | None = None,
     generator: torch.Generator | None = None,
+    injection: NoiseInjection | None = None,
 ) -> Measurement:
     """Measure the KL of a map both ways, and how they differ.
 
@@ -101,12 +108,13 @@ def measure(
         prompts: one per row; the mean shift is taken within rows of the same prompt. `None`: all rows together.
         problem: its tilted law is the target of the optimality gap.
         generator: the generator of the probes.
+        injection: how the map is deployed; with injected noise there is a bound of the KL, and no gap.
 
     Raises:
         ExpansiveMapError: the method that was asked for needs local norms below 1.
         NonFiniteError: the map or one of its products is not finite; the message names the sample.
     """
-    measured = MeasuredMap("network", f, x, prompts=prompts, probes=generator)
+    measured = MeasuredMap("network", f, x, prompts=prompts, probes=generator, injection=injection)
     measured.validate()
     small = measured.dim <= EXACT_UP_TO
     norms, note = _local_norms(*measured.first(len(x) if small else _NORM_SAMPLES))
@@ -127,7 +135,7 @@ def measure(
     read = {key: FIGURES[key].read(measured) for key in ("kl", "l2", "error", "relative_error")}
     estimates = {key: value for key, value in read.items() if isinstance(value, Estimate)}
     gap = None
-    if problem is not None:
+    if problem is not None and injection is None:
         found = optimality_gap(problem, f, x.double(), method="exact")
         gap = Estimate(found.value, found.stderr)
     return Measurement(
@@ -141,6 +149,7 @@ def measure(
         num_jvp=estimate.num_jvp,
         num_vjp=estimate.num_vjp,
         gap=gap,
+        injected=None if injection is None else measured.injected,
         per_sample=estimate.per_sample.detach().double().cpu(),
         **estimates,
     )

@@ -110,6 +110,7 @@ def _put(found: Checkpoint, config: RunConfig, backend: BackendBase) -> None:
         backend.load_adapter(adapter_folder(config.train.from_adapter))  # it may have layers that a new one has not
     part = "average/" if config.train.ema else "network/"
     values = {name.removeprefix(part): value for name, value in found.tensors.items() if name.startswith(part)}
+    backend.injection = config.train.deployment
     own = {name: parameter for name, parameter in backend.hypernetwork.named_parameters() if parameter.requires_grad}
     load_parameters(own, values)
 

@@ -17,6 +17,7 @@ from hnkit.backend import BackendBase
 from hnkit.config import RunConfig
 from hnkit.errors import InputError
 from hnkit.figures import FIGURES
+from hnkit.injection import NoiseInjection
 from hnkit.internal.files import atomic_write, write_json
 from hnkit.internal.values import finite
 from hnkit.internal.versions import versions
@@ -37,7 +38,7 @@ from hnkit.tilt import TiltedProblem, affine_coefficients, kl_gaussians
 from hnkit.training.checkpoint import folder_digests, replace_folder
 from hnkit.training.plots import training_plots
 from hnkit.training.validate import Evaluator, prompts_of
-from hnkit.training.view import alpha_sentence, loss_term, shown_mean
+from hnkit.training.view import alpha_sentence, injected_sentence, loss_term, shown_mean
 
 ADAPTER, BEST, REPORT, PAGE = "adapter", "best", "report.json", "report.html"
 OUTPUTS = (ADAPTER, BEST, REPORT, PAGE)
@@ -79,21 +80,29 @@ class LearnedLaw:
     targets: dict[str, dict[str, float]]
 
 
-def learned_law(problem: TiltedProblem, f: NoiseMap) -> LearnedLaw | None:
-    """Compare what was learned with the closed-form optima; `None` for a problem whose optima are not Gaussian."""
+def learned_law(problem: TiltedProblem, f: NoiseMap, injection: NoiseInjection | None = None) -> LearnedLaw | None:
+    """Compare what was learned, as it is deployed, with the closed-form optima of `x + f(x)`.
+
+    `None` for a problem whose optima are not Gaussian.
+    """
     gap_of_affine = getattr(problem, "gap_of_affine", None)
     if gap_of_affine is None or "gap_of_affine" in problem.unavailable:
         return None
     dim = problem.noise_shape[0]
-    coefficients = affine_coefficients(f, dim)
+    clipped = injection is not None and injection.max_delta is not None
+    coefficients = None if clipped else affine_coefficients(f, dim)
     if coefficients is not None:
         slope, mean = coefficients
         covariance = slope @ slope.mT
     else:
         x = torch.randn(_MOMENT_SAMPLES, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            moved = x + f(x)
+            delta = f(x)
+        moved = x + (delta if injection is None else injection.clipped(delta))
         mean, covariance = moved.mean(0), moved.mT.cov()
+    if injection is not None:
+        identity = torch.eye(dim, dtype=torch.float64)
+        mean, covariance = injection.kept * mean, (1 - injection.share) * covariance + injection.share * identity
     targets: dict[str, dict[str, float]] = {}
     laws = {}
     optima = (("exact", problem.optimal_map()), ("l2", problem.l2_map()), ("second-order", _second_order(problem)))
@@ -152,7 +161,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
     problem = evaluator.problem
     law = None
     if problem is not None and measurement is not None:
-        law = learned_law(problem, evaluator.map_for([evaluator.prompts[0]]))
+        law = learned_law(problem, evaluator.map_for([evaluator.prompts[0]]), config.train.deployment)
     report: dict[str, Any] = {
         "title": f"Training of {config.backend}",
         "step": ending.step,
@@ -228,6 +237,10 @@ def model_card(config: RunConfig, backend: BackendBase, report: Mapping[str, Any
         *([f"- Started from: the adapter {config.train.from_adapter}"] if config.train.from_adapter else []),
         f"- {report['temperature']}",
     ]
+    if (injection := config.train.deployment) is not None:
+        most = "" if injection.max_delta is None else f", |f| at most {injection.max_delta:g}"
+        share = f"1 - a^2 = {injection.share:g}{most}"
+        lines += [f"- Deployed with fresh noise eps: x_hat = a (x + f(x)) + sqrt(1 - a^2) eps, {share}"]
     lines += [f"- {name}: {value}" for name, value, _ in _figures(report["measurement"])]
     lines += [f"- {_unmeasured(report)}"] if report.get("not_measured") else []
     options = {key: value for key, value in config.to_dict()["backend"].items() if key != "name"}
@@ -290,10 +303,19 @@ def _figures(measurement: Mapping[str, Any] | None) -> list[tuple[str, str, str]
     norms = ", ".join(f"{name}: {format_number(value, 3)}" for name, value in m["local_norm"].items())
     quantiles = "quantiles of the samples: an estimate, no bound on the Lipschitz constant"
     rows.append(("local norm |J(x)|₂", norms, measurement.get("local_norm_note") or quantiles))
+    if injected := measurement.get("injected"):
+        rows = [(f"{name} of x + f(x), not deployed", value, note) for name, value, note in rows]
+        rows.insert(0, _deployed(injected))
     if measurement["gap"] is not None:
         gap = f"{format_estimate(m['gap'], m['gap_stderr'])} nats"
         rows.append(("Distance from the optimum", gap, "KL of the learned noise law from the tilted law"))
     return rows
+
+
+def _deployed(injected: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The row of the KL of what is deployed with injected noise."""
+    value = f"at most {format_estimate(injected['nats'], _known(injected['nats_stderr']))} nats; the mean is estimated"
+    return "KL of the deployed law", value, injected_sentence(injected)
 
 
 def _unmeasured(report: Mapping[str, Any]) -> str:
@@ -313,7 +335,9 @@ def _lead(report: Mapping[str, Any]) -> str:
     if best is not None and best["step"] != report["step"]:
         parts.append(f"The lowest held-out loss was that of step {best['step']}; its adapter is in the folder {BEST}.")
     measurement = report["measurement"]
-    if measurement is not None and measurement["relative_error"] is not None:
+    if measurement is not None and measurement.get("injected"):
+        parts.append(f"{injected_sentence(measurement['injected'])}.")
+    elif measurement is not None and measurement["relative_error"] is not None:
         off = 100 * measurement["relative_error"]
         word = "below" if off < 0 else "above"
         parts.append(f"The L2 term is {format_number(abs(off), 3)} % {word} the KL that it stands for.")

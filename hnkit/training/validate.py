@@ -83,6 +83,7 @@ class Evaluator:
             prompts=prompts,
             problem=self.problem,
             generator=generator_for(settings.seed, "measurement probes"),
+            injection=settings.deployment,
         )
 
     @torch.no_grad()

@@ -22,6 +22,8 @@ from rich.progress import (
 
 from hnkit.config import TrainConfig
 from hnkit.errors import InputError
+from hnkit.injection import InjectedBound
+from hnkit.internal.stats import Estimate
 from hnkit.internal.streams import Droppable
 from hnkit.loss import NoiseLoss
 from hnkit.output.page import format_estimate, format_number
@@ -89,6 +91,8 @@ class TrainView:
             known = {key: math.nan if value is None else value for key, value in figures.items()}
             text = f"KL {format_estimate(known['kl'], known['kl_stderr'], figures['bias_bound'])} nats"
             text += f", L2 term {format_estimate(known['l2'], known['l2_stderr'])}"
+            if figures.get("injected"):
+                text = f"{injected_sentence(figures['injected'])} (of x + f(x) alone, not deployed: {text})"
             if figures.get("gap") is not None:
                 text += f", {format_estimate(known['gap'], known['gap_stderr'])} nats from the optimum"
             self.say(f"step {entry['step']}: {text}")
@@ -116,11 +120,21 @@ def shown_mean(score: Mapping[str, Any], kind: str) -> str:
 def loss_term(settings: TrainConfig) -> tuple[str, str] | None:
     """What stands beside the reward in the loss: its key in metrics.jsonl, and its name; `None` for direct fine-tuning.
 
-    The L2 term is no KL and is never called one; the others estimate the KL.
+    The L2 term is no KL and is never called one; with injected noise a multiple of it bounds the KL; the others
+    estimate the KL.
     """
     if settings.objective == "direct":
         return None
+    if settings.injection:
+        return "kl_bound", "KL bound"
     return ("l2", "L2 term") if settings.kl == "l2" else ("kl", f"KL ({settings.kl})")
+
+
+def injected_sentence(bound: Mapping[str, Any]) -> str:
+    """What is known of the KL of what is deployed with injected noise, from its record in the measurement."""
+    stderr = math.nan if bound["nats_stderr"] is None else bound["nats_stderr"]
+    record = {key: value for key, value in bound.items() if key not in ("nats", "nats_stderr")}
+    return InjectedBound(nats=Estimate(bound["nats"], stderr), **record).sentence()
 
 
 def alpha_sentence(settings: TrainConfig, dim: int) -> str:

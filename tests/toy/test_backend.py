@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from hnkit import InputError
+from hnkit import InputError, NoiseInjection
 from hnkit.backend import Backend, Reward, backend_factory
 from hnkit.config import resolve_config
 from hnkit.lipschitz import certify_injective, lipschitz_upper
@@ -192,3 +192,27 @@ def test_presets_resolve(preset):
     config = resolve_config(backend="toy", preset=preset)
     assert config.options.problem in PROBLEMS
     assert isinstance(config.options, ToyOptions)
+
+
+def test_injected_noise_is_kept_in_the_adapter(tmp_path):
+    backend = shaken(load())
+    backend.injection = NoiseInjection(0.25, 3.0)
+    backend.save_adapter(tmp_path / "a")
+    twin = load()
+    twin.load_adapter(tmp_path / "a")
+    assert twin.injection == NoiseInjection(0.25, 3.0)
+    shaken(load()).save_adapter(tmp_path / "plain")
+    twin.load_adapter(tmp_path / "plain")
+    assert twin.injection is None
+    path = tmp_path / "a" / "adapter.json"
+    config = json.loads(path.read_text())
+    # a reader that does not know of injected noise refuses the format; one that does, a format without its table
+    assert config["format"] == "hnkit-toy-adapter-2"
+    for change, message in (
+        ({"injection": None}, "format"), ({"injection": {"share": 2.0, "max_delta": None}}, "share"),
+        ({"injection": {"share": 0.5}}, "share and max_delta"), ({"injection": [0.5]}, "share and max_delta"),
+        ({"injection": {"share": "x", "max_delta": None}}, "share"), ({"format": "hnkit-toy-adapter-1"}, "format"),
+    ):  # fmt: skip
+        path.write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=message):
+            load().load_adapter(tmp_path / "a")

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hnkit import InputError
+from hnkit import InputError, NoiseInjection
 from hnkit.backend import backend_factory
-from hnkit.scaled.lora.adapter import CONFIG, WEIGHTS, adapter_options
+from hnkit.scaled.lora.adapter import CONFIG, WEIGHTS, _config_checksum, adapter_options
 from hnkit.scaled.lora.twin import lora_state
 from tests.scaled import tiny
 from tests.scaled.conftest import noise_for, perturb, steered
@@ -310,3 +310,29 @@ def test_interrupted_save_is_noticed(reader, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left"):
         reader.save_adapter(tmp_path / "a")
     assert "interrupted" in refused(reader, tmp_path / "a")
+
+
+def test_injected_noise_is_kept_and_never_dropped(reader, make_backend, tmp_path):
+    backend = make_backend("sana")
+    perturb(backend)
+    backend.injection = NoiseInjection(0.25, 3.0)
+    backend.save_adapter(tmp_path / "a")
+    twin = make_backend("sana")
+    twin.load_adapter(tmp_path / "a")
+    assert twin.injection == NoiseInjection(0.25, 3.0)
+    document = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert document["hnkit"]["format"] == 2  # which a reader that does not know of injected noise refuses
+    for name, block in {
+        "dropped": {key: value for key, value in document["hnkit"].items() if key != "injection"},
+        "older": document["hnkit"] | {"format": 1},
+        "share": document["hnkit"] | {"injection": {"share": 1.5, "max_delta": None}},
+        "more": document["hnkit"] | {"injection": {"share": 0.5, "max_delta": None, "seed": 1}},
+    }.items():
+        block = block | {"config_sha256": _config_checksum(document | {"hnkit": block})}
+        message = refused(reader, rewritten(tmp_path / "a", tmp_path / name, config={"hnkit": block}, published=False))
+        assert ("format" in message) == (name in ("dropped", "older"))
+    perturb(backend)
+    backend.injection = None
+    backend.save_adapter(tmp_path / "plain")
+    twin.load_adapter(tmp_path / "plain")
+    assert twin.injection is None
