@@ -72,9 +72,9 @@ class Measurement:
         """The figures as a JSON document, `None` for what is not known; an estimate is a value and its `_stderr`."""
         document: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
-            if name == "per_sample":
-                continue
             value = getattr(self, name)
+            if name == "per_sample" or (name == "injected" and value is None):
+                continue
             document[name] = value.value if isinstance(value, Estimate) else value
             if isinstance(value, InjectedBound):
                 document[name] = value.to_json()
