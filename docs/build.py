@@ -1,96 +1,137 @@
-"""Build the documentation: every Markdown page of docs/, README.md and proofs/ as a small static site.
+"""Build the documentation site from README.md, docs/, proofs/ and the code: guides, reference, evidence.
 
-python docs/build.py site        write the pages to site/, which must not exist
+    python docs/build.py site        write the site to site/; a built site there is replaced, nothing else is
+
+The pages are laid out in a temporary folder, the reference pages are written from the code, and Sphinx (with MyST and
+furo) builds them. A link that leads nowhere, a docstring that cannot be read, a page in no section: each is an error.
 """
 
 from __future__ import annotations
 
-import html
+import os
 import re
 import shutil
 import sys
-from functools import partial
+import tempfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-import markdown
+import reference
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (
-    ("README.md", "Overview"),
-    ("docs/verify-bound.md", "Checking a map"),
-    ("docs/training.md", "Training"),
-    ("docs/digits.md", "The miniature"),
-    ("docs/real-models.md", "Real models"),
-    ("docs/prompts-and-scorers.md", "Prompts and scorers"),
-    ("docs/testing.md", "hnkit.testing"),
-    ("docs/estimators.md", "Estimators"),
-    ("docs/benchmarks-logdet.md", "Benchmarks"),
-    ("docs/numerics.md", "Numerics"),
-    ("docs/robustness.md", "Robustness"),
-    ("docs/mutation.md", "Mutation"),
-    ("proofs/README.md", "Proofs"),
-)
-STYLE = """
-:root { color-scheme: light dark; }
-body { margin: 0 auto; max-width: 58rem; padding: 1.5rem; font: 16px/1.6 system-ui, sans-serif; }
-nav { display: flex; flex-wrap: wrap; gap: .4rem 1.1rem; padding-bottom: 1rem; border-bottom: 1px solid #8884; }
-table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #8884; padding: .35rem .6rem; text-align: left; }
-pre { overflow-x: auto; padding: .8rem; background: #8881; border-radius: 6px; }
-code { font-size: .88em; }
-img { max-width: 100%; background: white; }
-"""
-LINK = re.compile(r'(href|src)="([^"#:]+)(#[^"]*)?"')
+SECTIONS = {
+    "Guides": (
+        ("docs/verify-bound.md", "Check a map of your own"),
+        ("docs/training.md", "Train"),
+        ("docs/digits.md", "The miniature"),
+        ("docs/real-models.md", "Real models"),
+        ("docs/prompts-and-scorers.md", "Prompts and scorers"),
+        ("docs/testing.md", "hnkit.testing"),
+    ),
+    "Reference": (
+        ("reference/commands.md", "Commands"),
+        ("reference/configuration.md", "Configuration"),
+        ("reference/api.md", "Python API"),
+        ("docs/estimators.md", "Estimators"),
+        ("proofs/README.md", "Proofs"),
+    ),
+    "Evidence": (
+        ("docs/benchmarks-logdet.md", "Benchmarks"),
+        ("docs/numerics.md", "Numerics"),
+        ("docs/robustness.md", "Robustness"),
+        ("docs/mutation.md", "Mutation testing"),
+        ("CHANGELOG.md", "Changelog"),
+        ("CONTRIBUTING.md", "Contributing"),
+    ),
+}
+"""What the sidebar shows, in its order."""
+
+LINK = re.compile(r"\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+CODE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 
 
-def _target(source: str) -> str:
-    """Where a page of the repository lands in the site."""
-    if source == "README.md":
-        return "index.html"
-    if source == "proofs/README.md":
-        return "proofs/index.html"
-    return source.removeprefix("docs/").removesuffix("README.md").removesuffix(".md").rstrip("/") + ".html"
+def lay_out(source: Path) -> None:
+    """Copy the pages and what they link to into `source` as they lie in the repository, and write the others."""
+    listed = [page for section in SECTIONS.values() for page, _ in section]
+    proofs = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("proofs/*/README.md"))
+    unlisted = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")} - set(listed)
+    if unlisted:
+        raise SystemExit(f"in no section of docs/build.py: {', '.join(sorted(unlisted))}")
+    staged = ["README.md", *(page for page in listed if not page.startswith("reference/")), *proofs]
+    for page in staged:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        _write(source / _place(page), _with_links(text, page, source, staged))
+    for name, text in (pages := reference.pages()).items():
+        _write(source / "reference" / name, text)
+    modules = [name for name in pages if name.startswith("hnkit.")]
+    _append(source / "index.md", "".join(_tree(title, pages) for title, pages in SECTIONS.items()))
+    rooms = _tree("", [(name, "") for name in modules], hidden=False)
+    _append(source / "reference" / "api.md", f"## Modules\n\n{rooms}")
+    _append(source / "proofs/README.md", _tree("", [(f"{Path(page).parent.name}/README.md", "") for page in proofs]))
+    shutil.copy(ROOT / "docs/site/conf.py", source)
+    (source / "_static").mkdir()
+    shutil.copy(ROOT / "docs/site/hnkit.css", source / "_static")
+
+
+def _place(page: str) -> str:
+    return "index.md" if page == "README.md" else page
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _append(path: Path, text: str) -> None:
+    path.write_text(f"{path.read_text(encoding='utf-8')}\n{text}", encoding="utf-8")
+
+
+def _tree(title: str, pages: Iterable[tuple[str, str]], hidden: bool = True) -> str:
+    """A table of contents in MyST, for the sidebar or on the page."""
+    entries = [f"{name} <{page.removesuffix('.md')}>" if name else page.removesuffix(".md") for page, name in pages]
+    options = [f":caption: {title}"] * bool(title) + [":hidden:"] * hidden + [":maxdepth: 1"]
+    return "\n".join(["```{toctree}", *options, *entries, "```", "", ""])
+
+
+def _with_links(text: str, page: str, source: Path, staged: Collection[str]) -> str:
+    """The text of a page with its links fit for the site; what they lead to is copied beside."""
+
+    def link(match: re.Match[str]) -> str:
+        original = ((ROOT / page).parent / match[2]).resolve()
+        if not original.exists():
+            raise SystemExit(f"{page} links to {match[2]}, which does not exist")
+        if original.is_dir():
+            original /= "README.md"
+            if not original.exists():
+                return match[1]  # a folder of the repository that is no page
+        name = original.relative_to(ROOT).as_posix()
+        if original.suffix != ".md":
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(original, source / name)
+        elif name not in staged:
+            aside = original.read_text(encoding="utf-8")
+            _write(source / name, f"---\norphan: true\n---\n{_with_links(aside, name, source, staged)}")
+        target = os.path.relpath(_place(name), Path(_place(page)).parent)
+        return f"[{match[1]}]({target}{match[3] or ''})"
+
+    parts = CODE.split(text)
+    parts[::2] = [LINK.sub(link, part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def build(out: Path) -> list[Path]:
-    """Write the site and return its pages; a link to a missing file of the repository is an error."""
-    out.mkdir(parents=True)
-    proofs = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("proofs/*/README.md"))
-    titles = dict(PAGES) | {page: page.split("/")[1] for page in proofs}
-    written = []
-    for source in [*(page for page, _ in PAGES), *proofs]:
-        text = (ROOT / source).read_text(encoding="utf-8")
-        target = out / _target(source)
-        body = markdown.markdown(text, extensions=["tables", "fenced_code", "toc"])
-        body = LINK.sub(partial(_link, source=source, target=target, out=out), body)
-        up = "../" * (len(target.relative_to(out).parts) - 1)
-        nav = "".join(f'<a href="{up}{_target(page)}">{html.escape(title)}</a>' for page, title in PAGES)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>hnkit: {html.escape(titles[source])}</title><style>{STYLE}</style><nav>{nav}</nav>{body}</html>\n",
-            encoding="utf-8",
-        )
-        written.append(target)
-    return written
+    """Write the site to `out`, which must not exist, and return its pages."""
+    from sphinx.cmd.build import build_main
 
-
-def _link(match: re.Match[str], source: str, target: Path, out: Path) -> str:
-    """Point a link at the built page or at a copy of the file it names."""
-    kind, path, anchor = match[1], html.unescape(match[2]), match[3] or ""
-    original = ((ROOT / source).parent / path).resolve()
-    if not original.exists():
-        raise SystemExit(f"{source} links to {path}, which does not exist")
-    name = original.relative_to(ROOT).as_posix()
-    up = "../" * (len(target.relative_to(out).parts) - 1)
-    if name.endswith(".md") and (name in dict(PAGES) or name.startswith("proofs/")):
-        return f'{kind}="{up}{_target(name)}{anchor}"'
-    if original.is_file():
-        copy = out / "files" / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(original, copy)
-        return f'{kind}="{up}files/{name}{anchor}"'
-    return f'{kind}="{up}index.html"'
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        source.mkdir()
+        lay_out(source)
+        if build_main(["-q", "-W", "--keep-going", "-b", "html", "-d", f"{folder}/trees", str(source), str(out)]):
+            raise SystemExit("the site was not built")
+    shutil.rmtree(out / "_sources", ignore_errors=True)
+    (out / ".buildinfo").unlink(missing_ok=True)
+    return sorted(out.rglob("*.html"))
 
 
 def main() -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import pkgutil
+import posixpath
 import re
 import subprocess
 import sys
@@ -69,14 +71,57 @@ def test_generated_tables_are_current():
     assert result.returncode == 0, result.stderr
 
 
-def test_the_site_builds_and_its_links_lead_somewhere(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("sphinx")
+    out = tmp_path_factory.mktemp("docs") / "site"
     result = subprocess.run(
-        [sys.executable, "docs/build.py", str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "docs/build.py", str(out)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    for page in (tmp_path / "site").rglob("*.html"):
-        for target in re.findall(r'(?:href|src)="([^"#:]+)(?:#[^"]*)?"', page.read_text()):
+    return out
+
+
+def test_links_of_the_site_lead_somewhere(site):
+    for page in site.rglob("*.html"):
+        for target in re.findall(r'(?:href|src)="([^"#:?]+)(?:[#?][^"]*)?"', page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_site_needs_no_network(site):
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text(encoding="utf-8"))
+        assert not loaded, f"{page.name}: {loaded}"
+
+
+def test_site_has_every_public_name(site):
+    from sphinx.util.inventory import InventoryFile
+
+    with (site / "objects.inv").open("rb") as stream:
+        inventory = InventoryFile.load(stream, "", posixpath.join)
+    kinds = ("py:function", "py:class", "py:exception", "py:data", "py:attribute")
+    described = {name for kind in kinds for name in inventory.get(kind, ())}
+    homes = {name: f"hnkit.{home}" for name, home in hnkit._HOME.items()}
+    missing = {
+        name
+        for name, home in homes.items()
+        if not {f"{home}.{name}", f"{getattr(getattr(hnkit, name), '__module__', home)}.{name}"} & described
+    }
+    assert not missing
+
+
+def test_site_has_every_key_and_flag(site):
+    from hnkit.config import TrainConfig
+
+    configuration = (site / "reference" / "configuration.html").read_text(encoding="utf-8")
+    for item in dataclasses.fields(TrainConfig):
+        assert f">{item.name}<" in configuration
+    commands = (site / "reference" / "commands.html").read_text(encoding="utf-8")
+    help_text = subprocess.run(
+        [sys.executable, "-m", "hnkit", "train", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for flag in set(re.findall(r"--[a-z][a-z-]+", help_text)) - {"--help"}:
+        assert flag in commands, flag
 
 
 def test_the_package_speaks_of_itself():

@@ -1,0 +1,223 @@
+"""The reference pages of the site, written from the code: commands, configuration and the Python API."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+from sphinx.pycode import ModuleAnalyzer
+
+import hnkit
+from hnkit import scaled, toy
+from hnkit.internal.values import described, field_types
+
+HIDDEN = ("hnkit.internal", "hnkit.cli", "hnkit.scaled.internal", "hnkit.scaled.digits.train")
+"""Packages that are for hnkit's own use: not part of what users build on."""
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+
+NOUNS = {
+    "maps": "Maps on noise",
+    "jacobian": "Jacobians",
+    "kl": "The KL divergence and its parts",
+    "logdet": "Log-determinants",
+    "bounds": "Bounds",
+    "lipschitz": "Lipschitz constants and injectivity",
+    "loss": "Training",
+    "tilt": "Targets",
+    "frontier": "Reward per nat",
+    "backend": "Generators and rewards",
+    "verify": "Verification",
+    "errors": "Errors",
+}
+
+
+def pages() -> dict[str, str]:
+    """Every reference page by its name, as Markdown."""
+    return {"commands.md": commands(), "configuration.md": configuration(), **dict(api())}
+
+
+def commands() -> str:
+    """The page of commands: help, example and flags of each, read from the command line itself."""
+    import typer.main
+
+    from hnkit.cli import app
+
+    group: Any = typer.main.get_command(app.app)
+    lines = [
+        "# Commands",
+        "",
+        "Exit codes: 0, no check fails; 1, a check fails; 2, bad input (one line on stderr); 130, Ctrl-C after a",
+        "checkpoint; 143, SIGTERM after a checkpoint. `--json` prints one JSON document on stdout and nothing else",
+        "there. Every command that makes something writes a new folder under `runs/` or at `--out`.",
+        "",
+    ]
+    for name, command in group.commands.items():
+        lines += [f"## hnkit {name}", "", _paragraph(command.help), ""]
+        if command.epilog:
+            lines += ["```sh", command.epilog.removeprefix("Example: "), "```", ""]
+        rows = [
+            (f"`{', '.join(option.opts)}`", option.metavar or "", FLAG.sub(r"`\g<0>`", option.help or ""))
+            for option in command.params
+            if not option.hidden
+        ]
+        lines += [*_table(("flag", "value", "meaning"), rows), ""]
+    return "\n".join(lines)
+
+
+def configuration() -> str:
+    """The page of configuration: every key of every table, with its type, default, range and meaning."""
+    from hnkit.backend import backend_factory, installed_names
+    from hnkit.config import GenerateSettings, TrainConfig
+
+    lines = [
+        "# Configuration",
+        "",
+        "A run is described by one TOML file (`--config FILE`); `--set TABLE.KEY=VALUE` overrides one key, and many",
+        "keys of `[train]` have a flag of their own. The file that a run writes, `config.toml`, holds every value.",
+        "",
+        "## [train]",
+        "",
+        *_record(TrainConfig),
+        "",
+        "## Generating (`hnkit generate`)",
+        "",
+        *_record(GenerateSettings),
+        "",
+        "## [backend]",
+        "",
+        "`name` names the backend; the other keys are its options.",
+        "",
+    ]
+    for name in installed_names("hnkit.backends"):
+        options = backend_factory(name).options
+        if dataclasses.is_dataclass(options):
+            lines += [f"### {name}", "", *_record(options), ""]
+    lines += [
+        "## [rewards] and [heldout]",
+        "",
+        "`NAME = WEIGHT`, or a table with `weight` and the reward's own options. The name of an installed reward",
+        "(`hnkit backends` lists them) or `pkg.mod:function`. Held-out rewards are measured and never trained on.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _record(record: Any) -> list[str]:
+    """A table of the fields of a settings record."""
+    kinds, meanings = field_types(record), _meanings(record)
+    rows = [
+        (
+            f"`{item.name}`",
+            _kind(kinds[item.name]),
+            _default(item),
+            _meaning(meanings.get(item.name, ""), item.metadata),
+        )
+        for item in dataclasses.fields(record)
+    ]
+    return _table(("key", "type", "default", "meaning"), rows)
+
+
+def _meanings(record: Any) -> dict[str, str]:
+    """What is said of each field, under `Attributes` or in a string below it, in the record and its bases."""
+    found = {}
+    for base in reversed(record.__mro__[:-1]):
+        below = ModuleAnalyzer.for_module(base.__module__).find_attr_docs()
+        own = {name: text for (owner, name), text in below.items() if owner == base.__name__}
+        found |= {name: " ".join(" ".join(text).split()) for name, text in own.items()}
+    return found | described(record)
+
+
+def _kind(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(f"`{value}`" for value in typing.get_args(kind))
+    members = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return "list of " + _kind(members[0]).removeprefix("one of ")
+    inner = [member for member in members if member is not type(None)]
+    if len(inner) != len(members) and inner:
+        return " or ".join(_kind(member) for member in inner)
+    names = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "Path": "path"}
+    name = getattr(kind, "__name__", str(kind))
+    return names.get(name, name)
+
+
+def _default(item: Any) -> str:
+    if item.default is dataclasses.MISSING:
+        return "" if item.default_factory is dataclasses.MISSING else f"`{item.default_factory()}`"
+    return "" if item.default in (None, "", ()) else f"`{str(item.default).lower()}`"
+
+
+def _meaning(text: str, metadata: Mapping[str, Any]) -> str:
+    words = {"least": "at least", "above": "above", "below": "below"}
+    bounds = [(word, metadata[key]) for key, word in words.items() if metadata.get(key) is not None]
+    found = [f"{word} {bound:g}" for word, bound in bounds if bound < 10**6]  # a larger bound says nothing to anybody
+    return f"{text.removesuffix('.')}; {' and '.join(found)}." if found else text
+
+
+def _paragraph(text: str | None) -> str:
+    return inspect.cleandoc(text or "").replace("\b", "")
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    cells = [[cell.replace("|", r"\|").replace("\n", " ").strip() for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (list(head), ["---"] * len(head), *cells)]
+
+
+def api() -> Iterator[tuple[str, str]]:
+    """The pages of the Python API: the names of `hnkit` itself by noun, then every public module."""
+    lines = ["# The API on one page", "", "Everything here is imported from `hnkit` itself.", ""]
+    for module, names in hnkit._API.items():
+        if module in NOUNS:
+            lines += [f"## {NOUNS[module]}", ""]
+        for name in names:
+            home = getattr(getattr(hnkit, name), "__module__", f"hnkit.{module}")
+            lines += [f"- {{py:obj}}`hnkit.{name} <{home}.{name}>`: {_first_sentence(getattr(hnkit, name))}"]
+        lines += [""]
+    yield "api.md", "\n".join(lines)
+    for room, modules in rooms().items():
+        text = [f"# {room}", ""]
+        for module in modules:
+            text += [f"## {module}", ""] * (module != room)
+            text += ["```{eval-rst}", f".. automodule:: {module}", "   :ignore-module-all:", "```", ""]
+        yield f"{room}.md", "\n".join(text)
+
+
+def _first_sentence(value: object) -> str:
+    text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
+    return text.partition(". ")[0].removesuffix(".") + "."
+
+
+def rooms() -> dict[str, list[str]]:
+    """Public modules by the page they stand on: a package with all its modules, or a module by itself.
+
+    `toy` and `scaled` lie beside `hnkit` in the repository, so that each is walked by itself.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted({name for package in (hnkit, toy, scaled) for name in _modules(package)}):
+        parts = name.split(".")
+        room = ".".join(parts[: 3 if parts[1] == "scaled" else 2])
+        if _has_members(name):
+            found.setdefault(room, []).append(name)
+    return found
+
+
+def _modules(package: ModuleType) -> Iterator[str]:
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not info.name.startswith(HIDDEN) and not any(part.startswith("_") for part in info.name.split(".")):
+            yield info.name
+
+
+def _has_members(name: str) -> bool:
+    """Whether anything public is made in a module."""
+    module = importlib.import_module(name)
+    return any(
+        not key.startswith("_") and getattr(value, "__module__", None) == name for key, value in vars(module).items()
+    )
