@@ -174,13 +174,18 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 def api() -> Iterator[tuple[str, str]]:
     """The pages of the Python API: the names of `hnkit` itself by noun, then every public module."""
     lines = ["# The API on one page", "", "Everything here is imported from `hnkit` itself.", ""]
+    hidden: list[str] = []
     for module, names in hnkit._API.items():
         if module in NOUNS:
             lines += [f"## {NOUNS[module]}", ""]
         for name in names:
             home = getattr(getattr(hnkit, name), "__module__", f"hnkit.{module}")
+            home = "hnkit" if home.startswith(HIDDEN) else home
             lines += [f"- {{py:obj}}`hnkit.{name} <{home}.{name}>`: {_first_sentence(getattr(hnkit, name))}"]
+            hidden += [name] * (home == "hnkit")
         lines += [""]
+    for name in hidden:  # it has no module of its own to stand in
+        lines += ["```{eval-rst}", f".. autoclass:: hnkit.{name}", "```", ""]
     yield "api.md", "\n".join(lines)
     for room, modules in rooms().items():
         text = [f"# {room}", ""]
