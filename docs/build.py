@@ -27,6 +27,8 @@ SECTIONS = {
         ("docs/real-models.md", "Real models"),
         ("docs/prompts-and-scorers.md", "Prompts and scorers"),
         ("docs/testing.md", "hnkit.testing"),
+        ("docs/faq.md", "Questions"),
+        ("docs/glossary.md", "Glossary"),
     ),
     "Reference": (
         ("reference/commands.md", "Commands"),

@@ -19,7 +19,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["**/.*"]
 
-myst_enable_extensions = ["dollarmath", "attrs_inline"]
+myst_enable_extensions = ["dollarmath", "attrs_inline", "deflist"]
 myst_dmath_double_inline = True  # the proofs write displayed equations inside their paragraphs
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # a page may begin below the first level
