@@ -234,7 +234,7 @@ def bounded_mean_upper(values: Tensor, upper: float, confidence: float = 0.95) -
     Raises:
         InputError: a value is not in `[0, upper]`.
 
-    Source: Hoeffding 1963, theorem 1, doi 10.1080/01621459.1963.10500830; `proofs/injected_noise`.
+    Source: Hoeffding 1963, theorem 1, doi 10.1080/01621459.1963.10500830; `proofs/mean_certificate`.
     """
     shares = values.double().flatten() / upper
     if not bool(((shares >= 0) & (shares <= 1 + 1e-9)).all()):
@@ -267,7 +267,7 @@ def lipschitz_mean_square_upper(squares: Tensor, lipschitz: float, confidence: f
         lipschitz: a certified `L`, of any size.
         confidence: one-sided level.
 
-    Source: `proofs/injected_noise`.
+    Source: `proofs/mean_certificate`.
     """
     count = squares.numel()
     root = math.sqrt(float(squares.double().mean()))

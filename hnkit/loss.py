@@ -91,8 +91,8 @@ class NoiseLoss:
     Raises:
         InputError: an argument is out of range.
 
-    Source: arXiv 2508.09968, eq. 8, 11 and 65; `proofs/gradient_surrogate`, `proofs/injected_noise`. Score functions:
-    Williams 1992, doi 10.1007/BF00992696; the leave-one-out baseline: Kool et al. 2019.
+    Source: arXiv 2508.09968, eq. 8, 11 and 65; `proofs/gradient_surrogate`, `proofs/injected_noise`,
+    `proofs/score_function` (Williams 1992, doi 10.1007/BF00992696; the leave-one-out baseline: Kool et al. 2019).
     """
 
     kl: KLTerm = "l2"
