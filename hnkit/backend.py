@@ -101,7 +101,7 @@ def steer(backend: Backend, noise: Tensor, condition: Condition, steps: int = 1)
     Args:
         backend: its hypernetwork is f, its generator g.
         noise: x, `(n, *noise_shape)`.
-        condition: the condition of every row.
+        condition: the condition of every row, from whose image injected noise is drawn.
         steps: sampler steps of the generator.
     """
     delta = ConditionedMap(backend.hypernetwork, condition)(noise)

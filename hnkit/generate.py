@@ -144,7 +144,7 @@ def generate_pairs(
         place.mkdir(exist_ok=True)
         for part in slices(settings.count, settings.batch):
             rows = range(part.start, part.stop)
-            outputs = _pair(backend, prompt, _noise(backend, settings.seed, rows), settings.steps, steered)
+            outputs = _pair(backend, prompt, rows, settings, steered)
             for kind in kinds:
                 for row, image in zip(rows, outputs[kind], strict=True):
                     atomic_write(place / f"{kind}-{row:02d}.png", image_png(image))
@@ -193,7 +193,7 @@ def require_images(
     completed(backend).prepare(prompts)
     for prompt in prompts:
         backend.encode([prompt])
-    _pair(backend, prompts[0], _noise(backend, settings.seed, range(1)), settings.steps, steered=False)
+    _pair(backend, prompts[0], range(1), settings, steered=False)
 
 
 def _shown(
@@ -226,12 +226,14 @@ def _noise(backend: Backend, seed: int, rows: range) -> Tensor:
 
 
 @torch.no_grad()
-def _pair(backend: Backend, prompt: str, noise: Tensor, steps: int, steered: bool) -> dict[str, list[Tensor]]:
-    texts = [prompt] * len(noise)
-    condition = backend.encode(texts)
-    outputs = {"base": backend.generate(noise, condition, steps)}
+def _pair(
+    backend: Backend, prompt: str, rows: range, settings: GenerateSettings, steered: bool
+) -> dict[str, list[Tensor]]:
+    noise = _noise(backend, settings.seed, rows)
+    condition = backend.encode([prompt] * len(rows)).of_images(settings.seed, rows)
+    outputs = {"base": backend.generate(noise, condition, settings.steps)}
     if steered:
-        moved = steer(backend, noise, condition, steps)
+        moved = steer(backend, noise, condition, settings.steps)
         what = f"the delta f(x) of the noise under prompt {prompt[:60]!r}"
         _require_finite(moved.delta, what, "the adapter is damaged")
         outputs["steered"] = moved.images

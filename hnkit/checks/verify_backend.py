@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from hnkit.backend import Backend, completed
+from hnkit.backend import Backend, completed, image_noise
 from hnkit.checks.quantities import Quantity, prompt_quantities
 from hnkit.checks.report import Report
 from hnkit.checks.settings import VerifySettings
 from hnkit.checks.verify_map import has_kinks, map_report
-from hnkit.internal.seeds import generator_for
+from hnkit.maps import Condition
 from hnkit.tilt import TiltedProblem, injected_gap, optimality_gap
 
 
@@ -32,11 +30,9 @@ def verify_backend(
     per_prompt = max(1, settings.samples_for(math.prod(backend.noise_shape)) // len(prompts))
     rows = [prompt for prompt in prompts for _ in range(per_prompt)]
     network = backend.hypernetwork.eval()
-    parameter = next(iter(network.parameters()), torch.zeros(()))
     full = completed(backend)
-    x = torch.randn(
-        len(rows), *full.noise_shape, dtype=full.noise_dtype, generator=generator_for(settings.seed, "noise")
-    ).to(parameter.device)
+    images = Condition(tuple(rows)).of_images(settings.seed, [*range(per_prompt)] * len(prompts))
+    x = image_noise(backend, images)
     f = full.map_for(rows)
     measured = settings.measured(backend.name, f, x)
     measured.validate()

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hnkit.backend import BackendBase
+from hnkit.backend import BackendBase, image_noise
 from hnkit.errors import InputError
 from hnkit.frontier.certified import GapBound, gap_lower_bound
 from hnkit.frontier.curve import LEAST_SAMPLES, Frontier
 from hnkit.frontier.table import MethodGain, Rewards, methods_on_frontier
-from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.kl.divergence import Method, noise_kl
-from hnkit.maps import slices
+from hnkit.maps import Condition, slices
 from hnkit.rewards import RewardSum
 
 EXACT_UP_TO = 1024
@@ -122,15 +121,13 @@ def network_on_frontier(
     dim = torch.Size(backend.noise_shape).numel()
     method = settings.method or ("exact" if dim <= EXACT_UP_TO else "lanczos")
     backend.prepare(prompts)
-    for index, prompt in enumerate(dict.fromkeys(prompts)):
-        draw = generator_for(settings.seed, "frontier", index)
-        noise = torch.randn(settings.base_samples, *backend.noise_shape, dtype=backend.noise_dtype, generator=draw)
-        noise = noise.to(next(backend.hypernetwork.parameters()).device)
+    for prompt in dict.fromkeys(prompts):
+        noise = image_noise(backend, _images(prompt, settings.base_samples, settings))
         base[prompt] = _scores(backend, rewards, prompt, noise, settings)
         x = noise[: settings.samples]
         f = backend.map_for([prompt] * len(x))
         with torch.enable_grad():
-            estimate = noise_kl(f, x, method=method, generator=generator_for(settings.seed, "frontier KL", index))
+            estimate = noise_kl(f, x, method=method, generator=_images(prompt, 1, settings).generators("probes")[0])
         integrands.append(estimate.per_sample.double().cpu())
         squares.append(estimate.l2)
         steered[prompt] = _scores(backend, rewards, prompt, x + f(x).to(x.dtype), settings)
@@ -145,12 +142,18 @@ def network_on_frontier(
     return NetworkOnFrontier(frontier, table, methods, kl, stderr, sum(squares) / len(squares), gap, alpha)
 
 
+def _images(prompt: str, count: int, settings: FrontierSettings) -> Condition:
+    """The images 0, 1, ... of a prompt, whatever the other prompts are."""
+    return Condition((prompt,) * count).of_images(settings.seed, range(count))
+
+
 def _scores(backend: BackendBase, rewards: RewardSum, prompt: str, noise: Tensor, settings: FrontierSettings) -> Tensor:
     """Rewards of the images of one prompt, float64 on the CPU."""
     parts = []
     for rows in slices(len(noise), settings.batch):
         part = noise[rows]
         prompts = [prompt] * len(part)
-        images = backend.generate(part, backend.encode(prompts), settings.steps)
+        condition = backend.encode(prompts).of_images(settings.seed, range(rows.start, rows.stop))
+        images = backend.generate(part, condition, settings.steps)
         parts.append(rewards(images, prompts).double().cpu())
     return torch.cat(parts)

@@ -21,10 +21,11 @@ from hnkit.internal.seeds import generator_for
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows that one process works on: noise `(n, *shape)` on the CPU, and a prompt for each."""
+    """The rows that one process works on: noise `(n, *shape)` on the CPU, a prompt for each, and its image's number."""
 
     noise: Tensor
     prompts: tuple[str, ...]
+    images: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,24 @@ class SampleStream:
     noise: Literal["fresh", "step", "fixed"] = "fresh"
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
-        """Rows `start` to `stop` of the batch of optimiser step `step` (counted from 0)."""
+        """Rows `start` to `stop` of the batch of optimiser step `step` (counted from 0).
+
+        Images that share their noise for the whole run share all that is random in them; others share nothing else.
+        """
         items = [self._item(step * self.batch + row) for row in range(start, stop)]
+        images = tuple(range(step * self.batch + start, step * self.batch + stop))
         prompts = tuple(self.prompts[item] for item in items)
         if self.noise == "fresh":
             noise = self._normal(self.batch, "noise", step)[start:stop]
         elif self.noise == "step":
             noise = self._normal(1, "step noise", step).repeat(stop - start, *[1] * len(self.shape))
         elif len(self.prompts) == 1:
+            images = tuple(range(start, stop))
             noise = self._normal(self.batch, "fixed noise")[start:stop]
         else:
+            images = (0,) * (stop - start)
             noise = torch.cat([self._normal(1, "fixed noise", item) for item in items])
-        return Batch(noise, prompts)
+        return Batch(noise, prompts, images)
 
     def probe_generator(self, step: int, start: int) -> torch.Generator:
         """A generator whose next Rademacher probes are those of row `start` and the rows after it.

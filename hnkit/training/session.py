@@ -152,7 +152,7 @@ class Session:
         rows = self.stream.rows(0, 0, min(_REHEARSED, settings.batch))
         seed_global(settings.seed, "rehearsal")
         with torch.no_grad():
-            condition = self.base.encode(rows.prompts)
+            condition = self.base.encode(rows.prompts).of_images(settings.seed, rows.images)
             images = self.base.generate(rows.noise.to(self.device), condition, settings.generator_steps)
         for reward in self.rewards.rewards:
             if reward.weight == 0:
@@ -252,7 +252,7 @@ class Session:
         batch = self.stream.rows(step, start, stop)
         seed_global(settings.seed, "micro-batch", step, start)
         noise = batch.noise.to(self.device)
-        condition = self.backend.encode(batch.prompts)
+        condition = self.backend.encode(batch.prompts).of_images(settings.seed, batch.images)
 
         parts: dict[str, Tensor] = {}
 

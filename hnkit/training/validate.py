@@ -14,7 +14,7 @@ from hnkit.backend import BackendBase, steer
 from hnkit.config import TrainConfig
 from hnkit.figures import Measurement, measure
 from hnkit.internal.files import atomic_write
-from hnkit.internal.seeds import generator_for, seed_global
+from hnkit.internal.seeds import derived_seed, generator_for, seed_global
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.maps import NoiseMap, slices
 from hnkit.output.images import grid_png
@@ -108,7 +108,7 @@ class Evaluator:
         rows = max(1, settings.batch // settings.accumulate)
         for chunk in slices(count, rows):
             part = prompts[chunk]
-            outputs, kl = self._pair(noise[chunk].to(self.device), part)
+            outputs, kl = self._pair(noise[chunk].to(self.device), part, range(chunk.start, chunk.stop))
             terms.append(kl.double().cpu())
             for kind, made in outputs.items():
                 for name, values in self._scores(made, part).items():
@@ -134,12 +134,13 @@ class Evaluator:
         generator = generator_for(self.settings.seed, purpose)
         return torch.randn(count, *self.backend.noise_shape, dtype=self.backend.noise_dtype, generator=generator)
 
-    def _pair(self, noise: Tensor, prompts: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+    def _pair(self, noise: Tensor, prompts: Sequence[str], rows: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
         """Base and steered outputs, and the L2 term of each row, or the bound that stands for it, as in the loss."""
-        steps, condition = self.settings.generator_steps, self.base.encode(prompts)
+        steps, seed = self.settings.generator_steps, derived_seed(self.settings.seed, "validate")
+        condition = self.base.encode(prompts).of_images(seed, rows)
         base = self.base.generate(noise, condition, steps)
         if self.settings.objective == "direct":
-            tuned = self.backend.generate(noise, self.backend.encode(prompts), steps)
+            tuned = self.backend.generate(noise, self.backend.encode(prompts).of_images(seed, rows), steps)
             return {"base": base, "steered": tuned}, torch.zeros(len(noise))
         steered = steer(self.backend, noise, condition, steps)
         injection = self.settings.deployment

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hnkit.backend import Backend, Reward, steer
+from hnkit.backend import Backend, Reward, image_noise, steer
 from hnkit.errors import InputError, NonFiniteError
+from hnkit.internal.seeds import derived_seed, generator_for
+from hnkit.maps import Condition
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,20 @@ class Method(Protocol):
         ...
 
     def __call__(
-        self, backend: Backend, prompts: Sequence[str], noise: Tensor, *, steps: int, generator: torch.Generator
+        self, backend: Backend, prompts: Sequence[str], noise: Tensor, *, steps: int, seeds: Sequence[int]
     ) -> Outcome:
-        """Images of `prompts` from `noise` `(n, *noise_shape)`; further randomness comes from `generator` alone."""
+        """Images of `prompts` from `noise` `(n, *noise_shape)`; all else that is random in one comes from its seed."""
         ...
 
 
-def _images(backend: Backend, prompts: Sequence[str], noise: Tensor, steps: int) -> Tensor:
+def encoded(backend: Backend, prompts: Sequence[str], seeds: Sequence[int]) -> Condition:
+    """The condition of the images of these prompts and seeds."""
+    return replace(backend.encode(prompts), seeds=tuple(seeds))
+
+
+def _images(backend: Backend, prompts: Sequence[str], noise: Tensor, steps: int, seeds: Sequence[int]) -> Tensor:
     with torch.no_grad():
-        return backend.generate(noise, backend.encode(prompts), steps=steps)
+        return backend.generate(noise, encoded(backend, prompts, seeds), steps=steps)
 
 
 def _scores(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -97,11 +104,11 @@ class Base:
         noise: Tensor,
         *,
         steps: int,
-        generator: torch.Generator,  # noqa: ARG002
+        seeds: Sequence[int],
     ) -> Outcome:
         """Images of the base noise."""
         start = time.perf_counter()
-        images = _images(backend, prompts, noise, steps)
+        images = _images(backend, prompts, noise, steps, seeds)
         cost = Cost(generator=steps * len(prompts), seconds=time.perf_counter() - start)
         return Outcome(images, noise, tuple(prompts), cost)
 
@@ -119,12 +126,12 @@ class HyperNoise:
         noise: Tensor,
         *,
         steps: int,
-        generator: torch.Generator,  # noqa: ARG002
+        seeds: Sequence[int],
     ) -> Outcome:
         """Images of the steered noise."""
         start = time.perf_counter()
         with torch.no_grad():
-            moved = steer(backend, noise, backend.encode(prompts), steps)
+            moved = steer(backend, noise, encoded(backend, prompts, seeds), steps)
         rows = len(prompts)
         cost = Cost(generator=steps * rows, hypernetwork=rows, seconds=time.perf_counter() - start)
         return Outcome(moved.images, moved.noise, tuple(prompts), cost)
@@ -143,17 +150,18 @@ class BestOfN:
             raise InputError(f"best-of-n with n = {self.n}: give at least 1")
 
     def __call__(
-        self, backend: Backend, prompts: Sequence[str], noise: Tensor, *, steps: int, generator: torch.Generator
+        self, backend: Backend, prompts: Sequence[str], noise: Tensor, *, steps: int, seeds: Sequence[int]
     ) -> Outcome:
         """The best images and the noises they came from."""
         start = time.perf_counter()
         best_images = best_noise = best_scores = None
         pool = []
         for candidate in range(self.n):
-            trial = noise  # the first candidate is the base noise itself
+            trial, own = noise, seeds  # the first candidate is the base image itself
             if candidate:
-                trial = torch.randn(noise.shape, generator=generator, dtype=torch.float32).to(noise)
-            images = _images(backend, prompts, trial, steps)
+                own = [derived_seed(seed, "candidate", candidate) for seed in seeds]
+                trial = image_noise(backend, Condition(tuple(prompts), seeds=tuple(own)))
+            images = _images(backend, prompts, trial, steps, own)
             with torch.no_grad():
                 scores = _scores(self.reward, images, prompts)
             pool.append(scores)
@@ -198,12 +206,12 @@ class ReNO:
         noise: Tensor,
         *,
         steps: int,
-        generator: torch.Generator,  # noqa: ARG002
+        seeds: Sequence[int],
     ) -> Outcome:
         """The images of the best iterates; the first iterate is the base noise itself."""
         start = time.perf_counter()
         with torch.no_grad():
-            condition = backend.encode(prompts)
+            condition = encoded(backend, prompts, seeds)
         x = noise.detach().clone().requires_grad_(True)
         optimizer = torch.optim.SGD([x], lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0)
         best_images, best_noise = torch.empty(0), x.detach().clone()
@@ -262,11 +270,12 @@ class PromptOptimisation:
             )
 
     def __call__(
-        self, backend: Backend, prompts: Sequence[str], noise: Tensor, *, steps: int, generator: torch.Generator
+        self, backend: Backend, prompts: Sequence[str], noise: Tensor, *, steps: int, seeds: Sequence[int]
     ) -> Outcome:
         """Images of the best wording found for each prompt."""
         start = time.perf_counter()
-        searches = [self._search(backend, p, noise[i : i + 1], steps, generator) for i, p in enumerate(prompts)]
+        rows = zip(prompts, noise.split(1), seeds, strict=True)
+        searches = [self._search(backend, prompt, x, steps, seed) for prompt, x, seed in rows]
         cost = sum((outcome.cost for outcome in searches), Cost())
         return Outcome(
             torch.cat([outcome.images for outcome in searches]),
@@ -275,9 +284,10 @@ class PromptOptimisation:
             replace(cost, seconds=time.perf_counter() - start),
         )
 
-    def _search(self, backend: Backend, prompt: str, noise: Tensor, steps: int, generator: torch.Generator) -> Outcome:
+    def _search(self, backend: Backend, prompt: str, noise: Tensor, steps: int, seed: int) -> Outcome:
         tried: dict[str, float] = {}
-        best = _images(backend, [prompt], noise, steps)
+        generator = generator_for(seed, "proposals")
+        best = _images(backend, [prompt], noise, steps, [seed])
         with torch.no_grad():
             tried[prompt] = top = float(_scores(self.reward, best, [prompt]))
         wording, images, proposed = prompt, 1, 0
@@ -289,7 +299,7 @@ class PromptOptimisation:
                 if candidate in tried:
                     continue
                 try:
-                    trial = _images(backend, [candidate], noise, steps)
+                    trial = _images(backend, [candidate], noise, steps, [seed])
                 except InputError:
                     tried[candidate] = float("-inf")
                     continue

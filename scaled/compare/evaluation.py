@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hnkit.backend import Backend, completed
+from hnkit.backend import Backend, completed, image_noise
 from hnkit.internal.files import read_sealed, write_sealed
-from hnkit.internal.seeds import generator_for
-from hnkit.maps import slices
+from hnkit.internal.seeds import image_seed
+from hnkit.maps import Condition, slices
 from hnkit.rewards import RewardSum
 from hnkit.scaled.compare.baselines import Cost, Method, Outcome
 
@@ -63,18 +63,9 @@ class Scorer:
         return {name: values.double().cpu() for name, values in scores.items()}
 
 
-def base_noise(backend: Backend, seed: int, index: int, count: int) -> Tensor:
-    """The noises of seed number `index` for prompts `0..count-1`: the same for every method and step count.
-
-    A prompt's noise does not depend on how many prompts there are.
-    """
-    dtype = completed(backend).noise_dtype
-    return torch.stack(
-        [
-            torch.randn(backend.noise_shape, generator=generator_for(seed, "compare noise", index, row), dtype=dtype)
-            for row in range(count)
-        ]
-    )
+def image_seeds(seed: int, prompts: Sequence[str], index: int) -> list[int]:
+    """The seeds of image number `index` of each prompt: the same for every method, step count, batch and prompt set."""
+    return [image_seed(seed, prompt, index) for prompt in prompts]
 
 
 def category_of(backend: Backend, prompt: str) -> str:
@@ -95,7 +86,6 @@ def evaluate(
     batch: int,
     seed: int,
     folder: Path,
-    device: torch.device,
     progress: Progress,
 ) -> Evaluation:
     """Images of every prompt from every seed, scored; chunks that are already on the disk are read.
@@ -111,7 +101,6 @@ def evaluate(
         batch: images at once.
         seed: the seed of the comparison.
         folder: where chunks are kept.
-        device: the device of the backend.
         progress: a function that is told `(name, done, all)` after every chunk.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,15 +108,12 @@ def evaluate(
     rows: list[Row] = []
     cost = Cost()
     for index in range(seeds):
-        noise = base_noise(backend, seed, index, len(prompts))
         for chunk in slices(len(prompts), batch):
             part, start = prompts[chunk], chunk.start
             path = folder / f"{name}-steps{steps}-seed{index}-from{start}.json"
             found = _read(path, part)
             if found is None:
-                generator = generator_for(seed, f"compare {name}", index, start)
-                x = noise[chunk].to(device)
-                outcome = method(backend, part, x, steps=steps, generator=generator)
+                outcome = images_of(method, backend, part, image_seeds(seed, part, index), steps)
                 document = _document(outcome, part, index, backend, scorer)
                 write_sealed(path, document)
                 found = _parsed(document)
@@ -135,6 +121,14 @@ def evaluate(
             cost = cost + found[1]
             progress(name, len(rows), total)
     return Evaluation(name, steps, tuple(rows), cost)
+
+
+def images_of(
+    method: Method, backend: Backend, prompts: Sequence[str], seeds: Sequence[int], steps: int = 1
+) -> Outcome:
+    """What a method makes of these prompts from the base noise of the images with these seeds."""
+    noise = image_noise(backend, Condition(tuple(prompts), seeds=tuple(seeds)))
+    return method(backend, prompts, noise, steps=steps, seeds=seeds)
 
 
 def _document(outcome: Outcome, prompts: Sequence[str], seed: int, backend: Backend, scorer: Scorer) -> dict[str, Any]:

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from hnkit.backend import Backend
+from hnkit.backend import Backend, image_noise
 from hnkit.figures import measure
 from hnkit.internal.seeds import generator_for
 from hnkit.maps import ConditionedMap
-from hnkit.scaled.compare.evaluation import base_noise
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,14 @@ def network_kl(
     """
     chosen, each = rows_within(len(prompts), seeds, samples)
     asked = list(prompts[:chosen]) * each
-    noise = torch.cat([base_noise(backend, seed, index, chosen) for index in range(each)])
-    f = ConditionedMap(backend.hypernetwork, backend.encode(asked))
-    noise = noise.to(next(backend.hypernetwork.parameters()).device)
-    found = measure(f, noise, method=method, prompts=asked, generator=generator_for(seed, "compare probes"))
+    numbers = [index for index in range(each) for _ in range(chosen)]
+    condition = backend.encode(asked).of_images(seed, numbers)
+    f = ConditionedMap(backend.hypernetwork, condition)
+    found = measure(
+        f,
+        image_noise(backend, condition),
+        method=method,
+        prompts=asked,
+        generator=generator_for(seed, "compare probes"),
+    )
     return NetworkKL(chosen, each, found.to_json(), tuple(found.per_sample.tolist()))

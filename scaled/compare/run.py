@@ -24,7 +24,7 @@ from hnkit.internal.files import (
     write_sealed,
 )
 from hnkit.internal.folders import require_resumable, run_lock
-from hnkit.internal.seeds import generator_for
+from hnkit.internal.seeds import derived_seed, image_seed
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.maps import slices
 from hnkit.output.terminal import Steps, steps
@@ -40,7 +40,7 @@ from hnkit.scaled.compare.baselines import (
     TextGenerationProposer,
 )
 from hnkit.scaled.compare.diversity import DinoSimilarity, Lpips, Metric, pixel_distance
-from hnkit.scaled.compare.evaluation import Evaluation, Scorer, base_noise, evaluate, read_part
+from hnkit.scaled.compare.evaluation import Evaluation, Scorer, evaluate, image_seeds, images_of, read_part
 from hnkit.scaled.compare.frontier import frontier_part
 from hnkit.scaled.compare.nats import NetworkKL, network_kl
 from hnkit.scaled.compare.networks import Network, given, trained
@@ -262,7 +262,6 @@ class _Session:
             batch=self.plan.batch,
             seed=self.plan.seed,
             folder=self.folder / "parts",
-            device=self.device,
             progress=lambda *_: None,
         )
         return replace(result, method=name)
@@ -352,28 +351,20 @@ class _Session:
                 return values
         network = self.networks.get(name)
         backend = self.base if network is None else network.backend
-        noise = torch.stack(
-            [
-                torch.randn(
-                    self.base.noise_shape, generator=generator_for(self.plan.seed, "compare diversity", index, k)
-                )
-                for k in range(self.plan.diversity_seeds)
-            ]
-        )
-        images = self._images(self._method(name), backend, [prompt] * len(noise), noise)
+        seed = derived_seed(self.plan.seed, "diversity")
+        seeds = [image_seed(seed, prompt, number) for number in range(self.plan.diversity_seeds)]
+        images = self._images(self._method(name), backend, [prompt] * len(seeds), seeds)
         values = {metric: function(images.to(self.device)) for metric, function in metrics.items()}
         if self.base.scenes is not None:
             values["distinct_scenes"] = len(set(self.base.scenes(images))) / len(images)
         write_sealed(path, {"prompt": prompt, "values": values})
         return values
 
-    def _images(self, method: Method, backend: Backend, prompts: Sequence[str], noise: Tensor) -> Tensor:
-        shown = []
-        for rows in slices(len(prompts), self.plan.batch):
-            generator = generator_for(self.plan.seed, f"compare images {method.name}", rows.start)
-            outcome = method(backend, prompts[rows], noise[rows].to(self.device), steps=1, generator=generator)
-            shown.append(outcome.images.float().cpu())
-        return torch.cat(shown)
+    def _images(self, method: Method, backend: Backend, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        parts = slices(len(prompts), self.plan.batch)
+        return torch.cat(
+            [images_of(method, backend, prompts[rows], seeds[rows]).images.float().cpu() for rows in parts]
+        )
 
     def _closeness(self) -> list[dict[str, Any]]:
         """The KL of the trained hypernetwork by each method that fits, on the same noises and prompts."""
@@ -436,7 +427,7 @@ class _Session:
 
     def _grid(self) -> dict[str, Any]:
         prompts = list(self.settings.prompts[: self.plan.grid])
-        noise = base_noise(self.base, self.plan.seed, 0, len(prompts))
+        seeds = image_seeds(self.plan.seed, prompts, 0)
         path = self.folder / "parts" / "grid.safetensors"
         seal = path.with_suffix(".json")
         images: dict[str, Tensor] = {}
@@ -446,7 +437,7 @@ class _Session:
         for name in missing:
             network = self.networks.get(name)
             backend = self.base if network is None else network.backend
-            images[name] = self._images(self._method(name), backend, prompts, noise)
+            images[name] = self._images(self._method(name), backend, prompts, seeds)
         if missing:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, save({name: tensor.contiguous() for name, tensor in images.items()}))

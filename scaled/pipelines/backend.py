@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,9 +22,10 @@ from hnkit.maps import Condition
 from hnkit.scaled.lora.adapter import Adapter, read_adapter, write_adapter
 from hnkit.scaled.lora.twin import LoraSpec, load_lora, lora_state, lora_targets, make_twin
 from hnkit.scaled.pipelines import memory
-from hnkit.scaled.pipelines.embeddings import EmbeddingCache, cache_root, model_key
+from hnkit.scaled.pipelines.embeddings import EmbeddingCache, cache_root, embedding_key
 from hnkit.scaled.pipelines.families.family import Family
 from hnkit.scaled.pipelines.hypernetwork import HyperNetwork, NoDelta
+from hnkit.scaled.pipelines.identity import files_digest, weights_variant
 from hnkit.scaled.pipelines.loading import without_encoders
 from hnkit.scaled.pipelines.options import PipelineOptions
 
@@ -150,6 +152,14 @@ class PipelineBackend(BackendBase):
             objective="direct",
         )
 
+    def model_digest(self) -> str | None:
+        """SHA-256 of the files that the model was loaded from: configurations, tokenizers, weights.
+
+        `None` for a model that was made in memory. Files of more than a megabyte are read once, and known again by the
+        identity of the file.
+        """
+        return self._digest
+
     def memory_advice(self) -> str:
         """Which options would reduce memory further, for an out-of-memory message."""
         return memory.advice(self.options)
@@ -233,8 +243,25 @@ class PipelineBackend(BackendBase):
         if not options.cache_dir:
             return None
         root = cache_root() if options.cache_dir == "auto" else Path(options.cache_dir)
+        if root is None or self._folder is None:
+            return None
         settings = self.family.encode_arguments(options) | {"family": self.family.name, "dtype": options.dtype}
-        return root / model_key(Path(self._encoder_pipe.config._name_or_path), settings)
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        text = [name for name in self._encoder_pipe.components if name.startswith(("text_encoder", "tokenizer"))]
+        return root / embedding_key(self._folder, text, settings | {"device": device})
+
+    @property
+    def _folder(self) -> Path | None:
+        """Where the model was loaded from; `None` for one that was made in memory."""
+        folder = Path(str(self._encoder_pipe.config.get("_name_or_path")))
+        return folder if folder.is_dir() else None
+
+    @cached_property
+    def _digest(self) -> str | None:
+        if self._folder is None:
+            return None
+        variant = weights_variant(self._folder / self.family.network)
+        return files_digest(self._folder, self._encoder_pipe.components, variant)
 
     def _encode_now(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         encoders = [getattr(self._encoder_pipe, name) for name in self.family.encoders]
@@ -245,10 +272,15 @@ class PipelineBackend(BackendBase):
             memory.explained(memory.advice(self.options)),
             _lent(encoders, self.device),
         ):
-            encoded = self._encoder_pipe.encode_prompt(
-                list(prompts), device=self.device, **self.family.encode_arguments(self.options)
-            )
-        return self.family.embeddings(encoded)
+            rows = [
+                self.family.embeddings(
+                    self._encoder_pipe.encode_prompt(
+                        [prompt], device=self.device, **self.family.encode_arguments(self.options)
+                    )
+                )
+                for prompt in prompts  # one by one: in a batch, the others would change the rounding
+            ]
+        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
 
     def _check(self, noise: Tensor, condition: Condition, steps: int) -> None:
         if tuple(noise.shape[1:]) != self.noise_shape:

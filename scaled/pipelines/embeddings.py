@@ -1,16 +1,20 @@
-"""Prompt embeddings, computed once: in memory, and on disk keyed by model, encoding options and prompt.
+"""Prompt embeddings, computed once: in memory, and on disk keyed by what they are a function of.
 
-With every training prompt on disk the text encoder is not needed any more and can leave the accelerator.
+With every training prompt on disk the text encoder is not needed any more and can leave the accelerator. A prompt is
+encoded by itself, so that its embedding does not depend on what is encoded beside it, and nothing that is wrong with
+the folder on disk costs more than time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
+import platform
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,8 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from hnkit.internal.cache import cache_folder
 from hnkit.internal.files import atomic_write
 from hnkit.maps import slices
+from hnkit.scaled.pipelines.identity import files_digest
 
 Encoder = Callable[[Sequence[str]], Mapping[str, Tensor]]
 Row = dict[str, Tensor]
@@ -35,6 +41,11 @@ class EmbeddingCache:
 
     Masked positions carry no information (attention gives them weight exactly zero), so rows are stored up to their
     last unmasked token: a SANA prompt of 20 tokens takes 90 kB instead of 1.4 MB.
+
+    Args:
+        encode: a function that makes one row of each prompt, whatever the others are.
+        folder: where rows are kept; a folder that cannot be read or written, or is full, is done without.
+        in_memory: how many rows are kept in memory.
     """
 
     def __init__(self, encode: Encoder, folder: Path | None, *, in_memory: int = 4096) -> None:
@@ -44,15 +55,16 @@ class EmbeddingCache:
         self._rows: OrderedDict[str, Row] = OrderedDict()
         self._files: dict[str, tuple[Path, int]] = {}
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(folder.glob("*.safetensors")):
-                self._index(path)
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                for path in sorted(folder.glob("*.safetensors")):
+                    self._index(path)
 
     def __contains__(self, prompt: str) -> bool:
         return prompt in self._rows or prompt in self._files
 
     def rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Stacked embeddings of the prompts, on the CPU; the missing ones are encoded, all at once."""
+        """Stacked embeddings of the prompts, on the CPU; those that are missing are encoded."""
         found = {prompt: self._lookup(prompt) for prompt in dict.fromkeys(prompts)}
         missing = [prompt for prompt, row in found.items() if row is None]
         if missing:
@@ -64,10 +76,16 @@ class EmbeddingCache:
         known = self._files if self._folder is not None else self._rows
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         for part in slices(len(missing), _SHARD):
+            if self._folder is None and part.start >= self._limit:
+                return  # memory holds no more: the others are encoded where they are used
             chunk = missing[part]
             rows = self._compute(chunk)
-            if self._folder is not None:
+            if self._folder is None:
+                continue
+            try:
                 self._write(self._folder, chunk, rows)
+            except OSError:
+                self._folder = None  # full, or not to be written: what is there is still read
 
     def _compute(self, prompts: Sequence[str]) -> list[Row]:
         encoded = {key: value.detach().cpu() for key, value in self._encode(prompts).items()}
@@ -93,7 +111,7 @@ class EmbeddingCache:
         if row is None:
             # A damaged file is a lost cache entry, not a lost run: forget the file and encode its prompts again.
             self._files = {p: place for p, place in self._files.items() if place[0] != path}
-            path.unlink(missing_ok=True)
+            _forget(path)
             return None
         self._remember(prompt, row)
         return row
@@ -101,7 +119,7 @@ class EmbeddingCache:
     def _index(self, path: Path) -> None:
         header = _read_header(path)
         if header is None:
-            path.unlink(missing_ok=True)
+            _forget(path)
             return
         for number, prompt in enumerate(header):
             self._files[prompt] = (path, number)
@@ -119,23 +137,30 @@ class EmbeddingCache:
             self._files[prompt] = (path, number)
 
 
-def cache_root() -> Path:
-    """The user's cache folder for embeddings: `$XDG_CACHE_HOME/hnkit/embeddings`, by default under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hnkit" / "embeddings"
+def cache_root() -> Path | None:
+    """The user's cache folder for embeddings; `None` for a user without a home."""
+    return cache_folder("embeddings")
 
 
-def model_key(folder: Path, settings: Mapping[str, object]) -> str:
-    """A name for what determines embeddings: the text side of the checkpoint at `folder` and the encoding settings.
+def embedding_key(folder: Path, components: Sequence[str], settings: Mapping[str, object]) -> str:
+    """A name for all that embeddings are a function of, beside the prompt.
 
-    Weights are identified by name, size and time of change of their files, which costs nothing to read.
+    Args:
+        folder: the folder of the model.
+        components: the names of its text encoders and tokenizers, which are known by the content of their files.
+        settings: how prompts are encoded.
+
+    Raises:
+        OSError: a file of the model cannot be read.
     """
-    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode())
-    for part in sorted(folder.glob("text_encoder*")) + sorted(folder.glob("tokenizer*")):
-        for file in sorted(part.rglob("*")):
-            if file.is_file():
-                state = file.stat()
-                digest.update(f"{file.relative_to(folder)}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
-    return digest.hexdigest()[:24]
+    libraries = {name: version(name) for name in ("torch", "transformers", "diffusers")}
+    facts = {**settings, **libraries, "machine": platform.machine(), "text": files_digest(folder, components)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _forget(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _trim(row: Row) -> Row:

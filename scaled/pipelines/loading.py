@@ -16,6 +16,7 @@ from hnkit.internal.values import reason_of
 from hnkit.scaled.internal.hub import local_folder, missing_model, without_bars
 from hnkit.scaled.pipelines import memory
 from hnkit.scaled.pipelines.families.family import Family
+from hnkit.scaled.pipelines.identity import weights_variant
 from hnkit.scaled.pipelines.options import DTYPES, PipelineOptions
 
 
@@ -39,7 +40,7 @@ def load_pipeline(family: Family, options: PipelineOptions) -> Any:
                 dtype=DTYPES[options.dtype],
                 local_files_only=True,
                 use_safetensors=True,
-                variant=_variant(folder / family.network),
+                variant=weights_variant(folder / family.network),
                 **family.load_arguments,
             )
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
@@ -79,12 +80,6 @@ def find_model(model_id: str, local_files_only: bool = True) -> Path:
         return Path(DiffusionPipeline.download(model_id, use_safetensors=True))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         raise missing_model("backend.model_id", model_id, error, local_files_only=local_files_only) from error
-
-
-def _variant(folder: Path) -> str | None:
-    """`"fp16"` for a network that is there in half precision alone (`*.fp16.safetensors`)."""
-    half = [".fp16" in file.name for file in folder.glob("*.safetensors")]
-    return "fp16" if half and all(half) else None
 
 
 def _check_index(folder: Path, family: Family) -> None:

@@ -87,6 +87,25 @@ def test_a_run_that_is_cut_short_at_any_write_goes_on_as_printed_and_ends_alike(
     assert files(here / out) == whole
 
 
+def test_images_do_not_depend_on_the_batch_or_on_the_other_prompts(here, capsys):
+    def images(out, *flags):
+        assert run(capsys, "generate", "--backend", "fake", "--adapter", "mine", *flags, "--out", out)[0] == 0
+        prompts = json.loads((here / out / "report.json").read_text())["prompts"]
+        return {
+            (prompts[int(path.parent.name[-3:])], path.name): path.read_bytes()
+            for path in (here / out).rglob("prompt-*/*.png")
+        }
+
+    many = ("--count", "7", "--steps", "3")
+    whole = images("whole", "--prompt", "a cat", "--prompt", "a longer dog", *many)
+    assert len(set(whole.values())) == len(whole) == 28
+    for batch in ("1", "3"):
+        found = images(f"by {batch}", "--prompt", "a longer dog", "--prompt", "a cat", *many, "--batch", batch)
+        assert found == whole
+    few = images("few", "--prompt", "a longer dog", "--count", "2", "--steps", "3")
+    assert few.items() <= whole.items()
+
+
 def test_a_layout_that_was_cut_short_is_made_again(here, capsys, monkeypatch):
     write_layout = hnkit.generate.write_layout
     (here / "p.jsonl").write_text('{"prompt": "a cat", "tag": "x", "include": [{"class": "cat", "count": 1}]}\n')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -84,11 +85,14 @@ def test_the_other_losses_train_the_real_network(kl, checkpoint, tmp_path):
     assert result.report["measurement"]["kl"] > 0
 
 
-def test_two_processes_end_like_one(checkpoint, tmp_path):
-    """The same global batch over two processes gives the adapter of one, up to the order of float32 sums."""
-    lines = overrides("sana", checkpoint, tmp_path, steps=3, batch=4, optimizer="sgd")
+def test_two_processes_and_smaller_batches_end_like_one(checkpoint, tmp_path):
+    """The same global batch, split, gives the adapter of one up to the order of float32 sums; so does the noise that
+    the sampler adds between its two steps."""
+    lines = overrides("sana", checkpoint, tmp_path, steps=3, batch=4, optimizer="sgd", generator_steps=2)
     settings = resolve_config(backend="sana", overrides=lines, rewards=["redness=1.0"])
     train(settings, out=tmp_path / "one", console=quiet())
+    split = resolve_config(backend="sana", overrides=[*lines, "train.accumulate=4"], rewards=["redness=1.0"])
+    train(split, out=tmp_path / "split", console=quiet())
     flags = [flag for line in lines for flag in ("--set", line)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hnkit"]
     command += ["train", "--backend", "sana", *flags, "--reward", "redness=1.0", "--out", str(tmp_path / "two")]
@@ -96,9 +100,19 @@ def test_two_processes_end_like_one(checkpoint, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("report:") == 1
-    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    one, losses = adapter(tmp_path / "one"), logged(tmp_path / "one")
     moved = max(float(value.abs().max()) for key, value in one.items() if "lora_B" in key)
     assert moved > 0
-    for key, value in one.items():
-        if "lora_B" in key:
-            assert float((value - two[key]).abs().max()) < 1e-3 * moved, key
+    for other in ("two", "split"):
+        found = adapter(tmp_path / other)
+        for key, value in one.items():
+            if "lora_B" in key:
+                assert float((value - found[key]).abs().max()) < 1e-3 * moved, key
+        assert logged(tmp_path / other) == pytest.approx(losses, rel=1e-5)
+
+
+def logged(folder):
+    """The rewards of the steps, and those of base and steered images in the last validation."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = next(record["validation"]["scores"]["reward"] for record in found if "validation" in record)
+    return [*(record["reward"] for record in found if "reward" in record), scores["base"], scores["steered"]]

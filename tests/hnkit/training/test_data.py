@@ -30,6 +30,21 @@ def test_rows_do_not_depend_on_how_the_batch_is_split():
                 parts = [stream.rows(step, a, b) for a, b in itertools.pairwise(cuts)]
                 assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
                 assert sum((part.prompts for part in parts), ()) == whole.prompts
+                assert sum((part.images for part in parts), ()) == whole.images
+
+
+def test_images_share_what_is_random_in_them_where_they_share_their_noise_for_good():
+    for noise in ("fresh", "step"):
+        stream = replace(STREAM, noise=noise)
+        images = [image for step in range(4) for image in stream.rows(step, 0, 6).images]
+        assert len(set(images)) == len(images) == 24
+    for stream in (replace(STREAM, noise="fixed"), replace(STREAM, noise="fixed", prompts=["only"])):
+        seen: dict[tuple[str, int], torch.Tensor] = {}
+        for step in range(4):
+            batch = stream.rows(step, 0, 6)
+            for image, noise in zip(zip(batch.prompts, batch.images, strict=True), batch.noise, strict=True):
+                assert torch.equal(seen.setdefault(image, noise), noise)
+        assert len({float(noise.sum()) for noise in seen.values()}) == len(seen)
 
 
 def test_every_prompt_comes_once_an_epoch_in_an_order_of_its_own():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hnkit import InputError, NonFiniteError
+from hnkit.internal.seeds import derived_seed, generator_for
 from hnkit.maps import Condition
 from hnkit.scaled.compare.baselines import (
     Base,
@@ -50,6 +51,9 @@ class Linear:
 
     def generate(self, noise, condition, steps=1):
         self.rows += steps * len(noise)
+        for step in range(1, steps):  # a sampler of several steps adds noise on the way
+            draws = [torch.randn(noise.shape[1:], generator=own) for own in condition.generators("sampler", step)]
+            noise = noise + 0.3 * torch.stack(draws)
         return (noise + 0.01 * condition.tensors["length"][:, None]).view(-1, 3, 1, 2)
 
 
@@ -70,13 +74,13 @@ class Quadratic:
 @pytest.fixture
 def setting():
     noise = torch.randn(3, DIM, generator=torch.Generator().manual_seed(0))
-    return Linear(), ["a", "bb", "ccc"], noise, torch.Generator().manual_seed(1)
+    return Linear(), ["a", "bb", "ccc"], noise, [11, 12, 13]
 
 
 def test_base_and_hypernoise_start_from_the_same_noise(setting):
-    backend, prompts, noise, generator = setting
-    base = Base()(backend, prompts, noise, steps=2, generator=generator)
-    steered = HyperNoise()(backend, prompts, noise, steps=2, generator=generator)
+    backend, prompts, noise, seeds = setting
+    base = Base()(backend, prompts, noise, steps=2, seeds=seeds)
+    steered = HyperNoise()(backend, prompts, noise, steps=2, seeds=seeds)
     assert torch.equal(base.noise, noise)
     torch.testing.assert_close(steered.images - base.images, torch.full_like(base.images, 0.25))
     assert (base.cost.generator, base.cost.hypernetwork) == (6, 0)
@@ -85,11 +89,12 @@ def test_base_and_hypernoise_start_from_the_same_noise(setting):
 
 
 def test_best_of_n_is_the_best_of_what_it_drew(setting):
-    backend, prompts, noise, generator = setting
+    backend, prompts, noise, seeds = setting
     reward = Quadratic()
-    outcome = BestOfN(reward, n=7)(backend, prompts, noise, steps=1, generator=generator)
-    redraw = torch.Generator().manual_seed(1)
-    noises = torch.stack([noise, *(torch.randn(noise.shape, generator=redraw) for _ in range(6))])
+    outcome = BestOfN(reward, n=7)(backend, prompts, noise, steps=1, seeds=seeds)
+    others = [[derived_seed(seed, "candidate", k) for seed in seeds] for k in range(1, 7)]
+    draws = [torch.stack([torch.randn(DIM, generator=generator_for(seed, "noise")) for seed in own]) for own in others]
+    noises = torch.stack([noise, *draws])
     condition = backend.encode(prompts)
     scores = torch.stack([Quadratic()(backend.generate(x, condition), prompts) for x in noises])
     best = scores.argmax(0)
@@ -101,22 +106,22 @@ def test_best_of_n_is_the_best_of_what_it_drew(setting):
 
 
 def test_reno_climbs_keeps_its_best_iterate_and_counts(setting):
-    backend, prompts, noise, generator = setting
+    backend, prompts, noise, seeds = setting
     reward = Quadratic()
-    outcome = ReNO(reward, iterations=40)(backend, prompts, noise, steps=1, generator=generator)
-    before = Quadratic()(Base()(backend, prompts, noise, steps=1, generator=generator).images, prompts)
+    outcome = ReNO(reward, iterations=40)(backend, prompts, noise, steps=1, seeds=seeds)
+    before = Quadratic()(Base()(backend, prompts, noise, steps=1, seeds=seeds).images, prompts)
     after = Quadratic()(outcome.images, prompts)
     assert (after > before / 5).all()
     assert outcome.cost.generator == 40 * 3
     assert outcome.cost.gradients == 39 * 3
-    one = ReNO(Quadratic(), iterations=1)(backend, prompts, noise, steps=1, generator=generator)
+    one = ReNO(Quadratic(), iterations=1)(backend, prompts, noise, steps=1, seeds=seeds)
     assert torch.equal(one.noise, noise)
 
 
 def test_reno_is_the_update_written_by_hand(setting):
-    backend, prompts, noise, generator = setting
+    backend, prompts, noise, seeds = setting
     iterations, lr, momentum, clip, weight, reg = 4, 5.0, 0.9, 0.1, 2.0, 0.01
-    outcome = ReNO(Quadratic(weight), iterations=iterations)(backend, prompts, noise, steps=1, generator=generator)
+    outcome = ReNO(Quadratic(weight), iterations=iterations)(backend, prompts, noise, steps=1, seeds=seeds)
     for row in range(3):
         shift = 0.01 * len(prompts[row])
         x, velocity, best, best_score = noise[row].double(), torch.zeros(DIM).double(), None, -math.inf
@@ -131,15 +136,33 @@ def test_reno_is_the_update_written_by_hand(setting):
         torch.testing.assert_close(outcome.noise[row].double(), best, atol=1e-5, rtol=1e-5)
 
 
-def test_reno_rows_do_not_depend_on_their_batch(setting):
-    backend, prompts, noise, generator = setting
-    together = ReNO(Quadratic(), iterations=5)(backend, prompts, noise, steps=1, generator=generator)
-    alone = ReNO(Quadratic(), iterations=5)(backend, prompts[1:2], noise[1:2], steps=1, generator=generator)
-    torch.testing.assert_close(together.noise[1:2], alone.noise)
+def reworded(prompt, history, count, generator):
+    return [prompt + "x" * int(torch.randint(9, (), generator=generator)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Base(), HyperNoise(), BestOfN(Quadratic(), n=5), ReNO(Quadratic(), iterations=5),
+        PromptOptimisation(Quadratic(), reworded, rounds=2, proposals=3),
+    ],
+    ids=lambda method: method.name,
+)  # fmt: skip
+def test_images_do_not_depend_on_their_batch_or_place(method, setting):
+    backend, prompts, noise, seeds = setting
+    together = method(backend, prompts, noise, steps=3, seeds=seeds)
+    for rows in ([1], [2, 0]):
+        part = [prompts[row] for row in rows], noise[rows]
+        alone = method(backend, *part, steps=3, seeds=[seeds[row] for row in rows])
+        torch.testing.assert_close(alone.images, together.images[rows])
+        torch.testing.assert_close(alone.noise, together.noise[rows])
+        assert alone.prompts == tuple(together.prompts[row] for row in rows)
+    other = method(backend, prompts, noise, steps=3, seeds=[seed + 1 for seed in seeds])
+    assert (other.images - together.images).flatten(1).abs().amax(1).min() > 1e-3
 
 
 def test_prompt_optimisation_scores_against_the_original_and_skips_refused(setting):
-    backend, prompts, noise, generator = setting
+    backend, prompts, noise, seeds = setting
     seen = []
 
     def propose(prompt, history, count, generator):
@@ -149,8 +172,8 @@ def test_prompt_optimisation_scores_against_the_original_and_skips_refused(setti
 
     reward = Quadratic()
     method = PromptOptimisation(reward, propose, rounds=3, proposals=5)
-    outcome = method(backend, prompts, noise, steps=1, generator=generator)
-    base = Base()(backend, prompts, noise, steps=1, generator=generator)
+    outcome = method(backend, prompts, noise, steps=1, seeds=seeds)
+    base = Base()(backend, prompts, noise, steps=1, seeds=seeds)
     assert (Quadratic()(outcome.images, prompts) >= Quadratic()(base.images, prompts)).all()
     assert torch.equal(outcome.noise, noise)
     assert outcome.cost.generator == outcome.cost.reward == reward.rows == 3 * 4
@@ -159,7 +182,7 @@ def test_prompt_optimisation_scores_against_the_original_and_skips_refused(setti
 
 
 def test_rewards_are_checked(setting):
-    backend, prompts, noise, generator = setting
+    backend, prompts, noise, seeds = setting
 
     class Wrong(Quadratic):
         def __call__(self, images, prompts):
@@ -170,9 +193,9 @@ def test_rewards_are_checked(setting):
             return super().__call__(images, prompts) * torch.tensor([1.0, math.nan, 1.0])
 
     with pytest.raises(InputError, match=r"returned shape \(3, 1\) for 3 images"):
-        BestOfN(Wrong(), n=2)(backend, prompts, noise, steps=1, generator=generator)
+        BestOfN(Wrong(), n=2)(backend, prompts, noise, steps=1, seeds=seeds)
     with pytest.raises(NonFiniteError, match="returned nan for 'bb'"):
-        ReNO(Undefined(), iterations=2)(backend, prompts, noise, steps=1, generator=generator)
+        ReNO(Undefined(), iterations=2)(backend, prompts, noise, steps=1, seeds=seeds)
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,17 @@ from hnkit.backend import backend_factory
 from hnkit.cli.app import describe_error
 from hnkit.config import resolve_config
 from hnkit.internal.files import new_run_folder, write_sealed
+from hnkit.rewards import CallableReward, RewardSum
 from hnkit.scaled.compare import COMPARISON
 from hnkit.scaled.compare import run as run_module
-from hnkit.scaled.compare.evaluation import Row, base_noise
+from hnkit.scaled.compare.baselines import BestOfN
+from hnkit.scaled.compare.evaluation import Row, Scorer, evaluate
 from hnkit.scaled.compare.page import all_tables, lead, to_csv
 from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
 from hnkit.scaled.compare.settings import configuration
 from hnkit.scaled.compare.tables import by_category, category_mean, estimate
 from tests.scaled import tiny
+from tests.scaled.conftest import redness
 
 PROMPTS = ["a red house", "two dogs", "a cat"]
 SMALL = [
@@ -262,12 +265,22 @@ def test_errors_are_over_prompts_and_gains_are_paired():
     assert mean["stderr"] is None
 
 
-def test_noise_of_a_prompt_does_not_depend_on_how_many_there_are(make_backend):
+def test_an_image_does_not_depend_on_batch_order_or_number_of_prompts(make_backend, tmp_path):
     backend = make_backend("sana")
-    three, five = base_noise(backend, 0, 1, 3), base_noise(backend, 0, 1, 5)
-    assert torch.equal(three, five[:3])
-    assert not torch.equal(three, base_noise(backend, 0, 2, 3))
-    assert not torch.equal(three[0], three[1])
+    scorer = Scorer(RewardSum([CallableReward("redness", 1.0, lambda images, _: redness(images))]), RewardSum([]), None)
+
+    def scores(batch, prompts):
+        found = evaluate(
+            "best-of-n", BestOfN(scorer.rewards, n=3), backend, prompts, scorer, seeds=2, steps=2, batch=batch, seed=5,
+            folder=tmp_path / f"{batch} {len(prompts)}", progress=lambda *_: None,
+        )  # fmt: skip
+        return {(row.prompt, row.seed): torch.tensor([row.scores["reward"], *row.pool]) for row in found.rows}
+
+    whole = scores(7, tiny.PROMPTS)
+    assert len({float(values[1]) for values in whole.values()}) == len(whole)
+    for batch, prompts in ((1, tiny.PROMPTS), (3, tiny.PROMPTS[::-1]), (2, tiny.PROMPTS[2:])):
+        for image, values in scores(batch, prompts).items():
+            torch.testing.assert_close(values, whole[image], atol=1e-6, rtol=0)
 
 
 def test_plan_round_trips():

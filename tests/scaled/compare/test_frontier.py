@@ -12,10 +12,11 @@ import math
 import pytest
 import torch
 
+from hnkit.backend import image_noise
 from hnkit.frontier import Frontier
 from hnkit.kl import noise_kl
 from hnkit.scaled.compare.baselines import Cost
-from hnkit.scaled.compare.evaluation import Evaluation, Row, base_noise
+from hnkit.scaled.compare.evaluation import Evaluation, Row
 from hnkit.scaled.compare.frontier import base_rewards, frontier_part, frontier_table, network_gap
 from hnkit.scaled.compare.nats import NetworkKL, network_kl, rows_within
 
@@ -123,7 +124,7 @@ def test_the_kl_is_measured_at_the_noises_of_the_images(make_backend):
     found = network_kl(backend, prompts, 2, 4, 7)
     assert (found.prompts, found.seeds) == (2, 2)
     for index in range(2):
-        x = torch.stack([base_noise(backend, 7, seed, 3)[index] for seed in range(2)])
+        x = image_noise(backend, backend.encode([prompts[index]] * 2).of_images(7, range(2)))
         twin = noise_kl(backend.map_for([prompts[index]] * 2), x, method="exact").per_sample
         torch.testing.assert_close(found.of_prompt(index), twin.double().cpu(), rtol=1e-3, atol=1e-4)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
-from hnkit.scaled.pipelines.embeddings import MASK, EmbeddingCache, model_key
+from hnkit.scaled.pipelines.embeddings import MASK, EmbeddingCache, embedding_key
 from tests.scaled import tiny
 from tests.scaled.conftest import noise_for
 
@@ -87,14 +92,72 @@ def test_damaged_files_are_encoded_again(damage, tmp_path):
     assert not path.exists() or ready
 
 
-def test_key_changes_with_model_and_settings(checkpoint, tmp_path):
-    folder = tiny.build("sana", tmp_path / "copy")
-    key = model_key(folder, {"max_sequence_length": 300})
-    assert key == model_key(folder, {"max_sequence_length": 300})
-    assert key != model_key(folder, {"max_sequence_length": 77})
+def test_the_key_is_the_content_of_the_text_side_and_the_settings(checkpoint, tmp_path):
+    """Neither names nor times: a copy has the same key, and other weights another, whatever `cp -p` says of them."""
+    folder = tiny.build("sana", tmp_path / "one")
+    parts = ["text_encoder", "tokenizer"]
+
+    def key(where, **settings):
+        return embedding_key(where, parts, {"max_sequence_length": 300} | settings)
+
+    first = key(folder)
+    assert first == key(folder)
+    assert first != key(folder, max_sequence_length=77)
+    assert first == key(shutil.copytree(folder, tmp_path / "copy"))
     weights = next((folder / "text_encoder").glob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes())
-    assert model_key(folder, {"max_sequence_length": 300}) != key
+    status, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert weights.stat().st_size == status.st_size
+    assert key(folder) != first
+    (folder / "transformer" / "config.json").write_text("{}")  # says nothing about text
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert key(folder) == first
+
+
+@pytest.mark.parametrize("name", ["sana", "sd-turbo", "flux"])
+def test_an_embedding_does_not_depend_on_what_is_encoded_beside_it(name, make_backend, tmp_path):
+    alone = {prompt: make_backend(name).encode([prompt]).tensors for prompt in PROMPTS}
+    together = make_backend(name).encode(PROMPTS).tensors
+    stored = make_backend(name, cache_dir=str(tmp_path))
+    stored.prepare([*reversed(PROMPTS), "something else"])
+    for number, prompt in enumerate(PROMPTS):
+        for key, value in alone[prompt].items():
+            assert torch.equal(together[key][number], value[0]), key
+            assert torch.equal(stored.encode([prompt]).tensors[key], value), key
+
+
+@pytest.mark.parametrize("where", ["below a file", "full", "read only"])
+def test_a_folder_that_cannot_be_used_costs_only_time(where, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "cache" if where == "below a file" else tmp_path / "cache"
+    if where != "below a file":
+        EmbeddingCache(Counting(), folder).store(["abc"])
+
+        def full(path, content):
+            raise OSError({"full": errno.ENOSPC, "read only": errno.EROFS}[where], "no")
+
+        monkeypatch.setattr("hnkit.scaled.pipelines.embeddings.atomic_write", full)
+    encoder = Counting()
+    cache = EmbeddingCache(encoder, folder)
+    cache.store(["abc", "a", "ab"])
+    found = cache.rows(["ab", "abc"])
+    assert torch.equal(found["pooled"], Counting()(["ab", "abc"])["pooled"])
+    assert encoder.seen == (["abc", "a", "ab"] if where == "below a file" else ["a", "ab"])
+
+
+def test_nobody_needs_a_home(monkeypatch, make_backend):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    backend = make_backend("sana", cache_dir="auto")
+    backend.prepare(PROMPTS)
+    assert len(backend.encode(PROMPTS)) == len(PROMPTS)
+    assert len(backend.model_digest()) == 64
 
 
 @pytest.mark.parametrize("name", ["sana", "sd-turbo", "flux"])
