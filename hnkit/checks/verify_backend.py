@@ -48,7 +48,7 @@ def verify_backend(
             gap = optimality_gap(problem, f, x.double())
             found = Quantity("optimality gap", gap.value, backend.name, gap.stderr, note=f"{gap.kind}; {where}")
         else:
-            most = injected_gap(problem, full.injection, measured.value, x, generator_for(settings.seed, "fresh noise"))
+            most = injected_gap(problem, full.injection, measured.value, x, images.generators("fresh noise"))
             found = Quantity("optimality gap, at most", most.value, backend.name, most.stderr, note=where)
         extra = [found, *extra]
     return map_report(measured, settings, config, extra)
