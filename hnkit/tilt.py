@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hnkit.errors import InputError, NonFiniteError
-from hnkit.injection import NoiseInjection, deployed_noise
+from hnkit.injection import Generators, NoiseInjection, deployed_noise
 from hnkit.internal.stats import Estimate, mean_and_stderr
 from hnkit.maps import NoiseMap, at_rows
 
@@ -288,7 +288,7 @@ def optimality_gap(
 
 
 def injected_gap(
-    problem: TiltedProblem, injection: NoiseInjection, delta: Tensor, x: Tensor, generator: torch.Generator
+    problem: TiltedProblem, injection: NoiseInjection, delta: Tensor, x: Tensor, generator: Generators
 ) -> Estimate:
     """Bound of the distance from the optimum where noise is injected: KL bound - E[r(g(x_hat))]/alpha + log Z*.
 
@@ -299,7 +299,7 @@ def injected_gap(
         injection: how the hypernetwork is deployed.
         delta: `(n, *noise_shape)` values of f at `x`.
         x: `(n, *noise_shape)` samples of `N(0, I)`.
-        generator: the generator of the fresh noise.
+        generator: the generator of the fresh noise, or one for each row.
 
     Source: `proofs/injected_noise`, `proofs/optimality_gap`.
     """
