@@ -147,7 +147,13 @@ class SteeredPipeline:
         return plain
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """Save the pipeline as it always is, and the adapter in the folder `adapter` inside, for `attach`."""
+        """Save the pipeline as it always is, and the adapter in the folder `adapter` inside, for `attach`.
+
+        Raises:
+            InputError: the weights are offloaded one by one, and no module holds them.
+        """
+        if any(parameter.is_meta for parameter in self._network.parameters()):
+            raise InputError("sequential offloading has the weights: pipe.remove_all_hooks(), then save")
         result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         write_adapter(Path(save_directory) / ADAPTER_FOLDER, self._adapter)
         return result
@@ -215,10 +221,12 @@ class SteeredPipeline:
 
     def _move(self, latents: Tensor, height: int, width: int, condition: Condition, fresh: Generators) -> Tensor:
         network = self._network
-        if any(parameter.dtype.itemsize == 1 for parameter in network.parameters()):
+        stored = any(parameter.dtype.itemsize == 1 for parameter in network.parameters())
+        if stored or any("layerwise_casting" in name for name in _hook_names(network)):
+            how = "in 8 bits" if stored else "in another type than they compute in"
             raise InputError(
-                "the network's weights are stored in 8 bits, and the hypernetwork shares them: take layerwise casting "
-                "or quantisation off"
+                f"the network's weights are stored {how}, and the hypernetwork shares them: take layerwise casting or "
+                "quantisation off"
             )
         offload = getattr(network, "_hf_hook", None)
         if offload is not None:  # the hypernetwork shares the weights: have them where the network would run
@@ -265,6 +273,11 @@ def _bare(plain: type) -> Any:
     return steered.__new__(steered)
 
 
+def _hook_names(network: nn.Module) -> set[str]:
+    """Names of the hooks that diffusers has put on the layers of a network."""
+    return {name for m in network.modules() for name in getattr(getattr(m, "_diffusers_hook", None), "hooks", ())}
+
+
 def _refuse_hooks(pipe: Any, base: nn.Module, family: Family) -> None:
     """Hooks and LoRA layers would be shared with the hypernetwork, or copied into it at their present state."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -274,10 +287,7 @@ def _refuse_hooks(pipe: Any, base: nn.Module, family: Family) -> None:
         raise InputError(
             "the pipeline has offloading hooks: attach the adapter first, then enable offloading on the result"
         )
-    names = {
-        name for module in modules.values() for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
-    }
-    if names:
+    if names := _hook_names(base):
         raise InputError(
             f"the pipeline's {family.network} has the hooks {', '.join(sorted(names))}: attach the adapter first, then "
             "enable group offloading on the result; layerwise casting is not for weights that are shared"

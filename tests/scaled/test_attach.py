@@ -242,16 +242,72 @@ def test_offloading_after_attaching(name, trained, monkeypatch):
     assert any(hasattr(module, "_diffusers_hook") for module in with_f.hypernetwork.modules())
 
 
-def test_sequential_offloading_reaches_the_hypernetwork(trained):
-    """Only its hooks: without an accelerator the library's sequential offloading itself does not run."""
-    with_f, _ = trained("sana")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sequential_offloading_after_attaching(name, trained, checkpoint, monkeypatch, tmp_path):
+    """accelerate's own hooks, every weight on the meta device between its uses.
+
+    On a device of type `cpu` accelerate leaves a plain tensor where it fetched a parameter and then fails on it, in the
+    plain pipeline too; on an accelerator it leaves a parameter. Here it finds one, as it would there.
+    """
+    import accelerate.hooks
+
+    place = accelerate.hooks.set_module_tensor_to_device
+
+    def placed(module, tensor_name, device, *rest, **options):
+        held = module._parameters.get(tensor_name)
+        if held is not None and not isinstance(held, torch.nn.Parameter):
+            module._parameters[tensor_name] = torch.nn.Parameter(held, requires_grad=False)
+        return place(module, tensor_name, device, *rest, **options)
+
+    monkeypatch.setattr(accelerate.hooks, "set_module_tensor_to_device", placed)
+    with_f, folder = trained(name)
+    expected, plain = images_of(with_f, name), images_of(load(checkpoint, name), name)
+    library = load(checkpoint, name)
+    library.enable_sequential_cpu_offload(device="cpu")
+    assert torch.equal(images_of(library, name), plain), "the library's own pipeline runs so"
+    with_f.enable_model_cpu_offload(device="cpu")
     with_f.enable_sequential_cpu_offload(device="cpu")
     twin = with_f.hypernetwork.twin
-    assert all(parameter.is_meta for parameter in twin.parameters())
-    assert hasattr(twin.get_submodule("proj_out.lora_A.hypernoise"), "_hf_hook")
+    for _ in range(2):
+        assert all(parameter.is_meta for parameter in twin.parameters())
+        assert torch.equal(images_of(with_f, name), expected)
+    assert torch.equal(images_of(copy.copy(with_f), name), expected)
+    with pytest.raises(InputError, match="remove_all_hooks"):
+        with_f.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
     with_f.remove_all_hooks()
     assert not any(parameter.is_meta for parameter in twin.parameters())
     assert not any(hasattr(module, "_hf_hook") for module in twin.modules())
+    assert torch.equal(images_of(with_f, name), expected)
+    with pytest.raises(InputError, match="attach the adapter first"):
+        attach(library, folder)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_group_offloading_by_blocks_after_attaching(name, trained):
+    with_f, _ = trained(name)
+    expected = images_of(with_f, name)
+    with_f.enable_group_offload(onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    for _ in range(2):
+        assert torch.equal(images_of(with_f, name), expected)
+    assert any(hasattr(module, "_diffusers_hook") for module in with_f.hypernetwork.modules())
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])
+def test_layerwise_casting_is_for_weights_that_are_not_shared(storage, trained, checkpoint):
+    """Before attaching and after it, in 8 bits and in 16; on the decoder, which f does not share, it is the user's."""
+    with_f, folder = trained("sd-turbo")
+    casting = {"storage_dtype": storage, "compute_dtype": torch.float32}
+    pipe = load(checkpoint, "sd-turbo")
+    pipe.unet.enable_layerwise_casting(**casting)
+    with pytest.raises(InputError, match="layerwise casting is not for weights that are shared"):
+        attach(pipe, folder)
+    expected = images_of(with_f, "sd-turbo")
+    with_f.vae.enable_layerwise_casting(**casting)
+    assert 0 < float((images_of(with_f, "sd-turbo") - expected).abs().max()) < 0.2
+    with_f.unet.enable_layerwise_casting(**casting)
+    with pytest.raises(InputError, match="take layerwise casting or quantisation off"):
+        images_of(with_f, "sd-turbo")
 
 
 def test_what_comes_before_attaching_and_cannot(trained, checkpoint):
