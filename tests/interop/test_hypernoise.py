@@ -169,3 +169,17 @@ def test_a_middle_timestep_outside_the_samplers_range_is_refused(value):
 
 def _state(folder):
     return torch.load(folder / "adapter_model.bin", weights_only=True)
+
+
+def test_the_documents_name_the_published_noise_and_have_one_table_of_departures():
+    """`training/trainer.py` draws one noise a step for all its prompts: `train.noise = "step"` here."""
+    import typing
+    from pathlib import Path
+
+    from hnkit.config import TrainConfig
+
+    page = (Path(__file__).parents[2] / "docs" / "real-models.md").read_text(encoding="utf-8")
+    assert page.count("Where hnkit departs from the published code") == 1
+    (row,) = (line for line in page.splitlines() if line.startswith("| noise in training |"))
+    for choice in typing.get_args(typing.get_type_hints(TrainConfig)["noise"]):
+        assert f'"{choice}"' in row
