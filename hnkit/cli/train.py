@@ -10,9 +10,12 @@ from typing import Any
 
 from hnkit.cli.folders import resumed_folder
 from hnkit.cli.options import WithBackend, flags_of
-from hnkit.config import CONFIG_FILE, TrainConfig, resolve_config
+from hnkit.config import CONFIG_FILE, RunConfig, TrainConfig, resolve_config
+from hnkit.errors import InputError
 from hnkit.internal.values import setting
 
+CARD = "h100"
+"""The card of a plan where none is named."""
 EXAMPLE = "hnkit train --backend digits --reward legibility=1 --steps 600"
 
 
@@ -27,6 +30,8 @@ class Options(WithBackend):
         heldout: reward that is reported and never trained on (repeatable).
         model_id: model of the backend: a hub name, or a folder.
         resume: continue a run: this one, or the newest if none is named.
+        plan: say what the run needs on a card and how long it takes there; nothing is trained, loaded or written.
+        card: the card of --plan.
     """
 
     config: Path | None = setting(None, metavar="FILE.toml")
@@ -36,12 +41,13 @@ class Options(WithBackend):
     heldout: tuple[str, ...] = setting((), metavar="NAME=WEIGHT")
     model_id: str | None = setting(None, metavar="NAME")
     resume: str | None = setting(None, metavar="[DIR]")
+    plan: bool = False
+    card: str | None = setting(None, metavar="NAME")
 
 
 def run(options: Options) -> int:
     """Train or resume; the exit code is that of the run, 128 + signal where one stopped it."""
     from hnkit.output import terminal
-    from hnkit.training.run import train
 
     folder = None
     if options.resume is not None:
@@ -57,6 +63,12 @@ def run(options: Options) -> int:
         heldout=options.heldout,
         resume=folder,
     )
+    if options.plan:
+        return _plan(config, options)
+    if options.card is not None:
+        raise InputError(f"--card {options.card} without --plan: a run trains on the card that is here")
+    from hnkit.training.run import train
+
     result = train(config, out=options.out if folder is None else None, resume=folder)
     if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
         return result.exit_code
@@ -69,3 +81,20 @@ def run(options: Options) -> int:
     elif result.finished:
         print(f"report: {result.folder / 'report.html'}")
     return result.exit_code
+
+
+def _plan(config: RunConfig, options: Options) -> int:
+    """Print what a run needs; 0 whether it fits or not: a plan is an answer, not a check."""
+    from hnkit.output import terminal
+    from hnkit.training.plan.cards import find_card
+    from hnkit.training.plan.plan import as_document, plan_training
+    from hnkit.training.plan.view import as_text
+
+    if options.out is not None:
+        raise InputError(f"--out {options.out} with --plan: a plan is printed, nothing is written; leave it out")
+    plan = plan_training(config, find_card(CARD if options.card is None else options.card), processes=int(os.environ.get("WORLD_SIZE", "1")))
+    if options.as_json:
+        terminal.print_json(as_document(plan))
+    else:
+        print(as_text(plan))
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,7 +14,9 @@ from hnkit.scaled.lora.adapter import adapter_options
 from hnkit.scaled.pipelines.backend import PipelineBackend
 from hnkit.scaled.pipelines.families.family import Family
 from hnkit.scaled.pipelines.loading import find_model, load_pipeline
+from hnkit.scaled.pipelines.memory import SAVERS
 from hnkit.scaled.pipelines.options import PipelineOptions
+from hnkit.training.plan.skeleton import Objective, Skeleton
 
 Preset = Mapping[str, Any]
 """Named overrides of a run's configuration: keys `train.*`, `backend.*`, `rewards.*`, `heldout.*`."""
@@ -52,11 +55,26 @@ class PipelineFactory:
         Raises:
             InputError: a package or the model is missing, damaged or of another class; the device cannot be used.
         """
-        missing = _missing_packages()
-        if missing:
-            raise InputError(f"backend {self.name!r} needs {', '.join(missing)}: pip install 'hnkit[scaled]' adds it")
+        self._require_packages()
         chosen = self.located(self.options() if options is None else options)
         return self.backend(self.family, chosen, load_pipeline(self.family, chosen), name=self.name)
+
+    @property
+    def savers(self) -> Mapping[str, str]:
+        """Options that save memory, with the part of a step that each one changes."""
+        return SAVERS
+
+    def skeleton(self, options: Any, objective: Objective = "hypernoise") -> Skeleton:
+        """The backend without weights, to count a step on; see `hnkit.training.plan`.
+
+        Raises:
+            InputError: a package is missing, or the model's configuration is not known here.
+        """
+        self._require_packages()
+        from hnkit.scaled.pipelines.skeleton import make_skeleton
+
+        build = functools.partial(self.backend, name=self.name)
+        return make_skeleton(self.family, self.located(options), build, objective)
 
     def adapter_options(self, folder: str | Path) -> PipelineOptions:
         """The default options, at what the adapter in `folder` records: rank, alpha, base model and conditioning."""
@@ -81,6 +99,11 @@ class PipelineFactory:
         except InputError as error:
             return str(error)
         return f"ready: {folder}"
+
+    def _require_packages(self) -> None:
+        missing = _missing_packages()
+        if missing:
+            raise InputError(f"backend {self.name!r} needs {', '.join(missing)}: pip install 'hnkit[scaled]' adds it")
 
 
 def _missing_packages() -> list[str]:

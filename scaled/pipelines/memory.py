@@ -19,7 +19,13 @@ from hnkit.maps import Condition
 if TYPE_CHECKING:
     from hnkit.scaled.pipelines.options import PipelineOptions
 
-_SAVERS = ("vae_checkpointing", "generator_checkpointing", "hypernetwork_checkpointing", "vae_slicing", "vae_tiling")
+SAVERS = {
+    "vae_checkpointing": "decoder",
+    "generator_checkpointing": "generator",
+    "hypernetwork_checkpointing": "f",
+}
+"""Options that save memory in training and change no result, with the part of a step that each one changes."""
+_SAVERS = (*SAVERS, "vae_slicing", "vae_tiling")
 _PARITY = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -57,9 +63,14 @@ def drop_word_cache(tokenizer: Any) -> None:
 
 
 def set_checkpointing(network: Any, enable: bool) -> None:
-    """Recompute a diffusers network's blocks in the backward pass (without reentrant autograd)."""
+    """Whether a diffusers network's blocks are recomputed in the backward pass (without reentrant autograd).
+
+    It is switched off too: the twin of a network that recomputes is a copy of it, and would recompute with it.
+    """
     if enable:
         network.enable_gradient_checkpointing(_recomputed)
+    elif network.is_gradient_checkpointing:
+        network.disable_gradient_checkpointing()
 
 
 def apply_decoder_options(vae: Any, options: PipelineOptions) -> None:

@@ -14,9 +14,10 @@ from transformers import BertTokenizerFast, BlipConfig, BlipTextConfig, BlipVisi
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from hnkit.errors import InputError
-from hnkit.scaled.internal.hub import hub_file, pretrained
-from hnkit.scaled.rewards.preprocess import Tokens, check_images, preprocess
+from hnkit.scaled.internal.hub import hub_file, local_folder, pretrained
+from hnkit.scaled.rewards.preprocess import NoWords, Tokens, check_images, preprocess
 from hnkit.scaled.rewards.weights import architecture, load_strict, read_state_dict
+from hnkit.training.plan.skeleton import countable
 
 REPOSITORY = "THUDM/ImageReward"
 FILE = "ImageReward.pt"
@@ -57,6 +58,18 @@ class ImageReward(nn.Module):
             return (score - MEAN) / STD
 
 
+def _skeleton(*, weight: float = 1.0, model_id: str = "") -> ImageReward:
+    """The reward of the published size, or of the folder `model_id`, for counting: its weights are never read."""
+    folder = local_folder(model_id) if model_id else None
+    known = folder is not None and (folder / "config.json").is_file()
+    config = BlipConfig.from_pretrained(folder) if known else published_config()
+    vision, text = BlipVisionModel(config.vision_config), BlipTextModel(config.text_config, add_pooling_layer=False)
+    head = score_head(text.config.hidden_size)
+    words: Any = NoWords()
+    return ImageReward(weight, vision, text, head, words)
+
+
+@countable(_skeleton)
 def imagereward(
     *,
     weight: float = 1.0,

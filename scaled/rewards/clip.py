@@ -9,15 +9,17 @@ import html
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from hnkit.errors import InputError
-from hnkit.scaled.internal.hub import hub_file, pretrained
-from hnkit.scaled.rewards.preprocess import Tokens, check_images, preprocess
+from hnkit.scaled.internal.hub import hub_file, local_folder, pretrained
+from hnkit.scaled.rewards.preprocess import NoWords, Tokens, check_images, preprocess
 from hnkit.scaled.rewards.weights import architecture, load_strict, read_state_dict
+from hnkit.training.plan.skeleton import countable
 
 LAION_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -89,6 +91,20 @@ def _tokenizer(source: str | Path, what: str, local_files_only: bool) -> CLIPTok
     return tokenizer
 
 
+def _skeleton(name: str, *, scaled: bool) -> Callable[..., ClipReward]:
+    """A reward of the published size, or of the folder `model_id`, for counting: its weights are never read."""
+
+    def build(*, weight: float = 1.0, model_id: str = "") -> ClipReward:
+        folder = local_folder(model_id) if model_id else None
+        known = folder is not None and (folder / "config.json").is_file()
+        config = CLIPConfig.from_pretrained(folder) if known else vit_h14_config()
+        words: Any = NoWords(config.text_config.eos_token_id)
+        return ClipReward(name, weight, CLIPModel(config), words, scaled=scaled)
+
+    return build
+
+
+@countable(_skeleton("clipscore", scaled=True))
 def clipscore(
     *, weight: float = 1.0, model_id: str | Path = LAION_H14, device: str = "cpu", local_files_only: bool = True
 ) -> ClipReward:
@@ -98,6 +114,7 @@ def clipscore(
     return ClipReward("clipscore", weight, model, _tokenizer(model_id, what, local_files_only), scaled=True).to(device)
 
 
+@countable(_skeleton("pickscore", scaled=True))
 def pickscore(
     *,
     weight: float = 1.0,
@@ -122,6 +139,7 @@ def pickscore(
     return ClipReward("pickscore", weight, model, _tokenizer(source, what, local_files_only), scaled=True).to(device)
 
 
+@countable(_skeleton("hpsv2", scaled=False))
 def hpsv2(
     *,
     weight: float = 1.0,

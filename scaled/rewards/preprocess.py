@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -66,6 +67,23 @@ class Tokens:
             texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
         return {name: tokens[name].to(images.device) for name in ("input_ids", "attention_mask")}
+
+
+@dataclass(frozen=True)
+class NoWords:
+    """In the place of a tokenizer, where a reward is only counted: every prompt is as long as prompts can be."""
+
+    eos_token_id: int | None = None
+    pad_token_id: int = 0
+
+    def get_vocab(self) -> dict[str, int]:
+        """No words, which fit every model."""
+        return {}
+
+    def __call__(self, texts: Sequence[str], *, max_length: int, **options: object) -> dict[str, Tensor]:  # noqa: ARG002
+        """`input_ids` and `attention_mask`, each `(n, max_length)`."""
+        ids = torch.full((len(texts), max_length), self.eos_token_id or 0)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def preprocess(images: Tensor, size: int) -> Tensor:

@@ -21,7 +21,7 @@ from tests.robustness.cases import BACKENDS, FLAGS, Case, all_cases, fields, sam
 
 CASES = all_cases()
 QUICK = sample(CASES)
-NO_VALUE = {"--json", "--debug", "--certify", "--verbose", "-v", "--quick", "--help", "-h"}
+NO_VALUE = {"--json", "--plan", "--debug", "--certify", "--verbose", "-v", "--quick", "--help", "-h"}
 LONGEST_LINE = 700
 
 

@@ -40,6 +40,10 @@ class Family(ABC):
         """What `encode_prompt` returned, by name, rows first."""
 
     @abstractmethod
+    def embedding_shapes(self, pipe: Any, options: Any) -> dict[str, tuple[int, ...]]:
+        """The shape of one prompt's row in each tensor of `embeddings`, from the configuration alone."""
+
+    @abstractmethod
     def delta(
         self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float
     ) -> Tensor:

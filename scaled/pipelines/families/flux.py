@@ -49,6 +49,14 @@ class FluxFamily(Family):
         """Token and pooled embeddings; the text's positions are all zero and are made anew."""
         return {"prompt_embeds": encoded[0], "pooled_prompt_embeds": encoded[1]}
 
+    def embedding_shapes(self, pipe: Any, options: PipelineOptions) -> dict[str, tuple[int, ...]]:
+        """T5's tokens and CLIP's pooled embedding."""
+        config = pipe.transformer.config
+        return {
+            "prompt_embeds": (options.max_sequence_length, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
     def delta(
         self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float
     ) -> Tensor:

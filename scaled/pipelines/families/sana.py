@@ -70,6 +70,11 @@ class SanaFamily(Family):
         """Token embeddings and their mask."""
         return {"prompt_embeds": encoded[0], "prompt_attention_mask": encoded[1]}
 
+    def embedding_shapes(self, pipe: Any, options: SanaOptions) -> dict[str, tuple[int, ...]]:
+        """Tokens of the encoder's width, and a mask of them."""
+        tokens = options.max_sequence_length
+        return {"prompt_embeds": (tokens, pipe.transformer.config.caption_channels), "prompt_attention_mask": (tokens,)}
+
     def delta(
         self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float
     ) -> Tensor:

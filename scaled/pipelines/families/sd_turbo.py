@@ -44,6 +44,10 @@ class SDTurboFamily(Family):
         """Token embeddings of the prompt itself."""
         return {"prompt_embeds": encoded[0]}
 
+    def embedding_shapes(self, pipe: Any, options: PipelineOptions) -> dict[str, tuple[int, ...]]:
+        """CLIP's 77 tokens, of the width that the network attends to."""
+        return {"prompt_embeds": (77, pipe.unet.config.cross_attention_dim)}
+
     def delta(
         self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float
     ) -> Tensor:

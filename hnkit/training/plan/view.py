@@ -1,0 +1,89 @@
+"""A plan in words: what lives on the card, how long a step takes, and what makes it fit."""
+
+from __future__ import annotations
+
+from hnkit.output.page import Cell, Table
+from hnkit.training.plan.cards import GIB, RESERVED, SHARE
+from hnkit.training.plan.plan import Need, Plan
+
+_NAMES = {"network": "frozen network", "decoder": "autoencoder", "rewards": "reward models"}
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, two significant digits at least."""
+    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2g}"
+
+
+def memory_table(plan: Plan) -> Table:
+    """What lives on one card when most does, part by part; the rows add up to the peak."""
+    need = plan.need
+    rows: list[tuple[Cell, ...]] = [(_NAMES.get(name, name), gib(size)) for name, size in need.at_peak().items()]
+    rows.append((f"peak, in {need.where}", gib(need.peak)))
+    held = ", ".join(f"{name} {gib(size)}" for name, size in need.saved.items())
+    caption = (
+        f"GiB, for micro-batches of {need.micro}. Saved for the backward pass when it begins: {held}. While prompts "
+        f"are encoded, before the first step: {gib(plan.encoding)} and the text encoders."
+    )
+    return Table(("on each card", "GiB"), tuple(rows), caption)
+
+
+def rate(need: Need) -> float:
+    """Optimiser steps per hour."""
+    return 3600 / need.seconds
+
+
+def verdict(plan: Plan) -> str:
+    """One sentence: whether the run fits its card."""
+    need, card = plan.need, plan.card
+    room = f"{gib(card.memory)} GiB of {card.title}, {gib(RESERVED)} of them kept free"
+    if plan.fits:
+        return f"It fits: {gib(need.peak)} GiB of the {room}."
+    return f"It does not fit: {gib(need.peak)} GiB needed of the {room}."
+
+
+def pace(plan: Plan) -> str:
+    """One sentence: operations and hours, and what they rest on."""
+    need, steps = plan.need, plan.config.train.steps
+    hours = steps * need.seconds / 3600
+    return (
+        f"A step is {need.flops / 1e12:.3g} TFLOP on each of {plan.processes} card(s): {rate(need):,.0f} "
+        f"steps per hour and {hours:,.1f} hours for {steps:,}, at {SHARE:.0%} of the card's roofline (an assumption, "
+        "not a measurement)."
+    )
+
+
+def cures(plan: Plan) -> list[str]:
+    """What makes it fit, the quickest first; empty where it fits as it is."""
+    if plan.fits:
+        return []
+    if not plan.cures:
+        return [
+            f"No memory option makes it fit (the least is {gib(plan.least)} GiB): lower backend.size or backend.rank, "
+            "leave out a reward, or take a larger card."
+        ]
+    return [f"{_switched(plan, need)}: {gib(need.peak)} GiB, {rate(need):,.0f} steps per hour" for need in plan.cures]
+
+
+def _switched(plan: Plan, need: Need) -> str:
+    settings = plan.config.train
+    words = [f"--set backend.{name}=true" for name in need.changes]
+    accumulate = settings.batch // plan.processes // need.micro
+    if accumulate != settings.accumulate:
+        words.append(f"--set train.accumulate={accumulate}")
+    return " ".join(words)
+
+
+def as_text(plan: Plan) -> str:
+    """The plan as plain lines."""
+    table = memory_table(plan)
+    width = max(len(str(row[0])) for row in table.rows)
+    lines = [f"{row[0]!s:<{width}}  {row[1]!s:>8}" for row in table.rows]
+    head = f"{plan.config.backend} on {plan.card.title}: counted, not measured"
+    found = [head, "", f"{table.headers[0]:<{width}}  {table.headers[1]:>8}", *lines, "", table.caption, "", pace(plan)]
+    found += [verdict(plan)]
+    lines = cures(plan)
+    if lines and plan.cures:
+        found += ["What makes it fit, the quickest first:", *(f"  {line}" for line in lines)]
+    else:
+        found += lines
+    return "\n".join(found)
