@@ -11,7 +11,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from hnkit.errors import InputError
-from hnkit.frontier.curve import LEAST_SAMPLES, checked_samples
+from hnkit.frontier.curve import LEAST_EFFECTIVE, LEAST_SAMPLES, checked_samples
 
 _SCALES = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
 _CLIPS = (0.5, 1.0, 2.0, 3.0)
@@ -23,19 +23,24 @@ class GapBound:
 
     Attributes:
         lower: with probability `confidence` the mean over these prompts of `KL(p0^phi || p0*)` is at least this.
-        estimate: what the same samples suggest it is; an estimate, too small where exp(r / alpha) varies too much.
+        estimate: what the same samples suggest it is; `None` where fewer than `LEAST_EFFECTIVE` base samples a prompt
+            are effective at the temperature, so that nothing but the bound can be said.
         stderr: Monte Carlo error of the mean of `ell - r / alpha` under the steered law.
         penalty: what the bound of log Z* costs, `log(2 / (1 - confidence)) / C` nats for C prompts.
         confidence: the confidence of the bound.
         prompts: how many prompts there are, C.
+        alpha: the temperature of the target, in units of the reward.
+        effective: effective base samples at that temperature, the harmonic mean over prompts.
     """
 
     lower: float
-    estimate: float
+    estimate: float | None
     stderr: float
     penalty: float
     confidence: float
     prompts: int
+    alpha: float
+    effective: float
 
 
 def gap_lower_bound(
@@ -93,9 +98,12 @@ def gap_lower_bound(
     log_z = torch.stack([(r / alpha).logsumexp(0) - math.log(len(r)) for r in bases])
     delta = (1 - confidence) / 2
     penalty = math.log(1 / delta) / count
-    estimate = mean.value + float(log_z.mean())
-    lower = estimate - penalty - float(student.isf(delta, mean.freedom)) * mean.stderr
-    return GapBound(max(0.0, lower), estimate, mean.stderr, penalty, confidence, count)
+    found = mean.value + float(log_z.mean())
+    lower = found - penalty - float(student.isf(delta, mean.freedom)) * mean.stderr
+    weights = [(r / alpha).softmax(0).square().sum() for r in bases]
+    effective = 1 / float(torch.stack(weights).mean())
+    estimate = found if effective >= LEAST_EFFECTIVE else None
+    return GapBound(max(0.0, lower), estimate, mean.stderr, penalty, confidence, count, alpha, effective)
 
 
 @dataclass(frozen=True)

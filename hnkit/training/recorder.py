@@ -11,7 +11,9 @@ from typing import Any
 
 from hnkit.errors import InputError
 from hnkit.internal.folders import FolderIdentity, open_to_append
+from hnkit.internal.seeds import seed_global
 from hnkit.training.checkpoint import Checkpoint, JsonLog, replace_folder, save_checkpoint
+from hnkit.training.nats import reward_per_nat
 from hnkit.training.report import BEST, Ending, write_adapter
 from hnkit.training.session import Session
 from hnkit.training.validate import Evaluator
@@ -94,6 +96,7 @@ class Recorder:
         if step == 0 or self.looked == step or not (measure or validate):
             return
         entries: list[dict[str, Any]] = []
+        measurement = None
         with self.session.averaged():
             if measure:
                 watch.doing(f"the measurement at step {step}")
@@ -108,8 +111,12 @@ class Recorder:
                 watch.doing(f"the validation at step {step}")
                 self._identity.check()
                 validation = self.evaluator.validate(self.folder, step)
-                entries.append({"step": step, "validation": validation})
-                self._keep_best(validation)
+                entries.append({"step": step, "validation": validation.record})
+                self._keep_best(validation.record)
+                if last:
+                    watch.doing(f"the frontier of reward per nat at step {step}")
+                    seed_global(settings.seed, "frontier")
+                    entries.append({"step": step, "frontier": reward_per_nat(self.evaluator, validation, measurement)})
         with watch.stop.masked():
             self.log.write(*entries)
             self.looked = step

@@ -18,6 +18,7 @@ from hnkit.config import RunConfig
 from hnkit.errors import InputError
 from hnkit.figures import FIGURES
 from hnkit.injection import NoiseInjection
+from hnkit.frontier import page as frontier_page
 from hnkit.internal.files import atomic_write, write_json
 from hnkit.internal.values import finite
 from hnkit.internal.versions import versions
@@ -158,6 +159,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
     measurement = next((r["measurement"] for r in reversed(records) if r.get("measurement")), None)
     latest: dict[str, Any] = next((r for r in reversed(records) if r.get("measurement") or "not_measured" in r), {})
     validation = next((r["validation"] for r in reversed(records) if "validation" in r), None)
+    frontier = next((r["frontier"] for r in reversed(records) if "frontier" in r), None)
     problem = evaluator.problem
     law = None
     if problem is not None and measurement is not None:
@@ -173,6 +175,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
         "measurement": measurement,
         "not_measured": latest.get("not_measured"),
         "validation": validation,
+        "frontier": frontier,
         "closed_form": None if law is None else {"affine": law.affine, "nats": law.nats, "targets": law.targets},
         "config": config.to_dict(),
         "versions": versions(),
@@ -180,6 +183,10 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
     report = finite(report)
     replace_folder(folder / ADAPTER, lambda target: _write_adapter(target, config, evaluator.backend, report))
     report["provenance"] = {**ending.provenance, "adapter": folder_digests(folder / ADAPTER)}
+    drawn = None
+    if frontier is not None and frontier["frontier"]:
+        drawn = frontier_page.plot(frontier)
+        atomic_write(folder / "frontier.png", drawn)
     pictures = []
     for plot in training_plots(records, problem, config.train):
         png = plot.png()
@@ -188,7 +195,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
     if validation is not None and validation["images"]:
         caption = "Base outputs above, steered ones below, each column from the same noise and prompt."
         pictures.append(Picture((folder / validation["images"]).read_bytes(), caption))
-    write_html(folder / PAGE, report["title"], _sections(report, pictures), lead=_lead(report))
+    write_html(folder / PAGE, report["title"], _sections(report, pictures, drawn), lead=_lead(report))
     write_json(folder / REPORT, report)
     return report
 
@@ -243,6 +250,8 @@ def model_card(config: RunConfig, backend: BackendBase, report: Mapping[str, Any
         lines += [f"- Deployed with fresh noise eps: x_hat = a (x + f(x)) + sqrt(1 - a^2) eps, {share}"]
     lines += [f"- {name}: {value}" for name, value, _ in _figures(report["measurement"])]
     lines += [f"- {_unmeasured(report)}"] if report.get("not_measured") else []
+    if (report.get("frontier") or {}).get("methods"):
+        lines += [f"- {sentence}" for sentence in frontier_page.sentences(report["frontier"])]
     options = {key: value for key, value in config.to_dict()["backend"].items() if key != "name"}
     arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
     usage = backend.usage
@@ -344,7 +353,7 @@ def _lead(report: Mapping[str, Any]) -> str:
     return " ".join(part[0].upper() + part[1:] for part in parts)
 
 
-def _sections(report: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Section]:
+def _sections(report: Mapping[str, Any], pictures: Sequence[Picture], drawn: bytes | None = None) -> list[Section]:
     sections = []
     figures = _figures(report["measurement"])
     blocks: list[Block] = [Table(("figure", "value", ""), tuple(figures))] if figures else []
@@ -365,6 +374,9 @@ def _sections(report: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Se
         )
         headers = ("score", "role", "base", "steered", "gain ± standard error")
         sections.append(Section("Base and steered outputs", (Table(headers, tuple(rows), caption),)))
+    frontier = report.get("frontier")
+    if frontier is not None:
+        sections.append(frontier_page.section(frontier, drawn, say=frontier_page.sentences(frontier)))
     if pictures:
         sections.append(Section("Plots", tuple(pictures)))
     configuration = json.dumps({**report["config"], "versions": report["versions"]}, indent=2, ensure_ascii=False)

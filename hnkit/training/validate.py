@@ -31,6 +31,23 @@ def prompts_of(validation: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """One comparison of base and steered outputs.
+
+    Attributes:
+        record: what metrics.jsonl holds of it, see `Evaluator.validate`.
+        prompts: the prompt of each row.
+        base: the trained reward of the base outputs, `(rows,)`.
+        steered: that of the steered ones, from the same noises.
+    """
+
+    record: dict[str, Any]
+    prompts: tuple[str, ...]
+    base: Tensor
+    steered: Tensor
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """Measurements of one run, always on the same noise and the same prompts, so that they are paired.
 
@@ -66,6 +83,13 @@ class Evaluator:
         """The hypernetwork with the conditions of these prompts closed over."""
         return self.backend.map_for(prompts)
 
+    @property
+    def measured_prompts(self) -> list[str]:
+        """The prompt of each row of a measurement: four rows or more of each of the first prompts."""
+        count = self.settings.measure_samples
+        distinct = min(len(self.prompts), max(1, count // 4))
+        return [self.prompts[row % distinct] for row in range(count)]
+
     def measure(self) -> Measurement | None:
         """The KL, the L2 term and their gap; `None` for direct fine-tuning, which moves no noise."""
         settings = self.settings
@@ -73,11 +97,10 @@ class Evaluator:
             return None
         seed_global(settings.seed, "measure")
         count = settings.measure_samples
-        distinct = min(len(self.prompts), max(1, count // 4))
-        prompts = [self.prompts[row % distinct] for row in range(count)]
+        prompts = self.measured_prompts
         return measure(
             self.map_for(prompts),
-            self._noise(count, "measure").to(self.device),
+            self.noise(count, "measure").to(self.device),
             method=settings.measure_method,
             rel_error=settings.measure_rel_error,
             prompts=prompts,
@@ -87,21 +110,21 @@ class Evaluator:
         )
 
     @torch.no_grad()
-    def validate(self, folder: Path, step: int) -> dict[str, Any]:
+    def validate(self, folder: Path, step: int) -> Validation:
         """Scores of base and steered outputs from the same noise and prompts; images are written as a grid.
 
         Returns:
-            `scores`: name -> `role` ("trained", "held out" or "judge"), means `base` and `steered`, their paired
-            difference `gain` with `gain_stderr`, the number of `samples`, and how many scores were `non_finite` (a
-            mean that holds one is not finite); `loss`: the L2 loss on these samples (for direct fine-tuning
-            -reward / alpha); `images`: the file of the grid, or `None` for outputs that are none;
-            `prompts`, and whether they are `held_out`.
+            The rewards of the rows, and the record. `scores`: name -> `role` ("trained", "held out" or "judge"),
+            means `base` and `steered`, their paired difference `gain` with `gain_stderr`, the number of `samples`,
+            and how many scores were `non_finite` (a mean that holds one is not finite); `loss`: the L2 loss on
+            these samples (for direct fine-tuning -reward / alpha); `images`: the file of the grid, or `None` for
+            outputs that are none; `prompts`, and whether they are `held_out`.
         """
         settings = self.settings
         seed_global(settings.seed, "validate")
         count = settings.validate_samples
         prompts = [self.prompts[row % len(self.prompts)] for row in range(count)]
-        noise = self._noise(count, "validate")
+        noise = self.noise(count, "validate")
         scores: dict[str, dict[str, list[Tensor]]] = {"base": {}, "steered": {}}
         shown: dict[str, list[Tensor]] = {"base": [], "steered": []}
         terms: list[Tensor] = []
@@ -122,15 +145,31 @@ class Evaluator:
             images = f"{SAMPLES}/step-{step:08d}.png"
             (folder / SAMPLES).mkdir(exist_ok=True)
             atomic_write(folder / images, grid_png(base, steered))
-        return {
+        record = {
             "scores": table,
             "loss": loss,
             "images": images,
             "prompts": prompts[: len(base)],
             "held_out": self.held_out,
         }
+        rewards = (torch.cat(scores[kind]["reward"]) for kind in ("base", "steered"))
+        return Validation(record, tuple(prompts), *rewards)
 
-    def _noise(self, count: int, purpose: str) -> Tensor:
+    @torch.no_grad()
+    def rewards_of(self, prompts: Sequence[str], noise: Tensor, *, steered: bool) -> Tensor:
+        """The trained reward of base or steered outputs, one a row, `(rows,)`, float64 on the CPU."""
+        parts = []
+        for chunk in slices(len(prompts), max(1, self.settings.batch // self.settings.accumulate)):
+            part, x = prompts[chunk], noise[chunk].to(self.device)
+            if steered:
+                outputs = self._pair(x, part)[0]["steered"]
+            else:
+                outputs = self.base.generate(x, self.base.encode(part), self.settings.generator_steps)
+            parts.append(self.rewards(outputs, part).double().cpu())
+        return torch.cat(parts)
+
+    def noise(self, count: int, purpose: str) -> Tensor:
+        """Noise that is the run's own for this purpose, `(count, *noise_shape)`."""
         generator = generator_for(self.settings.seed, purpose)
         return torch.randn(count, *self.backend.noise_shape, dtype=self.backend.noise_dtype, generator=generator)
 

@@ -24,6 +24,7 @@ from hnkit.config import TrainConfig
 from hnkit.errors import InputError
 from hnkit.injection import InjectedBound
 from hnkit.internal.stats import Estimate
+from hnkit.frontier.page import sentences
 from hnkit.internal.streams import Droppable
 from hnkit.loss import NoiseLoss
 from hnkit.output.page import format_estimate, format_number
@@ -102,6 +103,10 @@ class TrainView:
                 for name, score in entry["validation"]["scores"].items()
             )
             self.say(f"step {entry['step']}: {prompts_of(entry['validation'])}, base -> steered: {gains}")
+
+        if "frontier" in entry:
+            for sentence in sentences(entry["frontier"]):
+                self.say(f"step {entry['step']}: {sentence}")
 
     def close(self) -> None:
         """Take the bar away, and give the console its own stream back."""

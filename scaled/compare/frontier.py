@@ -11,6 +11,7 @@ from torch import Tensor
 from hnkit.errors import InputError
 from hnkit.frontier import GapBound, Rewards, frontier_document, gap_lower_bound, methods_on_frontier
 from hnkit.frontier.measured import FAITHFUL
+from hnkit.frontier.page import nats_text
 from hnkit.output.page import Table, format_estimate
 from hnkit.scaled.compare.evaluation import Evaluation, Row
 from hnkit.scaled.compare.labels import Document, network_label, or_nan
@@ -107,13 +108,6 @@ def frontier_table(document: Document) -> Table:
     return Table(
         ("method", "nats", "gain in reward", "efficiency", "nats from its target"), tuple(body), caption + _gaps(found)
     )
-
-
-def nats_text(method: Mapping[str, Any]) -> str:
-    """Nats as they are known: measured with an error bar, exact, or bounded from below."""
-    if method["nats"] is None:
-        return f"at least {method['nats_lower_bound']:.3g}"
-    return format_estimate(method["nats"], method["nats_stderr"]) if method["nats_stderr"] else f"{method['nats']:.3g}"
 
 
 def _share(method: Mapping[str, Any]) -> str:

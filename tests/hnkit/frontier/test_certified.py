@@ -44,6 +44,8 @@ def test_the_gap_is_not_overstated(alpha, confidence):
     ]
     failures = sum(bound.lower > truth for bound in bounds)
     assert failures <= most_failures(repetitions, 1 - confidence)
+    assert (bounds[0].estimate is None) == (alpha == 0.25)  # of 30 samples the largest has half of the weight
+    assert bounds[0].effective < 3 if alpha == 0.25 else bounds[0].effective > 9
 
 
 def test_kl_and_rewards_may_be_of_independent_samples():
@@ -69,11 +71,12 @@ def test_one_noisy_prompt_leaves_few_degrees_of_freedom():
     generator, repetitions, truth = torch.Generator().manual_seed(6), 1500, 100.0
     scale = torch.ones(12, 1, dtype=F64)
     scale[0] = 20
-    zeros = [torch.zeros(3, dtype=F64)] * 12  # of rewards: log Zhat is 0, and the penalty stands beside the error bar
+    # rewards are 0: log Zhat is 0, and the penalty stands beside the error bar
+    zeros, base = [torch.zeros(3, dtype=F64)] * 12, [torch.zeros(8, dtype=F64)] * 12
     wrong = few = 0
     for _ in range(repetitions):
         kl = list(truth + scale * torch.randn(12, 3, generator=generator, dtype=F64))
-        bound = gap_lower_bound(kl, zeros, zeros, 1.0)
+        bound = gap_lower_bound(kl, zeros, base, 1.0)
         wrong += bound.lower + bound.penalty > truth
         few += bound.estimate - float(student.isf(0.025, 24)) * bound.stderr > truth
     assert wrong <= most_failures(repetitions, 0.025)

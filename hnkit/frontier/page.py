@@ -1,0 +1,128 @@
+"""What the document of a frontier says: sentences, a table and a plot, for every report that has one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hnkit.output.page import Picture, Section, Table, Text, format_estimate
+from hnkit.output.plots import frontier as draw
+from hnkit.output.plots import style, to_png
+
+_HOW = (
+    "The frontier is the most that any law can gain whose KL from the base is so many nats, on the mean over prompts "
+    "(Gibbs variational principle). It is estimated from rewards of base images alone, and ends where too few of them "
+    "carry the weight. Efficiency is a method's gain as a share of the frontier's at the same nats. Nats that are said "
+    "to be 'at least' come from rewards alone (Donsker and Varadhan) and hold with 95% probability."
+)
+
+
+def sentences(document: Mapping[str, Any]) -> list[str]:
+    """What the figures say, a sentence each: the answer first."""
+    found = [document["remark"]] if "remark" in document else []
+    for name, method in document["methods"].items():
+        gain = f"{name} gains {estimate(method['gain'], method['stderr'])}"
+        nats = nats_text(method)
+        if method["efficiency"] is not None:
+            found.append(f"{gain} for {nats} nats, {share(method)} of what they could buy.")
+        elif method["nats"] is None:
+            found.append(
+                f"{gain} and spends {nats} nats (95%). Its nats are not known, and so neither is its efficiency."
+            )
+        elif method["nats"] <= 0:
+            found.append(f"{gain} for {nats} nats: there is no budget whose worth could be told.")
+        else:
+            found.append(
+                f"{gain} for {nats} nats; these base samples carry the frontier from 0 to "
+                f"{document['most_nats']:.3g} nats only."
+            )
+        if method.get("gap") is not None:
+            found.append(gap_sentence(name, method["gap"]))
+    if document.get("prompts") == 1:
+        found.append(
+            "One prompt only: gains have no error bar over prompts, and the distance from a target has no certificate."
+        )
+    if not document["frontier"] and "remark" not in document:
+        found.append("The base samples are too few for any point of the frontier: take more a prompt.")
+    return found
+
+
+def gap_sentence(name: str, gap: Mapping[str, Any]) -> str:
+    """The certified distance from the target, and the estimate where the temperature lets there be one."""
+    bound = (
+        f"{name} is at least {gap['lower']:.3g} nats ({100 * gap['confidence']:.0f}%) from the law that its "
+        f"temperature {gap['alpha']:.3g} names"
+    )
+    if gap["estimate"] is None:
+        return (
+            f"{bound}; how far exactly cannot be told, since {gap['effective']:.2g} base samples a prompt are "
+            "effective at that temperature."
+        )
+    return f"{bound}; {gap['estimate']:.3g} is the estimate."
+
+
+def estimate(value: float, stderr: float | None) -> str:
+    """A figure with its error bar, where it has one."""
+    return format_estimate(value, stderr)
+
+
+def nats_text(method: Mapping[str, Any]) -> str:
+    """Nats as they are known: measured with an error bar, given, or bounded from below."""
+    if method["nats"] is None:
+        return f"at least {method['nats_lower_bound']:.3g}"
+    return format_estimate(method["nats"], method["nats_stderr"]) if method["nats_stderr"] else f"{method['nats']:.3g}"
+
+
+def share(method: Mapping[str, Any]) -> str:
+    """The efficiency with its error bar, in percent; nothing where it is not known."""
+    if method["efficiency"] is None:
+        return ""
+    stderr = method["efficiency_stderr"]
+    if stderr is None:
+        return f"{100 * method['efficiency']:.0f}%"
+    return f"{100 * method['efficiency']:.0f} ± {100 * stderr:.0f}%"
+
+
+def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headers and rows: best-of-N, the methods, and some points of the frontier."""
+    rows: list[tuple[str, ...]] = [
+        (f"best of {entry['n']}", f"at most {entry['nats']:.3g}", estimate(entry["gain"], entry["stderr"]), "")
+        for entry in document["best_of"]
+    ]
+    for name, method in document["methods"].items():
+        rows.append((name, nats_text(method), estimate(method["gain"], method["stderr"]), share(method)))
+    for point in document["frontier"][::4]:
+        rows.append(("frontier", f"{point['nats']:.3g}", estimate(point["gain"], point["stderr"]), "100%"))
+    return ("", "nats a prompt", "gain in reward", "efficiency"), rows
+
+
+def plot(document: Mapping[str, Any]) -> bytes:
+    """The plot as PNG."""
+    with style():
+        return to_png(draw(document, {name: name for name in document["methods"]}, "Reward per nat"))
+
+
+def sections(document: Mapping[str, Any], picture: bytes | None) -> list[Section]:
+    """The sections of a page that is about nothing else."""
+    points = [
+        tuple(f"{point[key]:.4g}" for key in ("nats", "gain", "stderr", "effective")) for point in document["frontier"]
+    ]
+    return [
+        section(document, picture),
+        Section("The frontier", (Table(("nats", "gain", "standard error", "effective samples"), tuple(points)),)),
+        Section("How to read this", (Text(_HOW),)),
+    ]
+
+
+def section(document: Mapping[str, Any], picture: bytes | None, *, say: Sequence[str] = ()) -> Section:
+    """The plot and the table, with sentences above them."""
+    blocks: list[Any] = [Text(text) for text in say]
+    if document["methods"] or document["best_of"]:
+        caption = (
+            f"{document['prompts']} prompts, {document['base_samples']} base images. ± is one standard error over "
+            "prompts."
+        )
+        headers, rows = table(document)
+        blocks += [] if picture is None else [Picture(picture, caption)]
+        blocks.append(Table(headers, tuple(rows), caption))
+    return Section("Reward per nat", tuple(blocks))
