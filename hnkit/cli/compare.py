@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ class Options(WithBackend):
         seeds: noise seeds per prompt; default: 4, and 2 with --quick.
         quick: the short version, minutes on a laptop.
         resume: continue a comparison: this one, or the newest.
+        power: say how many prompts and images a difference of this size needs; with --resume of a finished comparison
+            nothing is made.
     """
 
     methods: str | None = setting(None, metavar="A,B,...")
@@ -35,6 +38,11 @@ class Options(WithBackend):
     seeds: int | None = setting(None)
     quick: bool = setting(False)
     resume: str | None = setting(None, metavar="[DIR]")
+    power: float | None = setting(None, metavar="DIFFERENCE")
+
+    def __post_init__(self) -> None:
+        if self.power is not None and not 0 < self.power < float("inf"):
+            raise InputError(f"--power {self.power:g}: give a difference of scores, a finite number above 0")
 
 
 def run(options: Options) -> int:
@@ -51,7 +59,8 @@ def run(options: Options) -> int:
     folder = None
     if options.resume is not None:
         folder = resumed_folder(options.resume, options.out, "compare", "plan.json")
-    document = runner(
+    finished = None if folder is None or options.power is None else finished_comparison(folder, name)
+    document = finished or runner(
         name,
         methods=None if options.methods is None else [part.strip() for part in options.methods.split(",")],
         adapter=options.adapter,
@@ -62,9 +71,15 @@ def run(options: Options) -> int:
         overrides=list(options.overrides),
         out=options.out,
     )
+    needed = None if options.power is None else power_entries(document, options.power)
     if options.as_json:
-        terminal.print_json(document)
+        terminal.print_json(dict(document) if needed is None else {**document, "power": needed})
     else:
+        if needed is not None:
+            screen = terminal.console()
+            screen.print(terminal.simple_table(*power_table(needed)))
+            for sentence in power_sentences(needed):
+                screen.print(sentence)
         print(f"report: {Path(document['run_folder']) / 'report.html'}")
     return 0
 
@@ -92,3 +107,78 @@ def comparison_runner(factory: Any) -> Callable[..., Mapping[str, Any]]:
     raise InputError(
         f"no comparison is installed for backend {factory.name}: it is for image generators, see hnkit backends{broken}"
     )
+
+
+def finished_comparison(folder: Path, backend: str) -> Mapping[str, Any] | None:
+    """The document of a comparison that is finished; `None` where it is not, or where it says nothing of variances.
+
+    Raises:
+        InputError: it is another backend's.
+    """
+    try:
+        document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        rows, compared = document["table_1"], document["settings"]["backend"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    if compared != backend:
+        raise InputError(f"--resume {folder} compares backend {compared!r}, not {backend!r}")
+    if not all("components" in row for row in rows):
+        return None
+    return {**document, "run_folder": str(folder)}
+
+
+def power_entries(document: Mapping[str, Any], difference: float) -> list[dict[str, Any]]:
+    """What a difference of that size needs, by method and score of table 1."""
+    from hnkit.internal.power import LEVEL, POWER, Components, detectable, needs
+
+    entries = []
+    for row in document["table_1"]:
+        for score, values in row["components"].items():
+            found = Components(**values)
+            entries.append(
+                {
+                    "method": row["method"],
+                    "score": score,
+                    "difference": difference,
+                    "level": LEVEL,
+                    "power": POWER,
+                    "components": values,
+                    "detectable": detectable(found.variance(found.seeds), found.prompts),
+                    "needs": [vars(need) for need in needs(found, difference)],
+                }
+            )
+    if not entries:
+        raise InputError(
+            "--power: this comparison tells no variance: it needs a method beside the base, and two prompts or more"
+        )
+    return entries
+
+
+def power_table(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Prompts needed at one noise a prompt and at more, with the interval that the run leaves open."""
+    most = max((entry["needs"] for entry in entries), key=len)
+    headers = ("", "score", *(f"{need['seeds']} a prompt" for need in most))
+    rows = []
+    for entry in entries:
+        shown = [f"{need['prompts']:,} ({need['least']:,} to {need['most']:,})" for need in entry["needs"]]
+        rows.append((entry["method"], entry["score"], *shown, *[""] * (len(most) - len(shown))))
+    return headers, rows
+
+
+def power_sentences(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the table is read, and what the run itself could find."""
+    first = entries[0]
+    seeds = first["components"]["seeds"]
+    found = [
+        f"Prompts that a paired t-test over prompts needs to find a difference of {first['difference']:g} with "
+        f"{100 * first['power']:.0f}% probability at the level {100 * first['level']:.0f}%, by noises a prompt; in "
+        "parentheses 95% intervals, for the variances come from this run."
+    ]
+    if seeds == 1:
+        found.append("The run had one noise a prompt, which does not tell noise from prompt: no other number is known.")
+    found += [
+        f"{entry['method']}, {entry['score']}: these {entry['components']['prompts']} prompts of {seeds} find "
+        f"{entry['detectable']:.3g}."
+        for entry in entries
+    ]
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from hnkit.internal.files import atomic_write
+from hnkit.internal.power import LEVEL, POWER, Components, detectable
 from hnkit.output.page import Cell, Picture, Section, Table, Text, format_estimate, format_number, write_html
 from hnkit.scaled.compare.frontier import frontier_table
 from hnkit.scaled.compare.labels import (
@@ -80,6 +82,7 @@ def all_tables(document: Document) -> dict[str, Table]:
         "losses": _losses_table(document),
         "l2": _closeness_table(document),
         "frontier": frontier_table(document),
+        "power": _power_table(document),
     }
 
 
@@ -278,10 +281,36 @@ def _closeness_table(document: Document) -> Table:
     return Table(headers, tuple(body), caption)
 
 
+def _power_table(document: Document) -> Table:
+    """Variance components of every method's difference from the base, and the smallest that this run could find."""
+    score = main_score(document)
+    body: list[tuple[Cell, ...]] = []
+    for row in document["table_1"]:
+        if score not in row.get("components", {}):
+            continue
+        found = Components(**row["components"][score])
+        shared = [found.prompt, found.noise, found.method_prompt, found.residual]
+        body.append(
+            (
+                NAMES.get(row["method"], row["method"]),
+                *(None if value is None else math.sqrt(max(value, 0.0)) for value in shared),
+                detectable(found.variance(found.seeds), found.prompts),
+            )
+        )
+    caption = (
+        f"Standard deviations of the {label_of(score)}: what a prompt and a noise do to base and method alike, which "
+        "pairing takes out; what a prompt does to their difference, and a noise to that. The last column is the "
+        f"smallest difference that a t-test over these prompts finds with {100 * POWER:.0f}% probability at the level "
+        f"{100 * LEVEL:.0f}%; hnkit compare --resume DIR --power D says what another needs."
+    )
+    headers = ("method", "prompt", "noise", "method x prompt", "rest", "found with 80%")
+    return Table(headers, tuple(body), caption)
+
+
 def _sections(document: Document, tables: Mapping[str, Table], pictures: Mapping[str, Picture]) -> list[Section]:
     titles = (
         ("Reward per nat: what was bought, and what could have been", ("frontier",), ("frontier",)),
-        ("Table 1: what a noise hypernetwork buys", ("table-1", "scores"), ("grid", "gain-against-cost")),
+        ("Table 1: what a noise hypernetwork buys", ("table-1", "scores", "power"), ("grid", "gain-against-cost")),
         ("Tables 2 and 8: more sampler steps", ("steps",), ()),
         ("Figure 4: reward against independent quality", (), ("reward-against-quality",)),
         ("Table 7: diversity", ("diversity",), ()),

@@ -55,7 +55,7 @@ from hnkit.scaled.compare.settings import (
     read_plan,
     require_same,
 )
-from hnkit.scaled.compare.tables import method_row
+from hnkit.scaled.compare.tables import component_entries, method_row
 from hnkit.scaled.lora.adapter import adapter_options
 from hnkit.scaled.pipelines.factory import PipelineFactory
 
@@ -270,11 +270,12 @@ class _Session:
         return self.networks[name].parameters if name in self.networks else 0
 
     def _table_1(self) -> list[dict[str, Any]]:
-        base = self._evaluate("base")
-        return [
-            method_row(base if name == "base" else self._evaluate(name), base, self._parameters(name))
-            for name in self.plan.methods
-        ]
+        base, rows = self._evaluate("base"), []
+        for name in self.plan.methods:
+            found = base if name == "base" else self._evaluate(name)
+            row = method_row(found, base, self._parameters(name))
+            rows.append(row | {"components": {} if name == "base" else component_entries(found.rows, base.rows)})
+        return rows
 
     def _table_steps(self) -> list[dict[str, Any]]:
         names = [name for name in ("base", "hypernoise", "direct") if name == "base" or name in self.networks]

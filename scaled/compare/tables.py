@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from hnkit.errors import InputError
+from hnkit.internal.power import components
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.scaled.compare.evaluation import Evaluation, Row
 
@@ -75,6 +77,29 @@ def method_row(evaluation: Evaluation, base: Evaluation, parameters: int) -> dic
     if "judge" in scores:
         entry["categories"] = by_category(rows, "judge")
     return entry
+
+
+def component_entries(rows: Sequence[Row], base: Sequence[Row]) -> dict[str, Any]:
+    """Score -> the variance components of a method beside the base, as `hnkit.internal.power` plans with them.
+
+    A score whose components are not known (one prompt, or a value that is not finite) is left out.
+    """
+    found = {}
+    for score in rows[0].scores:
+        one, other = _layout(rows, score), _layout(base, score)
+        try:
+            found[score] = components(one, other).to_json()
+        except InputError:
+            continue
+    return found
+
+
+def _layout(rows: Sequence[Row], score: str) -> torch.Tensor:
+    """`(prompts, seeds)`, in the order of first appearance."""
+    grouped: dict[str, list[float]] = {}
+    for row in rows:
+        grouped.setdefault(row.prompt, []).append(row.scores[score])
+    return torch.tensor(list(grouped.values()), dtype=torch.float64)
 
 
 def _prompt_means(rows: Sequence[Row], score: str) -> Mapping[str, float]:

@@ -80,11 +80,13 @@ def test_the_distance_from_the_target_is_not_overstated(alpha):
     truth, repetitions = (SHIFT - 1 / alpha) ** 2 / 2, 60
     gaps = [document(seed, alpha=alpha)["methods"]["hypernetwork"]["gap"] for seed in range(repetitions)]
     assert sum(gap["lower"] > truth for gap in gaps) <= binom.isf(FALSE_ALARM, repetitions, 0.05)
-    estimates = torch.tensor([gap["estimate"] for gap in gaps], dtype=torch.float64)
+    told = [gap for gap in gaps if gap["estimate"] is not None]  # where few samples are effective, only the bound is
+    assert len(told) > 20
+    estimates = torch.tensor([gap["estimate"] for gap in told], dtype=torch.float64)
     assert float(estimates.mean()) == pytest.approx(truth, abs=0.15)
     # KL and rewards are of other noises: their errors add, the one of a spread SHIFT, the other of 1 / alpha
     spread = float(estimates.std())
-    assert 0.6 < spread / (sum(gap["stderr"] for gap in gaps) / len(gaps)) < 2.5
+    assert 0.6 < spread / (sum(gap["stderr"] for gap in told) / len(told)) < 2.5
 
 
 def test_no_more_outputs_are_made_than_the_validation_made():
