@@ -14,6 +14,7 @@ from hnkit.errors import InputError
 from hnkit.frontier.certified import GapBound, gap_lower_bound
 from hnkit.frontier.curve import LEAST_SAMPLES, Frontier
 from hnkit.frontier.table import MethodGain, Rewards, methods_on_frontier
+from hnkit.injection import deployed_noise
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.kl.divergence import Method, noise_kl
 from hnkit.maps import Condition, slices
@@ -61,10 +62,11 @@ class NetworkOnFrontier:
         table: rewards of base and hypernetwork, prompt by prompt.
         methods: the hypernetwork's gain and efficiency, under its name.
         kl: mean over prompts of the KL integrand, nats: the KL where the map is injective, else a lower bound of it.
+            Where noise is injected, its proved upper bound.
         kl_stderr: its standard error over samples within prompts.
         l2: mean over prompts of `|f|^2 / 2`, nats.
         gap: how far the hypernetwork is from the tilted law of its temperature; `None` without temperature, or where
-            there is one prompt or the method of the KL leaves out a part of it.
+            there is one prompt, the method of the KL leaves out a part of it, or it is bounded from above alone.
         alpha: that temperature.
     """
 
@@ -120,21 +122,28 @@ def network_on_frontier(
     integrands, squares = [], []
     dim = torch.Size(backend.noise_shape).numel()
     method = settings.method or ("exact" if dim <= EXACT_UP_TO else "lanczos")
+    injection, faithful = backend.injection, backend.injection is None
     backend.prepare(prompts)
     for prompt in dict.fromkeys(prompts):
         noise = image_noise(backend, _images(prompt, settings.base_samples, settings))
         base[prompt] = _scores(backend, rewards, prompt, noise, settings)
         x = noise[: settings.samples]
         f = backend.map_for([prompt] * len(x))
-        with torch.enable_grad():
-            estimate = noise_kl(f, x, method=method, generator=_images(prompt, 1, settings).generators("probes")[0])
-        integrands.append(estimate.per_sample.double().cpu())
-        squares.append(estimate.l2)
-        steered[prompt] = _scores(backend, rewards, prompt, x + f(x).to(x.dtype), settings)
+        images = _images(prompt, len(x), settings)
+        moved, delta = deployed_noise(injection, x, f(x), images.generators("injected noise"))
+        squares.append(float(delta.double().flatten(1).square().sum(1).mean()) / 2)
+        if injection is None:
+            with torch.enable_grad():
+                estimate = noise_kl(f, x, method=method, generator=images.generators("probes")[0])
+            faithful = faithful and estimate.method in FAITHFUL
+            integrands.append(estimate.per_sample.double().cpu())
+        else:
+            integrands.append(injection.nats(delta).double().cpu())
+        steered[prompt] = _scores(backend, rewards, prompt, moved.to(x.dtype), settings)
     kl = sum(float(values.mean()) for values in integrands) / len(integrands)
     errors = [mean_and_stderr(values)[1] ** 2 for values in integrands]
     gap = None
-    if alpha is not None and len(base) > 1 and estimate.method in FAITHFUL:
+    if alpha is not None and len(base) > 1 and faithful:
         gap = gap_lower_bound(integrands, list(steered.values()), list(base.values()), alpha)
     stderr = sum(errors) ** 0.5 / len(errors)
     table = {"base": Rewards(base), name: Rewards(steered, nats=kl, nats_stderr=stderr, gap=gap)}

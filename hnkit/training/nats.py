@@ -15,6 +15,7 @@ from hnkit.figures import Measurement
 from hnkit.frontier import Frontier, GapBound, MethodGain, frontier_document, gap_lower_bound, nats_lower_bound
 from hnkit.frontier.curve import LEAST_EFFECTIVE, LEAST_SAMPLES
 from hnkit.frontier.measured import FAITHFUL
+from hnkit.internal.stats import Estimate
 from hnkit.loss import NoiseLoss
 from hnkit.training.validate import Evaluator, Validation
 
@@ -80,8 +81,9 @@ def sizes(budget: int, available: int, have: int, nats: float | None) -> Sizes:
 def reward_per_nat(evaluator: Evaluator, validation: Validation, measurement: Measurement | None) -> dict[str, Any]:
     """What the trained network gains for its nats, beside the most that they could buy.
 
-    The gain is that of the whole validation; nats are those of the measurement; the frontier is that of the first
-    prompts, which both have.
+    The gain is that of the whole validation; the frontier is that of the first prompts. Nats are those of the
+    measurement, or where noise is injected their proved bound: then the efficiency is that at least, and how far the
+    law is from its target has no certificate, which needs nats from below.
 
     Args:
         evaluator: what makes the further outputs.
@@ -93,12 +95,14 @@ def reward_per_nat(evaluator: Evaluator, validation: Validation, measurement: Me
         empty one whose `remark` says why.
     """
     settings = evaluator.settings
-    nats = None if measurement is None else measurement.kl.value
+    kl = None if measurement is None else measurement.kl
+    if settings.deployment is not None:
+        kl, measurement = Estimate.of(validation.nats), None
     kl_prompts = evaluator.measured_prompts
     prompts = list(dict.fromkeys(kl_prompts if measurement is not None else validation.prompts))
     have = min(validation.prompts.count(prompt) for prompt in prompts)
     try:
-        size = sizes(settings.validate_samples, len(prompts), have, nats)
+        size = sizes(settings.validate_samples, len(prompts), have, None if kl is None else kl.value)
         prompts = prompts[: size.prompts]
         base, steered = _rewards(evaluator, validation, prompts, size)
         frontier = Frontier(base, seed=settings.seed)
@@ -109,7 +113,7 @@ def reward_per_nat(evaluator: Evaluator, validation: Validation, measurement: Me
                 math.prod(evaluator.backend.noise_shape)
             )
             gap = gap_lower_bound(values, steered, base, alpha, paired=False)
-        method = _method(frontier, validation, steered, measurement, gap)
+        method = _method(frontier, validation, steered, kl, gap)
     except InputError as reason:
         empty: dict[str, Any] = {"frontier": [], "best_of": [], "methods": {}, "remark": f"No frontier: {reason}."}
         return empty
@@ -126,11 +130,16 @@ def _rewards(
     if not size.base:
         return base, steered
     noise = evaluator.noise(size.prompts * size.base, "frontier")
-    asked = [prompt for prompt in prompts for _ in range(size.base)]
-    further = evaluator.rewards_of(asked, noise, steered=False).view(size.prompts, size.base)
     moved = noise.view(size.prompts, size.base, *noise.shape[1:])[:, : size.steered].flatten(0, 1)
-    asked = [prompt for prompt in prompts for _ in range(size.steered)]
-    gained = evaluator.rewards_of(asked, moved, steered=True).view(size.prompts, size.steered)
+    further, gained = (
+        evaluator.rewards_of(
+            [prompt for prompt in prompts for _ in range(count)],
+            [len(validation.prompts) + size.base * place + row for place in range(size.prompts) for row in range(count)],
+            x,
+            steered=steered_too,
+        ).view(size.prompts, count)
+        for count, x, steered_too in ((size.base, noise, False), (size.steered, moved, True))
+    )
     return (
         [torch.cat(pair) for pair in zip(base, further, strict=True)],
         [torch.cat(pair) for pair in zip(steered, gained, strict=True)],
@@ -148,12 +157,11 @@ def _method(
     frontier: Frontier,
     validation: Validation,
     steered: Sequence[Tensor],
-    measurement: Measurement | None,
+    kl: Estimate | None,
     gap: GapBound | None,
 ) -> MethodGain:
     score = validation.record["scores"]["reward"]
     gain, stderr = score["gain"], score["gain_stderr"]
-    kl = None if measurement is None else measurement.kl
     bound = nats_lower_bound(frontier.base, steered)
     if kl is None:
         return MethodGain(gain, stderr, bound, None, None)

@@ -16,7 +16,7 @@ from hnkit.figures import Measurement, measure
 from hnkit.internal.files import atomic_write
 from hnkit.internal.seeds import derived_seed, generator_for, seed_global
 from hnkit.internal.stats import mean_and_stderr
-from hnkit.maps import NoiseMap, slices
+from hnkit.maps import Condition, NoiseMap, slices
 from hnkit.output.images import grid_png
 from hnkit.rewards import RewardSum
 from hnkit.tilt import TiltedProblem
@@ -39,12 +39,14 @@ class Validation:
         prompts: the prompt of each row.
         base: the trained reward of the base outputs, `(rows,)`.
         steered: that of the steered ones, from the same noises.
+        nats: half the square of f, or with injected noise the proved bound of the KL, `(rows,)`.
     """
 
     record: dict[str, Any]
     prompts: tuple[str, ...]
     base: Tensor
     steered: Tensor
+    nats: Tensor
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,9 @@ class Evaluator:
                     scores[kind].setdefault(name, []).append(values.double().cpu())
                 shown[kind].append(made[: max(0, _GRID_PAIRS - chunk.start)].float().cpu())
         table = {name: self._compare(name, scores["base"], scores["steered"]) for name in scores["base"]}
-        loss = float(torch.cat(terms).mean()) - table["reward"]["steered"] / settings.alpha
+        nats = torch.cat(terms)
+        term = nats / noise[0].numel() if settings.reduction == "mean" else nats
+        loss = float(term.mean()) - table["reward"]["steered"] / settings.alpha
         base, steered = torch.cat(shown["base"]), torch.cat(shown["steered"])
         images = None
         if base.dim() == 4 and base.shape[1] == 3:
@@ -153,18 +157,26 @@ class Evaluator:
             "held_out": self.held_out,
         }
         rewards = (torch.cat(scores[kind]["reward"]) for kind in ("base", "steered"))
-        return Validation(record, tuple(prompts), *rewards)
+        return Validation(record, tuple(prompts), *rewards, nats)
 
     @torch.no_grad()
-    def rewards_of(self, prompts: Sequence[str], noise: Tensor, *, steered: bool) -> Tensor:
-        """The trained reward of base or steered outputs, one a row, `(rows,)`, float64 on the CPU."""
+    def rewards_of(self, prompts: Sequence[str], numbers: Sequence[int], noise: Tensor, *, steered: bool) -> Tensor:
+        """The trained reward of base or steered outputs, `(rows,)`, float64 on the CPU.
+
+        Args:
+            prompts: one a row.
+            numbers: the number of each row's image; those of the validation are its rows.
+            noise: `(rows, *noise_shape)`.
+            steered: whether the noise is steered.
+        """
         parts = []
         for chunk in slices(len(prompts), max(1, self.settings.batch // self.settings.accumulate)):
             part, x = prompts[chunk], noise[chunk].to(self.device)
             if steered:
-                outputs = self._pair(x, part)[0]["steered"]
+                outputs, _ = self._steered(x, part, numbers[chunk])
             else:
-                outputs = self.base.generate(x, self.base.encode(part), self.settings.generator_steps)
+                condition = self._conditions(part, numbers[chunk])
+                outputs = self.base.generate(x, condition, self.settings.generator_steps)
             parts.append(self.rewards(outputs, part).double().cpu())
         return torch.cat(parts)
 
@@ -173,21 +185,29 @@ class Evaluator:
         generator = generator_for(self.settings.seed, purpose)
         return torch.randn(count, *self.backend.noise_shape, dtype=self.backend.noise_dtype, generator=generator)
 
-    def _pair(self, noise: Tensor, prompts: Sequence[str], rows: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-        """Base and steered outputs, and the L2 term of each row, or the bound that stands for it, as in the loss."""
-        steps, seed = self.settings.generator_steps, derived_seed(self.settings.seed, "validate")
-        condition = self.base.encode(prompts).of_images(seed, rows)
-        base = self.base.generate(noise, condition, steps)
+    def _pair(self, noise: Tensor, prompts: Sequence[str], numbers: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+        """Base and steered outputs of images of the prompts, and the KL term of each in the L2 loss, nats."""
+        base = self.base.generate(noise, self._conditions(prompts, numbers), self.settings.generator_steps)
+        steered, term = self._steered(noise, prompts, numbers)
+        return {"base": base, "steered": steered}, term
+
+    def _steered(self, noise: Tensor, prompts: Sequence[str], numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Steered outputs and KL terms: half the square of f, or the proved bound where noise is injected."""
+        steps = self.settings.generator_steps
         if self.settings.objective == "direct":
-            tuned = self.backend.generate(noise, self.backend.encode(prompts).of_images(seed, rows), steps)
-            return {"base": base, "steered": tuned}, torch.zeros(len(noise))
-        steered = steer(self.backend, noise, condition, steps)
+            tuned = self._conditions(prompts, numbers, self.backend)
+            return self.backend.generate(noise, tuned, steps), torch.zeros(len(noise))
+        steered = steer(self.backend, noise, self._conditions(prompts, numbers), steps)
         injection = self.settings.deployment
         square = steered.delta.flatten(1).double().square().sum(1)
-        term = square * (0.5 if injection is None else injection.nats_per_square)
-        if self.settings.reduction == "mean":
-            term = term / steered.delta[0].numel()
-        return {"base": base, "steered": steered.images}, term
+        return steered.images, square * (0.5 if injection is None else injection.nats_per_square)
+
+    def _conditions(
+        self, prompts: Sequence[str], numbers: Sequence[int], backend: BackendBase | None = None
+    ) -> Condition:
+        """The conditions of numbered images: no two of them have any randomness in common."""
+        encoder = self.base if backend is None else backend
+        return encoder.encode(prompts).of_images(derived_seed(self.settings.seed, "validate"), numbers)
 
     def _scores(self, outputs: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         trained = self.rewards.scores(outputs, prompts)

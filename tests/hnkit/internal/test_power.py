@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -100,7 +101,7 @@ def test_needs_fall_with_seeds_and_images_rise():
     found = components(*layout(40, 4, torch.Generator().manual_seed(4)))
     asked = needs(found, 0.1)
     assert [need.seeds for need in asked] == [1, 2, 4, 8, 16]
-    assert all(a.prompts >= b.prompts and a.images <= b.images for a, b in zip(asked, asked[1:], strict=False))
+    assert all(a.prompts >= b.prompts and a.images <= b.images for a, b in itertools.pairwise(asked))
     assert all(need.least <= need.prompts <= need.most for need in asked)
     assert asked[2].prompts == needed_prompts(0.1, found.variance(4))
     assert all(need.images == 2 * need.prompts * need.seeds for need in asked)

@@ -31,17 +31,20 @@ SHIFT, PROMPTS = 0.6, [f"prompt {k}" for k in range(12)]
 class Shifted:
     """An evaluator whose outputs are the noise, whose reward is its value plus the prompt's number, and f = SHIFT."""
 
-    def __init__(self, seed: int, *, alpha: float = 1.0, samples: int = 96, constant: bool = False) -> None:
-        self.settings = TrainConfig(alpha=alpha, validate_samples=samples, measure_samples=48)
+    def __init__(
+        self, seed: int, *, alpha: float = 1.0, samples: int = 96, constant: bool = False, injection: float = 0.0
+    ) -> None:
+        self.settings = TrainConfig(alpha=alpha, validate_samples=samples, measure_samples=48, injection=injection)
         self.backend = SimpleNamespace(noise_shape=(1,))
         self.measured_prompts = [PROMPTS[row % 12] for row in range(48)]
         self.generator, self.constant = torch.Generator().manual_seed(seed), constant
-        self.made = 0
+        self.made, self.images = 0, set()
 
     def noise(self, count: int, _: str) -> Tensor:
         return torch.randn(count, 1, generator=self.generator, dtype=torch.float64)
 
-    def rewards_of(self, prompts: list[str], noise: Tensor, *, steered: bool) -> Tensor:
+    def rewards_of(self, prompts: list[str], numbers: list[int], noise: Tensor, *, steered: bool) -> Tensor:
+        self.images |= {(prompt, number, steered) for prompt, number in zip(prompts, numbers, strict=True)}
         self.made += len(prompts)
         offset = torch.tensor([float(prompt.split()[1]) for prompt in prompts], dtype=torch.float64)
         return (0.0 if self.constant else 1.0) * (noise[:, 0] + SHIFT * steered + offset)
@@ -50,10 +53,11 @@ class Shifted:
         count = self.settings.validate_samples
         prompts = [PROMPTS[row % 12] for row in range(count)]
         noise = self.noise(count, "validate")
-        base, steered = (self.rewards_of(prompts, noise, steered=moved) for moved in (False, True))
+        numbers = list(range(count))
+        base, steered = (self.rewards_of(prompts, numbers, noise, steered=moved) for moved in (False, True))
         self.made = 0
         score = {"gain": float((steered - base).mean()), "gain_stderr": 0.0}
-        return Validation({"scores": {"reward": score}}, tuple(prompts), base, steered)
+        return Validation({"scores": {"reward": score}}, tuple(prompts), base, steered, torch.full((count,), 0.2, dtype=torch.float64))
 
     def measurement(self, method: str = "exact") -> Any:
         values = self.noise(48, "measure")[:, 0] * SHIFT + SHIFT**2 / 2  # eq. 53 of a shift
@@ -93,6 +97,7 @@ def test_no_more_outputs_are_made_than_the_validation_made():
     evaluator = Shifted(0)
     found = reward_per_nat(evaluator, evaluator.validation(), evaluator.measurement())
     assert found["extra_outputs"] == evaluator.made <= 96
+    assert len(evaluator.images) == evaluator.made + 2 * 96  # no image is made twice: its randomness would be the same
     assert found["base_samples"] > found["extra_outputs"]  # those of the validation count as well
 
 
@@ -139,6 +144,14 @@ def test_nats_that_are_not_known_have_no_efficiency_and_no_gap():
     second = reward_per_nat(evaluator, evaluator.validation(), evaluator.measurement("second-order"))
     assert second["methods"]["hypernetwork"]["gap"] is None
     assert second["methods"]["hypernetwork"]["efficiency"] is not None
+
+
+def test_injected_noise_has_the_nats_of_its_bound_and_no_gap():
+    evaluator = Shifted(0, injection=0.5)
+    method = reward_per_nat(evaluator, evaluator.validation(), evaluator.measurement())["methods"]["hypernetwork"]
+    assert method["nats"] == pytest.approx(0.2)
+    assert method["gap"] is None
+    assert method["efficiency"] is not None
 
 
 def test_a_run_ends_with_its_frontier(tmp_path, fake):
