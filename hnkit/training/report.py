@@ -17,8 +17,8 @@ from hnkit.backend import BackendBase
 from hnkit.config import RunConfig
 from hnkit.errors import InputError
 from hnkit.figures import FIGURES
-from hnkit.injection import NoiseInjection
 from hnkit.frontier import page as frontier_page
+from hnkit.injection import NoiseInjection
 from hnkit.internal.files import atomic_write, write_json
 from hnkit.internal.values import finite
 from hnkit.internal.versions import versions

@@ -156,8 +156,8 @@ class Evaluator:
             "prompts": prompts[: len(base)],
             "held_out": self.held_out,
         }
-        rewards = (torch.cat(scores[kind]["reward"]) for kind in ("base", "steered"))
-        return Validation(record, tuple(prompts), *rewards, nats)
+        before, after = (torch.cat(scores[kind]["reward"]) for kind in ("base", "steered"))
+        return Validation(record, tuple(prompts), before, after, nats)
 
     @torch.no_grad()
     def rewards_of(self, prompts: Sequence[str], numbers: Sequence[int], noise: Tensor, *, steered: bool) -> Tensor:

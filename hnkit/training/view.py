@@ -22,9 +22,9 @@ from rich.progress import (
 
 from hnkit.config import TrainConfig
 from hnkit.errors import InputError
+from hnkit.frontier.page import sentences
 from hnkit.injection import InjectedBound
 from hnkit.internal.stats import Estimate
-from hnkit.frontier.page import sentences
 from hnkit.internal.streams import Droppable
 from hnkit.loss import NoiseLoss
 from hnkit.output.page import format_estimate, format_number

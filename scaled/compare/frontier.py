@@ -47,9 +47,8 @@ def frontier_part(
     for evaluation in methods:
         name, rewards = evaluation.method, base_rewards(evaluation.rows, pooled=False)
         if name in measured:
-            figures = measured[name].figures
             gap = network_gap(measured[name], rewards, samples, alphas.get(name))
-            table[name] = Rewards(rewards, figures["kl"], figures["kl_stderr"] or 0.0, gap)
+            table[name] = Rewards(rewards, *measured[name].nats, gap)
         else:
             table[name] = Rewards(rewards, nats.get(name))
     try:
@@ -64,9 +63,11 @@ def network_gap(
 ) -> GapBound | None:
     """How far a network is at least from the tilted law of its temperature, over the prompts that were measured.
 
-    `None` where there is no temperature, one prompt, or a method of the KL that leaves out a part of it.
+    `None` where there is no temperature, one prompt, a method of the KL that leaves out a part of it, or injected
+    noise, whose KL is bounded from above alone.
     """
-    if alpha is None or measured.prompts < 2 or measured.figures["method"] not in FAITHFUL:
+    faithful = measured.figures["method"] in FAITHFUL and not measured.figures.get("injected")
+    if alpha is None or measured.prompts < 2 or not faithful:
         return None
     prompts = list(steered)[: measured.prompts]
     kl = [measured.of_prompt(index) for index in range(len(prompts))]

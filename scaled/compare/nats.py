@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hnkit.backend import Backend, image_noise
+from hnkit.backend import Backend, completed, image_noise
 from hnkit.figures import measure
 from hnkit.internal.seeds import generator_for
 from hnkit.maps import ConditionedMap
@@ -29,6 +29,13 @@ class NetworkKL:
     seeds: int
     figures: dict[str, Any]
     per_sample: tuple[float, ...]
+
+    @property
+    def nats(self) -> tuple[float, float]:
+        """The KL of what is deployed and its standard error: with injected noise its proved bound, nats."""
+        found = self.figures.get("injected")
+        record, key = (self.figures, "kl") if not found else (found, "nats")
+        return record[key], record[f"{key}_stderr"] or 0.0
 
     def of_prompt(self, index: int) -> torch.Tensor:
         """The integrand at the noises of one prompt, `(seeds,)`."""
@@ -69,5 +76,6 @@ def network_kl(
         method=method,
         prompts=asked,
         generator=generator_for(seed, "compare probes"),
+        injection=completed(backend).injection,
     )
     return NetworkKL(chosen, each, found.to_json(), tuple(found.per_sample.tolist()))

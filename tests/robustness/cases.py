@@ -261,6 +261,7 @@ FLAGS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (("compare", *DIGITS), "--adapter", (*NONE_SUCH, "precious.txt")),
     (("compare", *DIGITS), "--prompts", PROMPT_FILES),
     (("compare", *DIGITS), "--seeds", COUNTS),
+    (("compare", *DIGITS), "--power", (*NOT_NUMBERS, "0", "-0.1", "inf")),
     (("compare", *DIGITS), "--resume", (*NONE_SUCH, "precious.txt", *PLANS)),
     (("compare", *DIGITS), "--set", (*(s for s in SETS), "compare", "compare.=1", "compare.nonesuch=1")),
     (("compare", *DIGITS), "--out", ("folder", "precious.txt", "loop", "loop/below", "dangling", "precious.txt/b")),

@@ -57,7 +57,9 @@ class Shifted:
         base, steered = (self.rewards_of(prompts, numbers, noise, steered=moved) for moved in (False, True))
         self.made = 0
         score = {"gain": float((steered - base).mean()), "gain_stderr": 0.0}
-        return Validation({"scores": {"reward": score}}, tuple(prompts), base, steered, torch.full((count,), 0.2, dtype=torch.float64))
+        return Validation(
+            {"scores": {"reward": score}}, tuple(prompts), base, steered, torch.full((count,), 0.2, dtype=torch.float64)
+        )
 
     def measurement(self, method: str = "exact") -> Any:
         values = self.noise(48, "measure")[:, 0] * SHIFT + SHIFT**2 / 2  # eq. 53 of a shift
