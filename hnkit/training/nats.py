@@ -130,11 +130,16 @@ def _rewards(
     if not size.base:
         return base, steered
     noise = evaluator.noise(size.prompts * size.base, "frontier")
+    firsts = [len(validation.prompts) + size.base * place for place in range(size.prompts)]
     moved = noise.view(size.prompts, size.base, *noise.shape[1:])[:, : size.steered].flatten(0, 1)
     further, gained = (
         evaluator.rewards_of(
             [prompt for prompt in prompts for _ in range(count)],
-            [len(validation.prompts) + size.base * place + row for place in range(size.prompts) for row in range(count)],
+            [
+                len(validation.prompts) + size.base * place + row
+                for place in range(size.prompts)
+                for row in range(count)
+            ],
             x,
             steered=steered_too,
         ).view(size.prompts, count)
