@@ -135,11 +135,7 @@ def _rewards(
     further, gained = (
         evaluator.rewards_of(
             [prompt for prompt in prompts for _ in range(count)],
-            [
-                len(validation.prompts) + size.base * place + row
-                for place in range(size.prompts)
-                for row in range(count)
-            ],
+            [first + row for first in firsts for row in range(count)],
             x,
             steered=steered_too,
         ).view(size.prompts, count)
