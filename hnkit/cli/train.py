@@ -92,7 +92,11 @@ def _plan(config: RunConfig, options: Options) -> int:
 
     if options.out is not None:
         raise InputError(f"--out {options.out} with --plan: a plan is printed, nothing is written; leave it out")
-    plan = plan_training(config, find_card(CARD if options.card is None else options.card), processes=int(os.environ.get("WORLD_SIZE", "1")))
+    plan = plan_training(
+        config,
+        find_card(CARD if options.card is None else options.card),
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+    )
     if options.as_json:
         terminal.print_json(as_document(plan))
     else:

@@ -16,7 +16,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from hnkit.errors import InputError
 from hnkit.scaled.internal.hub import hub_file, local_folder, pretrained
 from hnkit.scaled.rewards.preprocess import NoWords, Tokens, check_images, preprocess
-from hnkit.scaled.rewards.weights import architecture, load_strict, read_state_dict
+from hnkit.scaled.rewards.weights import architecture, load_strict, read_state_dict, without_wrapper
 from hnkit.training.plan.skeleton import countable
 
 REPOSITORY = "THUDM/ImageReward"
@@ -154,8 +154,7 @@ def convert_imagereward(state: Mapping[str, Tensor], *, what: str = "ImageReward
         InputError: a key is not ImageReward's.
     """
     converted: dict[str, Tensor] = {}
-    for raw, tensor in state.items():
-        key = raw.removeprefix("module.")
+    for key, tensor in without_wrapper(state, what=what).items():
         if key in _UNUSED:
             continue
         if key.startswith("blip.visual_encoder."):
@@ -168,5 +167,5 @@ def convert_imagereward(state: Mapping[str, Tensor], *, what: str = "ImageReward
         elif (match := re.match(r"^mlp\.layers\.(\d)\.(weight|bias)$", key)) and match[1] in _HEAD:
             converted[f"mlp.{_HEAD[match[1]]}.{match[2]}"] = tensor
         else:
-            raise InputError(f"{what}: {raw!r} is not a name of ImageReward's: these are not the published weights")
+            raise InputError(f"{what}: {key!r} is not a name of ImageReward's: these are not the published weights")
     return converted

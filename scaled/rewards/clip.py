@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 from hnkit.errors import InputError
 from hnkit.scaled.internal.hub import hub_file, local_folder, pretrained
 from hnkit.scaled.rewards.preprocess import NoWords, Tokens, check_images, preprocess
-from hnkit.scaled.rewards.weights import architecture, load_strict, read_state_dict
+from hnkit.scaled.rewards.weights import architecture, load_strict, read_state_dict, without_wrapper
 from hnkit.training.plan.skeleton import countable
 
 LAION_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -301,8 +301,7 @@ def convert_open_clip(state: Mapping[str, Tensor], *, what: str = "CLIP weights"
         InputError: a key is not OpenCLIP's.
     """
     converted: dict[str, Tensor] = {}
-    for raw, tensor in state.items():
-        key = raw.removeprefix("module.")
+    for key, tensor in without_wrapper(state, what=what).items():
         packed, block = _PACKED.match(key), _IN_BLOCK.match(key)
         if key in _OUTSIDE:
             converted[_OUTSIDE[key]] = tensor
@@ -321,5 +320,5 @@ def convert_open_clip(state: Mapping[str, Tensor], *, what: str = "CLIP weights"
         elif key == "attn_mask":
             continue  # a constant of the architecture, which transformers builds itself
         else:
-            raise InputError(f"{what}: {raw!r} is not a name of OpenCLIP's: these are not the published weights")
+            raise InputError(f"{what}: {key!r} is not a name of OpenCLIP's: these are not the published weights")
     return converted

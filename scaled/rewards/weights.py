@@ -75,9 +75,29 @@ def architecture(weights: str | Path, published: Config, *, what: str) -> Config
         raise InputError(f"{what}: {file} cannot be read ({reason_of(error)}): mend it, or leave it out") from error
 
 
+def without_wrapper(state: Mapping[str, Tensor], *, what: str) -> dict[str, Tensor]:
+    """A state dict without the prefix `module.` of a wrapped model.
+
+    Raises:
+        InputError: a name is there with the prefix and without it.
+    """
+    plain = {key.removeprefix("module."): value for key, value in state.items()}
+    if len(plain) < len(state):
+        twice = next(key for key in plain if {key, f"module.{key}"} <= state.keys())
+        raise InputError(f"{what}: {twice!r} is there twice, as {f'module.{twice}'!r} too: fetch the file again")
+    return plain
+
+
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], *, what: str) -> None:
     """Load `state` into `model`; any missing, foreign or misshapen key is an error that names it."""
     own = model.state_dict()
+    broken = [
+        key
+        for key, value in state.items()
+        if value.is_floating_point() and not value.is_meta and not value.isfinite().all()
+    ]
+    if broken:
+        raise InputError(f"{what}: {broken[0]!r} has values that are not finite: fetch the file again")
     missing = sorted(own.keys() - state.keys())
     foreign = sorted(state.keys() - own.keys())
     misshapen = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]

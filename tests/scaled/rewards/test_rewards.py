@@ -19,6 +19,7 @@ from hnkit.rewards import load_rewards
 from hnkit.scaled.rewards import Redness, blip, clip
 from hnkit.scaled.rewards.preprocess import CLIP_MEAN, CLIP_STD, Tokens, preprocess
 from hnkit.scaled.rewards.weights import architecture, read_state_dict
+from tests.interop import published
 from tests.interop.published import (
     CONTEXT,
     EMBED,
@@ -342,3 +343,17 @@ def test_rewards_download_where_the_one_switch_says_so_and_not_else(monkeypatch)
             local_files_only=False,
         )
     assert asked[-1] is True, "what is said of one reward wins"
+
+
+@pytest.mark.parametrize("fault", ["twice", "not finite"])
+@pytest.mark.parametrize("name", ["hpsv2", "imagereward"])
+def test_a_file_with_a_doubled_name_or_values_that_are_not_finite_is_refused(name, fault, tmp_path):
+    write, build, file, key = {
+        "hpsv2": (published.write_hpsv2, clip.hpsv2, clip.HPS_FILE, "ln_final.bias"),
+        "imagereward": (published.write_imagereward, blip.imagereward, blip.FILE, "mlp.layers.7.bias"),
+    }[name]
+    state = write(tmp_path).state_dict()
+    changed = {key: state[key] + torch.nan} if fault == "not finite" else {f"module.{key}": state[key] + 1}
+    torch.save({**state, **changed}, tmp_path / file)
+    with pytest.raises(InputError, match="is there twice" if fault == "twice" else "not finite"):
+        build(model_id=tmp_path)
