@@ -12,6 +12,7 @@ from torch import Tensor
 from hnkit.bounds import BOUNDS, theorem7_bound
 from hnkit.checks.check import Finding, Registry, confidence_radius, mean_finding, worst
 from hnkit.checks.differences import explained_by_steps
+from hnkit.checks.one_dimension import binned_kl, folded_kl
 from hnkit.errors import MissingDerivativeError, NotApplicable, NotCertifiedError
 from hnkit.figures.measured_map import MeasuredMap, RowStatistics
 from hnkit.internal.stats import mean_and_stderr
@@ -22,6 +23,9 @@ from hnkit.tilt import affine_coefficients, kl_gaussians
 MAP_CHECKS = Registry()
 
 _ROUNDING = 1e-9
+
+_EVEN = 0.1
+"""Share of the samples that uneven weights must still be worth for their mean to be tested."""
 
 _WITHIN = 10.0
 """The factor within which estimates of truncation errors are held to be right."""
@@ -153,31 +157,46 @@ def kl_affine(measured: MeasuredMap) -> Finding:
 def kl_one_dimensional(measured: MeasuredMap) -> Finding:
     """The integrand under midpoint quadrature against masses of bins, which needs values of the map alone."""
     _need_exact(measured)
-    if measured.dim != 1:
-        raise NotApplicable(f"d = {measured.dim}")
-    if torch.finfo(measured.value.dtype).eps > 1e-6:
-        raise NotApplicable(f"bins need float32 or better; the map computes in {measured.value.dtype}")
-    (coarse, coarse_binned), (value, expected) = (_binned_kl(measured, bins) for bins in (4096, 8192))
+    (coarse, coarse_binned), (value, expected) = (binned_kl(measured, bins) for bins in (4096, 8192))
     # The midpoint rule and the binned divergence both err by O(h^2), h = 0.002; a kink of T by O(h), and a step of T
     # that is narrower than h by what halving h shows.
     error = 2 * (abs(value - coarse) + abs(expected - coarse_binned))
     return Finding(value, expected, (2e-4 if measured.smooth else 2e-3) + error)
 
 
-def _binned_kl(measured: MeasuredMap, bins: int) -> tuple[float, float]:
-    """The KL by the integrand at the middles of bins of [-8.5, 8.5], and by the masses that the map moves."""
-    edges = torch.linspace(-8.5, 8.5, bins + 1, dtype=torch.float64)
-    shape = (-1, *measured.x.shape[1:])
-    with torch.no_grad():
-        moved = edges + measured.f(edges.reshape(shape).to(measured.x)).double().flatten().cpu()
-    if not bool((moved.diff() > 0).all()):
-        raise NotApplicable("T is not increasing, so it is not injective")
-    mass, image = _normal_masses(edges), _normal_masses(moved)
-    kept = (mass > 1e-300) & (image > 1e-300)
-    middles = (edges[1:] + edges[:-1]) / 2
-    middles = middles.reshape(shape).to(measured.x)
-    integrand = noise_kl(measured.f, middles, method="exact", form="change-of-variables", check=False)
-    return float((mass * integrand.per_sample.cpu()).sum()), float((mass * (mass.log() - image.log()))[kept].sum())
+@MAP_CHECKS.add(
+    "folding-entropy",
+    "for d = 1 and T that folds, E[eq. 53] + H(X | TX) is the KL of the masses that T moves",
+    proof="folding_entropy",
+)
+def folding_entropy(measured: MeasuredMap) -> Finding:
+    """The two parts by the integrand at the preimages, against masses, which need values of the map alone."""
+    _need_exact(measured)
+    coarse, (lower, entropy, expected) = (folded_kl(measured, bins) for bins in (512, 1024))
+    error = 2 * (abs(lower + entropy - coarse[0] - coarse[1]) + abs(expected - coarse[2]))
+    note = f"E[eq. 53] = {lower:.4g} alone is a lower bound; H(X | TX) = {entropy:.4g}"
+    return Finding(lower + entropy, expected, (1e-3 if measured.smooth else 5e-3) + error, note=note)
+
+
+@MAP_CHECKS.add(
+    "degree",
+    "E[sgn det(I+J) exp(-ell)] = 1 for bounded f, ell the integrand of eq. 53",
+    proof="folding_entropy",
+    kind="statistical",
+)
+def degree(measured: MeasuredMap) -> Finding:
+    """The mean of the weights where a certificate says that f is bounded and they are even enough for a mean."""
+    _need_exact(measured)
+    if measured.stein.parts.sign is None or not measured.bounded:
+        raise NotApplicable("no certificate says that f is bounded")
+    count = len(measured.change)
+    weight = torch.exp(-measured.change)
+    effective = float(weight.sum().square() / weight.square().sum())
+    if effective < _EVEN * count:
+        raise NotApplicable(
+            f"the weights exp(-ell) are worth {effective:.3g} of {count} samples: too uneven to average"
+        )
+    return mean_finding(measured.stein.parts.sign[:count] * weight, 1.0)
 
 
 # --- bounds -----------------------------------------------------------------------------------------------------
@@ -399,16 +418,6 @@ def arnoldi(measured: MeasuredMap) -> Finding:
     floor = _floor(measured, measured.rows.frobenius[:count].square(), measured.stein.per_sample)
     radius = confidence_radius(stderr, count) + bias + floor
     return Finding(mean, 0.0, radius, note=f"{estimate.num_vjp / count:.3g} products per sample")
-
-
-def _normal_masses(edges: Tensor) -> Tensor:
-    """Mass of `N(0, 1)` between neighbouring edges, accurate in both tails."""
-    low, high = edges[:-1], edges[1:]
-    right = low > 0
-    upper = torch.where(right, -low, high)
-    lower = torch.where(right, -high, low)
-    mass: Tensor = torch.special.ndtr(upper) - torch.special.ndtr(lower)
-    return mass
 
 
 def _need_exact(measured: MeasuredMap) -> None:

@@ -23,6 +23,7 @@ def reference_maps() -> dict[str, tuple[NoiseMap, int, str]]:
         "contraction": (contraction(6, 0.6), 6, "two layers around tanh, certified L = 0.6: L2 is accurate"),
         "rotation": (affine, 4, "f(x) = Kx, K skew: E(J) < 0, the L2 term overcounts"),
         "extremal": (shrink, 5, "f(x) = -0.6 x: attains Theorem 7 and the Frobenius bound"),
+        "fold": (_Fold(), 1, "f(x) = -1.2 tanh 2x folds the middle of the line: eq. 53 0.058 nats, KL 0.927"),
     }
 
 
@@ -35,6 +36,21 @@ class _Sine(nn.Module):
     def lipschitz_upper(self) -> float:
         """`sup |f'| = 0.6`."""
         return 0.6
+
+
+class _Fold(nn.Module):
+    """`f(x) = -1.2 tanh 2x`, whose slope is -2.4 in the middle: x + f(x) takes some values three times."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -1.2 * torch.tanh(2 * x)
+
+    def lipschitz_upper(self) -> float:
+        """`sup |f'| = 2.4`."""
+        return 2.4
+
+    def bounded(self) -> bool:
+        """`|f| <= 1.2`."""
+        return True
 
 
 def contraction(dim: int, lipschitz: float = 0.5, *, width: int = 16, seed: int = 0) -> nn.Sequential:

@@ -100,13 +100,15 @@ def invertibility(measured: MeasuredMap) -> list[str]:
     if status == "certified":
         how = certify_injective(measured.f if measured.module is None else measured.module).how
         return [f"T(x) = x + f(x) is certified injective ({how}), so the exact value is the KL."]
-    rows = measured.rows_or_none
+    folds = measured.stein.folds
     if status == "violated":
-        return ["T folds: det(I + J) changes sign among the samples. The exact value is a lower bound of the KL."]
+        return [f"T folds: det(I + J) changes sign, {folds}. The exact value is a lower bound of the KL."]
     certificate = measured.certificate
     reason = certificate if isinstance(certificate, str) else f"certified L = {certificate.value:.4g}"
     sentence = f"Injectivity of T is not certified ({reason})."
-    seen = f" No fold was seen at {len(rows.sign)} samples, which proves nothing." if rows is not None else ""
+    seen = (
+        "" if folds is None else f" There is {folds}, which is no proof." if folds.negative == 0 else f" Seen: {folds}."
+    )
     norm = float(measured.norms.max())
     local = f" The largest local norm seen is {norm:.3g}" + (
         ": every sample is locally a contraction." if norm < 1 else ", above 1: Lemma 5 cannot apply."

@@ -26,6 +26,7 @@ from hnkit.internal.seeds import generator_for
 from hnkit.jacobian import RowJacobian, check_finite, check_map, dense_jacobian, rows_per_pass
 from hnkit.kl.divergence import KLEstimate, Method, noise_kl
 from hnkit.linalg.matrices import MatrixNumbers, bound_sides
+from hnkit.lipschitz.certify import certified_bounds
 from hnkit.lipschitz.local import LipschitzEstimate, lipschitz_lower, lipschitz_upper, local_lipschitz
 from hnkit.maps import NoiseMap, at_rows, chunked, working_type
 
@@ -279,6 +280,14 @@ class MeasuredMap:
     def certified_constant(self) -> float | None:
         """The certified Lipschitz constant, `None` if there is none."""
         return None if isinstance(self.certificate, str) else self.certificate.value
+
+    @cached_property
+    def bounded(self) -> bool:
+        """Whether a certificate says that f is bounded."""
+        try:
+            return certified_bounds(self.f if self.module is None else self.module).bounded
+        except NotCertifiedError:
+            return False
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -14,6 +14,7 @@ from hnkit.kl.moments import Moments
 
 Form = Literal["stein", "change-of-variables"]
 FORMS: tuple[Form, ...] = ("stein", "change-of-variables")
+Injectivity = Literal["certified", "no fold seen", "unknown", "violated"]
 
 
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -30,7 +31,8 @@ class KLEstimate(Estimate):
         method: how E(J) was estimated.
         form: which of the two forms of the integrand.
         injective: whether `x + f(x)` is injective, without which the exact value is a lower bound of the KL:
-            "certified", "unknown", or "violated" (its orientation changes between samples).
+            "certified" (almost everywhere at least), "unknown", or "violated" (its orientation changes between
+            samples). `injectivity` tells two kinds of "unknown" apart.
         finite_variance: whether `stderr` is known to describe the spread: `False` for the roulette without a proved
             Lipschitz constant, whose variance is finite only if the local norms not seen are small enough.
     """
@@ -105,6 +107,17 @@ class KLEstimate(Estimate):
             return None
         density = self.parts.l2 + self.parts.error + self.parts.alignment - self.parts.trace
         return Folds.of(self.parts.sign, density)
+
+    @property
+    def injectivity(self) -> Injectivity:
+        """`injective` with one word more: "no fold seen", for "unknown" where all signs were looked at and positive.
+
+        That is evidence and no proof; `folds.upper` is its measure, the 95% bound of the mass under `N(0, I)` of the
+        points where orientation is reversed. (Prompts that differ in that mass only make the bound safer.)
+        """
+        if self.injective == "unknown" and self.folds is not None and self.folds.negative == 0:
+            return "no fold seen"
+        return self.injective
 
     def __str__(self) -> str:
         text = str(Estimate(self.value, self.stderr))

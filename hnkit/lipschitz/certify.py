@@ -1,11 +1,14 @@
 """Certificates: bounds on the Jacobian of a module that hold at every input.
 
 For every layer a rule states `JacobianBounds`: `|J(x)|_2 <= norm`, and `lower <= S(x) <= upper` for the symmetric part
-`S = (J + J')/2`. They compose over `nn.Sequential`, `Sum` and `Scaled`. Two certificates of injectivity of
-`T(x) = x + f(x)` follow: `norm < 1` (Lemma 5), and `lower > -1`, which makes T uniformly strongly monotone.
+`S = (J + J')/2`. They compose over `nn.Sequential`, `Sum` and `Scaled`. Certificates of injectivity of
+`T(x) = x + f(x)` follow: `norm < 1` (Lemma 5); `lower > -1`, which makes T uniformly strongly monotone; for one hidden
+layer, `W V` small beside the identity (`hnkit.lipschitz.hidden`); and, almost everywhere, f bounded with
+`det(I + J) > 0`.
 
 A module of one's own takes part in one of two ways: a method `lipschitz_upper() -> float` (and, optionally,
-`field_of_values() -> (lower, upper)`), or a rule registered for its type with `register`. Both are believed.
+`field_of_values() -> (lower, upper)`, `bounded() -> bool` and `oriented() -> bool`, that `det(I + J) > 0` almost
+everywhere), or a rule registered for its type with `register`. Both are believed.
 
 What is proved concerns the map of real numbers that the weights define *now*: not the rounding of its evaluation, nor
 what later becomes of the weights. What makes a module compute something else than its type says is refused.
@@ -43,6 +46,9 @@ class JacobianBounds:
         upper: `lambda_max((J + J')/2) <= upper`.
         elementwise: the map acts on each entry alone (J is diagonal).
         reshaping: the map only regroups entries of a row (J is the identity).
+        bounded: `|f|` stays below some number.
+        oriented: `det(I + J) > 0` almost everywhere.
+        bijective: `x + f(x)` is proved a bijection with a Lipschitz inverse, whatever the norm.
         how: one line that says what the bounds come from.
     """
 
@@ -51,6 +57,9 @@ class JacobianBounds:
     upper: float
     elementwise: bool = False
     reshaping: bool = False
+    bounded: bool = False
+    oriented: bool = False
+    bijective: bool = False
     how: str = ""
 
     @classmethod
@@ -71,10 +80,13 @@ class InjectivityCertificate:
     Attributes:
         status: `"certified"`, or `"unknown"`: nothing is claimed.
         how: the proof in one line, or why there is none.
+        everywhere: whether that holds everywhere, or almost everywhere only: then eq. 53 is the KL, but no inverse of T
+            is claimed.
     """
 
     status: Literal["certified", "unknown"]
     how: str
+    everywhere: bool = True
 
 
 def _require_module(value: object, what: str) -> None:
@@ -246,7 +258,8 @@ def _declared(module: object) -> JacobianBounds | None:
     norm = _finite(method(), "lipschitz_upper()")
     if norm < 0:
         raise InputError(f"its lipschitz_upper() returned {norm:g}: a Lipschitz constant is at least 0")
-    bounds = JacobianBounds.from_norm(norm)
+    bounded, oriented = (_declared_fact(module, name) for name in ("bounded", "oriented"))
+    bounds = replace(JacobianBounds.from_norm(norm), bounded=bounded, oriented=oriented)
     method = declaration(module, "field_of_values")
     if method is None:
         return bounds
@@ -264,6 +277,14 @@ def _declared(module: object) -> JacobianBounds | None:
             "contradict each other"
         )
     return replace(bounds, lower=max(lower, -norm), upper=min(upper, norm))
+
+
+def _declared_fact(module: object, name: str) -> bool:
+    method = declaration(module, name)
+    fact = False if method is None else method()
+    if not isinstance(fact, bool):
+        raise InputError(f"its {name}() returned {fact!r:.60}: True or False is needed")
+    return fact
 
 
 def _finite(value: Any, what: str) -> float:
@@ -310,9 +331,11 @@ def certified_bounds(module: object) -> JacobianBounds:
 def certify_injective(f: object) -> InjectivityCertificate:
     """Look for a proof that `T(x) = x + f(x)` is injective (then also bijective, with a Lipschitz inverse).
 
-    Either a certified Lipschitz constant below 1 (Lemma 5), or a certified `lambda_min((J + J')/2) > -1` at every
-    input: then `(T(x) - T(y)).(x - y) >= c |x - y|^2` with `c > 0`, and a continuous strongly monotone map of R^d is
-    a bijection (Browder and Minty) even where the constant exceeds 1.
+    A certified Lipschitz constant below 1 (Lemma 5); or a certified `lambda_min((J + J')/2) > -1` at every input: then
+    `(T(x) - T(y)).(x - y) >= c |x - y|^2` with `c > 0`, and a continuous strongly monotone map of R^d is a bijection
+    (Browder and Minty) even where the constant exceeds 1; or, for `V s(W x + b)`, `I + D W V` diagonally dominant for
+    all slopes D. A bounded f with `det(I + J) > 0` almost everywhere makes T of degree one, so injective almost
+    everywhere (`everywhere` is then `False`): enough for eq. 53 to be the KL.
 
     Args:
         f: a module, an object that declares itself, or any callable (about which nothing is known).
@@ -321,7 +344,8 @@ def certify_injective(f: object) -> InjectivityCertificate:
         The certificate; `"unknown"` is not a claim that T folds.
 
     Source:
-        arXiv 2508.09968, Lemma 5; G. Minty, Duke Math. J. 29 (1962), DOI 10.1215/S0012-7094-62-02933-2.
+        arXiv 2508.09968, Lemma 5; G. Minty, Duke Math. J. 29 (1962), DOI 10.1215/S0012-7094-62-02933-2;
+        `proofs/hidden_dominance`, `proofs/folding_entropy`.
     """
     try:
         bounds = certified_bounds(f)
@@ -333,6 +357,14 @@ def certify_injective(f: object) -> InjectivityCertificate:
         return InjectivityCertificate(
             "certified",
             f"strongly monotone: lambda_min of the symmetric part at least {bounds.lower:.6g} > -1 ({bounds.how})",
+        )
+    if bounds.bijective:
+        return InjectivityCertificate("certified", f"one hidden layer, W V diagonally dominated ({bounds.how})")
+    if bounds.bounded and bounds.oriented:
+        return InjectivityCertificate(
+            "certified",
+            f"almost everywhere: f is bounded, so that T has degree one, and det(I + J) > 0 ({bounds.how})",
+            everywhere=False,
         )
     return InjectivityCertificate(
         "unknown",

@@ -15,6 +15,7 @@ from hnkit.errors import InputError
 from hnkit.internal.values import number
 from hnkit.linalg.convolution import convolution_norm_bound, spectral_norm_bound
 from hnkit.lipschitz.certify import JacobianBounds, Scaled, Sum, Visit, down, register, rules, times, up
+from hnkit.lipschitz.hidden import hidden_dominance
 from hnkit.lipschitz.plain import plain_tensor
 
 # --- containers -------------------------------------------------------------------------------------------------------
@@ -36,10 +37,14 @@ def _sequential(module: nn.Sequential, visit: Visit) -> JacobianBounds:
         norm = times(norm, part.norm)
     if len(acting) == 1:
         return replace(acting[0][1], how=how)
+    # All parts are Lipschitz, so that the image of a bounded set is bounded.
+    bounded, bijective = any(part.bounded for _, part in acting), _hidden_layer_dominates(acting)
     interval = _gradient_form(acting)
     if interval is None:
-        return replace(JacobianBounds.from_norm(norm), how=how)
-    return JacobianBounds(norm, *interval, how=how + " (W' s(W x + b): symmetric Jacobian)")
+        bounds = JacobianBounds.from_norm(norm)
+    else:
+        bounds, how = JacobianBounds(norm, *interval), how + " (W' s(W x + b): symmetric Jacobian)"
+    return replace(bounds, bounded=bounded, bijective=bijective, oriented=bijective, how=how)
 
 
 def _returns_a_new_tensor(module: nn.Module) -> bool:
@@ -52,8 +57,8 @@ def _returns_a_new_tensor(module: nn.Module) -> bool:
     return (kind is Scaled or kind in _ALLOCATING) and not getattr(module, "inplace", False)
 
 
-def _gradient_form(parts: list[tuple[nn.Module, JacobianBounds]]) -> tuple[float, float] | None:
-    """Range of the symmetric Jacobian `+-W' D W` of `+-W' s(W x + b)`, if that is what the three layers are."""
+def _one_hidden_layer(parts: list[tuple[nn.Module, JacobianBounds]]) -> tuple[Tensor, Tensor, JacobianBounds] | None:
+    """`W`, `V` and the bounds of s, if the layers are `V s(W x + b) + c` with one hidden layer of entries."""
     if len(parts) != 3 or not parts[1][1].elementwise:
         return None
     first, last = parts[0][0], parts[2][0]
@@ -62,10 +67,24 @@ def _gradient_form(parts: list[tuple[nn.Module, JacobianBounds]]) -> tuple[float
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)
     W, V = _weight(first), _weight(last)
-    if W.shape != V.T.shape:
+    return (W, V, parts[1][1]) if W.shape == V.T.shape else None
+
+
+def _hidden_layer_dominates(parts: list[tuple[nn.Module, JacobianBounds]]) -> bool:
+    layers = _one_hidden_layer(parts)
+    if layers is None:
+        return False
+    W, V, slopes = layers
+    return hidden_dominance(W, V, slopes.lower, slopes.upper)
+
+
+def _gradient_form(parts: list[tuple[nn.Module, JacobianBounds]]) -> tuple[float, float] | None:
+    """Range of the symmetric Jacobian `+-W' D W` of `+-W' s(W x + b)`, if that is what the three layers are."""
+    layers = _one_hidden_layer(parts)
+    if layers is None:
         return None
+    W, V, slopes = layers
     square = times(parts[0][1].norm, parts[0][1].norm)
-    slopes = parts[1][1]
     low, high = times(min(slopes.lower, 0.0), square, -math.inf), times(max(slopes.upper, 0.0), square)
     if torch.equal(V, W.T):
         return low, high
@@ -78,7 +97,9 @@ def _sum(module: Sum, visit: Visit) -> JacobianBounds:
     norm, lower, upper = parts[0].norm, parts[0].lower, parts[0].upper
     for part in parts[1:]:
         norm, lower, upper = up(norm + part.norm), down(lower + part.lower), up(upper + part.upper)
-    return JacobianBounds(norm, lower, upper, how="(" + " + ".join(part.how for part in parts) + ")")
+    bounded = all(part.bounded for part in parts)
+    how = "(" + " + ".join(part.how for part in parts) + ")"
+    return JacobianBounds(norm, lower, upper, bounded=bounded, how=how)
 
 
 @register(Scaled)
@@ -90,6 +111,7 @@ def _scaled(module: Scaled, visit: Visit) -> JacobianBounds:
         times(c, least, -math.inf),
         times(c, most),
         elementwise=part.elementwise,
+        bounded=part.bounded,
         how=f"{c:g} * {part.how}",
     )
 
@@ -175,8 +197,12 @@ _SLOPES: Mapping[type[nn.Module], tuple[float, float]] = {
 }
 
 
+_BOUNDED = {nn.ReLU6, nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Hardsigmoid}
+
+
 def _activation(module: nn.Module, visit: Visit) -> JacobianBounds:  # noqa: ARG001
-    return JacobianBounds.from_slopes(*_SLOPES[parametrize.type_before_parametrizations(module)])
+    kind = parametrize.type_before_parametrizations(module)
+    return replace(JacobianBounds.from_slopes(*_SLOPES[kind]), bounded=kind in _BOUNDED)
 
 
 register(*_SLOPES)(_activation)

@@ -207,7 +207,7 @@ def test_every_check_names_a_proof_and_a_statement():
         "control_reduction", "lemma_5_diffeomorphism", "lemma_6_stein", "kl_two_forms", "theorem_7_bound",
         "data_processing", "local_theorem_7", "frobenius_bound", "second_order", "symmetry_index", "l2_optimum",
         "optimality_gap", "non_injective", "estimates_certificates", "singular_value_bound", "field_of_values",
-        "arnoldi_bias", "injected_noise",
+        "arnoldi_bias", "injected_noise", "folding_entropy",
     }  # fmt: skip
     assert set(by_proof) == central
     for registry in REGISTRIES:

@@ -40,7 +40,7 @@ def test_parts_are_kept_per_sample() -> None:
 
 
 def test_folds_of_a_map_that_folds() -> None:
-    """`f = -1.2 tanh 2x` folds the middle of the line: degree 1, eq. 53 0.058 (not the KL, 0.917)."""
+    """`f = -1.2 tanh 2x` folds the middle of the line: degree 1, eq. 53 0.058 (not the KL, 0.927)."""
     estimate = noise_kl(lambda x: -1.2 * torch.tanh(2 * x), noise(20_000, 1), form="change-of-variables")
     folds = estimate.folds
     assert folds is not None
@@ -73,3 +73,19 @@ def test_no_truncation_is_not_printed():
     half = dataclasses.replace(estimate.parts, truncation=torch.full((3,), 0.5))
     assert "truncation" not in str(dataclasses.replace(estimate, bias_bound=None))
     assert "truncation about 0.5" in str(dataclasses.replace(estimate, bias_bound=None, parts=half))
+
+
+def test_the_fourth_verdict() -> None:
+    """ "unknown" where nobody looked is not "unknown" where all signs were positive."""
+    rough = noise_kl(Linear(matrix("gaussian", 1.2, 6)), noise(20, 6))
+    assert (rough.injective, rough.injectivity) == ("unknown", "no fold seen")
+    assert rough.folds is not None
+    assert rough.folds.upper == pytest.approx(1 - 0.05 ** (1 / 20))
+    unseen = noise_kl(network(), noise(5, 6), method="arnoldi", certify=False)
+    assert (unseen.injective, unseen.injectivity) == ("unknown", "unknown")
+    turned = noise_kl(lambda x: -3 * x, noise(5, 3))
+    assert (turned.injective, turned.injectivity) == ("unknown", "unknown")
+    folded = noise_kl(lambda x: -1.2 * torch.tanh(2 * x), noise(100, 1))
+    assert (folded.injective, folded.injectivity) == ("violated", "violated")
+    sure = noise_kl(torch.nn.Tanhshrink(), noise(5, 3))
+    assert (sure.injective, sure.injectivity) == ("certified", "certified")
