@@ -124,3 +124,96 @@ def _measured(options: Options) -> Any:
     rewards = load_rewards(specs, backend.default_reward, device, local_files_only=local)
     alpha = trained if options.alpha is None else options.alpha
     return network_on_frontier(backend, rewards, prompts, settings, alpha=alpha)
+<<<<<<< HEAD
+=======
+
+
+def sentences(document: Mapping[str, Any]) -> list[str]:
+    """What the figures say, a sentence each: the answer first."""
+    found = []
+    most, least = ("at most ", "at least ") if _bounded(document) else ("", "")
+    for name, method in document["methods"].items():
+        gain = f"{name} gains {_estimate(method['gain'], method['stderr'])}"
+        if method["efficiency"] is not None:
+            found.append(
+                f"{gain} for {most}{method['nats']:.3g} nats, {least}{100 * method['efficiency']:.0f}% of what they "
+                "could buy."
+            )
+        elif method["nats"] is not None:
+            found.append(
+                f"{gain} for {most}{method['nats']:.3g} nats; these base samples carry the frontier from 0 to "
+                f"{document['most_nats']:.3g} nats only."
+            )
+        else:
+            found.append(
+                f"{gain} and spends {method['nats_lower_bound']:.3g} nats at least (95%). Its nats are not known, and "
+                "so neither is its efficiency."
+            )
+    network = document.get("network", {})
+    if "gap_lower_bound" in network:
+        found.append(
+            f"It is at least {network['gap_lower_bound']:.3g} nats ({100 * network['gap_confidence']:.0f}%) from the "
+            f"law that its temperature {network['alpha']:.3g} names."
+        )
+    if not document["frontier"]:
+        found.append("The base samples are too few for any point of the frontier: take more a prompt.")
+    return found
+
+
+def _bounded(document: Mapping[str, Any]) -> bool:
+    """Whether the nats of the network are a proved bound's, as with injected noise: it may have spent fewer."""
+    return "kl_at_most" in document.get("network", {})
+
+
+def _estimate(value: float, stderr: float | None) -> str:
+    from hnkit.output.page import format_estimate
+
+    return format_estimate(value, stderr)
+
+
+def _table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    rows: list[tuple[str, ...]] = [
+        (f"best of {entry['n']}", f"at most {entry['nats']:.3g}", _estimate(entry["gain"], entry["stderr"]), "")
+        for entry in document["best_of"]
+    ]
+    most, least = ("at most ", "at least ") if _bounded(document) else ("", "")
+    for name, method in document["methods"].items():
+        known = method["nats"] is not None
+        nats = f"{most}{method['nats']:.3g}" if known else f"at least {method['nats_lower_bound']:.3g}"
+        share = "" if method["efficiency"] is None else f"{least}{100 * method['efficiency']:.0f}%"
+        rows.append((name, nats, _estimate(method["gain"], method["stderr"]), share))
+    for point in document["frontier"][::4]:
+        rows.append(("frontier", f"{point['nats']:.3g}", _estimate(point["gain"], point["stderr"]), "100%"))
+    return ("", "nats a prompt", "gain in reward", "efficiency"), rows
+
+
+def _plot(document: Mapping[str, Any]) -> bytes:
+    from hnkit.output.plots import frontier, style, to_png
+
+    with style():
+        return to_png(frontier(document, {name: name for name in document["methods"]}, "Reward per nat"))
+
+
+def _sections(document: Mapping[str, Any], picture: bytes) -> list[Any]:
+    from hnkit.output.page import Picture, Section, Table, Text
+
+    headers, rows = _table(document)
+    points = [
+        tuple(f"{point[key]:.4g}" for key in ("nats", "gain", "stderr", "effective")) for point in document["frontier"]
+    ]
+    how = (
+        "The frontier is the most that any law can gain whose KL from the base is so many nats, on the mean over "
+        "prompts (Gibbs variational principle). It is estimated from rewards of base images alone, and ends where too "
+        "few of them carry the weight. Efficiency is a method's gain as a share of the frontier's at the same nats. "
+        "Nats that are said to be 'at least' come from rewards alone (Donsker and Varadhan) and hold with 95% "
+        "probability."
+    )
+    caption = (
+        f"{document['prompts']} prompts, {document['base_samples']} base images. ± is one standard error over prompts."
+    )
+    return [
+        Section("Reward per nat", (Picture(picture, caption), Table(headers, tuple(rows), caption))),
+        Section("The frontier", (Table(("nats", "gain", "standard error", "effective samples"), tuple(points)),)),
+        Section("How to read this", (Text(how),)),
+    ]
+>>>>>>> 1a60132 (Frontier: a hypernetwork with injected noise is placed by the bound of its nats)

@@ -62,12 +62,13 @@ class NetworkOnFrontier:
         table: rewards of base and hypernetwork, prompt by prompt.
         methods: the hypernetwork's gain and efficiency, under its name.
         kl: mean over prompts of the KL integrand, nats: the KL where the map is injective, else a lower bound of it.
-            Where noise is injected, its proved upper bound.
+            Where noise is injected, the mean of its proved upper bound.
         kl_stderr: its standard error over samples within prompts.
         l2: mean over prompts of `|f|^2 / 2`, nats.
         gap: how far the hypernetwork is from the tilted law of its temperature; `None` without temperature, or where
             there is one prompt, the method of the KL leaves out a part of it, or it is bounded from above alone.
         alpha: that temperature.
+        injected: whether noise is injected, so that `kl` is an upper bound's mean.
     """
 
     frontier: Frontier
@@ -78,10 +79,12 @@ class NetworkOnFrontier:
     l2: float
     gap: GapBound | None
     alpha: float | None
+    injected: bool = False
 
     def figures(self) -> dict[str, Any]:
         """The figures of the hypernetwork beyond its place on the frontier, for the JSON document."""
-        found: dict[str, Any] = {"kl": self.kl, "kl_stderr": self.kl_stderr, "l2": self.l2, "alpha": self.alpha}
+        name = "kl_at_most" if self.injected else "kl"
+        found: dict[str, Any] = {name: self.kl, f"{name}_stderr": self.kl_stderr, "l2": self.l2, "alpha": self.alpha}
         if self.gap is not None:
             found["gap_lower_bound"] = self.gap.lower
             found["gap_confidence"] = self.gap.confidence
@@ -148,7 +151,10 @@ def network_on_frontier(
     stderr = sum(errors) ** 0.5 / len(errors)
     table = {"base": Rewards(base), name: Rewards(steered, nats=kl, nats_stderr=stderr, gap=gap)}
     frontier, methods = methods_on_frontier(table)
-    return NetworkOnFrontier(frontier, table, methods, kl, stderr, sum(squares) / len(squares), gap, alpha)
+    square = sum(squares) / len(squares)
+    return NetworkOnFrontier(
+        frontier, table, methods, kl, stderr, square, gap, alpha, injected=backend.injection is not None
+    )
 
 
 def _images(prompt: str, count: int, settings: FrontierSettings) -> Condition:
