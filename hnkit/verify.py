@@ -22,6 +22,7 @@ from hnkit.checks.verify_map import verify_map
 from hnkit.errors import NotApplicable
 
 if TYPE_CHECKING:
+    from hnkit.injection import NoiseInjection
     from hnkit.maps import NoiseMap
 
 
@@ -34,6 +35,7 @@ def verify_bound(
     method: str | None = None,
     name: str = "map",
     certify: bool = False,
+    injection: NoiseInjection | None = None,
     **options: Any,
 ) -> Report:
     """Measure a map on base noise and check everything the theory says about it.
@@ -46,6 +48,7 @@ def verify_bound(
         method: the method of `noise_kl`; `None` takes "exact" up to 1024 dimensions, "arnoldi" above.
         name: how the report calls the map.
         certify: enclose E(A) and its bounds in ball arithmetic at some points (needs python-flint).
+        injection: how the map is deployed, `a (x + f(x)) + sqrt(1 - a^2) eps`: the report then bounds that law's KL.
         options: further options, which are passed to `noise_kl` (`probes`, `steps`, `rel_error`, `budget`, `probe`).
 
     Returns:
@@ -58,7 +61,8 @@ def verify_bound(
     Source:
         arXiv 2508.09968, Theorem 7, Lemmas 5 and 6, eqs. 53 and 55.
     """
-    return verify_map(f, tuple(shape), VerifySettings(samples, seed, method, certify, options), name=name)
+    settings = VerifySettings(samples, seed, method, certify, options, injection)
+    return verify_map(f, tuple(shape), settings, name=name)
 
 
 __all__ = [

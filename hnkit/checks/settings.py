@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hnkit.errors import InputError
 from hnkit.figures.measured_map import DENSE_DIM, MeasuredMap
+from hnkit.injection import NoiseInjection
 from hnkit.kl.divergence import METHODS
 from hnkit.maps import NoiseMap
 
@@ -27,6 +28,7 @@ class VerifySettings:
         method: the method of `noise_kl`; `None`: exact up to 1024 dimensions, Arnoldi above.
         certify: enclose E(A) and its bounds in ball arithmetic at some samples.
         options: further options of `noise_kl`.
+        injection: how a map of one's own is deployed; a trained network's adapter says how it is.
     """
 
     samples: int | None = None
@@ -34,6 +36,7 @@ class VerifySettings:
     method: str | None = None
     certify: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    injection: NoiseInjection | None = None
 
     def __post_init__(self) -> None:
         if self.samples is not None and not 1 <= self.samples < 2**40:
@@ -55,8 +58,9 @@ class VerifySettings:
 
     def to_config(self) -> dict[str, Any]:
         """The settings as a JSON object."""
+        deployed = {} if self.injection is None else {"injection": asdict(self.injection)}
         return {"samples": self.samples, "seed": self.seed, "method": self.method or "automatic",
-                "certify": self.certify, **self.options}  # fmt: skip
+                "certify": self.certify, **self.options, **deployed}  # fmt: skip
 
     def measured(self, name: str, f: NoiseMap, x: Tensor, module: NoiseMap | None = None) -> MeasuredMap:
         """A map on its noise, to be measured as these settings say."""

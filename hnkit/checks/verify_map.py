@@ -35,7 +35,7 @@ def verify_map(f: NoiseMap, shape: tuple[int, ...], settings: VerifySettings, *,
     device, dtype = _home(f)
     measured = settings.measured(name, f, x.to(device, dtype))
     measured.validate()
-    measured = replace(measured, smooth=not has_kinks(f))
+    measured = replace(measured, smooth=not has_kinks(f), injection=settings.injection)
     return map_report(measured, settings, {"map": name, "shape": list(shape)})
 
 

@@ -41,6 +41,8 @@ class Options(WithBackend):
         rel_error: aim at this Monte Carlo error, relative to the KL.
         budget: matrix-vector products in all, at most.
         certify: enclose E(A) and its bounds in ball arithmetic.
+        injection: share of --map's noise that is drawn afresh where it is used; bounds that law's KL for any map.
+        max_delta: |f| that --map is clipped at there.
         verbose: print every check in full.
     """
 
@@ -60,6 +62,8 @@ class Options(WithBackend):
     rel_error: float | None = setting(None)
     budget: int | None = setting(None)
     certify: bool = setting(False)
+    injection: float | None = setting(None)
+    max_delta: float | None = setting(None)
     verbose: bool = setting(False, flags=("--verbose", "-v"))
 
     def __post_init__(self) -> None:
@@ -73,9 +77,12 @@ class Options(WithBackend):
             ("--adapter", self.adapter is not None, "--backend"),
             ("--prompts", self.prompts is not None, "--backend"),
             ("--set", bool(self.overrides), "--backend"),
+            ("--injection", self.injection is not None, "--map"),
         ):
             if given and needs not in named:
                 raise InputError(f"{flag} without {needs}: it says nothing about {named[0] if named else 'the toys'}")
+        if self.max_delta is not None and self.injection is None:
+            raise InputError(f"--max-delta {self.max_delta:g} without --injection: it is about injected noise alone")
         if self.alpha is not None and self.map_path is not None:
             raise InputError("--alpha with --map: the temperature belongs to a tilted law, and a map has none")
 
@@ -85,10 +92,12 @@ class Options(WithBackend):
     def settings(self) -> VerifySettings:
         """What every run of checks is told."""
         from hnkit.checks.settings import VerifySettings
+        from hnkit.injection import NoiseInjection
 
         chosen = {name: getattr(self, name) for name in ("probes", "steps", "rel_error", "budget")}
         options = {name: value for name, value in chosen.items() if value is not None}
-        return VerifySettings(self.samples, self.seed, self.method, self.certify, options)
+        deployed = None if self.injection is None else NoiseInjection(self.injection, self.max_delta)
+        return VerifySettings(self.samples, self.seed, self.method, self.certify, options, deployed)
 
 
 def run(options: Options) -> int:

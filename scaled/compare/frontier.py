@@ -103,7 +103,8 @@ def frontier_table(document: Document) -> Table:
     caption = (
         "Gain in the trained reward, which the methods maximise. Efficiency is the gain as a share of the most that "
         "any law of so many nats can gain, estimated from rewards of base images alone. Nats of best-of-N are an upper "
-        "bound, nats of networks the mean KL integrand (the KL where x + f(x) is injective, else a lower bound of it), "
+        "bound, nats of networks the mean KL integrand (the KL where x + f(x) is injective, else a lower bound of it; "
+        "with injected noise the proved bound of the KL, so that the efficiency is an estimate from below), "
         "and 'at least' is a 95% bound by the rewards alone. "
     )
     return Table(

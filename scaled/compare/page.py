@@ -61,6 +61,13 @@ def lead(document: Document) -> str:
     if document["l2"]:
         figures = document["l2"][0]
         share = figures["relative_error"]
+        bound = figures.get("injected")
+        if bound:
+            estimate = format_estimate(bound["nats"], or_nan(bound["nats_stderr"]))
+            sentence += (
+                f" It is deployed with injected noise: the KL of its law is at most {estimate} nats, a proved bound "
+                "whose mean is estimated. Of x + f(x) alone, which is not deployed:"
+            )
         sentence += (
             f" Its L2 term is {format_estimate(figures['l2'], figures['l2_stderr'])} nats and the KL integrand "
             f"{format_estimate(figures['kl'], figures['kl_stderr'])} nats ({figures['method']}): the L2 term is "

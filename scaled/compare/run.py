@@ -59,6 +59,8 @@ from hnkit.scaled.compare.tables import component_entries, method_row
 from hnkit.scaled.lora.adapter import adapter_options
 from hnkit.scaled.pipelines.factory import PipelineFactory
 
+_WITHOUT_INJECTION = {"injection": 0, "max_delta": 0, "draws": 1, "reward_gradient": "pathwise"}
+
 
 class Comparison:
     """The entry point of `hnkit compare` for every diffusers backend."""
@@ -224,6 +226,8 @@ class _Session:
             overrides.append("train.objective=direct")
         if rank is not None:
             overrides += [f"backend.rank={rank}", f"backend.lora_alpha={2 * rank}"]
+        if kl is not None or name.startswith("direct"):  # none of these is about injected noise
+            overrides += [f"train.{key}={value}" for key, value in _WITHOUT_INJECTION.items()]
         if kl is not None:
             overrides.append(f"train.kl={kl}")
         config = configuration(settings.backend, settings.adapter, overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from scipy.integrate import quad
 
+from hnkit import verify_bound
 from hnkit.checks.injected import INJECTED_CHECKS, quadrature
 from hnkit.checks.reference_maps import contraction
 from hnkit.checks.settings import VerifySettings
 from hnkit.checks.verify_backend import verify_backend
+from hnkit.cli.app import app
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.injection import NoiseInjection, lipschitz_mean_square_upper
 from hnkit.toy.backend import ToyBackend, ToyOptions
@@ -143,13 +146,34 @@ def true_distance(problem, mean, covariance) -> float:
 
 
 def test_a_clipped_network_has_a_ceiling():
-    report = verify_backend(deployed(NoiseInjection(0.5, 0.4)), ["toy"], VerifySettings(samples=64))
+    report = verify_backend(deployed(NoiseInjection(0.5, 1.5)), ["toy"], VerifySettings(samples=64))
     figures = {figure.name: figure.value for figure in report.figures}
-    assert figures["the same, for certain"] == pytest.approx(0.08)
-    assert figures["KL of the deployed law, at most"] <= figures["the same, certified at 95 %"] <= 0.08
+    assert figures["the same, for certain"] == pytest.approx(1.125)
+    assert figures["KL of the deployed law, at most"] < figures["the same, certified at 95 %"] < 1.125
 
 
 def test_a_certified_map_needs_no_clipping():
     found = measured(contraction(6, 0.6), 6, NoiseInjection(0.5), samples=4000).injected
     assert "certified Lipschitz constant 0.6" in found.how
     assert found.nats.value < found.certified < found.nats.value + 0.1
+
+
+def test_a_map_of_one_s_own_is_bounded_where_it_is_deployed_with_injected_noise():
+    """Attention has no Lipschitz certificate: the bound of its KL needs none, and clipping certifies it."""
+    report = verify_bound(attention, (1,), samples=64, injection=NoiseInjection(0.5, 0.8))
+    assert report.ok
+    figures = {figure.name: figure.value for figure in report.figures}
+    assert figures["the same, for certain"] == pytest.approx(0.32)
+    assert figures["KL of the deployed law, at most"] < figures["the same, certified at 95 %"] <= 0.32
+    assert report.to_json()["config"]["injection"] == {"share": 0.5, "max_delta": 0.8}
+    assert "KL of the deployed law, at most" not in {f.name for f in verify_bound(attention, (1,), samples=8).figures}
+
+
+def test_the_command_takes_the_share(tmp_path, capsys):
+    arguments = ["verify-bound", "--map", "torch:sin", "--shape", "3", "--samples", "16", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        app([*arguments, "--injection", "0.25", "--max-delta", "2", "--out", str(tmp_path / "run")])
+    assert ended.value.code == 0
+    figures = {f["name"]: f["value"] for f in json.loads(capsys.readouterr().out)["figures"]}
+    assert figures["the same, for certain"] == pytest.approx(0.75 / 0.5 * 4)
+    assert figures["KL of the deployed law, at most"] < 0.75 / 0.5 * 3

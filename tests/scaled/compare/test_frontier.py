@@ -14,11 +14,13 @@ import torch
 
 from hnkit.backend import image_noise
 from hnkit.frontier import Frontier
+from hnkit.injection import NoiseInjection
 from hnkit.kl import noise_kl
 from hnkit.scaled.compare.baselines import Cost
 from hnkit.scaled.compare.evaluation import Evaluation, Row
 from hnkit.scaled.compare.frontier import base_rewards, frontier_part, frontier_table, network_gap
 from hnkit.scaled.compare.nats import NetworkKL, network_kl, rows_within
+from hnkit.toy.backend import ToyBackend, ToyOptions
 
 
 def evaluation(
@@ -137,3 +139,21 @@ def test_too_few_samples_or_a_constant_reward_are_said():
     flat = Evaluation("base", 1, tuple(Row("p", k, "", {"reward": 1.0}) for k in range(20)), Cost())
     assert "constant" in frontier_part(flat, [], None, {}, {}, {})["remark"]
     assert not frontier_table({"frontier": document}).rows
+
+
+def test_with_injected_noise_the_nats_are_the_proved_bound_s():
+    """A deployed network: its nats are the bound's, of the first images' deltas, and there is no gap."""
+    backend = ToyBackend(ToyOptions())
+    with torch.no_grad():
+        backend.hypernetwork.body[0].bias.fill_(0.3)
+    backend.injection = NoiseInjection(0.25)
+    found = network_kl(backend, ["a", "b", "c"], 2, 6, seed=0)
+    expected = 0.75 / 0.5 * 0.09 * backend.noise_shape[0]
+    assert found.figures["injected"]["nats"] == pytest.approx(expected)
+    ours = evaluation("hypernoise", 0.5, 2, images=2)
+    base, pool = evaluation("base", 0.0, 0), evaluation("best-of-n", 0.0, 1, candidates=20)
+    document = frontier_part(base, [ours], pool, {}, {"hypernoise": found}, {"hypernoise": 1.0})
+    method = document["methods"]["hypernoise"]
+    assert method["nats"] == pytest.approx(expected)
+    assert method["gap"] is None
+    assert "at least" not in frontier_table({"frontier": document}).rows[0][-1]
