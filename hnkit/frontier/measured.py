@@ -149,12 +149,10 @@ def network_on_frontier(
     if alpha is not None and len(base) > 1 and faithful:
         gap = gap_lower_bound(integrands, list(steered.values()), list(base.values()), alpha)
     stderr = sum(errors) ** 0.5 / len(errors)
-    table = {"base": Rewards(base), name: Rewards(steered, nats=kl, nats_stderr=stderr, gap=gap)}
+    table = {"base": Rewards(base), name: Rewards(steered, kl, stderr, gap, injection is not None)}
     frontier, methods = methods_on_frontier(table)
     square = sum(squares) / len(squares)
-    return NetworkOnFrontier(
-        frontier, table, methods, kl, stderr, square, gap, alpha, injected=backend.injection is not None
-    )
+    return NetworkOnFrontier(frontier, table, methods, kl, stderr, square, gap, alpha, injected=injection is not None)
 
 
 def _images(prompt: str, count: int, settings: FrontierSettings) -> Condition:

@@ -67,10 +67,13 @@ def estimate(value: float, stderr: float | None) -> str:
 
 
 def nats_text(method: Mapping[str, Any]) -> str:
-    """Nats as they are known: measured with an error bar, given, or bounded from below."""
+    """Nats as they are known: measured with an error bar, given, or bounded from above or below."""
     if method["nats"] is None:
         return f"at least {method['nats_lower_bound']:.3g}"
-    return format_estimate(method["nats"], method["nats_stderr"]) if method["nats_stderr"] else f"{method['nats']:.3g}"
+    known = f"{method['nats']:.3g}"
+    if method["nats_stderr"]:
+        known = format_estimate(method["nats"], method["nats_stderr"])
+    return f"at most {known}" if method.get("nats_at_most") else known
 
 
 def share(method: Mapping[str, Any]) -> str:
@@ -78,9 +81,9 @@ def share(method: Mapping[str, Any]) -> str:
     if method["efficiency"] is None:
         return ""
     stderr = method["efficiency_stderr"]
-    if stderr is None:
-        return f"{100 * method['efficiency']:.0f}%"
-    return f"{100 * method['efficiency']:.0f} ± {100 * stderr:.0f}%"
+    error = "" if stderr is None else f" ± {100 * stderr:.0f}"
+    least = "at least " if method.get("nats_at_most") else ""
+    return f"{least}{100 * method['efficiency']:.0f}{error}%"
 
 
 def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

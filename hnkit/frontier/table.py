@@ -28,12 +28,14 @@ class Rewards:
         nats: mean over prompts of the method's KL from the base (or an upper bound of it); `None` if unknown.
         nats_stderr: standard error of these nats; 0 where they are known exactly.
         gap: how far the method is from the tilted law of its temperature, where that was bounded.
+        nats_at_most: whether the nats are a proved bound, as with injected noise, and may not all have been spent.
     """
 
     rewards: Mapping[str, Tensor]
     nats: float | None = None
     nats_stderr: float = 0.0
     gap: GapBound | None = None
+    nats_at_most: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class MethodGain:
             nats that its rewards alone show, every method would be efficient: its nats must be known.)
         efficiency_stderr: standard error of the efficiency over prompts; NaN where there is one.
         gap: how far the method is from the tilted law of its temperature, where that was bounded.
+        nats_at_most: whether the nats are a proved bound: the efficiency is then an estimate from below.
     """
 
     gain: float
@@ -60,6 +63,7 @@ class MethodGain:
     nats_stderr: float = 0.0
     efficiency_stderr: float | None = None
     gap: GapBound | None = None
+    nats_at_most: bool = False
 
 
 def read_rewards(path: str | Path) -> dict[str, Rewards]:
@@ -158,8 +162,9 @@ def methods_on_frontier(
         bound = nats_lower_bound(base_rewards, rewards)
         efficiency, spread = (None, None) if share is None else (share.value, share.stderr)
         found[name] = MethodGain(
-            float(gains.mean()), error, bound, method.nats, efficiency, method.nats_stderr, spread, method.gap
-        )
+            float(gains.mean()), error, bound, method.nats, efficiency, method.nats_stderr, spread, method.gap,
+            method.nats_at_most,
+        )  # fmt: skip
     return frontier, found
 
 

@@ -48,7 +48,7 @@ def frontier_part(
         name, rewards = evaluation.method, base_rewards(evaluation.rows, pooled=False)
         if name in measured:
             gap = network_gap(measured[name], rewards, samples, alphas.get(name))
-            table[name] = Rewards(rewards, *measured[name].nats, gap)
+            table[name] = Rewards(rewards, *measured[name].nats, gap, bool(measured[name].figures.get("injected")))
         else:
             table[name] = Rewards(rewards, nats.get(name))
     try:
