@@ -103,7 +103,7 @@ def reward() -> CallableReward:
 def test_the_baseline_is_the_published_loop_row_by_row():
     noise = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(2))
     prompts = list("abcde")
-    outcome = ReNO(reward())(Generator(), prompts, noise, steps=1, generator=torch.Generator())
+    outcome = ReNO(reward())(Generator(), prompts, noise, steps=1, seeds=range(len(noise)))
     found = [published(Generator(), row[None]) for row in noise]
     torch.testing.assert_close(outcome.images, torch.cat([image for image, _, _ in found]), atol=1e-5, rtol=0)
     torch.testing.assert_close(outcome.noise, torch.cat([latent for _, latent, _ in found]), atol=1e-4, rtol=0)
@@ -113,7 +113,7 @@ def test_the_baseline_is_the_published_loop_row_by_row():
 
 def test_it_costs_what_the_published_loop_costs():
     generator, noise = Generator(), torch.randn(2, *SHAPE)
-    cost = ReNO(reward())(generator, ["a", "b"], noise, steps=1, generator=torch.Generator()).cost
+    cost = ReNO(reward())(generator, ["a", "b"], noise, steps=1, seeds=range(len(noise))).cost
     assert (cost.generator, cost.reward, cost.gradients) == (2 * 50, 2 * 50, 2 * 49)
     assert generator.rows == 2 * 50, "the best image is kept, not made again"
 
@@ -121,7 +121,7 @@ def test_it_costs_what_the_published_loop_costs():
 def test_of_equals_the_first_is_kept_and_the_regulariser_has_no_say():
     flat = CallableReward("flat", 1.0, lambda images, _: 0 * images.sum((1, 2, 3)))
     noise = 3 * torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(3))
-    outcome = ReNO(flat, iterations=4)(Generator(), ["a", "b"], noise, steps=1, generator=torch.Generator())
+    outcome = ReNO(flat, iterations=4)(Generator(), ["a", "b"], noise, steps=1, seeds=range(len(noise)))
     assert torch.equal(outcome.noise, noise)
 
 
@@ -129,7 +129,7 @@ def test_a_reward_that_counts_against_is_minimised():
     """The published choice is by the weighted loss: a negative weight turns it round."""
     bright = CallableReward("bright", -1.0, lambda images, _: images.mean((1, 2, 3)))
     noise = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(5))
-    outcome = ReNO(bright)(Generator(), ["a"] * 3, noise, steps=1, generator=torch.Generator())
+    outcome = ReNO(bright)(Generator(), ["a"] * 3, noise, steps=1, seeds=range(len(noise)))
     base = Generator().generate(noise, None).mean((1, 2, 3))
     assert (outcome.images.mean((1, 2, 3)) < base - 0.01).all()
 
