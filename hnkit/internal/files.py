@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -91,12 +92,17 @@ def resumable(*command: str) -> Iterator[None]:
     Raises:
         InputError: the disk is full, read-only or failing.
         KeyboardInterrupt: with the advice as its text.
+        SystemExit: a signal has ended what was done; the advice is printed.
     """
     again = f"go on with {shlex.join(printable(word) for word in command)}"
     try:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(again) from None
+    except SystemExit as stopped:
+        if isinstance(stopped.code, int) and stopped.code > 128:
+            print(f"hnkit: stopped; {again}", file=sys.stderr)
+        raise
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(f"{error.filename or 'a file'}: {reason}: mend that and {again}") from error

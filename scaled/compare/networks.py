@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,8 @@ def trained(name: str, config: RunConfig, folder: Path) -> Network:
         folder: its run folder.
 
     Raises:
-        InputError: the run was interrupted (by a signal, after a checkpoint): it can be resumed.
+        KeyboardInterrupt: the run was stopped by SIGINT, after a checkpoint.
+        SystemExit: the run was stopped by another signal, after a checkpoint; the code is 128 + signal.
     """
     backend = config.backend
     begun = (folder / CONFIG_FILE).is_file()
@@ -52,8 +52,7 @@ def trained(name: str, config: RunConfig, folder: Path) -> Network:
     if not result.finished:
         if result.exit_code == 130:
             raise KeyboardInterrupt
-        comparison = shlex.join(["hnkit", "compare", "--backend", backend, "--resume", str(folder.parents[1])])
-        raise InputError(f"training of {name} was stopped at step {result.step}: go on with {comparison}")
+        raise SystemExit(result.exit_code)
     alpha = None
     if config.train.objective == "direct":
         base: Any = backend_factory(backend).load(config.options)
