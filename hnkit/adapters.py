@@ -12,9 +12,16 @@ import torch
 from hnkit.backend import BackendBase, RecordsOptions, backend_factory, completed
 from hnkit.config import CONFIG_FILE, RunConfig, make_options, parse_options, resolve_config
 from hnkit.errors import InputError
+from hnkit.internal.files import file_digest
 from hnkit.internal.folders import adapter_folder
 
 __all__ = ["adapter_folder", "default_prompts", "load_trained", "local_files_only"]
+
+
+def adapter_digests(adapter: str | Path | None) -> dict[str, str]:
+    """SHA-256 of each of an adapter's files by name; of none where there is no adapter."""
+    files = [] if adapter is None else sorted(adapter_folder(adapter).glob("*"))
+    return {path.name: file_digest(path) for path in files if path.is_file()}
 
 
 def load_trained(

@@ -18,6 +18,7 @@ import hashlib
 import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ class SteeredPipeline:
         if any(parameter.is_meta for parameter in self._network.parameters()):
             raise InputError("sequential offloading has the weights: pipe.remove_all_hooks(), then save")
         result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        write_adapter(Path(save_directory) / ADAPTER_FOLDER, self._adapter)
+        # the files of the base that are saved here are others than those it was loaded from
+        write_adapter(Path(save_directory) / ADAPTER_FOLDER, replace(self._adapter, base_files=None))
         return result
 
     @classmethod

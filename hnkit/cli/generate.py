@@ -60,13 +60,16 @@ def run(options: Options) -> int:
     from hnkit.generate import generate_pairs
     from hnkit.internal.files import resumable
     from hnkit.internal.folders import run_lock, sweep_temporaries
+    from hnkit.internal.provenance import provenance, record_provenance
     from hnkit.output import terminal
 
     folder, plan, backend = resumed(options) if options.resume is not None else begun(options)
     with run_lock(folder):
         sweep_temporaries(folder)
+        record = provenance(model=plan.model, adapter=plan.adapter_files or None, prompts=plan.prompts)
         try:
             with resumable("hnkit", "generate", "--resume", str(folder)):
+                record_provenance(folder, record)
                 document = generate_pairs(
                     backend, plan.prompts, plan.settings, folder, steered=plan.adapter is not None, records=plan.records
                 )
@@ -83,7 +86,7 @@ def run(options: Options) -> int:
 
 def begun(options: Options) -> tuple[Path, GeneratePlan, BackendBase]:
     """A new run folder with its plan, and the backend; whatever can be refused is refused before the folder is made."""
-    from hnkit.adapters import default_prompts, load_trained
+    from hnkit.adapters import adapter_digests, default_prompts, load_trained
     from hnkit.generate import GeneratePlan, require_images
     from hnkit.internal.files import new_run_folder
     from hnkit.output.layouts import check_layout
@@ -113,7 +116,7 @@ def begun(options: Options) -> tuple[Path, GeneratePlan, BackendBase]:
 
 def resumed(options: Options) -> tuple[Path, GeneratePlan, BackendBase]:
     """The run to go on with, whose adapter and model must be what they were."""
-    from hnkit.adapters import load_trained
+    from hnkit.adapters import adapter_digests, load_trained
     from hnkit.generate import PLAN, GeneratePlan
     from hnkit.internal.folders import require_resumable
 
@@ -129,18 +132,12 @@ def resumed(options: Options) -> tuple[Path, GeneratePlan, BackendBase]:
     adapter = None if plan.adapter is None else Path(plan.adapter)
     backend, _ = load_trained(plan.backend, adapter, [*plan.overrides, *options.overrides])
     if backend.model_digest() != plan.model:
-        raise InputError(f"--resume {folder}: the base model has changed since: restore it, or start anew")
+        raise InputError(
+            f"--resume {folder}: the base model has changed since (SHA-256 {str(plan.model)[:12]}... then, "
+            f"{str(backend.model_digest())[:12]}... now): restore it, or start anew"
+        )
     backend.prepare(plan.prompts)
     return folder, plan, backend
-
-
-def adapter_digests(adapter: str | None) -> dict[str, str]:
-    """SHA-256 of an adapter's files by name; of none where there is no adapter."""
-    from hnkit.adapters import adapter_folder
-    from hnkit.internal.files import file_digest
-
-    files = [] if adapter is None else sorted(adapter_folder(adapter).glob("*"))
-    return {path.name: file_digest(path) for path in files if path.is_file()}
 
 
 def unfinished(folder: Path, plan: GeneratePlan) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from hnkit.config import CONFIG_FILE, PLACES, RunConfig, differing_keys, resume_
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write, new_run_folder, require_run_folder
 from hnkit.internal.folders import require_plain, run_lock
+from hnkit.internal.provenance import PROVENANCE
 from hnkit.internal.seeds import kept_generators
 from hnkit.internal.versions import versions
 from hnkit.output import terminal
@@ -39,7 +40,7 @@ from hnkit.training.watch import Watch
 __all__ = ["METRICS", "TIMINGS", "TrainResult", "train"]
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
-_WRITTEN = (CONFIG_FILE, METRICS, TIMINGS, CHECKPOINTS, SAMPLES, *OUTPUTS)
+_WRITTEN = (CONFIG_FILE, PROVENANCE, METRICS, TIMINGS, CHECKPOINTS, SAMPLES, *OUTPUTS)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _opened(
         elif out is not None and out.exists():
             raise InputError(f"--out {out} exists already and is never overwritten: name a new folder")
         session = Session(config, processes, view)
-        processes.require_same({"the prompts": session.prompts_digest()})
+        processes.require_same({"the prompts": session.prompts_digest(), "the model": str(session.provenance["model"])})
         session.rehearse()
         with stop.masked():
             folder = resume or processes.on_main(lambda: _create(stack, config, out))

@@ -378,8 +378,8 @@ def require_same_model(state: Mapping[str, Any], config: RunConfig, digest: str 
     if before is not None and digest is not None:
         if before != digest:
             raise InputError(
-                f"the base model is not the one of the checkpoint (the weights of {asked or 'the backend'!r} are "
-                "others): restore it, or start anew"
+                f"the base model is not the one of the checkpoint: {asked or 'the backend'!r} has SHA-256 "
+                f"{digest[:12]}..., and {was or 'the backend'!r} had {before[:12]}... then: restore it, or start anew"
             )
     elif Path(was).name != Path(asked).name:
         raise InputError(

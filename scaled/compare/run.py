@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from hnkit.adapters import adapter_digests
 from hnkit.backend import Backend, Reward, backend_factory, completed
 from hnkit.config import split_permissions
 from hnkit.errors import InputError
@@ -23,7 +24,8 @@ from hnkit.internal.files import (
     write_json,
     write_sealed,
 )
-from hnkit.internal.folders import require_resumable, run_lock
+from hnkit.internal.folders import require_resumable, run_lock, sweep_temporaries
+from hnkit.internal.provenance import provenance, record_provenance
 from hnkit.internal.seeds import derived_seed, image_seed
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.maps import slices
@@ -51,7 +53,6 @@ from hnkit.scaled.compare.settings import (
     Settings,
     chosen_prompts,
     configuration,
-    digests,
     read_plan,
     require_same,
 )
@@ -108,6 +109,11 @@ class Comparison:
             )  # fmt: skip
             lifting, _ = split_permissions(overrides)
             session = _Session(replace(settings, overrides=(*settings.overrides, *lifting)))
+            if (now := session.base.model_digest()) != settings.model:
+                raise InputError(
+                    f"--resume {folder}: the base model has changed since (SHA-256 {str(settings.model)[:12]}... then, "
+                    f"{str(now)[:12]}... now): restore it, or start a new comparison"
+                )
         else:
             plan, others = make_plan(quick=quick, methods=methods, seeds=seeds, overrides=overrides)
             if adapter is not None and not Path(adapter).is_dir():
@@ -117,15 +123,20 @@ class Comparison:
             files = {}
             if adapter is not None:
                 adapter_options(adapter)
-                files = digests(Path(adapter))
+                files = adapter_digests(adapter)
             config = configuration(backend, adapter, others)  # a mistake is refused before a folder is made
             chosen = chosen_prompts(config, prompts, plan)
             where = None if adapter is None else str(Path(adapter).resolve())
             settings = Settings(backend, plan, where, files, tuple(chosen), tuple(others), quick)
             session = _Session(settings)  # what is missing or cannot be used is refused before a folder is made
+            settings = replace(settings, model=session.base.model_digest())
+            session.settings = settings
             folder = new_run_folder(None if out is None else Path(out), "compare")
             write_sealed(folder / PLAN, settings.to_json())
+        record = provenance(model=settings.model, adapter=settings.adapter_files or None, prompts=settings.prompts)
         with run_lock(folder), resumable("hnkit", "compare", "--backend", backend, "--resume", str(folder)):
+            sweep_temporaries(folder)
+            record_provenance(folder, record)
             document = session.run(folder)
         return document | {"run_folder": str(folder)}
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hnkit.adapters import adapter_folder
+from hnkit.adapters import adapter_digests
 from hnkit.backend import backend_factory, completed
 from hnkit.config import CONFIG_FILE, RunConfig, read_tables, resolve_config, split_permissions
 from hnkit.errors import InputError
-from hnkit.internal.files import file_digest, read_sealed
+from hnkit.internal.files import read_sealed
 from hnkit.prompts import require_disjoint
 from hnkit.scaled.compare.evaluation import category_of
 from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
@@ -31,6 +31,8 @@ class Settings:
     prompts: tuple[str, ...]
     overrides: tuple[str, ...]
     quick: bool
+    model: str | None = None
+    """SHA-256 of the base model, where the backend knows it."""
 
     @property
     def configuration(self) -> RunConfig:
@@ -94,6 +96,7 @@ def read_plan(folder: Path, backend: str) -> Settings:
             tuple(document["prompts"]),
             tuple(document["overrides"]),
             document["quick"],
+            document["model"],
         )
         texts = [settings.backend, settings.adapter or "", *settings.prompts, *settings.overrides]
         if not settings.prompts or not all(isinstance(text, str) for text in texts):
@@ -108,7 +111,7 @@ def read_plan(folder: Path, backend: str) -> Settings:
         raise InputError(f"--resume {folder}: its {PLAN} has {lifting[0]!r}: only your own flag may allow that")
     if settings.backend != backend:
         raise InputError(f"--resume {folder} compares backend {settings.backend!r}, not {backend!r}")
-    if settings.adapter is not None and digests(Path(settings.adapter)) != settings.adapter_files:
+    if settings.adapter is not None and adapter_digests(settings.adapter) != settings.adapter_files:
         raise InputError(
             f"--resume {folder}: its adapter {settings.adapter} is gone or has changed since: restore it, or compare "
             f"the new one in a new folder"
@@ -154,12 +157,6 @@ def require_same(
                 f"--resume {folder} with {flag}: that comparison was begun otherwise{kept}: leave the flag out, or "
                 "start a new one"
             )
-
-
-def digests(adapter: Path) -> dict[str, str]:
-    """SHA-256 of each of an adapter's files, by name."""
-    folder = adapter_folder(adapter)
-    return {path.name: file_digest(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
 def chosen_prompts(config: RunConfig, prompts: Sequence[str] | None, plan: Plan) -> list[str]:

@@ -29,6 +29,7 @@ from hnkit.errors import InputError
 from hnkit.injection import NoiseInjection, read_injection
 from hnkit.internal.files import atomic_write
 from hnkit.internal.values import reason_of
+from hnkit.scaled.lora.base import BaseFiles, base_record, other_base
 from hnkit.scaled.lora.twin import LoraSpec
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -45,7 +46,6 @@ _UNSUPPORTED = (
 )  # fmt: skip
 """Settings of peft's LoRA that change the layers' outputs, or where there is one."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PROBES = 32
 
 Objective = Literal["hypernoise", "direct"]
 
@@ -67,6 +67,8 @@ class Adapter:
     """Options that change what f is given, by name; empty where nothing is recorded."""
     injection: NoiseInjection | None = None
     """How f is deployed, as it was trained."""
+    base_files: BaseFiles | None = None
+    """What the base was loaded from; `None`: it is not known."""
 
 
 def write_adapter(folder: str | Path, adapter: Adapter) -> None:
@@ -96,8 +98,7 @@ def write_adapter(folder: str | Path, adapter: Adapter) -> None:
             "zero_base_layer": adapter.zero_base,
             "guidance": adapter.guidance,
             "conditioning": dict(adapter.conditioning),
-            "base_class": type(adapter.base).__name__,
-            "base_probe": _probe(adapter.base),
+            **base_record(adapter.base, adapter.base_files),
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
             **({} if adapter.injection is None else {"injection": asdict(adapter.injection)}),
         },
@@ -158,7 +159,15 @@ def read_adapter(folder: str | Path, expected: Adapter) -> Adapter:
         weights=weights,
         conditioning=conditioning,
         injection=injection,
+        base_files=_recorded_files(block),
     )
+
+
+def _recorded_files(block: Any) -> BaseFiles | None:
+    if not isinstance(block, dict) or not isinstance(block.get("base_sha256"), str):
+        return None
+    precision = block.get("base_precision")
+    return BaseFiles(block["base_sha256"], precision if isinstance(precision, str) else None)
 
 
 def adapter_options(
@@ -294,10 +303,11 @@ def _check_block(files: _Files, block: Any, expected: Adapter) -> float:
         raise InputError(
             f"{folder} is an adapter of a {block.get('base_class')}, this backend has a {type(expected.base).__name__}"
         )
-    if not _same_probe(block.get("base_probe"), _probe(expected.base)):
+    if difference := other_base(block, expected.base, expected.base_files):
+        named = config.get("base_model_name_or_path")
         raise InputError(
-            f"{folder} was trained on other weights than {expected.base_model!r}:"
-            f" set backend.model_id to {config.get('base_model_name_or_path')!r}"
+            f"{folder} was trained on other weights, {named!r}, than those of {expected.base_model!r} ({difference}):"
+            " set backend.model_id to the folder of the former"
         )
     if block.get("zero_base_layer") != expected.zero_base:
         found = block.get("zero_base_layer")
@@ -368,17 +378,3 @@ def _check_shapes(files: _Files, weights: Mapping[str, Tensor], layers: set[str]
 def _config_checksum(config: Mapping[str, Any]) -> str:
     block = {key: value for key, value in config["hnkit"].items() if key != "config_sha256"}
     return hashlib.sha256(json.dumps({**config, "hnkit": block}, sort_keys=True).encode()).hexdigest()
-
-
-def _probe(base: nn.Module) -> list[float]:
-    """A few weights of the base, spread over its parameters, by which to know it again."""
-    parameters = [parameter for _, parameter in sorted(base.named_parameters())]
-    chosen = [parameters[i * len(parameters) // _PROBES] for i in range(_PROBES)]
-    return [float(parameter.detach().flatten()[parameter.numel() // 2]) for parameter in chosen]
-
-
-def _same_probe(saved: Any, here: list[float]) -> bool:
-    """Equal up to the rounding of half-precision types."""
-    if not isinstance(saved, list) or len(saved) != len(here):
-        return False
-    return all(abs(a - b) <= 0.01 * max(abs(a), abs(b)) + 1e-4 for a, b in zip(saved, here, strict=True))

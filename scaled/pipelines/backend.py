@@ -20,12 +20,13 @@ from hnkit.backend import BackendBase
 from hnkit.errors import InputError
 from hnkit.maps import Condition
 from hnkit.scaled.lora.adapter import Adapter, read_adapter, write_adapter
+from hnkit.scaled.lora.base import BaseFiles
 from hnkit.scaled.lora.twin import LoraSpec, load_lora, lora_state, lora_targets, make_twin
 from hnkit.scaled.pipelines import memory
 from hnkit.scaled.pipelines.embeddings import EmbeddingCache, cache_root, embedding_key
 from hnkit.scaled.pipelines.families.family import Family
 from hnkit.scaled.pipelines.hypernetwork import HyperNetwork, NoDelta
-from hnkit.scaled.pipelines.identity import files_digest, weights_variant
+from hnkit.scaled.pipelines.identity import files_digest, stored_precision, weights_variant
 from hnkit.scaled.pipelines.loading import without_encoders
 from hnkit.scaled.pipelines.options import PipelineOptions
 
@@ -218,6 +219,7 @@ class PipelineBackend(BackendBase):
             weights=lora_state(self._twin),
             conditioning={name: getattr(self.options, name) for name in self.family.conditioning},
             injection=self.injection,
+            base_files=self._base_files,
         )
 
     def _install(self, spec: LoraSpec) -> HyperNetwork | NoDelta:
@@ -262,6 +264,13 @@ class PipelineBackend(BackendBase):
             return None
         variant = weights_variant(self._folder / self.family.network)
         return files_digest(self._folder, self._encoder_pipe.components, variant)
+
+    @property
+    def _base_files(self) -> BaseFiles | None:
+        if self._folder is None or self._digest is None:
+            return None
+        variant = weights_variant(self._folder / self.family.network)
+        return BaseFiles(self._digest, stored_precision(self._folder, self.family.network, variant))
 
     def _encode_now(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         encoders = [getattr(self._encoder_pipe, name) for name in self.family.encoders]

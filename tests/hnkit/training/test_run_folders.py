@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from hnkit import InputError
+from hnkit.internal.provenance import recorded_provenance
+from hnkit.internal.versions import versions
 from hnkit.training.checkpoint import newest_checkpoint
 from tests.hnkit.training.training_runs import fake_config, interrupt_after, records, resume, run, same_outcome, small
 
@@ -156,6 +158,8 @@ def test_run_folders_and_checkpoints_say_what_they_were_made_from(tmp_path, fake
     weights = (tmp_path / "run/adapter/adapter.safetensors").read_bytes()
     assert provenance["adapter"]["adapter.safetensors"] == hashlib.sha256(weights).hexdigest()
     assert json.loads((tmp_path / "run/report.json").read_text())["provenance"] == provenance
+    (record,) = recorded_provenance(tmp_path / "run")
+    assert record == {"versions": versions(), **state["provenance"]}
     Weighed.digest = "b" * 64
     with pytest.raises(InputError, match="base model is not the one of the checkpoint"):
         resume(fake_config(**LONGER), tmp_path / "run")

@@ -16,7 +16,8 @@ from hnkit import InputError
 from hnkit.backend import backend_factory
 from hnkit.cli.app import describe_error
 from hnkit.config import resolve_config
-from hnkit.internal.files import new_run_folder, write_sealed
+from hnkit.internal.files import new_run_folder, read_sealed, write_sealed
+from hnkit.internal.provenance import prompts_digest, recorded_provenance
 from hnkit.rewards import CallableReward, RewardSum
 from hnkit.scaled.compare import COMPARISON
 from hnkit.scaled.compare import run as run_module
@@ -209,6 +210,26 @@ def test_parts_made_with_another_adapter_are_not_mixed_in(finished, overrides, t
         COMPARISON("sana", resume=run)
     shutil.rmtree(adapter)
     with pytest.raises(InputError, match="is gone or has changed since"):
+        COMPARISON("sana", resume=run)
+
+
+def test_a_base_model_exchanged_behind_a_comparison_is_refused(overrides, checkpoint, tmp_path):
+    model = shutil.copytree(checkpoint("sana"), tmp_path / "model")
+    few = [*overrides, "compare.ranks=[]", "compare.losses=[]", "compare.steps=[1]", "compare.diversity_prompts=0"]
+    run = tmp_path / "run"
+    few = [*few, f"backend.model_id={model}"]
+    COMPARISON("sana", methods=["base"], prompts=PROMPTS[:1], seeds=1, overrides=few, out=run)
+    (record,) = recorded_provenance(run)
+    assert record["model"] == read_sealed(run / "plan.json")["model"]
+    assert record["prompts"] == prompts_digest(PROMPTS[:1])
+    assert record.keys() == {"code", "versions", "model", "prompts"}
+    COMPARISON("sana", resume=run)
+    assert recorded_provenance(run) == [record]
+    weights = next((model / "vae").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match=r"base model has changed since \(SHA-256 .* then, .* now"):
         COMPARISON("sana", resume=run)
 
 
