@@ -63,14 +63,9 @@ class Options(WithBackend):
 
 def run(options: Options) -> int:
     """Measure, write the run folder, print the figures."""
-<<<<<<< HEAD
     from hnkit.frontier import frontier_document, methods_on_frontier, page, read_rewards
-    from hnkit.internal.files import atomic_write, new_run_folder, write_json
-=======
-    from hnkit.frontier import frontier_document, methods_on_frontier, read_rewards
     from hnkit.internal.files import atomic_write, file_digest, new_run_folder, write_json
     from hnkit.internal.provenance import provenance, record_provenance
->>>>>>> 3bd5747 (Base models are known by the content of their files: in adapters, checkpoints and comparisons; every run folder records what it was made with)
     from hnkit.output import terminal
     from hnkit.output.page import write_html
 
@@ -85,12 +80,8 @@ def run(options: Options) -> int:
     document = frontier_document(frontier, methods) | extra
     lead = page.sentences(document)
     folder = new_run_folder(options.out, "frontier")
-<<<<<<< HEAD
-    picture = page.plot(document)
-=======
     record_provenance(folder, record)
-    picture = _plot(document)
->>>>>>> 3bd5747 (Base models are known by the content of their files: in adapters, checkpoints and comparisons; every run folder records what it was made with)
+    picture = page.plot(document)
     atomic_write(folder / "frontier.png", picture)
     write_json(folder / "report.json", document)
     write_html(
@@ -137,91 +128,5 @@ def _measured(options: Options) -> tuple[Any, dict[str, Any]]:
     local = local_files_only(name, options.overrides)
     rewards = load_rewards(specs, backend.default_reward, device, local_files_only=local)
     alpha = trained if options.alpha is None else options.alpha
-<<<<<<< HEAD
-    return network_on_frontier(backend, rewards, prompts, settings, alpha=alpha)
-=======
     record = provenance(model=backend.model_digest(), adapter=adapter_digests(adapter), prompts=prompts)
     return network_on_frontier(backend, rewards, prompts, settings, alpha=alpha), record
-
-
-def sentences(document: Mapping[str, Any]) -> list[str]:
-    """What the figures say, a sentence each: the answer first."""
-    found = []
-    for name, method in document["methods"].items():
-        gain = f"{name} gains {_estimate(method['gain'], method['stderr'])}"
-        if method["efficiency"] is not None:
-            found.append(
-                f"{gain} for {method['nats']:.3g} nats, {100 * method['efficiency']:.0f}% of what they could buy."
-            )
-        elif method["nats"] is not None:
-            found.append(
-                f"{gain} for {method['nats']:.3g} nats; these base samples carry the frontier from 0 to "
-                f"{document['most_nats']:.3g} nats only."
-            )
-        else:
-            found.append(
-                f"{gain} and spends {method['nats_lower_bound']:.3g} nats at least (95%). Its nats are not known, and "
-                "so neither is its efficiency."
-            )
-    network = document.get("network", {})
-    if "gap_lower_bound" in network:
-        found.append(
-            f"It is at least {network['gap_lower_bound']:.3g} nats ({100 * network['gap_confidence']:.0f}%) from the "
-            f"law that its temperature {network['alpha']:.3g} names."
-        )
-    if not document["frontier"]:
-        found.append("The base samples are too few for any point of the frontier: take more a prompt.")
-    return found
-
-
-def _estimate(value: float, stderr: float | None) -> str:
-    from hnkit.output.page import format_estimate
-
-    return format_estimate(value, stderr)
-
-
-def _table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    rows: list[tuple[str, ...]] = [
-        (f"best of {entry['n']}", f"at most {entry['nats']:.3g}", _estimate(entry["gain"], entry["stderr"]), "")
-        for entry in document["best_of"]
-    ]
-    for name, method in document["methods"].items():
-        known = method["nats"] is not None
-        nats = f"{method['nats']:.3g}" if known else f"at least {method['nats_lower_bound']:.3g}"
-        share = "" if method["efficiency"] is None else f"{100 * method['efficiency']:.0f}%"
-        rows.append((name, nats, _estimate(method["gain"], method["stderr"]), share))
-    for point in document["frontier"][::4]:
-        rows.append(("frontier", f"{point['nats']:.3g}", _estimate(point["gain"], point["stderr"]), "100%"))
-    return ("", "nats a prompt", "gain in reward", "efficiency"), rows
-
-
-def _plot(document: Mapping[str, Any]) -> bytes:
-    from hnkit.output.plots import frontier, style, to_png
-
-    with style():
-        return to_png(frontier(document, {name: name for name in document["methods"]}, "Reward per nat"))
-
-
-def _sections(document: Mapping[str, Any], picture: bytes) -> list[Any]:
-    from hnkit.output.page import Picture, Section, Table, Text
-
-    headers, rows = _table(document)
-    points = [
-        tuple(f"{point[key]:.4g}" for key in ("nats", "gain", "stderr", "effective")) for point in document["frontier"]
-    ]
-    how = (
-        "The frontier is the most that any law can gain whose KL from the base is so many nats, on the mean over "
-        "prompts (Gibbs variational principle). It is estimated from rewards of base images alone, and ends where too "
-        "few of them carry the weight. Efficiency is a method's gain as a share of the frontier's at the same nats. "
-        "Nats that are said to be 'at least' come from rewards alone (Donsker and Varadhan) and hold with 95% "
-        "probability."
-    )
-    caption = (
-        f"{document['prompts']} prompts, {document['base_samples']} base images. ± is one standard error over prompts."
-    )
-    return [
-        Section("Reward per nat", (Picture(picture, caption), Table(headers, tuple(rows), caption))),
-        Section("The frontier", (Table(("nats", "gain", "standard error", "effective samples"), tuple(points)),)),
-        Section("How to read this", (Text(how),)),
-    ]
->>>>>>> 3bd5747 (Base models are known by the content of their files: in adapters, checkpoints and comparisons; every run folder records what it was made with)

@@ -11,12 +11,9 @@ from typing import Any
 
 from hnkit.errors import InputError
 from hnkit.internal.folders import FolderIdentity, open_to_append
-<<<<<<< HEAD
-from hnkit.internal.seeds import seed_global
-=======
 from hnkit.internal.provenance import record_provenance
+from hnkit.internal.seeds import seed_global
 from hnkit.internal.versions import versions
->>>>>>> 3bd5747 (Base models are known by the content of their files: in adapters, checkpoints and comparisons; every run folder records what it was made with)
 from hnkit.training.checkpoint import Checkpoint, JsonLog, replace_folder, save_checkpoint
 from hnkit.training.nats import reward_per_nat
 from hnkit.training.report import BEST, Ending, write_adapter
