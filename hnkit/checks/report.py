@@ -200,4 +200,7 @@ class Report:
         write_json(folder / "config.json", _finite(dict(self.config)))
         write_json(folder / "report.json", self.to_json())
         verdict = "No check fails" if self.ok else "At least one check fails"
-        write_html(folder / "report.html", self.title, self.sections(pictures), lead=f"{verdict}: {self.summary()}.")
+        lead = f"{verdict}: {self.summary()}."
+        if len({check.group for check in self.checks}) == 1 and self.notes:  # of one map: what its L2 term is worth
+            lead = f"{lead} {self.notes[0][1]}"
+        write_html(folder / "report.html", self.title, self.sections(pictures), lead=lead)

@@ -57,12 +57,13 @@ def map_report(
     checks += [*unread, *undrawn]
     if settings.certify:
         checks += certified_checks(measured)
+    notes = [*l2_verdict(measured), *deployment(measured), *invertibility(measured)]
     return Report(
         f"hnkit verify-bound: {measured.name}",
         {**config, **settings.to_config(), "samples": len(measured.x), "method": measured.method},
         tuple(checks),
         (*figures, *extra),
-        tuple((measured.name, sentence) for sentence in (*deployment(measured), *invertibility(measured))),
+        tuple((measured.name, sentence) for sentence in notes),
         tuple(plots),
     )
 
@@ -80,6 +81,12 @@ def has_kinks(f: NoiseMap) -> bool:
     """Whether finite differences of the map may straddle a kink: unknown for a plain function, so yes."""
     kinked = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.PReLU, nn.ReLU6, nn.MaxPool2d, nn.Threshold, nn.Hardswish)
     return not isinstance(f, nn.Module) or any(isinstance(module, kinked) for module in f.modules())
+
+
+def l2_verdict(measured: MeasuredMap) -> list[str]:
+    """Whether the L2 term is good enough in place of the KL; nothing where it bounds the KL, or of one sample."""
+    verdict = measured.l2_verdict if measured.injection is None else None
+    return [] if verdict is None else [verdict.sentence]
 
 
 def deployment(measured: MeasuredMap) -> list[str]:

@@ -25,6 +25,7 @@ from hnkit.injection import InjectedBound, NoiseInjection, injected_bound
 from hnkit.internal.seeds import generator_for
 from hnkit.jacobian import RowJacobian, check_finite, check_map, dense_jacobian, rows_per_pass
 from hnkit.kl.divergence import KLEstimate, Method, noise_kl
+from hnkit.kl.verdict import L2Verdict, l2_verdict
 from hnkit.linalg.matrices import MatrixNumbers, bound_sides
 from hnkit.lipschitz.certify import certified_bounds
 from hnkit.lipschitz.local import LipschitzEstimate, lipschitz_lower, lipschitz_upper, local_lipschitz
@@ -39,6 +40,8 @@ DENSE_ENTRIES = 4 * 10**7
 DENSE_PRODUCTS = 2**14
 """Products that the checks spend on dense Jacobians of their own, at most; a quarter of them for a map of images."""
 
+VERDICT_SAMPLES = 16
+"""Samples from which it is told whether the L2 term is good enough: a handful of products each."""
 
 _NORM_ERROR = 1e-3
 """Relative error of `local_lipschitz` that is allowed for where a norm is compared with 1."""
@@ -275,6 +278,13 @@ class MeasuredMap:
             return lipschitz_upper(self.f if self.module is None else self.module)
         except NotCertifiedError as reason:
             return str(reason)
+
+    @cached_property
+    def l2_verdict(self) -> L2Verdict | None:
+        """Whether the L2 term is good enough, from the first samples; `None` where one sample is all there is."""
+        if len(self.x) < 2:
+            return None
+        return l2_verdict(*self.first(VERDICT_SAMPLES), generator=self.generator("l2 verdict"))
 
     @property
     def certified_constant(self) -> float | None:

@@ -16,6 +16,7 @@ from hnkit.figures.table import FIGURES, QUANTILES, mean_shift_share
 from hnkit.injection import InjectedBound, NoiseInjection
 from hnkit.internal.stats import Estimate
 from hnkit.internal.values import finite
+from hnkit.kl.verdict import L2Verdict
 from hnkit.lipschitz.local import RESOLVED, local_norms
 from hnkit.maps import NoiseMap
 from hnkit.tilt import TiltedProblem, optimality_gap
@@ -48,6 +49,8 @@ class Measurement:
         local_norm_note: how coarsely the local norms are resolved, or why there are none; empty where they converged.
         injected: the bound of the KL of what is deployed, where noise is injected; all else is then of `x + f(x)`,
             which is not deployed.
+        l2_verdict: whether the L2 term is good enough, from the first samples; `None` where noise is injected, whose L2
+            term bounds the KL, or where that cannot be told.
         per_sample: the integrand of `kl` at each noise, `(samples,)` on the CPU; it stays out of the record.
     """
 
@@ -66,6 +69,7 @@ class Measurement:
     gap: Estimate | None = None
     local_norm_note: str = ""
     injected: InjectedBound | None = None
+    l2_verdict: L2Verdict | None = None
     per_sample: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -73,11 +77,13 @@ class Measurement:
         document: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            if name == "per_sample" or (name == "injected" and value is None):
+            if name == "per_sample" or (name in ("injected", "l2_verdict") and value is None):
                 continue
             document[name] = value.value if isinstance(value, Estimate) else value
             if isinstance(value, InjectedBound):
                 document[name] = value.to_json()
+            if isinstance(value, L2Verdict):
+                document[name] = verdict_record(value)
             if isinstance(value, Estimate) or name == "gap":
                 document[f"{name}_stderr"] = None if value is None else value.stderr
             if name == "kl":
@@ -150,9 +156,28 @@ def measure(
         num_vjp=estimate.num_vjp,
         gap=gap,
         injected=None if injection is None else measured.injected,
+        l2_verdict=_verdict(measured),
         per_sample=estimate.per_sample.detach().double().cpu(),
         **estimates,
     )
+
+
+def _verdict(measured: MeasuredMap) -> L2Verdict | None:
+    """A statistic beside the KL never costs the KL."""
+    if measured.injection is not None:
+        return None
+    try:
+        return measured.l2_verdict
+    except InputError:
+        return None
+
+
+def verdict_record(verdict: L2Verdict) -> dict[str, Any]:
+    """A verdict on the L2 term as plain values, its words as `text`."""
+    keys = ("missed", "lower", "upper", "within", "good", "advice", "remainder", "local_norm", "tolerance", "samples")
+    record = {key: getattr(verdict, key) for key in keys}
+    ratio = {"ratio": verdict.ratio.value, "ratio_stderr": verdict.ratio.stderr}
+    return {"text": verdict.sentence, **record, **ratio, "products": verdict.products}
 
 
 def _local_norms(f: NoiseMap, x: Tensor) -> tuple[Tensor | None, str]:

@@ -15,13 +15,18 @@ from hnkit.frontier.certified import GapBound, gap_lower_bound
 from hnkit.frontier.curve import LEAST_SAMPLES, Frontier
 from hnkit.frontier.table import MethodGain, Rewards, methods_on_frontier
 from hnkit.injection import deployed_noise
+from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.kl.divergence import Method, noise_kl
+from hnkit.kl.verdict import L2Verdict, l2_verdict
 from hnkit.maps import Condition, slices
 from hnkit.rewards import RewardSum
 
 EXACT_UP_TO = 1024
 """Largest noise dimension at which the KL is taken from dense Jacobians."""
+
+VERDICT_SAMPLES = 16
+"""Samples from which it is told whether the L2 term is good enough."""
 
 FAITHFUL = ("exact", "arnoldi", "lanczos", "low-rank")
 """Methods whose mean is that of the KL integrand to working accuracy; a certified gap rests on no other."""
@@ -69,6 +74,7 @@ class NetworkOnFrontier:
             there is one prompt, the method of the KL leaves out a part of it, or it is bounded from above alone.
         alpha: that temperature.
         injected: whether noise is injected, so that `kl` is an upper bound's mean.
+        l2_verdict: whether the L2 term is good enough, in a sentence; `None` where noise is injected.
     """
 
     frontier: Frontier
@@ -80,6 +86,7 @@ class NetworkOnFrontier:
     gap: GapBound | None
     alpha: float | None
     injected: bool = False
+    l2_verdict: L2Verdict | None = None
 
     def figures(self) -> dict[str, Any]:
         """The figures of the hypernetwork beyond its place on the frontier, for the JSON document."""
@@ -90,6 +97,8 @@ class NetworkOnFrontier:
             found["gap_confidence"] = self.gap.confidence
             found["gap_estimate"] = self.gap.estimate
             found["gap_stderr"] = self.gap.stderr
+        if self.l2_verdict is not None:
+            found["l2_verdict"] = self.l2_verdict.sentence
         return found
 
 
@@ -151,8 +160,21 @@ def network_on_frontier(
     stderr = sum(errors) ** 0.5 / len(errors)
     table = {"base": Rewards(base), name: Rewards(steered, kl, stderr, gap, injection is not None)}
     frontier, methods = methods_on_frontier(table)
+    verdict = _l2_verdict(backend, list(base), settings) if injection is None else None
     square = sum(squares) / len(squares)
-    return NetworkOnFrontier(frontier, table, methods, kl, stderr, square, gap, alpha, injected=injection is not None)
+    return NetworkOnFrontier(frontier, table, methods, kl, stderr, square, gap, alpha, injection is not None, verdict)
+
+
+def _l2_verdict(backend: BackendBase, prompts: Sequence[str], settings: FrontierSettings) -> L2Verdict:
+    """Whether the L2 term is good enough, from one sample of each of the first prompts, two of a few."""
+    each = max(1, -(-VERDICT_SAMPLES // len(prompts)))
+    rows = [(prompt, number) for number in range(min(each, settings.samples)) for prompt in prompts][:VERDICT_SAMPLES]
+    asked, numbers = zip(*rows, strict=True)
+    images = Condition(asked).of_images(settings.seed, numbers)
+    with torch.enable_grad():
+        return l2_verdict(
+            backend.map_for(asked), image_noise(backend, images), generator=generator_for(settings.seed, "l2 verdict")
+        )
 
 
 def _images(prompt: str, count: int, settings: FrontierSettings) -> Condition:

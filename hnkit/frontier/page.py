@@ -20,6 +20,8 @@ _HOW = (
 def sentences(document: Mapping[str, Any]) -> list[str]:
     """What the figures say, a sentence each: the answer first."""
     found = [document["remark"]] if "remark" in document else []
+    if "l2_verdict" in document.get("network", {}):
+        found.append(document["network"]["l2_verdict"])
     for name, method in document["methods"].items():
         gain = f"{name} gains {estimate(method['gain'], method['stderr'])}"
         nats = nats_text(method)

@@ -88,6 +88,12 @@ class L2Verdict:
             return f"{base}, and without local norms nothing bounds the rest"
         return f"{base}, and a local norm of {self.local_norm:.3g}, not below 1, leaves the rest without a bound"
 
+    @property
+    def sentence(self) -> str:
+        """The verdict as a sentence, for the head of a report."""
+        text = str(self)
+        return f"{text[0].upper()}{text[1:]}."
+
     def __str__(self) -> str:
         if self.good:
             return f"the L2 term is within {_percent(self.within)} of the KL (95%): {self.reason}"

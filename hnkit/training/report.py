@@ -248,6 +248,8 @@ def model_card(config: RunConfig, backend: BackendBase, report: Mapping[str, Any
         most = "" if injection.max_delta is None else f", |f| at most {injection.max_delta:g}"
         share = f"1 - a^2 = {injection.share:g}{most}"
         lines += [f"- Deployed with fresh noise eps: x_hat = a (x + f(x)) + sqrt(1 - a^2) eps, {share}"]
+    if (report["measurement"] or {}).get("l2_verdict"):
+        lines += [f"- {report['measurement']['l2_verdict']['text']}"]
     lines += [f"- {name}: {value}" for name, value, _ in _figures(report["measurement"])]
     lines += [f"- {_unmeasured(report)}"] if report.get("not_measured") else []
     if (report.get("frontier") or {}).get("methods"):
@@ -339,18 +341,27 @@ def _known(value: float | None) -> float:
 
 
 def _lead(report: Mapping[str, Any]) -> str:
-    parts = [f"{report['step']} steps, {report['skipped']} batches skipped.", f"{report['temperature']}."]
+    parts = _l2_words(report["measurement"])
+    parts += [f"{report['step']} steps, {report['skipped']} batches skipped.", f"{report['temperature']}."]
     best = report["best"]
     if best is not None and best["step"] != report["step"]:
         parts.append(f"The lowest held-out loss was that of step {best['step']}; its adapter is in the folder {BEST}.")
-    measurement = report["measurement"]
-    if measurement is not None and measurement.get("injected"):
-        parts.append(f"{injected_sentence(measurement['injected'])}.")
-    elif measurement is not None and measurement["relative_error"] is not None:
-        off = 100 * measurement["relative_error"]
-        word = "below" if off < 0 else "above"
-        parts.append(f"The L2 term is {format_number(abs(off), 3)} % {word} the KL that it stands for.")
     return " ".join(part[0].upper() + part[1:] for part in parts)
+
+
+def _l2_words(measurement: Mapping[str, Any] | None) -> list[str]:
+    """Whether the L2 term is good enough: the verdict, the bound of injected noise, or what was measured."""
+    if measurement is None:
+        return []
+    if measurement.get("injected"):
+        return [f"{injected_sentence(measurement['injected'])}."]
+    if measurement.get("l2_verdict"):
+        return [measurement["l2_verdict"]["text"]]
+    if measurement["relative_error"] is None:
+        return []
+    off = 100 * measurement["relative_error"]
+    word = "below" if off < 0 else "above"
+    return [f"The L2 term is {format_number(abs(off), 3)} % {word} the KL that it stands for."]
 
 
 def _sections(report: Mapping[str, Any], pictures: Sequence[Picture], drawn: bytes | None = None) -> list[Section]:

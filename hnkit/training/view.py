@@ -97,6 +97,8 @@ class TrainView:
             if figures.get("gap") is not None:
                 text += f", {format_estimate(known['gap'], known['gap_stderr'])} nats from the optimum"
             self.say(f"step {entry['step']}: {text}")
+            if figures.get("l2_verdict"):
+                self.say(f"step {entry['step']}: {figures['l2_verdict']['text']}")
         if "validation" in entry:
             gains = ", ".join(
                 f"{name} {shown_mean(score, 'base')} -> {shown_mean(score, 'steered')}"

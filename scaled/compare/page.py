@@ -60,6 +60,8 @@ def lead(document: Document) -> str:
     )
     if document["l2"]:
         figures = document["l2"][0]
+        if figures.get("l2_verdict"):
+            sentence = f"{figures['l2_verdict']['text']} {sentence}"
         share = figures["relative_error"]
         bound = figures.get("injected")
         if bound:

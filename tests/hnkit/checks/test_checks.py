@@ -6,6 +6,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from html import escape
 
 import numpy as np
 import pytest
@@ -434,3 +435,13 @@ def test_a_report_at_80_columns_keeps_every_column():
     assert heading.split() == ["KL", "L2", "term", "L2", "error,", "%", "Theorem", "7", "L2", "gap"]
     rows = [line.split() for line in shown.splitlines() if " ± " in line]
     assert [row[0] for row in rows] == ["A", "B"]
+
+
+def test_the_report_on_a_map_leads_with_the_verdict_on_l2(tmp_path):
+    report = verify_bound(lambda x: -0.3 * x, (4,), samples=32)
+    words = next(text for _, text in report.notes if "L2 term" in text)
+    assert report.notes[0][1] == words
+    assert words.startswith("Use --kl ")
+    report.write(tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert html.index(escape(words)) < html.index("<h2")

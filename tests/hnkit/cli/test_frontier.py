@@ -8,6 +8,7 @@ import random
 import pytest
 
 from hnkit.cli.app import app
+from hnkit.frontier import page
 
 
 def command(*arguments: str, capsys) -> tuple[int, str, str]:
@@ -99,6 +100,9 @@ def test_the_miniature(tmp_path, capsys):
     assert abs(network["kl"]) < 0.05
     assert network["gap_lower_bound"] >= 0
     assert document["best_of"][0]["gain"] > 0
+    assert "L2 term" in network["l2_verdict"]
+    assert page.sentences(document)[0] == network["l2_verdict"]
+    assert method["gap"]["lower"] == network["gap_lower_bound"]
 
 
 @pytest.mark.parametrize("allowed", [False, True])

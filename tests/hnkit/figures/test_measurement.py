@@ -13,6 +13,9 @@ from hnkit import InputError
 from hnkit.errors import ExpansiveMapError
 from hnkit.figures import mean_shift_share, measure
 from hnkit.figures import measurement as module
+from hnkit.figures.measured_map import VERDICT_SAMPLES, MeasuredMap
+from hnkit.injection import NoiseInjection
+from hnkit.kl.verdict import l2_verdict
 from hnkit.linalg.singular import LocalNorms
 from hnkit.tilt import affine_coefficients
 from hnkit.toy.linear_gaussian import linear_gaussian
@@ -118,7 +121,7 @@ def test_the_json_record_keeps_its_keys():
     assert list(document) == [
         "samples", "method", "kl", "kl_stderr", "bias_bound", "l2", "l2_stderr", "error", "error_stderr",
         "relative_error", "relative_error_stderr", "symmetry_index", "local_norm", "mean_shift_share", "injective",
-        "num_jvp", "num_vjp", "gap", "gap_stderr", "local_norm_note",
+        "num_jvp", "num_vjp", "gap", "gap_stderr", "local_norm_note", "l2_verdict",
     ]  # fmt: skip
     assert list(document["local_norm"]) == ["0.1", "0.5", "0.9", "max"]
     assert document["gap"] is document["gap_stderr"] is None
@@ -225,3 +228,22 @@ def test_an_expansive_row_beyond_those_whose_norm_is_taken_changes_the_method(mo
     assert found.kl.value > 0
     with pytest.raises(ExpansiveMapError):
         measure(f, x, method="arnoldi")
+
+
+def test_the_verdict_on_l2_is_that_of_the_first_samples():
+    """A gradient field loses half, a rotation is counted for nothing, and injected noise needs no verdict."""
+    x = torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    turn = torch.zeros(6, 6, dtype=torch.float64)
+    turn[0, 1], turn[1, 0] = 0.3, -0.3
+    for f, word in ((lambda z: -0.3 * z, "misses"), (lambda z: z @ turn.T, "times the KL")):
+        found = measure(f, x)
+        twin = l2_verdict(f, x[:VERDICT_SAMPLES], generator=MeasuredMap("network", f, x).generator("l2 verdict"))
+        assert found.l2_verdict == twin
+        assert word in found.to_json()["l2_verdict"]["text"]
+        assert found.to_json()["l2_verdict"]["text"] == f"{str(twin)[0].upper()}{str(twin)[1:]}."
+        assert found.to_json()["l2_verdict"]["ratio"] == twin.ratio.value
+    small = measure(lambda z: 1e-3 * z[:, torch.tensor([1, 2, 3, 4, 5, 0])] + 1.0, x)  # a shift, and a cycle of six
+    assert small.l2_verdict.good
+    injected = measure(lambda z: -0.3 * z, x, injection=NoiseInjection(0.5))
+    assert injected.l2_verdict is None
+    assert "l2_verdict" not in injected.to_json()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from html import escape
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,6 +169,9 @@ def test_a_run_ends_with_its_frontier(tmp_path, fake):
     assert method["gap"]["alpha"] == 1.0
     html = (tmp_path / "run" / "report.html").read_text()
     assert "Reward per nat" in html
+    words = report["measurement"]["l2_verdict"]["text"]
+    assert "L2 term" in words
+    assert html.index(escape(words)) < html.index("6 steps, 0 batches skipped")  # it leads
     assert (tmp_path / "run" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert "hypernetwork gains" in card
