@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from hnkit import __version__
-from hnkit.cli import backends, compare, export, frontier, generate, train, verify_bound
+from hnkit.cli import backends, compare, export, frontier, generate, push, train, verify_bound
 from hnkit.cli.options import NEWEST, Command, PlainHelp, command
 from hnkit.errors import InputError
 from hnkit.internal.streams import Droppable
@@ -146,4 +146,5 @@ _register("export", export)
 _register("generate", generate)
 _register("frontier", frontier)
 _register("compare", compare)
+_register("push", push)
 _register("backends", backends)

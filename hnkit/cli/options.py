@@ -143,6 +143,11 @@ def _parameter(record: type[Any], item: dataclasses.Field[Any], inherited: str |
     many = typing.get_origin(kind) is tuple
     value = typing.get_args(kind)[0] if many else _without_none(kind)
     metavar = item.metadata.get("metavar")
+    if item.metadata.get("argument"):
+        place: Any = typer.Argument(help=_help(described(record)[item.name], item, value, None), metavar=metavar)
+        return inspect.Parameter(
+            item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=Annotated[value | None, place]
+        )
     option: Any = typer.Option(
         *(item.metadata.get("flags") or (f"--{item.name.replace('_', '-')}",)),
         help=_help(described(record)[item.name], item, value, inherited if _says_something(item.default) else None),

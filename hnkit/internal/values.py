@@ -94,6 +94,7 @@ def setting(
     flags: Sequence[str] | None = None,
     metavar: str | None = None,
     beside: bool = False,
+    argument: bool = False,
 ) -> Any:
     """One field of a frozen record: its default, its range, and the flag that a command makes of it.
 
@@ -107,8 +108,10 @@ def setting(
         flags: a command offers it; empty: as `--name`; else under these names.
         metavar: what stands for a value in `--help`; `None`: by its type.
         beside: the value is a path, or a name that may be one: in a file it is first looked for beside that file.
+        argument: a command takes it by its place, not by a flag.
     """
     metadata = {"least": least, "above": above, "below": below, "flags": flags, "metavar": metavar, "beside": beside}
+    metadata["argument"] = argument
     return dataclasses.field(default=default, metadata=metadata)
 
 

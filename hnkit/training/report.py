@@ -231,7 +231,8 @@ def model_card(config: RunConfig, backend: BackendBase, report: Mapping[str, Any
 
     It begins with the metadata block by which the Hugging Face Hub finds an adapter and links it to its base model.
     """
-    source = {key: value for key, value in config.to_dict()["backend"].items() if key in ("model_id", "problem")}
+    options = config.to_dict()["backend"]
+    source = {key: options[key] for key in ("model_id", "problem") if options.get(key)}
     base = ", ".join([config.backend, *map(str, source.values())])
     rewards = " + ".join(f"{weight:g} {name}" for name, weight in report["rewards"].items())
     lines = [
@@ -254,8 +255,7 @@ def model_card(config: RunConfig, backend: BackendBase, report: Mapping[str, Any
     lines += [f"- {_unmeasured(report)}"] if report.get("not_measured") else []
     if (report.get("frontier") or {}).get("methods"):
         lines += [f"- {sentence}" for sentence in frontier_page.sentences(report["frontier"])]
-    options = {key: value for key, value in config.to_dict()["backend"].items() if key != "name"}
-    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items() if key != "name")
     usage = backend.usage
     plain = (
         "from pathlib import Path",
@@ -265,7 +265,8 @@ def model_card(config: RunConfig, backend: BackendBase, report: Mapping[str, Any
         'backend.load_adapter(Path("."))  # this folder',
     )
     code = usage() if usage is not None else "\n".join(plain)
-    text = "\n".join([*lines, "", "## Use", "", "```python", code, "```", ""])
+    use = ("## Use", "", "`adapter` is the folder of this card.", "", "```python", code, "```")
+    text = "\n".join([*lines, "", *use, ""])
     return str(ModelCard(f"---\n{_metadata(config, backend).to_yaml()}\n---\n\n{text}"))
 
 
