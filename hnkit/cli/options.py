@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperArgument, TyperCommand
 
 from hnkit.errors import InputError
 from hnkit.internal.values import described, field_types, is_union, setting
@@ -113,6 +113,14 @@ class PlainHelp:
 
 class Command(PlainHelp, TyperCommand):
     """A command made of a record."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters; one that is known by its place is shown by its name alone."""
+        parameters: list[Any] = super().get_params(ctx)
+        for parameter in parameters:
+            if isinstance(parameter, TyperArgument):
+                parameter.display_type_rich = lambda ctx: None  # type: ignore[method-assign] # noqa: ARG005
+        return parameters
 
 
 def _own_fields_first(record: type[Any]) -> list[dataclasses.Field[Any]]:
