@@ -4,7 +4,7 @@ Short runs of one recipe that differ in one thing each: the L2 loss without inje
 and with four, by the gradient through reward and generator; and by the score function, on a copy of the reward that has
 no gradient, at the same number of reward calls and at four times as many. Gains are on held-out prompts.
 
-    python benchmarks/injected_noise.py                 all runs, about eight minutes of one core
+    python benchmarks/injected_noise.py                 all runs, about five minutes of one core
     python benchmarks/injected_noise.py --only l2       one of them
 
 Writes docs/results/injected-noise.json, from which `python docs/tables.py` makes the tables of docs/training.md.
@@ -30,12 +30,12 @@ from hnkit.config import resolve_config
 from hnkit.training.run import train
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results" / "injected-noise.json"
-BATCH, STEPS, SHARE = 32, 240, 0.5
+BATCH, STEPS, SHARE = 16, 240, 0.5
 COMMON = {
     "steps": STEPS,
     "batch": BATCH,
     "lr": 1e-3,
-    "measure_samples": 16,
+    "measure_samples": 8,
     "validate_samples": 632,
     "checkpoint_every": STEPS,
 }

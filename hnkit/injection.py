@@ -70,7 +70,8 @@ class NoiseInjection:
             return delta
         wide = delta.to(torch.promote_types(delta.dtype, torch.float32))
         length = wide.flatten(1).norm(dim=1).clamp(min=self.max_delta).view(-1, *[1] * (delta.dim() - 1))
-        return wide * (self.max_delta / length)
+        shorter: Tensor = wide * (self.max_delta / length)
+        return shorter
 
     def moved(self, x: Tensor, delta: Tensor, eps: Tensor) -> Tensor:
         """`a (x + f(x)) + sqrt(1 - a^2) eps` of a delta that has been clipped, `(n, *shape)`, in float32 at least."""

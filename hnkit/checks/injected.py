@@ -16,6 +16,7 @@ from hnkit.checks.check import Finding, Registry, mean_finding, worst
 from hnkit.errors import NotApplicable, NotCertifiedError
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.injection import NoiseInjection, injected_bound
+from hnkit.maps import slices
 from hnkit.tilt import affine_coefficients, kl_gaussians
 
 INJECTED_CHECKS = Registry()
@@ -213,7 +214,7 @@ def quadrature(measured: MeasuredMap, injection: NoiseInjection, points: int) ->
     seen = centre[mass > 1e-14]
     z, step = _midpoints(float(seen.min()) - 8 * spread, float(seen.max()) + 8 * spread, points)
     density = torch.zeros_like(z)
-    for part in torch.arange(len(x)).split(512):
+    for part in slices(len(x), 512):
         density += (mass[part, None] * _normal((z[None] - centre[part, None]) / spread)).sum(0) / spread
     kept = density > 1e-300
     logs = density[kept].log() + 0.5 * z[kept].square() + 0.5 * math.log(2 * math.pi)

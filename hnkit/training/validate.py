@@ -13,6 +13,7 @@ from torch import Tensor
 from hnkit.backend import BackendBase, steer
 from hnkit.config import TrainConfig
 from hnkit.figures import Measurement, measure
+from hnkit.injection import deployed_noise
 from hnkit.internal.files import atomic_write
 from hnkit.internal.seeds import derived_seed, generator_for, seed_global
 from hnkit.internal.stats import mean_and_stderr
@@ -186,8 +187,15 @@ class Evaluator:
         return torch.randn(count, *self.backend.noise_shape, dtype=self.backend.noise_dtype, generator=generator)
 
     def _pair(self, noise: Tensor, prompts: Sequence[str], numbers: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-        """Base and steered outputs of images of the prompts, and the KL term of each in the L2 loss, nats."""
-        base = self.base.generate(noise, self._conditions(prompts, numbers), self.settings.generator_steps)
+        """Base and steered outputs of images of the prompts, and the KL term of each in the L2 loss, nats.
+
+        Where noise is injected the base's is too: `a x + sqrt(1 - a^2) eps` is base noise, and differs from the steered
+        by the delta alone, so that gains are of pairs.
+        """
+        condition = self._conditions(prompts, numbers)
+        fresh = condition.generators("injected noise")
+        plain, _ = deployed_noise(self.settings.deployment, noise, torch.zeros_like(noise), fresh)
+        base = self.base.generate(plain, condition, self.settings.generator_steps)
         steered, term = self._steered(noise, prompts, numbers)
         return {"base": base, "steered": steered}, term
 

@@ -204,3 +204,11 @@ def test_the_configuration_comes_back(tmp_path):
     file.write_text(config.to_toml())
     assert resolve_config(config_file=file) == config
     assert json.loads(json.dumps(config.to_dict()))["train"]["injection"] == 0.5
+
+
+def test_a_gain_is_of_pairs_that_differ_by_the_delta_alone(tmp_path):
+    """Next to no training: with fresh noise on one side only the gain of 64 pairs would have an error of its own."""
+    report = run(small("injection=0.5", "steps=1", "lr=1e-12", "validate_samples=64"), tmp_path / "run").report
+    score = report["validation"]["scores"]["reward"]
+    assert abs(score["gain"]) < 1e-9
+    assert score["gain_stderr"] < 1e-9
