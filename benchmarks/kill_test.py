@@ -4,7 +4,8 @@ Half of the kills come after a random time, half at a random write of the run's 
 fall inside a checkpoint. SIGKILL, SIGTERM, SIGINT, SIGHUP and SIGUSR1 alternate at random; in training a reward may
 raise instead, at a random call, and a fifth of the attempts write their progress into a pipe that nobody reads. Every
 finished run must equal the undisturbed one byte for byte: adapter, metrics, report, page, plots, images and last
-checkpoint. `verify-bound` is not resumed but run again; what a killed one leaves may not look finished.
+checkpoint; of a comparison, everything but the seconds that images took. `verify-bound` is not resumed but run again;
+what a killed one leaves may not look finished.
 
     python benchmarks/kill_test.py --kills 60
     python benchmarks/kill_test.py --kills 50 --backend digits --set train.steps=30
@@ -39,12 +40,16 @@ SETTINGS = {
     "kl": "second-order",
 }
 COMPARISON = {
-    "best_of": 2, "steps": "[1, 2]", "diversity_prompts": 1, "diversity_seeds": 3, "measure_samples": 4, "grid": 2,
-    "train_steps": 3, "prompts": 4,
+    "best_of": 2, "steps": "[2]", "diversity_prompts": 1, "diversity_seeds": 2, "measure_samples": 2, "grid": 1,
+    "train_steps": 2, "prompts": 2, "ranks": "[]", "losses": "[]",
 }  # fmt: skip
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 WRITES = ("fsync", "rename", "replace", "mkdir")
 NEVER_COMPARED = {"timings.jsonl", ".lock", ".lock-holder"}
+TIMED = ("seconds", "seconds_per_image", "sha256")
+"""Keys of a comparison's documents that time changes, and their seals."""
+SHOW_TIMES = {"report.html", "table-1.csv", "steps.csv", "ranks.csv", "losses.csv", "gain-against-cost.png"}
+"""Files of a comparison that show them."""
 RAISED = 2
 """Exit code of a run whose reward raised."""
 
@@ -154,16 +159,34 @@ def raise_at_reward(count: int) -> Prepare:
     return prepare
 
 
-def outcome(folder: Path, steps: int | None) -> dict[str, bytes]:
-    """Everything a run is for: of checkpoints only the last of each training, since a stop adds some."""
+def outcome(folder: Path, steps: int | None, timed: bool = False) -> dict[str, bytes]:
+    """Everything a run is for: of checkpoints only the last of each training, since a stop adds some.
+
+    `timed`: it is a comparison, whose own documents say how long each image took.
+    """
     last = f"step-{steps:08d}" if steps is not None else None
+
+    def content(path: Path) -> bytes:
+        own = timed and path.parent in (folder, folder / "parts")
+        if own and path.suffix == ".json":
+            return json.dumps(timeless(json.loads(path.read_bytes()))).encode()
+        return path.read_bytes().replace(str(folder).encode(), b"FOLDER")
+
     return {
-        str(path.relative_to(folder)): path.read_bytes().replace(str(folder).encode(), b"FOLDER")
+        str(path.relative_to(folder)): content(path)
         for path in folder.rglob("*")
         if path.is_file()
         and path.name not in NEVER_COMPARED
+        and not (timed and path.parent == folder and path.name in SHOW_TIMES)
         and ("checkpoints" not in path.parts or path.parent.name == last)
     }
+
+
+def timeless(document: object) -> object:
+    """A document without what time changes."""
+    if isinstance(document, dict):
+        return {key: timeless(value) for key, value in document.items() if key not in TIMED}
+    return [timeless(entry) for entry in document] if isinstance(document, list) else document
 
 
 def exit_code(status: int) -> int:
@@ -191,13 +214,14 @@ class KillTest:
         seconds = time.monotonic() - begun
         report = json.loads((self.work / "whole" / "report.json").read_text())
         steps = report["step"] if self.name == "train" else None
-        return outcome(self.work / "whole", steps), steps, seconds
+        return outcome(self.work / "whole", steps, self.name == "compare"), steps, seconds
 
     def attempt(self, folder: Path, seconds: float, quiet: bool) -> int:
         """Start or go on with the run in `folder`, and disturb it unless `quiet`; returns its exit code."""
         begun = self.command.resume is not None and (folder / self.command.begun).exists()
         if not begun:
-            if self.command.resume is None and (folder / self.command.begun).exists():
+            finished = (folder / self.command.begun).exists() and not (folder / "unfinished.json").exists()
+            if self.command.resume is None and finished:
                 raise SystemExit(f"{folder} was killed and looks finished")
             shutil.rmtree(folder, ignore_errors=True)
         arguments = [*self.command.resume, str(folder)] if begun else [*self.command.start, "--out", str(folder)]
@@ -239,7 +263,7 @@ class KillTest:
             while self.attempt(folder, seconds, quiet=self.kills() >= kills):
                 continue
             self.runs += 1
-            found = outcome(folder, steps)
+            found = outcome(folder, steps, self.name == "compare")
             different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
             if different:
                 print(f"{folder} differs from the undisturbed run in {', '.join(different)}")

@@ -39,14 +39,14 @@ HEADLINES = {
 """The figures by which several maps are compared at a glance: heading and name."""
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN: unknown is `null`; infinities are spelled out."""
+def finite_numbers(value: Any) -> Any:
+    """A document for JSON, which knows no NaN: unknown is `null`; infinities are spelled out."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite_numbers(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite_numbers(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -115,7 +115,7 @@ class Report:
             "false_alarm_rate": self.false_alarm_rate,
             "versions": versions(),
         }
-        result: dict[str, Any] = _finite(document)
+        result: dict[str, Any] = finite_numbers(document)
         return result
 
     def summary(self) -> str:
@@ -133,7 +133,7 @@ class Report:
             sections.append(Section("Plots", drawn))
         for group in self.groups:
             sections.append(Section(group, tuple(self._group_blocks(group))))
-        config = json.dumps({**_finite(dict(self.config)), "versions": versions()}, indent=2, ensure_ascii=False)
+        config = json.dumps({**finite_numbers(dict(self.config)), "versions": versions()}, indent=2, ensure_ascii=False)
         how = (
             "Slack is what is left before a check fails. Statistical tolerances are confidence radii (Student's t), "
             f"set so that a run in which every statement is true shows a false alarm with probability below "
@@ -197,7 +197,7 @@ class Report:
         pictures = {plot.name: plot.png() for plot in self.plots}
         for name, png in pictures.items():
             atomic_write(folder / f"{name}.png", png)
-        write_json(folder / "config.json", _finite(dict(self.config)))
+        write_json(folder / "config.json", finite_numbers(dict(self.config)))
         write_json(folder / "report.json", self.to_json())
         verdict = "No check fails" if self.ok else "At least one check fails"
         lead = f"{verdict}: {self.summary()}."

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from hnkit.backend import Backend, completed, image_noise
+from hnkit.checks.parts import Done
 from hnkit.checks.quantities import Quantity, prompt_quantities
 from hnkit.checks.report import Report
 from hnkit.checks.settings import VerifySettings
@@ -17,7 +18,12 @@ from hnkit.tilt import TiltedProblem, injected_gap, optimality_gap
 
 
 def verify_backend(
-    backend: Backend, prompts: Sequence[str], settings: VerifySettings, *, alpha: float | None = None
+    backend: Backend,
+    prompts: Sequence[str],
+    settings: VerifySettings,
+    *,
+    alpha: float | None = None,
+    done: Done = lambda *_: None,
 ) -> Report:
     """Measure a trained hypernetwork, prompt by prompt and overall; see `hnkit.verify_bound`.
 
@@ -25,6 +31,7 @@ def verify_backend(
         backend: the backend, with its adapter loaded.
         prompts: each gets an equal share of the samples.
         settings: the settings of the run.
+        done: a function that is told of each part of the report when it is known.
         alpha: temperature it was trained at, for the optimality gap of a backend whose tilted law is measured.
     """
     per_prompt = max(1, settings.samples_for(math.prod(backend.noise_shape)) // len(prompts))
@@ -51,4 +58,4 @@ def verify_backend(
             most = injected_gap(problem, full.injection, measured.value, x, images.generators("fresh noise"))
             found = Quantity("optimality gap, at most", most.value, backend.name, most.stderr, note=where)
         extra = [found, *extra]
-    return map_report(measured, settings, config, extra)
+    return map_report(measured, settings, config, extra, done)

@@ -15,6 +15,7 @@ from hnkit.checks.check import reported
 from hnkit.checks.injected import INJECTED_CHECKS
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import certified_checks
+from hnkit.checks.parts import Done
 from hnkit.checks.plots import map_plots
 from hnkit.checks.quantities import Quantity, map_quantities
 from hnkit.checks.report import Report
@@ -26,7 +27,14 @@ from hnkit.lipschitz.certify import certify_injective
 from hnkit.maps import NoiseMap
 
 
-def verify_map(f: NoiseMap, shape: tuple[int, ...], settings: VerifySettings, *, name: str = "map") -> Report:
+def verify_map(
+    f: NoiseMap,
+    shape: tuple[int, ...],
+    settings: VerifySettings,
+    *,
+    name: str = "map",
+    done: Done = lambda *_: None,
+) -> Report:
     """Measure and check one map; see `hnkit.verify_bound`."""
     if not shape or any(size < 1 for size in shape):
         raise InputError(f"shape {shape}: give positive sizes, such as 3,16,16")
@@ -36,7 +44,7 @@ def verify_map(f: NoiseMap, shape: tuple[int, ...], settings: VerifySettings, *,
     measured = settings.measured(name, f, x.to(device, dtype))
     measured.validate()
     measured = replace(measured, smooth=not has_kinks(f), injection=settings.injection)
-    return map_report(measured, settings, {"map": name, "shape": list(shape)})
+    return map_report(measured, settings, {"map": name, "shape": list(shape)}, done=done)
 
 
 def map_report(
@@ -44,15 +52,21 @@ def map_report(
     settings: VerifySettings,
     config: Mapping[str, Any],
     extra: Sequence[Quantity] = (),
+    done: Done = lambda *_: None,
 ) -> Report:
     """The report on one measured map: its checks, its figures and those in `extra`, its plots.
+
+    `done` is told of the KL, of the checks and of the figures when they are known.
 
     Raises:
         InputError: its KL cannot be estimated by the method.
     """
-    _ = measured.estimate  # a KL that cannot be estimated is bad input: one line, and no report
+    kl = measured.estimate  # a KL that cannot be estimated is bad input: one line, and no report
+    done("the KL", (), (Quantity("KL", kl.value, measured.name, kl.stderr, kl.bias_bound), *extra))
     checks = [*MAP_CHECKS.run(measured, measured.name), *INJECTED_CHECKS.run(measured, measured.name)]
+    done("the checks", checks, ())
     figures, unread = map_quantities(measured)
+    done("the figures", unread, figures)
     plots, undrawn = reported("plots", measured.name, partial(map_plots, measured))
     checks += [*unread, *undrawn]
     if settings.certify:

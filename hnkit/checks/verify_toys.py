@@ -14,6 +14,7 @@ from hnkit.checks.injected import INJECTED_CHECKS
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import certified_checks
 from hnkit.checks.measured_problem import MeasuredProblem
+from hnkit.checks.parts import Done
 from hnkit.checks.plots import toy_plots
 from hnkit.checks.problems import TOY_CHECKS
 from hnkit.checks.quantities import Quantity, map_quantities, problem_quantities
@@ -86,6 +87,7 @@ def verify_toys(
     *,
     references: Sequence[str] | None = None,
     say: Say = lambda _: None,
+    done: Done = lambda *_: None,
 ) -> Report:
     """Check every statement on closed-form problems, and on reference maps.
 
@@ -94,6 +96,7 @@ def verify_toys(
         settings: the settings of the run.
         references: names of the reference maps that are checked too; `None`: all.
         say: a function that is called with the name of each part when it begins.
+        done: a function that is told of each part when it is known.
     """
     samples = settings.samples or TOY_SAMPLES
     checks: list[Check] = []
@@ -104,6 +107,7 @@ def verify_toys(
         if references is not None and name not in references:
             continue
         say(name)
+        known_checks, known_figures = len(checks), len(figures)
         x = torch.randn(samples, dim, dtype=torch.float64, generator=generator_for(settings.seed, f"maps/{name}"))
         measured = replace(settings.measured(name, f, x), certifiable=True)
         maps.append(measured)
@@ -115,9 +119,11 @@ def verify_toys(
         checks += failed
         if settings.certify:
             checks += certified_checks(measured)
+        done(name, checks[known_checks:], figures[known_figures:])
     problems_measured = []
     for problem in problems:
         say(problem.name)
+        known_checks, known_figures = len(checks), len(figures)
         known = MeasuredProblem(problem, samples, settings.seed)
         problems_measured.append(known)
         notes.append((problem.name, problem.statement))
@@ -132,6 +138,7 @@ def verify_toys(
             checks += failed
         if settings.certify:
             checks += certified_checks(measured)
+        done(problem.name, checks[known_checks:], figures[known_figures:])
     names = [measured.name for measured in maps]
     plots, undrawn = reported("plots", names[-1], partial(toy_plots, maps, problems_measured)) if names else ([], ())
     checks += undrawn

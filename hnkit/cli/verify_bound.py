@@ -13,6 +13,7 @@ from hnkit.errors import InputError
 from hnkit.internal.values import setting
 
 if TYPE_CHECKING:
+    from hnkit.checks.parts import Parts
     from hnkit.checks.report import Report
     from hnkit.checks.settings import VerifySettings
     from hnkit.maps import NoiseMap
@@ -103,18 +104,15 @@ class Options(WithBackend):
 def run(options: Options) -> int:
     """Measure and check what was named, write the run folder, print the report."""
     from hnkit.checks.view import report_view
-    from hnkit.internal.files import new_run_folder
     from hnkit.output import terminal
 
     settings = options.settings()
     refuse_existing(options.out)
-    report = verify(options, settings)
-    folder: Path | None = None
+    report, parts = verify(options, settings)
     try:
-        folder = new_run_folder(options.out, "verify")
-        report.write(folder)
-    except (OSError, InputError):
-        if options.as_json:  # what was measured is not lost with the disk
+        folder = parts.finish(report)
+    except (OSError, InputError):  # what was measured is not lost with the disk
+        if options.as_json:
             terminal.print_json({**report.to_json(), "run_folder": None})
         else:
             terminal.console().print(report_view(report, verbose=options.verbose))
@@ -127,19 +125,23 @@ def run(options: Options) -> int:
     return 0 if report.ok else 1
 
 
-def verify(options: Options, settings: VerifySettings) -> Report:
-    """The report on the map, the trained network or the toys that the options name."""
-    from hnkit.adapters import default_prompts, load_trained
+def verify(options: Options, settings: VerifySettings) -> tuple[Report, Parts]:
+    """The report on the map, the trained network or the toys that the options name, and what is written of it."""
+    from hnkit.adapters import adapter_digests, default_prompts, load_trained
+    from hnkit.checks.parts import Parts
     from hnkit.checks.reference_maps import reference_maps
     from hnkit.checks.verify_backend import verify_backend
     from hnkit.checks.verify_map import verify_map
     from hnkit.checks.verify_toys import chosen_problems, verify_toys
+    from hnkit.internal.provenance import provenance
     from hnkit.output import terminal
     from hnkit.prompts import read_prompts
 
     if options.map_path is not None:
         sizes = parse_shape(options.shape)
-        return verify_map(load_map(options.map_path), sizes, settings, name=options.map_path)
+        parts = Parts(options.out, provenance())
+        name = options.map_path
+        return verify_map(load_map(name), sizes, settings, name=name, done=parts.done), parts
     if options.backend is not None:
         if options.adapter is None:
             raise InputError(
@@ -148,11 +150,14 @@ def verify(options: Options, settings: VerifySettings) -> Report:
         loaded, trained_alpha = load_trained(options.backend, options.adapter, options.overrides)
         texts = read_prompts(options.prompts) if options.prompts is not None else default_prompts(loaded)
         alpha = trained_alpha if options.alpha is None else options.alpha
-        return verify_backend(loaded, texts, settings, alpha=alpha)
+        made_with = provenance(model=loaded.model_digest(), adapter=adapter_digests(options.adapter), prompts=texts)
+        parts = Parts(options.out, made_with)
+        return verify_backend(loaded, texts, settings, alpha=alpha, done=parts.done), parts
     problems = chosen_problems(options.toy, options.alpha)
     references = [name for name in reference_maps() if not options.toy or name in options.toy]
+    parts = Parts(options.out, provenance())
     with terminal.steps(len(problems) + len(references)) as steps:
-        return verify_toys(problems, settings, references=references, say=steps.start)
+        return verify_toys(problems, settings, references=references, say=steps.start, done=parts.done), parts
 
 
 def parse_shape(text: str | None) -> tuple[int, ...]:
