@@ -264,7 +264,7 @@ def _of_rewards(name: str, dtype: torch.dtype) -> list[Row]:
         def forward(self, x: Tensor) -> Tensor:
             return x / 2
 
-    hnkit.register(Half)(lambda module, visit: hnkit.lipschitz.JacobianBounds(0.5, 0.5, 0.5))  # noqa: ARG005
+    hnkit.register(Half)(lambda module, visit: hnkit.lipschitz.JacobianBounds(0.5, 0.5, 0.5))
     ruled = hnkit.lipschitz_upper(Half())
     return [
         Row("gap_lower_bound", "its estimate", name, _name(type(gap.lower)), _error(gap.estimate, reference)),

@@ -1,0 +1,1 @@
+"""Coloured blots: a backend and a reward for hnkit."""
