@@ -119,13 +119,14 @@ class Plan:
         return self.need.fits(self.card)
 
 
-def plan_training(config: RunConfig, card: Card, *, processes: int = 1) -> Plan:
+def plan_training(config: RunConfig, card: Card, *, processes: int = 1, counter: Counter | None = None) -> Plan:
     """Count a step of a configured run on tensors without values, and see whether it fits a card.
 
     Args:
         config: the run, as `hnkit train` takes it.
         card: the card of each process.
         processes: how many processes share a step's batch.
+        counter: one that has counted this run's parts for another card; `None`: a new one.
 
     Raises:
         InputError: the batch does not divide, the model's sizes are not known, or the counter cannot follow.
@@ -142,7 +143,7 @@ def plan_training(config: RunConfig, card: Card, *, processes: int = 1) -> Plan:
             f"train.batch = {settings.batch} over {processes} processes x train.accumulate = {settings.accumulate} "
             f"leaves a remainder: give a multiple of {shards}"
         )
-    counter = Counter(config, processes)
+    counter = counter or Counter(config, processes)
     need = counter.need((), settings.batch // shards, card)
     found = [] if need.fits(card) else _tried(counter, card)
     encoding = need.weights["network"] + need.weights.get("decoder", 0) + counter.skeleton(()).encoders
@@ -254,7 +255,11 @@ class Counter:
 
 
 def _tried(counter: Counter, card: Card) -> list[Need]:
-    """Every choice of the unused options: at the largest micro-batch that fits, or at 1."""
+    """Choices of the unused options, each at the largest micro-batch that fits, or at 1.
+
+    Options cost recomputation and smaller micro-batches next to nothing: where those alone make it fit, no more is
+    tried.
+    """
     settings = counter.config.train
     here = settings.batch // counter.processes
     sizes = [size for size in range(1, here // settings.accumulate + 1) if here % size == 0]
@@ -263,6 +268,8 @@ def _tried(counter: Counter, card: Card) -> list[Need]:
     for changes in itertools.chain.from_iterable(itertools.combinations(unused, n) for n in range(len(unused) + 1)):
         needs = [counter.need(changes, size, card) for size in sizes]
         found.append(next((need for need in reversed(needs) if need.fits(card)), needs[0]))
+        if not changes and found[0].fits(card):
+            break
     return found
 
 
