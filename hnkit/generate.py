@@ -19,6 +19,7 @@ from hnkit.errors import InputError, NonFiniteError
 from hnkit.internal.files import atomic_write, read_sealed, write_json, write_sealed
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.values import typed_values
+from hnkit.internal.workers import ALONE, Workers, shared_out
 from hnkit.maps import slices
 from hnkit.output.images import image_png
 from hnkit.output.layouts import check_layout, write_layout
@@ -108,6 +109,7 @@ def generate_pairs(
     *,
     steered: bool = True,
     records: Records | None = None,
+    workers: Workers = ALONE,
 ) -> dict[str, Any]:
     """Write base and steered images side by side, and what was done.
 
@@ -122,6 +124,7 @@ def generate_pairs(
         steered: write steered images too; false for a backend without an adapter.
         records: what a prompt file says of its prompts besides their text (see `hnkit.prompts.read_records`), for a
             scorer's layout.
+        workers: the processes that the prompts are shared out over; they see the same folder.
 
     Returns:
         What `report.json` holds.
@@ -135,7 +138,7 @@ def generate_pairs(
     if settings.layout is not None:
         check_layout(settings.layout, prompts, settings.count, records)
     kinds = ["base", "steered"] if steered else ["base"]
-    for number, prompt in enumerate(prompts):
+    for number, prompt in shared_out(prompts, workers):
         place = prompt_folder(folder, number)
         if place.is_symlink():
             raise InputError(f"{place} is a link, and links are not followed: name the folder of a run itself")
@@ -149,10 +152,22 @@ def generate_pairs(
                 for row, image in zip(rows, outputs[kind], strict=True):
                     atomic_write(place / f"{kind}-{row:02d}.png", image_png(image))
         atomic_write(place / "prompt.txt", prompt + "\n")
+    return workers.on_main(lambda: _report(backend, prompts, settings, folder, kinds, records or {}))
+
+
+def _report(
+    backend: Backend,
+    prompts: Sequence[str],
+    settings: GenerateSettings,
+    folder: Path,
+    kinds: Sequence[str],
+    records: Records,
+) -> dict[str, Any]:
+    """What is made of all images together: the contact sheet, the scorer's layout, the report."""
     sheet = contact_sheet(_shown(folder, prompts[:_SHEET_PROMPTS], kinds, min(settings.count, _SHEET_IMAGES)))
     atomic_write(folder / "contact-sheet.png", sheet)
     if settings.layout is not None:
-        write_layout(settings.layout, folder, kinds, prompts, settings.count, records or {})
+        write_layout(settings.layout, folder, kinds, prompts, settings.count, records)
     written = len(prompts) * settings.count * len(kinds)
     document = {
         "backend": backend.name, "images": written, "prompts": list(prompts), "kinds": kinds, **asdict(settings),

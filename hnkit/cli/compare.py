@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,8 @@ def run(options: Options) -> int:
         out=options.out,
     )
     needed = None if options.power is None else power_entries(document, options.power)
+    if int(os.environ.get("RANK", "0")):
+        return 0  # one of several processes speaks
     if options.as_json:
         terminal.print_json(dict(document) if needed is None else {**document, "power": needed})
     else:

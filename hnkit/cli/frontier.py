@@ -10,6 +10,7 @@ from hnkit.cli.folders import refuse_existing
 from hnkit.cli.options import WithBackend
 from hnkit.errors import InputError
 from hnkit.internal.values import setting
+from hnkit.internal.workers import ALONE, Workers
 
 EXAMPLE = "hnkit frontier --rewards scores.csv"
 
@@ -68,15 +69,21 @@ def run(options: Options) -> int:
     from hnkit.internal.provenance import provenance, record_provenance
     from hnkit.output import terminal
     from hnkit.output.page import write_html
+    from hnkit.training.processes import evaluation_workers
 
     refuse_existing(options.out)
     extra: dict[str, Any] = {}
+    workers = ALONE
+    if options.backend is not None:
+        workers = evaluation_workers(options.backend, options.overrides, vars(options))
     if options.rewards is not None:
         frontier, methods = methods_on_frontier(read_rewards(options.rewards), base=options.base, seed=options.seed)
         record = provenance(rewards=file_digest(options.rewards))
     else:
-        measured, record = _measured(options)
+        measured, record = _measured(options, workers)
         frontier, methods, extra = measured.frontier, measured.methods, {"network": measured.figures()}
+    if workers.index:
+        return 0  # the main process writes and says what all have measured
     document = frontier_document(frontier, methods) | extra
     lead = page.sentences(document)
     folder = new_run_folder(options.out, "frontier")
@@ -98,7 +105,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def _measured(options: Options) -> tuple[Any, dict[str, Any]]:
+def _measured(options: Options, workers: Workers) -> tuple[Any, dict[str, Any]]:
     """The network on the frontier, and what that was made with."""
     from hnkit.adapters import adapter_digests, default_prompts, load_trained, local_files_only
     from hnkit.config import CONFIG_FILE, parse_reward_flag, resolve_config
@@ -129,4 +136,4 @@ def _measured(options: Options) -> tuple[Any, dict[str, Any]]:
     rewards = load_rewards(specs, backend.default_reward, device, local_files_only=local)
     alpha = trained if options.alpha is None else options.alpha
     record = provenance(model=backend.model_digest(), adapter=adapter_digests(adapter), prompts=prompts)
-    return network_on_frontier(backend, rewards, prompts, settings, alpha=alpha), record
+    return network_on_frontier(backend, rewards, prompts, settings, alpha=alpha, workers=workers), record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from hnkit.cli.options import WithBackend, flags_of
 from hnkit.config import GenerateSettings, split_permissions
 from hnkit.errors import InputError
 from hnkit.internal.values import setting
+from hnkit.internal.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from hnkit.backend import BackendBase
@@ -62,21 +64,26 @@ def run(options: Options) -> int:
     from hnkit.internal.folders import run_lock, sweep_temporaries
     from hnkit.internal.provenance import provenance, record_provenance
     from hnkit.output import terminal
+    from hnkit.training.processes import evaluation_workers
 
-    folder, plan, backend = resumed(options) if options.resume is not None else begun(options)
-    with run_lock(folder):
-        sweep_temporaries(folder)
+    workers = evaluation_workers(options.backend, options.overrides, vars(options))
+    folder, plan, backend = resumed(options) if options.resume is not None else begun(options, workers)
+    with run_lock(folder) if workers.index == 0 else contextlib.nullcontext():
+        workers.on_main(lambda: sweep_temporaries(folder))
         record = provenance(model=plan.model, adapter=plan.adapter_files or None, prompts=plan.prompts)
         try:
             with resumable("hnkit", "generate", "--resume", str(folder)):
-                record_provenance(folder, record)
+                workers.on_main(lambda: record_provenance(folder, record))
                 document = generate_pairs(
-                    backend, plan.prompts, plan.settings, folder, steered=plan.adapter is not None, records=plan.records
-                )
+                    backend, plan.prompts, plan.settings, folder, steered=plan.adapter is not None,
+                    records=plan.records, workers=workers,
+                )  # fmt: skip
         except InputError:
-            if options.as_json:  # what is done is not lost with the disk
+            if options.as_json and workers.index == 0:  # what is done is not lost with the disk
                 terminal.print_json(unfinished(folder, plan))
             raise
+    if workers.index:
+        return 0
     if options.as_json:
         terminal.print_json({**document, "run_folder": str(folder)})
     else:
@@ -84,7 +91,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def begun(options: Options) -> tuple[Path, GeneratePlan, BackendBase]:
+def begun(options: Options, workers: Workers = ALONE) -> tuple[Path, GeneratePlan, BackendBase]:
     """A new run folder with its plan, and the backend; whatever can be refused is refused before the folder is made."""
     from hnkit.adapters import adapter_digests, default_prompts, load_trained
     from hnkit.generate import GeneratePlan, require_images
@@ -109,8 +116,13 @@ def begun(options: Options) -> tuple[Path, GeneratePlan, BackendBase]:
         name, settings, tuple(texts), records, options.overrides, adapter, adapter_digests(adapter),
         backend.model_digest(),
     )  # fmt: skip
-    folder = new_run_folder(options.out, "generate")
-    plan.write(folder)
+
+    def made() -> Path:
+        folder = new_run_folder(options.out, "generate")
+        plan.write(folder)
+        return folder
+
+    folder = workers.on_main(made)
     return folder, plan, backend
 
 

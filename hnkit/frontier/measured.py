@@ -17,6 +17,7 @@ from hnkit.frontier.table import MethodGain, Rewards, methods_on_frontier
 from hnkit.injection import deployed_noise
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr
+from hnkit.internal.workers import ALONE, Workers, shared_out
 from hnkit.kl.divergence import Method, noise_kl
 from hnkit.kl.verdict import L2Verdict, l2_verdict
 from hnkit.maps import Condition, slices
@@ -102,6 +103,20 @@ class NetworkOnFrontier:
         return found
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """What is measured under one prompt: rewards of base and steered images, and the KL integrand, all on the CPU.
+
+    `faithful` says that the integrand leaves nothing out.
+    """
+
+    base: Tensor
+    steered: Tensor
+    integrand: Tensor
+    l2: float
+    faithful: bool
+
+
 @torch.no_grad()
 def network_on_frontier(
     backend: BackendBase,
@@ -111,6 +126,7 @@ def network_on_frontier(
     *,
     alpha: float | None = None,
     name: str = "hypernetwork",
+    workers: Workers = ALONE,
 ) -> NetworkOnFrontier:
     """Generate base and steered images, score them, and measure the KL of the hypernetwork on the same noises.
 
@@ -121,6 +137,7 @@ def network_on_frontier(
         settings: sizes, seed and method.
         alpha: effective temperature that the hypernetwork was trained at, in units of the reward.
         name: how the hypernetwork is called.
+        workers: the processes that the prompts are shared out over.
 
     Raises:
         InputError: no reward, no prompts, or rewards that are constant or not finite.
@@ -129,33 +146,40 @@ def network_on_frontier(
         raise InputError("no reward: give --reward NAME=WEIGHT, or the folder of the run, which names its own")
     if not prompts:
         raise InputError("no prompts: give one at least")
-    base: dict[str, Tensor] = {}
-    steered: dict[str, Tensor] = {}
-    integrands, squares = [], []
     dim = torch.Size(backend.noise_shape).numel()
     method = settings.method or ("exact" if dim <= EXACT_UP_TO else "lanczos")
-    injection, faithful = backend.injection, backend.injection is None
+    injection = backend.injection
     backend.prepare(prompts)
-    for prompt in dict.fromkeys(prompts):
+    distinct = list(dict.fromkeys(prompts))
+    mine: dict[int, _Prompt] = {}
+    for number, prompt in shared_out(distinct, workers):
         noise = image_noise(backend, _images(prompt, settings.base_samples, settings))
-        base[prompt] = _scores(backend, rewards, prompt, noise, settings)
+        scores = _scores(backend, rewards, prompt, noise, settings)
         x = noise[: settings.samples]
         f = backend.map_for([prompt] * len(x))
         images = _images(prompt, len(x), settings)
         moved, delta = deployed_noise(injection, x, f(x), images.generators("injected noise"))
-        squares.append(float(delta.double().flatten(1).square().sum(1).mean()) / 2)
+        faithful = injection is None
         if injection is None:
             with torch.enable_grad():
                 estimate = noise_kl(f, x, method=method, generator=images.generators("probes")[0])
-            faithful = faithful and estimate.method in FAITHFUL
-            integrands.append(estimate.per_sample.double().cpu())
+            faithful = estimate.method in FAITHFUL
+            integrand = estimate.per_sample.double().cpu()
         else:
-            integrands.append(injection.nats(delta).double().cpu())
-        steered[prompt] = _scores(backend, rewards, prompt, moved.to(x.dtype), settings)
+            integrand = injection.nats(delta).double().cpu()
+        l2 = float(delta.double().flatten(1).square().sum(1).mean()) / 2
+        mine[number] = _Prompt(
+            scores, _scores(backend, rewards, prompt, moved.to(x.dtype), settings), integrand, l2, faithful
+        )
+    found = {number: part for parts in workers.gather(mine) for number, part in parts.items()}
+    ordered = [found[number] for number in range(len(distinct))]
+    base = {prompt: part.base for prompt, part in zip(distinct, ordered, strict=True)}
+    steered = {prompt: part.steered for prompt, part in zip(distinct, ordered, strict=True)}
+    integrands, squares = [part.integrand for part in ordered], [part.l2 for part in ordered]
     kl = sum(float(values.mean()) for values in integrands) / len(integrands)
     errors = [mean_and_stderr(values)[1] ** 2 for values in integrands]
     gap = None
-    if alpha is not None and len(base) > 1 and faithful:
+    if alpha is not None and len(base) > 1 and all(part.faithful for part in ordered):
         gap = gap_lower_bound(integrands, list(steered.values()), list(base.values()), alpha)
     stderr = sum(errors) ** 0.5 / len(errors)
     table = {"base": Rewards(base), name: Rewards(steered, kl, stderr, gap, injection is not None)}

@@ -13,7 +13,10 @@ import torch.distributed
 from accelerate import PartialState
 from torch import Tensor
 
+from hnkit.backend import backend_factory
 from hnkit.errors import InputError
+from hnkit.internal.versions import versions
+from hnkit.internal.workers import ALONE, Workers
 
 Result = TypeVar("Result")
 _LONGEST_WAIT = timedelta(hours=12)  # the others wait while the main process measures
@@ -56,9 +59,13 @@ class Processes:
         return self.index == 0
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """Run `work` on the main process and give its result to all; an `InputError` there is raised by all."""
+        """Run `work` on the main process, once all have come here, and give its result to all.
+
+        An `InputError` there is raised by all.
+        """
         if self.count == 1:
             return work()
+        torch.distributed.barrier()
         outcome: list[Any] = [None, None]
         if self.main:
             try:
@@ -71,6 +78,14 @@ class Processes:
         result: Result = outcome[0]
         return result
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order, on all of them."""
+        if self.count == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(everyone, value)
+        return everyone
+
     def require_same(self, facts: Mapping[str, str]) -> None:
         """Refuse processes that were started with different settings.
 
@@ -82,8 +97,7 @@ class Processes:
         """
         if self.count == 1:
             return
-        everyone: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(everyone, dict(facts))
+        everyone = self.gather(dict(facts))
         for index, theirs in enumerate(everyone):
             for name in dict.fromkeys([*everyone[0], *theirs]):
                 first, other = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
@@ -108,6 +122,27 @@ class Processes:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         torch.distributed.broadcast(flat, src=0)
         _unflatten(flat, tensors)
+
+
+def evaluation_workers(backend: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Workers:
+    """The processes of a command that trains nothing: those of torchrun, else this one alone.
+
+    Args:
+        backend: name of the backend, whose option `device` says where they compute; `None`: where there is a card.
+        overrides: the user's `table.key=value`, among them perhaps that option.
+        settings: what all of them must have been given alike, by name.
+
+    Raises:
+        InputError: they cannot work together, or were given different settings or versions.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    given = [flag.partition("=")[2].strip(" \"'") for flag in overrides if flag.startswith("backend.device=")]
+    default = "auto" if backend is None else vars(backend_factory(backend).options()).get("device", "cpu")
+    processes = Processes(given[-1] if given else str(default))
+    facts = {name: repr(value) for name, value in settings.items()}
+    processes.require_same({"--backend": repr(backend), "--set": repr(tuple(overrides)), **facts, **versions()})
+    return processes
 
 
 class Heartbeat:

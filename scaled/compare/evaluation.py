@@ -13,6 +13,7 @@ from torch import Tensor
 from hnkit.backend import Backend, completed, image_noise
 from hnkit.internal.files import read_sealed, write_sealed
 from hnkit.internal.seeds import image_seed
+from hnkit.internal.workers import ALONE, Workers, shared_out
 from hnkit.maps import Condition, slices
 from hnkit.rewards import RewardSum
 from hnkit.scaled.compare.baselines import Cost, Method, Outcome
@@ -87,6 +88,7 @@ def evaluate(
     seed: int,
     folder: Path,
     progress: Progress,
+    workers: Workers = ALONE,
 ) -> Evaluation:
     """Images of every prompt from every seed, scored; chunks that are already on the disk are read.
 
@@ -102,24 +104,34 @@ def evaluate(
         seed: the seed of the comparison.
         folder: where chunks are kept.
         progress: a function that is told `(name, done, all)` after every chunk.
+        workers: the processes that the chunks are shared out over; they see the same folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     total = seeds * len(prompts)
+    chunks = [(index, chunk) for index in range(seeds) for chunk in slices(len(prompts), batch)]
+
+    def done(index: int, chunk: slice) -> tuple[list[Row], Cost]:
+        part = prompts[chunk]
+        path = folder / f"{name}-steps{steps}-seed{index}-from{chunk.start}.json"
+        found = _read(path, part)
+        if found is None:
+            outcome = images_of(method, backend, part, image_seeds(seed, part, index), steps)
+            document = _document(outcome, part, index, backend, scorer)
+            write_sealed(path, document)
+            found = _parsed(document)
+        return found
+
+    if workers.count > 1:
+        for _, (index, chunk) in shared_out(chunks, workers):
+            done(index, chunk)
+        workers.gather(None)  # nobody reads before all have written
     rows: list[Row] = []
     cost = Cost()
-    for index in range(seeds):
-        for chunk in slices(len(prompts), batch):
-            part, start = prompts[chunk], chunk.start
-            path = folder / f"{name}-steps{steps}-seed{index}-from{start}.json"
-            found = _read(path, part)
-            if found is None:
-                outcome = images_of(method, backend, part, image_seeds(seed, part, index), steps)
-                document = _document(outcome, part, index, backend, scorer)
-                write_sealed(path, document)
-                found = _parsed(document)
-            rows += found[0]
-            cost = cost + found[1]
-            progress(name, len(rows), total)
+    for index, chunk in chunks:
+        found = done(index, chunk)
+        rows += found[0]
+        cost = cost + found[1]
+        progress(name, len(rows), total)
     return Evaluation(name, steps, tuple(rows), cost)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from hnkit.internal.folders import require_resumable, run_lock, sweep_temporarie
 from hnkit.internal.provenance import provenance, record_provenance
 from hnkit.internal.seeds import derived_seed, image_seed
 from hnkit.internal.stats import mean_and_stderr
+from hnkit.internal.workers import Workers, shared_out
 from hnkit.maps import slices
 from hnkit.output.terminal import Steps, steps
 from hnkit.rewards import CallableReward, load_rewards
@@ -59,6 +61,7 @@ from hnkit.scaled.compare.settings import (
 from hnkit.scaled.compare.tables import component_entries, method_row
 from hnkit.scaled.lora.adapter import adapter_options
 from hnkit.scaled.pipelines.factory import PipelineFactory
+from hnkit.training.processes import evaluation_workers
 
 _WITHOUT_INJECTION = {"injection": 0, "max_delta": 0, "draws": 1, "reward_gradient": "pathwise"}
 
@@ -99,22 +102,25 @@ class Comparison:
         Returns:
             What report.json holds, and `run_folder`.
         """
+        given = {"methods": methods, "adapter": adapter, "prompts": prompts, "seeds": seeds, "quick": quick, "out": out}
         if resume is not None:
             folder = Path(resume)
             require_resumable(folder, "compare")
+            workers = evaluation_workers(backend, overrides, given)
             settings = read_plan(folder, backend)
             require_same(
                 folder, settings, methods=methods, adapter=adapter, prompts=prompts, seeds=seeds, quick=quick,
                 overrides=overrides,
             )  # fmt: skip
             lifting, _ = split_permissions(overrides)
-            session = _Session(replace(settings, overrides=(*settings.overrides, *lifting)))
+            session = _Session(replace(settings, overrides=(*settings.overrides, *lifting)), workers)
             if (now := session.base.model_digest()) != settings.model:
                 raise InputError(
                     f"--resume {folder}: the base model has changed since (SHA-256 {str(settings.model)[:12]}... then, "
                     f"{str(now)[:12]}... now): restore it, or start a new comparison"
                 )
         else:
+            workers = evaluation_workers(backend, overrides, given)
             plan, others = make_plan(quick=quick, methods=methods, seeds=seeds, overrides=overrides)
             if adapter is not None and not Path(adapter).is_dir():
                 raise InputError(
@@ -128,15 +134,26 @@ class Comparison:
             chosen = chosen_prompts(config, prompts, plan)
             where = None if adapter is None else str(Path(adapter).resolve())
             settings = Settings(backend, plan, where, files, tuple(chosen), tuple(others), quick)
-            session = _Session(settings)  # what is missing or cannot be used is refused before a folder is made
+            # what is missing or cannot be used is refused before a folder is made
+            session = _Session(settings, workers)
             settings = replace(settings, model=session.base.model_digest())
             session.settings = settings
-            folder = new_run_folder(None if out is None else Path(out), "compare")
-            write_sealed(folder / PLAN, settings.to_json())
+
+            def made() -> Path:
+                folder = new_run_folder(None if out is None else Path(out), "compare")
+                write_sealed(folder / PLAN, settings.to_json())
+                return folder
+
+            folder = workers.on_main(made)
         record = provenance(model=settings.model, adapter=settings.adapter_files or None, prompts=settings.prompts)
-        with run_lock(folder), resumable("hnkit", "compare", "--backend", backend, "--resume", str(folder)):
+
+        def entered() -> None:
             sweep_temporaries(folder)
             record_provenance(folder, record)
+
+        lock = run_lock(folder) if workers.index == 0 else contextlib.nullcontext()
+        with lock, resumable("hnkit", "compare", "--backend", backend, "--resume", str(folder)):
+            workers.on_main(entered)
             document = session.run(folder)
         return document | {"run_folder": str(folder)}
 
@@ -146,8 +163,8 @@ class _Session:
 
     folder: Path
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.plan = settings, settings.plan
+    def __init__(self, settings: Settings, workers: Workers) -> None:
+        self.settings, self.plan, self.workers = settings, settings.plan, workers
         config = settings.configuration
         self.config = config
         self.base = completed(backend_factory(settings.backend).load(config.options))
@@ -190,10 +207,10 @@ class _Session:
             ("diversity", "table 7: diversity", self._diversity),
             ("ranks", "tables 9 and 10: ranks", self._ranks),
             ("losses", "losses and their exact KL", self._losses),
-            ("l2", "how close L2 stayed", self._closeness),
+            ("l2", "how close L2 stayed", lambda: self.workers.on_main(self._closeness)),
             ("frontier", "reward per nat", self._frontier),
             ("training", "figure 4", self._training),
-            ("grid", "grid of images", self._grid),
+            ("grid", "grid of images", lambda: self.workers.on_main(self._grid)),
         ]
         with steps(len(jobs) + len(parts)) as progress:
             self.progress: Steps = progress
@@ -212,8 +229,12 @@ class _Session:
             },
             **results,
         }
-        write_json(self.folder / "report.json", document)
-        write_page(self.folder, document)
+
+        def write() -> None:
+            write_json(self.folder / "report.json", document)
+            write_page(self.folder, document)
+
+        self.workers.on_main(write)
         return document
 
     # --- networks ------------------------------------------------------------------------------------------
@@ -278,6 +299,7 @@ class _Session:
             seed=self.plan.seed,
             folder=self.folder / "parts",
             progress=lambda *_: None,
+            workers=self.workers,
         )
         return replace(result, method=name)
 
@@ -332,6 +354,10 @@ class _Session:
         rows: list[dict[str, Any]] = []
         base_values: dict[str, list[float]] = {}
         for name in names:
+            if self.workers.count > 1:
+                for index, _ in shared_out(prompts, self.workers):
+                    self._prompt_diversity(name, index, metrics)
+                self.workers.gather(None)  # nobody reads before all have written
             values: dict[str, list[float]] = {}
             for index in range(len(prompts)):
                 for metric, value in self._prompt_diversity(name, index, metrics).items():
@@ -423,7 +449,8 @@ class _Session:
         named = [name for name in self.plan.methods if name != "base"]
         losses = [f"kl-{kl}" for kl in self.plan.losses]
         nats = {name: math.log(n) - (n - 1) / n for name, n in self.candidates.items() if n > 1}
-        measured = {name: self._network_kl(name) for name in ("hypernoise", *losses) if name in self.networks}
+        known = [name for name in ("hypernoise", *losses) if name in self.networks]
+        measured = self.workers.on_main(lambda: {name: self._network_kl(name) for name in known})
         alphas = {name: self.networks[name].alpha for name in measured}
         pool = self._evaluate("best-of-n") if "best-of-n" in named else None
         evaluations = [self._evaluate(name) for name in [*named, *losses]]

@@ -1,0 +1,55 @@
+"""Work that is shared out over the processes of one command: one of them, or as many as torchrun started.
+
+Work is shared out by number: part i is the part of process i modulo their number, whatever has been done already, so
+that all agree without a word. What a part is must not depend on how many processes there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Workers(Protocol):
+    """The processes of a command.
+
+    Attributes:
+        count: how many there are.
+        index: the number of this one, from 0; 0 is the main process, which writes what is of all of them.
+    """
+
+    count: int
+    index: int
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Run `work` on the main process, once all have come here, and give its result to all."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order, on all of them."""
+        ...
+
+
+class _Alone:
+    """One process."""
+
+    count, index = 1, 0
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns."""
+        return work()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The one value."""
+        return [value]
+
+
+ALONE: Workers = _Alone()
+
+
+def shared_out(items: Sequence[Item], workers: Workers) -> list[tuple[int, Item]]:
+    """The items of this process, each with its number among all."""
+    return [(number, item) for number, item in enumerate(items) if number % workers.count == workers.index]
