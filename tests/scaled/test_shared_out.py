@@ -63,6 +63,7 @@ def test_generate_writes_the_same_files_whoever_writes_them(place):
     assert kept.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_the_frontier_of_rewards_has_the_same_figures(place):
     command = ("frontier", *COMMON, "--reward", "redness=1", "--base-samples", "8", "--samples", "2", "--json")
     one, two = (json.loads(hnkit(place, n, *command, "--out", f"frontier-{n}")) for n in (1, 2))
