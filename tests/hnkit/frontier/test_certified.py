@@ -10,7 +10,7 @@ from scipy.stats import binom
 from scipy.stats import t as student
 
 from hnkit.errors import InputError
-from hnkit.frontier import gap_lower_bound, nats_lower_bound
+from hnkit.frontier import certified, gap_lower_bound, nats_lower_bound
 from hnkit.toy import PROBLEMS
 
 FALSE_ALARM = 1e-6
@@ -129,6 +129,30 @@ def test_nats_by_rewards_alone_are_not_overstated(shift):
         method = shift + torch.randn(10, 20, generator=generator, dtype=F64)
         failures += nats_lower_bound(list(base), list(method)) > shift**2 / 2
     assert failures <= most_failures(repetitions, 0.05)
+
+
+def test_rewards_that_seldom_fail_are_no_nats():
+    """20 samples of the base's own law often succeed all: their spread is 0, and so would be an error bar of it."""
+    generator, failures, spreadless, repetitions = torch.Generator().manual_seed(7), 0, 0, 60
+    for _ in range(repetitions):
+        base = (torch.rand(5, 4000, generator=generator) > 0.05).to(F64)
+        method = (torch.rand(5, 4, generator=generator) > 0.05).to(F64)
+        spreadless += not bool(method.std())
+        failures += nats_lower_bound(list(base), list(method)) > 0
+    assert failures <= most_failures(repetitions, 0.05)
+    assert spreadless > most_failures(repetitions, 0.05)
+
+
+def test_a_mean_is_not_overstated_by_betting():
+    """Skewed, unlike variables; and the bound is within a few standard errors of the truth where there are many."""
+    generator, failures = torch.Generator().manual_seed(8), 0
+    scale = torch.arange(1, 21, dtype=F64)
+    for _ in range(400):
+        values = scale * (torch.rand(20, generator=generator, dtype=F64) < 0.1)
+        failures += certified._mean_at_least(values, 0.05) > 0.1 * float(scale.mean())
+    assert failures <= most_failures(400, 0.05)
+    many = 1 + torch.rand(20000, generator=generator, dtype=F64)
+    assert 1.5 - 6 * 0.2887 / math.sqrt(20000) < certified._mean_at_least(many, 0.001) < 1.5
 
 
 def test_nats_by_rewards_alone_are_found():
