@@ -157,7 +157,11 @@ class Frontier:
         replicated, _ = self._minimum(self._replicated, nats)
         where = int(index)
         return FrontierPoint(
-            nats, float(value), float(replicated.std()), float(self._betas[where]), float(self._effective[where])
+            nats,
+            float(value),
+            _spread(replicated, self._shares.shape[1]),
+            float(self._betas[where]),
+            float(self._effective[where]),
         )
 
     def curve(self, least: float = 0.01) -> tuple[FrontierPoint, ...]:
@@ -230,7 +234,7 @@ class Frontier:
         frontiers = scale * self._minimum(self._replicated, max(nats, self._least_nats))[0]
         replicated = (self._shares @ gains.double()) / frontiers
         slope = value / (point.gain * point.beta)
-        return Estimate(value, math.hypot(float(replicated.std()), slope * nats_stderr))
+        return Estimate(value, math.hypot(_spread(replicated, self._shares.shape[1]), slope * nats_stderr))
 
 
 def _resampled(count: int, seed: int) -> Tensor:
@@ -238,6 +242,11 @@ def _resampled(count: int, seed: int) -> Tensor:
     drawn = torch.randint(count, (_REPLICATES, count), generator=torch.Generator().manual_seed(seed))
     shares = torch.zeros(_REPLICATES, count, dtype=torch.float64)
     return shares.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / count, dtype=torch.float64))
+
+
+def _spread(replicated: Tensor, units: int) -> float:
+    """Standard error from bootstrap replicates; of few units it is too small by the root of `(n - 1) / n`."""
+    return float(replicated.std()) * math.sqrt(units / (units - 1))
 
 
 @dataclass(frozen=True)

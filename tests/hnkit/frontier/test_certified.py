@@ -83,6 +83,17 @@ def test_one_noisy_prompt_leaves_few_degrees_of_freedom():
     assert few > most_failures(repetitions, 0.025)
 
 
+@pytest.mark.parametrize("alpha", [1.2, 2.5])
+def test_the_gap_of_heavy_tails_is_not_overstated(alpha):
+    """Exponential rewards: exp(r / alpha) is a Pareto variable of index alpha, whose variance is infinite below 2."""
+    generator, repetitions, failures = torch.Generator().manual_seed(9), 200, 0
+    truth = -1 / alpha - math.log(1 - 1 / alpha)  # of f = 0: log Z - E r / alpha
+    for _ in range(repetitions):
+        steered, base = (list(-torch.rand(8, n, generator=generator, dtype=F64).log()) for n in (2, 16))
+        failures += gap_lower_bound([torch.zeros(2, dtype=F64)] * 8, steered, base, alpha).lower > truth
+    assert failures <= most_failures(repetitions, 0.05)
+
+
 def test_the_gap_is_found_where_there_is_one():
     bound = gap_lower_bound(*shifted(60, 40, 400, 0.0, torch.Generator().manual_seed(1)), 0.7)
     truth = 1 / 0.7**2 / 2

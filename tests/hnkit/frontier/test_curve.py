@@ -41,6 +41,14 @@ def test_gaussian_rewards(samples, nats):
     assert points[0].beta == pytest.approx(math.sqrt(2 * nats) / 0.5, rel=0.25)
 
 
+def test_the_error_bars_of_four_prompts():
+    """Replicates of four prompts: without the correction of few units the mean variance is 3/4 of the true one."""
+    points = [Frontier(gaussian(4, 60, seed)).point(0.1) for seed in range(400)]
+    gains = torch.tensor([point.gain for point in points], dtype=torch.float64)
+    mean_square = sum(point.stderr**2 for point in points) / len(points)
+    assert 0.87 < mean_square / float(gains.var()) < 1.3
+
+
 def test_one_prompt_has_an_error_bar_over_its_samples():
     gains = [Frontier(gaussian(1, 400, seed)).point(0.3) for seed in range(16)]
     values = torch.tensor([point.gain for point in gains], dtype=torch.float64)
