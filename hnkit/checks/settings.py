@@ -25,7 +25,8 @@ class VerifySettings:
     Attributes:
         samples: noise samples; `None`: 2048 for a toy, 256 down to 32 for a map, by its dimension.
         seed: the seed of the noise and of every probe.
-        method: the method of `noise_kl`; `None`: exact up to 1024 dimensions, Arnoldi above.
+        method: the method of `noise_kl`; `None`: exact up to 1024 dimensions; above, Arnoldi for a map and low rank
+            plus remainder for a trained hypernetwork, whose local norms exceed 1, or Golub-Kahan where rank is lacking.
         certify: enclose E(A) and its bounds in ball arithmetic at some samples.
         options: further options of `noise_kl`.
         injection: how a map of one's own is deployed; a trained network's adapter says how it is.
@@ -52,9 +53,9 @@ class VerifySettings:
         """Samples of a map in so many dimensions: 256, and fewer, down to 32, where each costs d products."""
         return self.samples or min(256, max(32, 2**13 // dim))
 
-    def method_for(self, dim: int) -> str:
-        """The method that is used in so many dimensions."""
-        return self.method or ("exact" if dim <= DENSE_DIM else "arnoldi")
+    def method_for(self, dim: int, *, trained: bool = False) -> str:
+        """The method that is used in so many dimensions, on a map or on a trained hypernetwork."""
+        return self.method or ("exact" if dim <= DENSE_DIM else "low-rank" if trained else "arnoldi")
 
     def to_config(self) -> dict[str, Any]:
         """The settings as a JSON object."""
@@ -62,10 +63,12 @@ class VerifySettings:
         return {"samples": self.samples, "seed": self.seed, "method": self.method or "automatic",
                 "certify": self.certify, **self.options, **deployed}  # fmt: skip
 
-    def measured(self, name: str, f: NoiseMap, x: Tensor, module: NoiseMap | None = None) -> MeasuredMap:
+    def measured(
+        self, name: str, f: NoiseMap, x: Tensor, module: NoiseMap | None = None, *, trained: bool = False
+    ) -> MeasuredMap:
         """A map on its noise, to be measured as these settings say."""
         dim = x[0].numel()
         return MeasuredMap(
-            name, f, x, self.seed, self.method_for(dim), dict(self.options), module,
-            ascent_steps=25 if dim <= 64 else 5,
+            name, f, x, self.seed, self.method_for(dim, trained=trained), dict(self.options), module,
+            ascent_steps=25 if dim <= 64 else 5, fallback="lanczos" if trained and self.method is None else None,
         )  # fmt: skip

@@ -41,7 +41,7 @@ def verify_backend(
     images = Condition(tuple(rows)).of_images(settings.seed, [*range(per_prompt)] * len(prompts))
     x = image_noise(backend, images)
     f = full.map_for(rows)
-    measured = settings.measured(backend.name, f, x)
+    measured = settings.measured(backend.name, f, x, trained=True)
     measured.validate()
     measured = replace(measured, smooth=not has_kinks(network), injection=full.injection)
     extra = prompt_quantities(measured, prompts, per_prompt) if len(prompts) > 1 else []

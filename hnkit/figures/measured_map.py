@@ -90,6 +90,7 @@ class MeasuredMap:
         ascent_steps: steps of the gradient ascent behind the Lipschitz estimate.
         prompts: the prompt of each row, within which mean shifts are taken; `None`: all rows have one.
         probes: the generator of the probes of `noise_kl`; `None`: one derived from the seed.
+        fallback: the method that takes over where `method` meets local norms that it cannot take; `None`: none.
         injection: how the map is deployed, where noise is injected; everything else is of `x + f(x)` without it.
     """
 
@@ -106,6 +107,7 @@ class MeasuredMap:
     ascent_steps: int = 25
     prompts: Sequence[str] | None = None
     probes: torch.Generator | None = None
+    fallback: str | None = None
     injection: NoiseInjection | None = None
 
     def validate(self) -> None:
@@ -134,8 +136,17 @@ class MeasuredMap:
             ExpansiveMapError: the method needs local norms below 1, and met others.
         """
         generator = self.probes or self.generator("kl")
-        method = cast("Method", self.method)
-        return noise_kl(self.f, self.x, method=method, generator=generator, check=False, **self.options)
+        try:
+            return self._kl(self.method, generator)
+        except ExpansiveMapError:
+            if self.fallback is None:
+                raise
+            self.method = self.fallback
+            return self._kl(self.method, generator)
+
+    def _kl(self, method: str, generator: torch.Generator) -> KLEstimate:
+        named = cast("Method", method)
+        return noise_kl(self.f, self.x, method=named, generator=generator, check=False, **self.options)
 
     @property
     def stein(self) -> KLEstimate:

@@ -11,6 +11,7 @@ from hnkit.kl.methods.low_rank import LowRank
 from hnkit.kl.methods.power import Power
 from hnkit.kl.methods.roulette import Roulette
 from hnkit.kl.methods.second_order import SecondOrder
+from hnkit.kl.two_level import two_level_kl
 from hnkit.kl.verdict import L2Verdict, l2_verdict
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "SecondOrder",
     "l2_verdict",
     "noise_kl",
+    "two_level_kl",
 ]

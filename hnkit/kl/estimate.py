@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hnkit.internal.stats import Estimate
+from hnkit.kl.control import controlled_mean
 from hnkit.kl.moments import Moments
 
 Form = Literal["stein", "change-of-variables"]
@@ -74,6 +75,21 @@ class KLEstimate(Estimate):
     def local_norm(self) -> float:
         """Largest `|J(x)|_2` seen, a lower bound of the Lipschitz constant; NaN where not looked at."""
         return float(self.parts.norm.max())
+
+    @property
+    def controlled(self) -> Estimate:
+        """The same mean with the control variate `x . f - tr J`, whose mean is 0 by Stein's identity: free.
+
+        Each sample is corrected by the coefficient of the others, so that no bias enters. Both forms of the integrand
+        are members of the family, and this is as good as the better one. The plain value for the method l2 and for
+        fewer than 8 samples.
+
+        Source: `proofs/stein_control_variate`.
+        """
+        if not bool(self.parts.trace.isfinite().all()):
+            return Estimate(self.value, self.stderr, self.bias_bound)
+        found = controlled_mean(self.per_sample, self.parts.alignment - self.parts.trace)
+        return Estimate(found.value, found.stderr, self.bias_bound)
 
     @property
     def num_jvp(self) -> int:
