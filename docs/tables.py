@@ -171,8 +171,9 @@ def controls() -> str:
         (name, format_estimate(*value), f"{(base / value[1]) ** 2:.2f}") for name, value in control.items()
     ]
     caption = (
-        f"Nats, {document['samples']} samples of which a quarter is {document['samples'] // 4}; last column: variance of "
-        f"the Stein form at all samples over this one. E(J) and tr(J²)/2 correlate {document['control']['correlation']:.3f}."
+        f"Nats, {document['samples']} samples of which a quarter is {document['samples'] // 4}; last column: variance "
+        "of the Stein form at all samples over this one. Correlation of E(J) and tr(J²)/2: "
+        f"{document['control']['correlation']:.3f}."
     )
     return to_markdown(Table(("estimate", "KL", "variance ratio"), tuple(rows), caption))
 

@@ -245,7 +245,12 @@ def _interval(least: Tensor, most: Tensor, base: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
     if not float(base.mean()) > 0:
         return -math.inf, math.inf
-    factor = float(student.ppf((1 + _LEVEL) / 2, len(base) - 1))
+    # A mean that few samples carry is known as well as from so few: their law has the fewer degrees of freedom.
+    shares = base / base.max()
+    carrying = float(shares.sum().square() / shares.square().sum())
+    if carrying < 2:
+        return -math.inf, math.inf
+    factor = float(student.ppf((1 + _LEVEL) / 2, carrying - 1))
     ends = [
         value + sign * factor * stderr
         for sign, (value, stderr) in ((-1, _bounded_ratio(least, base)), (1, _bounded_ratio(most, base)))

@@ -48,8 +48,8 @@ class LowRank(Adaptive):
         return self.probes
 
     def products_of(self, steps: int) -> int:
-        """See `Probed`: three half blocks of `rank` products for all probes, two products and a space for each."""
-        return 3 * -(-self.rank // (2 * self.probes)) + 2 + steps
+        """See `Probed`: three half blocks of `rank` products for all probes, three products and a space for each."""
+        return 3 * -(-self.rank // (2 * self.probes)) + 3 + steps
 
     def form(self, operator: Operator, vectors: Tensor, run: Run) -> QuadraticForm:
         """See `Probed`."""
@@ -66,10 +66,13 @@ class _Remainder:
         self._small.diagonal(dim1=-2, dim2=-1).add_(1)
 
     def vjp(self, u: Tensor) -> Tensor:
-        """`A^T u = J^T (I - Q Q^T) (u - W S^-1 Q^T u)`."""
+        """`A^T u = J^T (I - Q Q^T) (u - W S^-T Q^T u)`."""
         columns = u.reshape(-1, self._group, self.dim).mT
-        columns = columns - self._W @ torch.linalg.solve(self._small, self._Q.mT @ columns)
-        return self._operator.vjp(self.outside(columns))
+        return self._operator.vjp(self.outside(columns - self.through(columns)))
+
+    def through(self, columns: Tensor) -> Tensor:
+        """`W S^-T Q^T u`, for u as columns of their points."""
+        return self._W @ torch.linalg.solve(self._small, self._Q.mT @ columns)
 
     def outside(self, columns: Tensor) -> Tensor:
         """`(I - Q Q^T) u` as rows, for u as columns of their points."""
@@ -114,8 +117,8 @@ def low_rank(operator: Operator, probe: Tensor, settings: LowRank, run: Run) -> 
         return figure.repeat_interleave(group)
 
     trace = small.diagonal(dim1=-2, dim2=-1).sum(1)
-    # tr J - tr A is that of R - A; with the probe of phi(A), what they share of the first order cancels.
-    between = dot(probe, outside) - rest.trace
+    # tr J - tr A is tr(R - A), of second order: made as such, for a difference would leave rounding of the first.
+    between = dot(probe, operator.vjp(remainder.outside(remainder.through(columns))))
     largest = torch.maximum(spectral_norm(W), (pulled.norm(dim=1) / probe.norm(dim=1)).reshape(points, group).amax(1))
     return QuadraticForm(
         value=spread(log_det_error(small)) + between + rest.value,
@@ -125,7 +128,7 @@ def low_rank(operator: Operator, probe: Tensor, settings: LowRank, run: Run) -> 
         norm=spread(largest),
         truncation=rest.truncation,
         bound=torch.full_like(rest.value, 0.0 if run.lipschitz == 0 else torch.nan),
-        products=rest.products + 3 * blocks + 2,
+        products=rest.products + 3 * blocks + 3,
         steps=rest.steps,
         sign=spread(sign),
     )

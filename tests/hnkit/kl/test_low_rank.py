@@ -121,3 +121,14 @@ def test_too_little_rank_is_said() -> None:
     A = spiked(*[3.0] * 12, rest=0.1)
     with pytest.raises(InputError, match="more rank"):
         low_rank(MatrixOperator(A, 4), probes(1, 4), LowRank(rank=4), run())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-9, 1e-14, 1e-100])
+def test_a_tiny_jacobian_keeps_its_digits(scale: float) -> None:
+    """E(J) is of second order; a first-order difference on the way would leave 1e-16 |J| of rounding."""
+    A = scale * spiked(5.0, 2.0)
+    group = 400
+    found = low_rank(MatrixOperator(A, group), probes(1, group), LowRank(probes=group, rank=16, steps=6), run())
+    half = float((A / scale * (A / scale).T).sum()) / 2  # tr(A^2)/2 of the unscaled matrix
+    values = found.value / scale**2
+    assert abs(float(values.mean()) - half) < 4.5 * float(values.std()) / math.sqrt(group) + 0.1 * scale**0.5 * half

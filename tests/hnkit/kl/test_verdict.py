@@ -152,6 +152,19 @@ class Backward(torch.autograd.Function):
     )
 
 
+def test_one_sample_that_carries_all_bounds_nothing() -> None:
+    """Where f vanishes at all samples but one, the ratio of means has no spread to see, and is no less unknown."""
+
+    def rare(x: Tensor) -> Tensor:
+        return 0.3 * torch.relu(x - 2.2)
+
+    x = torch.cat([torch.full((1, 2), 2.5), torch.zeros(15, 2)]).double()
+    found = l2_verdict(rare, x, generator=seeded())
+    assert found.ratio.stderr < 1e-12
+    assert found.within == math.inf
+    assert not found.good
+
+
 def test_without_local_norms_nothing_is_bounded() -> None:
     found = l2_verdict(Backward.apply, noise(8, 20), generator=seeded())
     assert math.isnan(found.local_norm)
