@@ -142,15 +142,15 @@ def low_rank() -> str:
             if refused
             else (name, f"{case['products']:.0f}", f"{case['rms_error']:.5f}", f"{case['spread']:.4f}")
         )
-    network = document["network"]
-    rows.append(
-        (
-            f"low-rank, default, through the network, {document['samples']} samples",
-            f"{network['products']:.0f}",
-            f"{abs(network['error']):.5f} (one run)",
-            f"{network['spread']:.4f}",
+    if (network := document.get("network")) is not None:
+        rows.append(
+            (
+                f"low-rank, default, through the network, {document['samples']} samples",
+                f"{network['products']:.0f}",
+                f"{abs(network['error']):.5f} (one run)",
+                f"{network['spread']:.4f}",
+            )
         )
-    )
     norms, ranks = document["local_norm"], document["stable_rank"]
     caption = (
         f"E(J) = {format_estimate(*document['error'])} nats, d = {document['dim']}. Root-mean-square error of the mean "
