@@ -18,7 +18,7 @@ import hashlib
 import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +28,44 @@ from torch import Tensor, nn
 from hnkit.errors import InputError
 from hnkit.injection import Generators, deployed_noise
 from hnkit.internal.seeds import forked
-from hnkit.maps import Condition
 from hnkit.scaled.backends import factory_for
-from hnkit.scaled.lora.adapter import Adapter, adapter_options, read_adapter, write_adapter
+from hnkit.scaled.lora.adapter import Adapter, adapter_block, read_adapter, write_adapter
 from hnkit.scaled.lora.twin import LoraSpec, load_lora, lora_targets, make_twin
 from hnkit.scaled.pipelines import memory
+from hnkit.scaled.pipelines.calls import drawing, text_arguments, text_to_image_class
 from hnkit.scaled.pipelines.families.family import Family
-from hnkit.scaled.pipelines.hypernetwork import HyperNetwork
+from hnkit.scaled.pipelines.families.table import family_of
+from hnkit.scaled.pipelines.hypernetwork import EACH, FirstStep, GivenTexts, HyperNetwork
 
 ADAPTER_FOLDER = "adapter"
 """Where `save_pretrained` of a steered pipeline puts the adapter, beside the pipeline's own folders."""
 
 _HINT = "a smaller batch, or pipe.vae.enable_slicing()"
-_embeddings: ContextVar[dict[str, Tensor] | None] = ContextVar("embeddings of the running call", default=None)
+_running: ContextVar[_Running | None] = ContextVar("the running call of a steered pipeline", default=None)
+
+
+@dataclass
+class _Running:
+    """What is known inside a call of a steered pipeline.
+
+    Attributes:
+        given: the arguments of the call.
+        texts: what `encode_prompt` has returned, call by call.
+        moved: whether the noise has been moved.
+    """
+
+    given: Mapping[str, Any]
+    texts: list[Any] = field(default_factory=list)
+    moved: bool = False
 
 
 def attach(pipe: Any, adapter: str | Path) -> Any:
     """A pipeline that moves its noise by a trained hypernetwork and otherwise is `pipe`, which is left unmodified.
 
     Args:
-        pipe: a loaded diffusers pipeline of one of the supported classes, on its device. Offloading, compilation and
-            other LoRAs are added to the result, not to `pipe` before.
+        pipe: a loaded diffusers pipeline on its device: of the class the adapter was trained on, or of another one over
+            the same network (image to image, ControlNet) whose `prepare_latents` draws the noise. Offloading,
+            compilation and other LoRAs are added to the result, not to `pipe` before.
         adapter: folder of a trained adapter (hnkit's, or in the layout of the paper's published one), or of its run.
 
     Returns:
@@ -58,36 +75,40 @@ def attach(pipe: Any, adapter: str | Path) -> Any:
         InputError: another pipeline class, a network with hooks or another LoRA on it, or an adapter that does not
             belong to this model.
     """
-    factory = factory_for(pipe)
-    family = factory.family
-    base = getattr(pipe, family.network)
+    block = adapter_block(adapter)
+    factory = factory_for(pipe, block.get("pipeline_class"))
+    recorded = factory.recorded(adapter)
+    family = factory.family or family_of(block.get("pipeline_class") or type(pipe).__name__)
+    name = family.network_of(pipe)
+    base = getattr(pipe, name)
     base = getattr(base, "_orig_mod", base)  # a compiled network stands for the one inside
-    _refuse_hooks(pipe, base, family)
-    recorded = adapter_options(adapter, family.conditioning, family.published)
+    _refuse_hooks(pipe, base, name)
+    options = factory.options(**recorded)
     expected = Adapter(
         objective="hypernoise",
-        base_model=str(pipe.config._name_or_path),
+        base_model=str(pipe.config.get("_name_or_path", "")) or "the given pipeline",
         base=base,
         spec=LoraSpec(int(recorded["rank"]), recorded["lora_alpha"], lora_targets(base)),
-        zero_base=family.last_layer,
-        guidance=factory.options().guidance,
+        zero_base=block.get("zero_base_layer") or family.last_layer or None,
+        guidance=family.guidance_scale if options.guidance is None else options.guidance,
         weights={},
         conditioning=family.published,
+        pipeline_class=family.pipeline_class,
     )
     found = read_adapter(adapter, expected)
-    twin = make_twin(base, found.spec, zero_base=family.last_layer)
+    twin = make_twin(base, found.spec, zero_base=found.zero_base)
     load_lora(twin, found.weights)
     steered = copy.copy(pipe)
     steered.__class__ = _steered_class(type(pipe))  # type: ignore[arg-type]
-    steered._steer(family, found, twin)
+    steered._steer(family, options, found, twin)
     return steered
 
 
 class SteeredPipeline:
     """What a pipeline becomes when its noise x is replaced by x + f(x); it takes every argument that it took before.
 
-    A call notes the prompt embeddings on their way from `encode_prompt` and moves the noise on its way out of
-    `prepare_latents`; the sampler is the library's, and so is the order of random draws: with f = 0 the images are
+    A call notes what `encode_prompt` returns and moves the noise where `prepare_latents` draws it, or where it is given
+    as `latents=`; the sampler is the library's, and so is the order of random draws: with f = 0 the images are
     bit-equal to the plain pipeline's. One forward of f is added, whatever the number of steps. Prompts reach f as they
     did in training: what the adapter records (SANA's instruction, the prompt's length) is the default of the call.
 
@@ -102,48 +123,59 @@ class SteeredPipeline:
         """What the pipeline's own call returns."""
         call = super().__call__  # type: ignore[misc]
         given = inspect.signature(call).bind_partial(*args, **kwargs).arguments
-        defaults = self.family.attached_arguments(self._adapter.conditioning)
-        token = _embeddings.set({})
+        defaults = text_arguments(self.family, self, self._options)
+        kwargs |= {key: value for key, value in defaults.items() if key not in given}
+        running = _Running(dict(given))
+        token = _running.set(running)
         try:
             with memory.explained(_HINT):
-                return call(*args, **{key: value for key, value in defaults.items() if key not in given}, **kwargs)
+                result = call(*args, **kwargs)
         finally:
-            _embeddings.reset(token)
+            _running.reset(token)
+        if not running.moved:
+            raise InputError(f"{type(self).__name__} did not draw its noise in prepare_latents: f could not move it")
+        return result
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline's own method returns."""
         encoded = super().encode_prompt(*args, **kwargs)  # type: ignore[misc]
-        noted = _embeddings.get()
-        if noted is not None and not noted:  # a second call is for a negative prompt
-            noted.update(self.family.embeddings(encoded))
+        running = _running.get()
+        if running is not None:
+            running.texts.append(encoded)
         return encoded
 
-    def prepare_latents(
-        self, count: int, channels: int, height: int, width: int, dtype: torch.dtype, *args: Any, **kwargs: Any
-    ) -> Any:
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline's own method returns; inside a call, with the noise moved."""
-        prepared = super().prepare_latents(count, channels, height, width, dtype, *args, **kwargs)  # type: ignore[misc]
-        noted = _embeddings.get()
-        if noted is None:
-            return prepared
-        latents = prepared[0] if isinstance(prepared, tuple) else prepared
-        bound = inspect.signature(super().prepare_latents).bind(  # type: ignore[misc]
-            count, channels, height, width, dtype, *args, **kwargs
-        )
-        fresh = _fresh_generators(bound.arguments.get("generator"), latents)
-        token = _embeddings.set(None)  # f may prepare latents of its own
-        try:
-            moved = self._move(latents, height, width, Condition(("",) * count, noted), fresh)
-        finally:
-            _embeddings.reset(token)
-        return (moved, *prepared[1:]) if isinstance(prepared, tuple) else moved
+        running, plain_class = _running.get(), type(self).__mro__[2]
+        if running is None:
+            return super().prepare_latents(*args, **kwargs)  # type: ignore[misc]
+        signature = inspect.signature(super().prepare_latents)  # type: ignore[misc]
+        bound = signature.bind(*args, **kwargs)
+        size = bound.arguments.get("height"), bound.arguments.get("width")
+
+        def draw(shape: Any, *arguments: Any, **named: Any) -> Tensor:
+            noise: Tensor = randn_tensor(shape, *arguments, **named)
+            if running.moved:
+                return noise
+            generator = named.get("generator", arguments[0] if arguments else None)
+            return self._move(noise.float(), running, self._sides(noise, size), generator).to(noise.dtype)
+
+        from diffusers.utils.torch_utils import randn_tensor
+
+        given = bound.arguments.get("latents")
+        if given is not None:
+            sides = self._sides(given, size)
+            layout = self.hypernetwork.first_step.layout(sides, self._given_texts(running, len(given)))
+            moved = self._move(layout.unpack(given.float()), running, sides, bound.arguments.get("generator"))
+            bound.arguments["latents"] = layout.pack(moved).to(given)
+        return drawing(self, draw, plain_class)(*bound.args, **bound.kwargs)
 
     def detached(self) -> Any:
         """The pipeline without the hypernetwork: of the class it had, with the components that this one has now."""
         plain_class: Any = type(self).__mro__[2]  # behind the subclass and this class
         plain = plain_class.__new__(plain_class)
         plain.__dict__.update(self.__dict__)
-        for name in ("hypernetwork", "family", "_adapter"):
+        for name in ("hypernetwork", "family", "_adapter", "_options"):
             del plain.__dict__[name]
         return plain
 
@@ -168,7 +200,7 @@ class SteeredPipeline:
         plain_class: Any = cls.__mro__[2]
         made = plain_class.from_pipe(pipeline, **kwargs)
         made.__class__ = cls
-        made._steer(pipeline.family, pipeline._adapter, pipeline.hypernetwork.twin)
+        made._steer(pipeline.family, pipeline._options, pipeline._adapter, pipeline.hypernetwork.twin)
         return made
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +236,7 @@ class SteeredPipeline:
         """A pipeline of its own over the same components: what is set on it does not reach this one."""
         other = _bare(type(self).__mro__[2])
         other.__dict__.update(self.__dict__)
-        other._steer(self.family, self._adapter, self.hypernetwork.twin)
+        other._steer(self.family, self._options, self._adapter, self.hypernetwork.twin)
         return other
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -213,15 +245,31 @@ class SteeredPipeline:
 
     @property
     def _network(self) -> nn.Module:
-        network: nn.Module = getattr(self, self.family.network)
+        network: nn.Module = getattr(self, self.family.network_of(self))
         return network
 
-    def _steer(self, family: Family, adapter: Adapter, twin: nn.Module) -> None:
+    def _steer(self, family: Family, options: Any, adapter: Adapter, twin: nn.Module) -> None:
         self.family = family
+        self._options = options
         self._adapter = adapter
-        self.hypernetwork = HyperNetwork(family, self, twin, adapter.guidance, _HINT)
+        plain_class: Any = type(self).__mro__[2]
+        pipe: Any = self
+        if plain_class.__name__ != family.pipeline_class:  # f is called in the pipeline that it was trained in
+            plain_class = text_to_image_class(family)
+            taken = inspect.signature(plain_class).parameters
+            pipe = plain_class(**{name: part for name, part in self.components.items() if name in taken})  # type: ignore[attr-defined]
+        first_step = FirstStep(family, pipe, None, options, plain_class)
+        self.hypernetwork = HyperNetwork(first_step, twin, adapter.guidance, _HINT)
 
-    def _move(self, latents: Tensor, height: int, width: int, condition: Condition, fresh: Generators) -> Tensor:
+    def _move(self, noise: Tensor, running: _Running, sides: tuple[int, int], generator: Any) -> Tensor:
+        """Noise as the pipeline draws it, moved."""
+        delta = self._delta(noise, running, sides)
+        if self._adapter.injection is None:
+            return noise + delta
+        moved, _ = deployed_noise(self._adapter.injection, noise, delta, _fresh_generators(generator, noise))
+        return moved
+
+    def _delta(self, noise: Tensor, running: _Running, sides: tuple[int, int]) -> Tensor:
         network = self._network
         stored = any(parameter.dtype.itemsize == 1 for parameter in network.parameters())
         if stored or any("layerwise_casting" in name for name in _hook_names(network)):
@@ -234,16 +282,33 @@ class SteeredPipeline:
         if offload is not None:  # the hypernetwork shares the weights: have them where the network would run
             offload.pre_forward(network)
         lora = [parameter for parameter in self.hypernetwork.parameters() if parameter.requires_grad]
-        if any(parameter.device != latents.device and not parameter.is_meta for parameter in lora):
+        if any(parameter.device != noise.device and not parameter.is_meta for parameter in lora):
             for parameter in lora:
-                parameter.data = parameter.data.to(latents.device)
-        scale = self.family.prepared_scale(self)
-        noise = self.family.unpack(self, latents, height, width).float() / scale
-        delta = self.hypernetwork(noise, condition)
-        if self._adapter.injection is None:
-            return (latents.float() + scale * self.family.pack(self, delta).float()).to(latents.dtype)
-        moved, _ = deployed_noise(self._adapter.injection, noise, delta, fresh)
-        return (scale * self.family.pack(self, moved)).to(latents.dtype)
+                parameter.data = parameter.data.to(noise.device)
+        running.moved = True
+        token = _running.set(None)  # f is a call of a pipeline, too
+        try:
+            delta: Tensor = self.hypernetwork(noise, self._given_texts(running, len(noise)), sides)
+        finally:
+            _running.reset(token)
+        return delta
+
+    def _given_texts(self, running: _Running, rows: int) -> GivenTexts:
+        """The texts of the running call for f's own: as they were encoded, or as the caller gave them."""
+        each = next((running.given[name] for name in EACH if running.given.get(name)), 1)
+        embedded = {
+            name: value
+            for name, value in running.given.items()
+            if not running.texts and value is not None and ("embeds" in name or "attention_mask" in name)
+        }
+        return GivenTexts(running.texts, rows, int(each), embedded)
+
+    def _sides(self, noise: Tensor, size: tuple[int | None, int | None]) -> tuple[int, int]:
+        """Height and width of the image in pixels; where `prepare_latents` is not told, by the shape of the noise."""
+        if size[0] and size[1]:
+            return int(size[0]), int(size[1])
+        factor = int(getattr(self, "vae_scale_factor", 8))
+        return int(noise.shape[-2]) * factor, int(noise.shape[-1]) * factor
 
 
 @functools.cache
@@ -280,7 +345,7 @@ def _hook_names(network: nn.Module) -> set[str]:
     return {name for m in network.modules() for name in getattr(getattr(m, "_diffusers_hook", None), "hooks", ())}
 
 
-def _refuse_hooks(pipe: Any, base: nn.Module, family: Family) -> None:
+def _refuse_hooks(pipe: Any, base: nn.Module, name: str) -> None:
     """Hooks and LoRA layers would be shared with the hypernetwork, or copied into it at their present state."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -291,11 +356,11 @@ def _refuse_hooks(pipe: Any, base: nn.Module, family: Family) -> None:
         )
     if names := _hook_names(base):
         raise InputError(
-            f"the pipeline's {family.network} has the hooks {', '.join(sorted(names))}: attach the adapter first, then "
+            f"the pipeline's {name} has the hooks {', '.join(sorted(names))}: attach the adapter first, then "
             "enable group offloading on the result; layerwise casting is not for weights that are shared"
         )
     if any(isinstance(module, BaseTunerLayer) for module in modules.values()):
         raise InputError(
-            f"the pipeline's {family.network} carries another LoRA: pipe.unload_lora_weights(), attach the adapter, "
+            f"the pipeline's {name} carries another LoRA: pipe.unload_lora_weights(), attach the adapter, "
             "and load that LoRA into the result"
         )

@@ -1,7 +1,8 @@
-"""The backends that hnkit finds by name: `sana`, `sd-turbo`, `flux`, and `digits`, a trained miniature that is bundled.
+"""The backends that hnkit finds by name.
 
-Each is described in one file, its `FACTORY`, and listed here once; `attach` knows a pipeline by the class that its
-family names. Presets hold the columns of tables 3 and 4 of arXiv 2508.09968 and, for what the tables leave out, the
+They are the paper's `sana`, `sd-turbo` and `flux`; other distilled models, and `diffusers` for any pipeline; and
+`digits`, a trained miniature that is bundled. Each is listed here once; `attach` knows a pipeline by its class. Presets
+of the paper's models hold the columns of tables 3 and 4 of arXiv 2508.09968 and, for what the tables leave out, the
 settings of its published code. `train.batch` counts the samples of one optimiser step: the paper's batch over all
 processes times its accumulation.
 """
@@ -13,25 +14,44 @@ from typing import Any
 from hnkit.errors import InputError
 from hnkit.scaled.digits.backend import FACTORY as DIGITS
 from hnkit.scaled.pipelines.factory import PipelineFactory
+from hnkit.scaled.pipelines.families.distilled import DIFFUSERS, DISTILLED
 from hnkit.scaled.pipelines.families.flux import FACTORY as FLUX
 from hnkit.scaled.pipelines.families.sana import FACTORY as SANA
+from hnkit.scaled.pipelines.families.sana import LARGE as SANA_LARGE
 from hnkit.scaled.pipelines.families.sd_turbo import FACTORY as SD_TURBO
 
-__all__ = ["BACKENDS", "DIGITS", "FLUX", "SANA", "SD_TURBO", "PipelineFactory", "factory_for"]
+__all__ = [
+    "BACKENDS",
+    "DIFFUSERS",
+    "DIGITS",
+    "FLUX",
+    "SANA",
+    "SANA_LARGE",
+    "SD_TURBO",
+    "PipelineFactory",
+    "factory_for",
+]
 
-BACKENDS: dict[str, PipelineFactory] = {factory.name: factory for factory in (SANA, SD_TURBO, FLUX, DIGITS)}
-"""Every backend by its name; of two that share a pipeline class (`digits` is a small `sana`) the first is asked."""
+BACKENDS: dict[str, PipelineFactory] = {
+    factory.name: factory for factory in (SANA, SANA_LARGE, SD_TURBO, FLUX, *DISTILLED, DIGITS)
+}
+"""Every backend by its name; of several that share a pipeline class the first is asked."""
 
 
-def factory_for(pipe: Any) -> PipelineFactory:
+def factory_for(pipe: Any, trained_on: str | None = None) -> PipelineFactory:
     """The backend of a loaded diffusers pipeline, by its class.
 
+    Args:
+        pipe: the pipeline.
+        trained_on: the class of the pipeline that an adapter was trained on, where it is known.
+
     Raises:
-        InputError: no backend is for that class; the message names those that there are.
+        InputError: it is no pipeline that encodes prompts.
     """
     found = type(pipe).__name__
+    if not (hasattr(pipe, "encode_prompt") and hasattr(pipe, "components")):
+        raise InputError(f"a {found} was given: noise hypernetworks are for text-to-image pipelines of diffusers")
     for factory in BACKENDS.values():
-        if factory.family.pipeline_class == found:
+        if factory.family is not None and factory.family.pipeline_class == (trained_on or found):
             return factory
-    known = ", ".join(dict.fromkeys(factory.family.pipeline_class for factory in BACKENDS.values()))
-    raise InputError(f"a {found} was given: noise hypernetworks exist for {known}")
+    return DIFFUSERS

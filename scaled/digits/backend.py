@@ -18,7 +18,8 @@ from hnkit.scaled.digits.propose import propose
 from hnkit.scaled.digits.scenes import eval_prompts, train_prompts, validate_prompt
 from hnkit.scaled.pipelines.backend import PipelineBackend
 from hnkit.scaled.pipelines.factory import PipelineFactory, Preset
-from hnkit.scaled.pipelines.families.sana import SanaFamily, SanaOptions
+from hnkit.scaled.pipelines.families.sana import SanaOptions
+from hnkit.scaled.pipelines.families.table import SANA_SPRINT
 from hnkit.scaled.pipelines.options import PipelineOptions
 
 
@@ -36,6 +37,8 @@ class DigitsOptions(SanaOptions):
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache_dir: str = ""
+    self_check: bool = False
+    """The bundled files are known by their checksums, and checked where they were made."""
 
     def folder(self) -> Path:
         """The model's folder, every file of it checked.
@@ -130,6 +133,6 @@ FACTORY = DigitsFactory(
     summary="a trained miniature SANA-Sprint on handwritten digits, 32 px, d = 256; bundled",
     options=DigitsOptions,
     presets={"default": _DEFAULT},
-    family=SanaFamily(),
+    family=SANA_SPRINT,
     backend=DigitsBackend,
 )

@@ -69,6 +69,8 @@ class Adapter:
     """How f is deployed, as it was trained."""
     base_files: BaseFiles | None = None
     """What the base was loaded from; `None`: it is not known."""
+    pipeline_class: str = ""
+    """The class of the pipeline that it was trained on; empty where nothing is recorded."""
 
 
 def write_adapter(folder: str | Path, adapter: Adapter) -> None:
@@ -99,6 +101,7 @@ def write_adapter(folder: str | Path, adapter: Adapter) -> None:
             "guidance": adapter.guidance,
             "conditioning": dict(adapter.conditioning),
             **base_record(adapter.base, adapter.base_files),
+            "pipeline_class": adapter.pipeline_class,
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
             **({} if adapter.injection is None else {"injection": asdict(adapter.injection)}),
         },
@@ -160,6 +163,7 @@ def read_adapter(folder: str | Path, expected: Adapter) -> Adapter:
         conditioning=conditioning,
         injection=injection,
         base_files=_recorded_files(block),
+        pipeline_class=expected.pipeline_class,
     )
 
 
@@ -199,6 +203,16 @@ def adapter_options(
         if type(recorded.get(name)) is kind:
             options[name] = recorded[name]
     return options
+
+
+def adapter_block(folder: str | Path) -> dict[str, Any]:
+    """What hnkit recorded in an adapter beside peft's settings; empty where it wrote none.
+
+    Raises:
+        InputError: the files are missing or damaged.
+    """
+    block = _read_files(Path(folder)).config.get("hnkit")
+    return block if isinstance(block, dict) else {}
 
 
 @dataclass(frozen=True)

@@ -68,13 +68,21 @@ def lora_targets(network: nn.Module) -> tuple[str, ...]:
     A depthwise convolution has one input channel per group; a low-rank term through it is not low-rank in any useful
     sense, and peft refuses ranks that the number of groups does not divide.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = dict(network.named_modules())
+    adapted = [f"{name}." for name, module in layers.items() if isinstance(module, BaseTunerLayer)]
     return tuple(
         sorted(
             name
-            for name, module in network.named_modules()
-            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+            for name, module in layers.items()
+            if not name.startswith(tuple(adapted)) and _takes_lora(getattr(module, "base_layer", module))
         )
     )
+
+
+def _takes_lora(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def share_weights(base: nn.Module) -> nn.Module:
@@ -115,13 +123,17 @@ def make_twin(base: nn.Module, spec: LoraSpec, *, zero_base: str | None, seed: i
     )
     with torch.random.fork_rng(devices=[]), _ungrouped(twin, spec.targets):
         peft.inject_adapter_in_model(config, twin, adapter_name=ADAPTER)
+    for layer in twin.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            layer.set_adapter([*(name for name in layer.active_adapters if name != ADAPTER), ADAPTER])
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in twin.named_parameters():
-        parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
-        if ".lora_A." in name:
+        mine = name.endswith(f".{ADAPTER}.weight")  # the base may have another LoRA, which is part of it
+        parameter.requires_grad_(mine)
+        if mine and ".lora_A." in name:
             start = torch.randn(parameter.shape, generator=generator) / spec.rank
             parameter.data = start.to(parameter.device)
-        elif ".lora_B." in name:
+        elif mine and ".lora_B." in name:
             parameter.data = torch.zeros(parameter.shape, device=parameter.device)
     if zero_base is not None:
         # After the injection: peft builds lora_A and lora_B of the base layer's class, and a LoRA that returned zeros

@@ -1,14 +1,16 @@
-"""What the three real backends share: one diffusers pipeline, frozen, and the twin of its network as hypernetwork.
+"""Any distilled pipeline of diffusers as a backend: the pipeline, frozen, and the twin of its network as hypernetwork.
 
-A `Family` says what is particular to a pipeline class (a screenful each, in sana.py, sd_turbo.py, flux.py); everything
-else is here once. No sampler is written: `generate` is the pipeline's own `__call__`, without its `no_grad`.
+A `Family` says in a few values what is particular to a pipeline class; everything else is found at load. No sampler is
+written: `generate` is the pipeline's own `__call__`, without its `no_grad`, and f is the same call with the twin in the
+place of the network, stopped at its first network call.
 """
 
 from __future__ import annotations
 
-import inspect
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,12 +25,30 @@ from hnkit.scaled.lora.adapter import Adapter, read_adapter, write_adapter
 from hnkit.scaled.lora.base import BaseFiles
 from hnkit.scaled.lora.twin import LoraSpec, load_lora, lora_state, lora_targets, make_twin
 from hnkit.scaled.pipelines import memory
-from hnkit.scaled.pipelines.embeddings import EmbeddingCache, cache_root, embedding_key
+from hnkit.scaled.pipelines.calls import PipelineCall, call_arguments, encoder_names, plain_arguments, without_encoders
+from hnkit.scaled.pipelines.conditions import LONG, TextLayout, find_text_layout
+from hnkit.scaled.pipelines.embeddings import EmbeddingCache, cache_root, embedding_key, joined
 from hnkit.scaled.pipelines.families.family import Family
-from hnkit.scaled.pipelines.hypernetwork import HyperNetwork, NoDelta
+from hnkit.scaled.pipelines.hypernetwork import FirstStep, HyperNetwork, NoDelta
 from hnkit.scaled.pipelines.identity import files_digest, stored_precision, weights_variant
-from hnkit.scaled.pipelines.loading import without_encoders
-from hnkit.scaled.pipelines.options import PipelineOptions
+from hnkit.scaled.pipelines.layout import Layout
+from hnkit.scaled.pipelines.options import RECORDED, PipelineOptions
+from hnkit.scaled.pipelines.selfcheck import check, find_last_layer
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is found at load, where nothing can be: for a backend without weights.
+
+    Attributes:
+        cache: embeddings of the right shapes, in the place of an `EmbeddingCache`.
+        texts: how they are laid out.
+        layout: the layouts of the noise at the size of the options.
+    """
+
+    cache: Any
+    texts: TextLayout
+    layout: Layout
 
 
 class PipelineBackend(BackendBase):
@@ -53,32 +73,43 @@ class PipelineBackend(BackendBase):
         pipe: Any,
         *,
         name: str,
-        cache: EmbeddingCache | None = None,
-        objective: Literal["hypernoise", "direct"] = "hypernoise",
+        known: Known | None = None,
     ) -> None:
         self.name = name
         self.options = options
-        self.objective = objective
+        self.objective: Literal["hypernoise", "direct"] = "hypernoise"
         self.family = family
-        if options.size % family.multiple:
-            raise InputError(f"backend.size {options.size}: {name} takes a multiple of {family.multiple}")
-        self.noise_shape = family.noise_shape(pipe, options.size)
+        self._network = family.network_of(pipe)
         self._encoder_pipe = pipe
-        self._base: nn.Module = getattr(pipe, family.network)
-        self.pipeline = without_encoders(pipe, family)
-        self._cache = cache or EmbeddingCache(self._encode_now, self._cache_folder())
-        spec = LoraSpec(options.rank, options.lora_alpha, lora_targets(self._base))
-        self.hypernetwork = self._install(spec)
+        self._require_size()
+        self._base: nn.Module = getattr(pipe, self._network)
+        self.pipeline = without_encoders(pipe)
+        self._cache: Any = known.cache if known else EmbeddingCache(self._encode_now, self._cache_folder())
+        if known is not None:
+            self._texts = known.texts
+        self.first_step = FirstStep(family, pipe, self._texts, options)
+        if known is not None:
+            self.first_step.know(options.sides, known.layout)
+        self.noise_shape = self.first_step.layout(options.sides, self.any_condition).shape
+        self.last_layer = family.last_layer or find_last_layer(self._base, self.first_step, self.any_condition)
+        self.hypernetwork = self._install(self._own_spec())
+        if options.self_check and known is None:
+            check(self)
 
     @property
     def max_steps(self) -> int:  # type: ignore[override]
         """The most sampler steps that the pipeline's scheduler takes."""
-        return self.family.max_steps
+        config = self.pipeline.scheduler.config
+        return int(self.options.schedule or config.get("num_train_timesteps", 1000))
 
     @property
     def device(self) -> torch.device:
         """Where noise, conditions and images live."""
         return next(self._base.parameters()).device
+
+    def pack(self, noise: Tensor) -> Tensor:
+        """The noise as the argument `latents` of the pipeline takes it."""
+        return self.first_step.layout(self.options.sides, self.any_condition).pack(noise)
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Embeddings of the prompts, from the cache where they are known.
@@ -120,38 +151,50 @@ class PipelineBackend(BackendBase):
             InputError: shapes do not match, or the scheduler refuses that number of steps.
         """
         self._check(noise, condition, steps)
+        images = self.sample(noise, condition, steps, generator)
+        if tuple(images.shape[-2:]) != self.options.sides:
+            raise InputError(
+                f"backend.size {_by(self.options.sides)}: {type(self.pipeline).__name__} paints "
+                f"{_by(tuple(images.shape[-2:]))}: give that size"
+            )
+        return images
+
+    def sample(
+        self,
+        noise: Tensor,
+        condition: Condition,
+        steps: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """What `generate` returns, at any `size` (height, width)."""
         if generator is None:
             generator = condition.generators("sampler", self.options.seed)
-        arguments = self.family.call_arguments(self.options, condition.tensors, steps)
-        sample: Any = inspect.unwrap(type(self.pipeline).__call__)  # the library's sampler without its torch.no_grad
+        height, width = size or self.options.sides
+        arguments = call_arguments(self.family, self.pipeline, self.options, steps, self.options.guidance)
+        arguments |= {"height": height, "width": width, "output_type": "pt"}
+        layout = self.first_step.layout((height, width), condition)
+        parts, order = [], []
         with memory.explained(memory.advice(self.options)):
-            try:
-                images: Tensor = sample(
-                    self.pipeline,
-                    latents=self.family.pack(self.pipeline, noise),
-                    height=self.options.size,
-                    width=self.options.size,
-                    num_inference_steps=steps,
-                    generator=generator,
-                    output_type="pt",
-                    return_dict=False,
-                    **arguments,
-                )[0]
-            except ValueError as error:
-                reason = " ".join(str(error).split())
-                raise InputError(f"{self.family.pipeline_class} refused {steps} step(s): {reason}") from error
-        return images.float()
+            for rows in self._texts.groups(condition.tensors):
+                whole = len(rows) == len(condition)
+                part = condition if whole else condition.select(rows)
+                texts = self._texts.texts(part.tensors, self.device)
+                call = PipelineCall(self.pipeline, self._network, arguments | {"prompt": list(part.prompts)}, texts)
+                mine = [generator[i] for i in rows.tolist()] if isinstance(generator, list) else generator
+                x = noise if whole else noise[rows.to(noise.device)]
+                images = call.run(latents=layout.pack(x), generator=mine)[0]
+                parts.append((images if images.ndim == 4 else images[:, 0]).float())  # the only frame of a video
+                order.append(rows)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.argsort(torch.cat(order)).to(noise.device)]
 
     def direct(self) -> PipelineBackend:
         """The direct fine-tuning twin of this backend: the same LoRA, on the generator itself, and no noise map."""
-        return type(self)(
-            self.family,
-            self.options,
-            self._encoder_pipe,
-            name=self.name,
-            cache=self._cache,
-            objective="direct",
-        )
+        other = copy.copy(self)
+        other.objective = "direct"
+        other.pipeline = without_encoders(self._encoder_pipe)
+        other.hypernetwork = other._install(self._own_spec())
+        return other
 
     def model_digest(self) -> str | None:
         """SHA-256 of the files that the model was loaded from: configurations, tokenizers, weights.
@@ -175,13 +218,15 @@ class PipelineBackend(BackendBase):
                 "generator = factory.load(options).direct()\n"
                 "generator.load_adapter(adapter)"
             )
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self.family.plain_arguments(self.options).items())
+        called = plain_arguments(self.family, self.pipeline, self.options)
+        arguments = ", ".join(f"{key}={value!r}" for key, value in called.items())
+        kind = type(self.pipeline).__name__
         return (
-            f"from diffusers import {self.family.pipeline_class}\n"
+            f"from diffusers import {kind}\n"
             "from hnkit.scaled.attach import attach\n\n"
-            f"pipe = {self.family.pipeline_class}.from_pretrained({self.options.model_id!r})\n"
+            f"pipe = {kind}.from_pretrained({self.options.model_id!r})\n"
             "pipe = attach(pipe, adapter)\n"
-            f"images = pipe(prompt, {arguments}).images"
+            f"images = pipe(prompt=prompt, {arguments}).images"
         )
 
     def save_adapter(self, folder: str | Path) -> None:
@@ -208,7 +253,7 @@ class PipelineBackend(BackendBase):
         return cast(nn.Module, self.hypernetwork.twin)
 
     def _adapter(self) -> Adapter:
-        zero_base = self.family.last_layer if self.objective == "hypernoise" else None
+        zero_base = self.last_layer if self.objective == "hypernoise" else None
         return Adapter(
             objective=self.objective,
             base_model=self.options.model_id,
@@ -217,27 +262,33 @@ class PipelineBackend(BackendBase):
             zero_base=zero_base,
             guidance=getattr(self.hypernetwork, "guidance", self.options.guidance),
             weights=lora_state(self._twin),
-            conditioning={name: getattr(self.options, name) for name in self.family.conditioning},
+            conditioning=self._conditioning(),
             injection=self.injection,
             base_files=self._base_files,
+            pipeline_class=type(self.pipeline).__name__,
         )
+
+    def _own_spec(self) -> LoraSpec:
+        return LoraSpec(self.options.rank, self.options.lora_alpha, lora_targets(self._base))
 
     def _install(self, spec: LoraSpec) -> HyperNetwork | NoDelta:
         """Build the twin for `spec` and put it to work: as f, or in direct fine-tuning as the generator."""
         options = self.options
         self._spec = spec
-        zero_base = self.family.last_layer if self.objective == "hypernoise" else None
+        zero_base = self.last_layer if self.objective == "hypernoise" else None
         twin = make_twin(self._base, spec, zero_base=zero_base, seed=options.seed)
         if self.objective == "direct":
-            setattr(self.pipeline, self.family.network, twin)
+            setattr(self.pipeline, self._network, twin)
             memory.set_checkpointing(twin, options.generator_checkpointing)
             return NoDelta(twin)
         memory.set_checkpointing(twin, options.hypernetwork_checkpointing)
         advice = memory.advice(options)
-        hypernetwork = HyperNetwork(self.family, self.pipeline, twin, options.guidance, advice)
+        hypernetwork = HyperNetwork(self.first_step, twin, options.guidance, advice)
         if options.compile != "no":
             noise = torch.zeros(1, *self.noise_shape, device=self.device)
-            memory.compile_checked(hypernetwork, options.compile, noise, self.encode(["parity check"]))
+            memory.compile_checked(
+                hypernetwork, options.compile, noise, self.any_condition.select(torch.zeros(1, dtype=torch.long))
+            )
         return hypernetwork
 
     def _cache_folder(self) -> Path | None:
@@ -247,7 +298,9 @@ class PipelineBackend(BackendBase):
         root = cache_root() if options.cache_dir == "auto" else Path(options.cache_dir)
         if root is None or self._folder is None:
             return None
-        settings = self.family.encode_arguments(options) | {"family": self.family.name, "dtype": options.dtype}
+        called = call_arguments(self.family, self._encoder_pipe, options, options.schedule or 1, options.guidance)
+        settings = {name: called.get(name) for name in ("max_sequence_length", *self.family.text_arguments)}
+        settings |= {"family": self.family.pipeline_class, "dtype": options.dtype, "guidance": options.guidance}
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         text = [name for name in self._encoder_pipe.components if name.startswith(("text_encoder", "tokenizer"))]
         return root / embedding_key(self._folder, text, settings | {"device": device})
@@ -262,47 +315,77 @@ class PipelineBackend(BackendBase):
     def _digest(self) -> str | None:
         if self._folder is None:
             return None
-        variant = weights_variant(self._folder / self.family.network)
+        variant = weights_variant(self._folder / self._network)
         return files_digest(self._folder, self._encoder_pipe.components, variant)
 
     @property
     def _base_files(self) -> BaseFiles | None:
         if self._folder is None or self._digest is None:
             return None
-        variant = weights_variant(self._folder / self.family.network)
-        return BaseFiles(self._digest, stored_precision(self._folder, self.family.network, variant))
+        variant = weights_variant(self._folder / self._network)
+        return BaseFiles(self._digest, stored_precision(self._folder, self._network, variant))
 
-    def _encode_now(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        encoders = [getattr(self._encoder_pipe, name) for name in self.family.encoders]
+    def _conditioning(self) -> dict[str, Any]:
+        """What an adapter records: the family's own options, and the others that are not at their defaults."""
+        options, defaults = self.options, PipelineOptions()
+        names = [name for name in RECORDED if getattr(options, name) != getattr(defaults, name)]
+        own = [name for name in self.family.conditioning if hasattr(options, name)]
+        values = {name: getattr(options, name) for name in dict.fromkeys(("size", *own, *names))}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @cached_property
+    def _texts(self) -> TextLayout:
+        """How the pipeline's encoded texts are laid out."""
+        return find_text_layout(self._encoded_texts, self.family.embeddings)
+
+    @cached_property
+    def any_condition(self) -> Condition:
+        """Two rows under some prompt, for finding out what does not depend on it."""
+        return PipelineBackend.encode(self, [LONG, LONG])
+
+    def _encoded_texts(self, prompts: Sequence[str]) -> list[Any]:
+        pipe = self._encoder_pipe
+        arguments = call_arguments(self.family, pipe, self.options, self.options.schedule or 1, self.options.guidance)
+        arguments |= {"height": self.options.sides[0], "width": self.options.sides[1], "prompt": list(prompts)}
+        arguments["generator"] = torch.Generator().manual_seed(0)  # noise that is drawn on the way is not used
         # Never inference tensors, whatever mode the caller is in: they are saved for the backward pass of f.
         with (
             torch.inference_mode(False),
             torch.no_grad(),
             memory.explained(memory.advice(self.options)),
-            _lent(encoders, self.device),
+            _lent([getattr(pipe, name) for name in encoder_names(pipe)], self.device),
         ):
-            rows = [
-                self.family.embeddings(
-                    self._encoder_pipe.encode_prompt(
-                        [prompt], device=self.device, **self.family.encode_arguments(self.options)
-                    )
-                )
-                for prompt in prompts  # one by one: in a batch, the others would change the rounding
-            ]
-        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+            return PipelineCall(pipe, self._network, arguments).encoded()
+
+    def _encode_now(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        # One by one: in a batch, the others would change a prompt's length, or its rounding.
+        alone = [self._texts.rows(self._encoded_texts([prompt]), 1) for prompt in prompts]
+        return {key: joined([row[key][0] for row in alone]) for key in alone[0]}
+
+    def _require_size(self) -> None:
+        multiple = self.family.side_multiple(self._encoder_pipe)
+        for name, side in zip(("height", "width"), self.options.sides, strict=True):
+            if side % multiple:
+                asked = name if getattr(self.options, name) else "size"
+                raise InputError(f"backend.{asked} {side}: {self.name} takes a multiple of {multiple}")
 
     def _check(self, noise: Tensor, condition: Condition, steps: int) -> None:
         if tuple(noise.shape[1:]) != self.noise_shape:
             raise InputError(f"noise of shape {tuple(noise.shape)}: {self.name} takes (n, {_show(self.noise_shape)})")
         if len(noise) != len(condition):
             raise InputError(f"{len(noise)} noises and {len(condition)} prompts given: one prompt per noise")
-        if not 1 <= steps <= self.family.max_steps:
-            raise InputError(f"{steps} steps: {self.name} takes 1 to {self.family.max_steps}")
+        schedule = self.options.schedule
+        if schedule and steps != schedule:
+            kind = "timesteps" if self.options.timesteps else "sigmas"
+            raise InputError(f"{steps} steps: backend.{kind} is a schedule of {schedule}: ask for {schedule}")
+        if not 1 <= steps <= self.max_steps:
+            raise InputError(f"{steps} steps: {self.name} takes 1 to {self.max_steps}")
 
 
 @contextmanager
 def _lent(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Have the text encoders on the accelerator only while they are needed."""
+    modules = [module for module in modules if module is not None]
     homes = [next(module.parameters()).device for module in modules]
     for module in modules:
         module.to(device)
@@ -315,3 +398,7 @@ def _lent(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
 
 def _show(shape: Sequence[int]) -> str:
     return ", ".join(str(side) for side in shape)
+
+
+def _by(sides: Sequence[int]) -> str:
+    return " x ".join(str(side) for side in sides)

@@ -184,8 +184,15 @@ def _stack(rows: Sequence[Row]) -> dict[str, Tensor]:
                 full[i, : len(value)] = value
             batch[key] = full
         else:
-            batch[key] = torch.stack(values)
+            batch[key] = joined(values)
     return batch
+
+
+def joined(rows: Sequence[Tensor]) -> Tensor:
+    """The rows as one tensor, those that are shorter than the longest with zeros at their end."""
+    if len({row.shape for row in rows}) == 1:
+        return torch.stack(list(rows))
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def _checksum(tensor: Tensor) -> int:

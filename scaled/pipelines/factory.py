@@ -15,7 +15,7 @@ from hnkit.scaled.pipelines.backend import PipelineBackend
 from hnkit.scaled.pipelines.families.family import Family
 from hnkit.scaled.pipelines.loading import find_model, load_pipeline
 from hnkit.scaled.pipelines.memory import SAVERS
-from hnkit.scaled.pipelines.options import PipelineOptions
+from hnkit.scaled.pipelines.options import RECORDED, PipelineOptions
 from hnkit.training.plan.skeleton import Objective, Skeleton
 
 Preset = Mapping[str, Any]
@@ -46,7 +46,8 @@ class PipelineFactory:
     summary: str
     options: type[Any]
     presets: Mapping[str, Preset]
-    family: Family
+    family: Family | None = None
+    """The record of the class that models have to be of; `None`: any class, by the folder of the model."""
     backend: type[PipelineBackend] = PipelineBackend
 
     def load(self, options: Any = None) -> PipelineBackend:
@@ -57,7 +58,12 @@ class PipelineFactory:
         """
         self._require_packages()
         chosen = self.located(self.options() if options is None else options)
-        return self.backend(self.family, chosen, load_pipeline(self.family, chosen), name=self.name)
+        if not chosen.model_id:
+            raise InputError(
+                f"backend {self.name!r}: name a model's folder or hub name with --set backend.model_id=MODEL"
+            )
+        pipe, family, chosen = load_pipeline(self.name, self.family, chosen)
+        return self.backend(family, chosen, pipe, name=self.name)
 
     @property
     def savers(self) -> Mapping[str, str]:
@@ -74,7 +80,7 @@ class PipelineFactory:
         from hnkit.scaled.pipelines.skeleton import make_skeleton
 
         build = functools.partial(self.backend, name=self.name)
-        return make_skeleton(self.family, self.located(options), build, objective)
+        return make_skeleton(self.name, self.family, self.located(options), build, objective)
 
     def adapter_options(self, folder: str | Path) -> PipelineOptions:
         """The default options, at what the adapter in `folder` records: rank, alpha, base model and conditioning."""
@@ -83,7 +89,9 @@ class PipelineFactory:
 
     def recorded(self, folder: str | Path) -> dict[str, Any]:
         """The options of this backend that the adapter in `folder` fixes, by name."""
-        return adapter_options(folder, self.family.conditioning, self.family.published)
+        family = self.family or Family(pipeline_class="")
+        recorded = adapter_options(folder, {"size": int, **RECORDED, **family.conditioning}, family.published)
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
 
     def located(self, options: PipelineOptions) -> PipelineOptions:
         """The options with the model named that they leave to the backend; here they are taken as they are."""
@@ -94,8 +102,11 @@ class PipelineFactory:
         missing = _missing_packages()
         if missing:
             return f"needs {', '.join(missing)}: pip install 'hnkit[scaled]'"
+        options = self.located(self.options())
+        if not options.model_id:
+            return "ready for a model: name its folder or hub name with --set backend.model_id=MODEL"
         try:
-            folder = find_model(self.located(self.options()).model_id)
+            folder = find_model(options.model_id)
         except InputError as error:
             return str(error)
         return f"ready: {folder}"

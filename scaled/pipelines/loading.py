@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +15,98 @@ from torch import nn
 from hnkit.errors import InputError
 from hnkit.internal.values import reason_of
 from hnkit.scaled.internal.hub import local_folder, missing_model, without_bars
-from hnkit.scaled.pipelines import memory
+from hnkit.scaled.pipelines import memory, parts
+from hnkit.scaled.pipelines.calls import encoder_names
 from hnkit.scaled.pipelines.families.family import Family
+from hnkit.scaled.pipelines.families.table import family_of
 from hnkit.scaled.pipelines.identity import weights_variant
 from hnkit.scaled.pipelines.options import DTYPES, PipelineOptions
 
 
-def load_pipeline(family: Family, options: PipelineOptions) -> Any:
+def load_pipeline(backend: str, family: Family | None, options: PipelineOptions) -> tuple[Any, Family, PipelineOptions]:
     """Load and freeze the pipeline that `options` name, on its device; text encoders stay on the CPU.
 
+    Args:
+        backend: its name, for messages.
+        family: the record of the class that the model has to be of; `None`: of the class that its folder names.
+        options: the options; those that leave something to the pipeline come back with its values.
+
+    Returns:
+        The pipeline, its record, and the options as they hold for it.
+
     Raises:
-        InputError: the model is not there, is another pipeline's, or its files are damaged.
+        InputError: the model is not there, is another pipeline's, or its files are damaged; a LoRA, network or
+            scheduler does not fit it.
     """
     import diffusers
     import diffusers.utils.logging
     import transformers.utils.logging
 
     folder = find_model(options.model_id, options.local_files_only)
-    _check_index(folder, family)
+    found = _class_name(folder)
+    if family is not None and found != family.pipeline_class:
+        raise InputError(f"{folder} holds a {found}: backend {backend} needs a {family.pipeline_class}")
+    family = family or family_of(found)
+    kind = getattr(diffusers, found, None)
+    if kind is None or not hasattr(kind, "encode_prompt"):
+        raise InputError(f"{folder} holds a {found}: noise hypernetworks are for text-to-image pipelines of diffusers")
     bars = without_bars(diffusers.utils.logging, transformers.utils.logging)
     try:
         with bars, torch.random.fork_rng(devices=[]):  # models draw initial weights before the real ones are read
-            pipe = getattr(diffusers, family.pipeline_class).from_pretrained(
+            pipe = kind.from_pretrained(
                 folder,
                 dtype=DTYPES[options.dtype],
                 local_files_only=True,
                 use_safetensors=True,
-                variant=weights_variant(folder / family.network),
-                **family.load_arguments,
+                variant=weights_variant(_network_folder(folder)),
+                **left_out(kind),
             )
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
         reason = reason_of(error, 200)
         raise InputError(f"model {options.model_id!r} does not load from {folder}: {reason}") from error
+    name = family.network_of(pipe)
+    if getattr(pipe, name, None) is None:
+        raise InputError(f"{folder} holds a {found} without a {name}: no hypernetwork can be made of it")
+    parts.exchange_network(pipe, name, options)
+    parts.fuse_lora(pipe, name, options)
+    parts.exchange_scheduler(pipe, options)
+    options = _resolved(pipe, family, options)
     device = find_device(options.device)
-    for name, component in pipe.components.items():
-        if name.startswith("tokenizer"):
+    encoders = encoder_names(pipe)
+    for part, component in pipe.components.items():
+        if part.startswith("tokenizer"):
             memory.drop_word_cache(component)
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
-            if name not in family.encoders:
+            if part not in encoders:
                 with memory.explained(memory.advice(options)):
                     component.to(device)
+    for module in getattr(pipe, name).modules():
+        if type(module).__name__ in family.training:
+            module.train()
     memory.apply_decoder_options(pipe.vae, options)
-    memory.set_checkpointing(getattr(pipe, family.network), options.generator_checkpointing)
-    return pipe
+    memory.set_checkpointing(getattr(pipe, name), options.generator_checkpointing)
+    return pipe, family, options
+
+
+def left_out(kind: type) -> dict[str, Any]:
+    """Components that would paint over an image or look at it: none of them is differentiable."""
+    accepted = inspect.signature(kind).parameters
+    unwanted = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}
+    return {name: value for name, value in unwanted.items() if name in accepted}
+
+
+def _resolved(pipe: Any, family: Family, options: PipelineOptions) -> PipelineOptions:
+    """The options with the pipeline's own values where they leave something to it."""
+    guidance, size = options.guidance, options.size
+    if guidance is None:
+        guidance = family.guidance_scale
+    if not size:
+        config = getattr(pipe, family.network_of(pipe)).config
+        side = getattr(pipe, "default_sample_size", None) or config.get("sample_size")
+        factor = getattr(pipe, "vae_scale_factor", 8)
+        size = int(side) * factor if isinstance(side, int) else 1024
+    return replace(options, guidance=guidance, size=size)
 
 
 def find_model(model_id: str, local_files_only: bool = True) -> Path:
@@ -82,22 +131,15 @@ def find_model(model_id: str, local_files_only: bool = True) -> Path:
         raise missing_model("backend.model_id", model_id, error, local_files_only=local_files_only) from error
 
 
-def _check_index(folder: Path, family: Family) -> None:
+def _network_folder(folder: Path) -> Path:
+    return folder / ("transformer" if (folder / "transformer").is_dir() else "unet")
+
+
+def _class_name(folder: Path) -> str:
     try:
-        found = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        return str(json.loads((folder / "model_index.json").read_text())["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} has no readable model_index.json: give a folder in diffusers' format") from error
-    if found != family.pipeline_class:
-        raise InputError(f"{folder} holds a {found}: backend {family.name} needs a {family.pipeline_class}")
-
-
-def without_encoders(pipe: Any, family: Family) -> Any:
-    """A second pipeline object over the same components, without text encoders: they may live elsewhere."""
-    bare = copy.copy(pipe)
-    for name in family.encoders:
-        setattr(bare, name, None)
-    bare.set_progress_bar_config(disable=True)
-    return bare
 
 
 def find_device(name: str) -> torch.device:

@@ -74,7 +74,10 @@ def set_checkpointing(network: Any, enable: bool) -> None:
 
 
 def apply_decoder_options(vae: Any, options: PipelineOptions) -> None:
-    """Switch on the decoder's checkpointing, slicing and tiling as the options say."""
+    """Switch on the decoder's checkpointing, row-wise decoding and tiling as the options say.
+
+    The library's own slicing decodes row by row but keeps every row's activations for the backward pass.
+    """
     if options.vae_checkpointing:
         if vae._supports_gradient_checkpointing:
             vae.enable_gradient_checkpointing(_recomputed)
@@ -82,7 +85,7 @@ def apply_decoder_options(vae: Any, options: PipelineOptions) -> None:
             for block in vae.decoder.up_blocks:
                 block.forward = _checkpointed(block.forward)
     if options.vae_slicing:
-        vae.enable_slicing()
+        vae.decode = _row_by_row(vae.decode)
     if options.vae_tiling:
         vae.enable_tiling()
 
@@ -135,8 +138,43 @@ def _distance(reference: Tensor, other: Tensor) -> float:
     return float((reference.double() - other.double()).norm() / scale) if scale > 0 else float(other.norm())
 
 
-def _recomputed(module: Callable[..., Any], *arguments: Any) -> Any:
-    return checkpoint(module, *arguments, use_reentrant=False, context_fn=_same_attention)
+def _recomputed(module: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """The module's result, whose activations are computed again in the backward pass, from the same arguments.
+
+    Lists among them are caches that the module changes as it runs (the decoders of Wan and Qwen-Image keep their last
+    features there): the second run is given them as the first found them.
+    """
+    found = [(list(a) if isinstance(a, list) else a) for a in arguments]
+    found_named = {name: list(a) if isinstance(a, list) else a for name, a in named.items()}
+    ran = False
+
+    def run() -> Any:
+        nonlocal ran
+        if not ran:
+            ran = True
+            return module(*arguments, **named)
+        again = [(list(a) if isinstance(a, list) else a) for a in found]
+        return module(*again, **{name: list(a) if isinstance(a, list) else a for name, a in found_named.items()})
+
+    return checkpoint(run, use_reentrant=False, context_fn=_same_attention)
+
+
+def _row_by_row(decode: Callable[..., Any]) -> Callable[..., Any]:
+    """A decoder's `decode`, one row at a time, each of them recomputed in the backward pass."""
+
+    @wraps(decode)
+    def run(latents: Tensor, *arguments: Any, **named: Any) -> Any:
+        parts = [
+            _recomputed(decode, row, *arguments, **named)
+            if torch.is_grad_enabled()
+            else decode(row, *arguments, **named)
+            for row in latents.split(1)
+        ]
+        if isinstance(parts[0], tuple):
+            return tuple(torch.cat(entries) for entries in zip(*parts, strict=True))
+        return type(parts[0])(sample=torch.cat([part.sample for part in parts]))
+
+    return run
 
 
 def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -171,7 +209,7 @@ class _Attention(AbstractContextManager[None]):
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
-    def run(*arguments: Any) -> Any:
-        return _recomputed(forward, *arguments) if torch.is_grad_enabled() else forward(*arguments)
+    def run(*arguments: Any, **named: Any) -> Any:
+        return (_recomputed if torch.is_grad_enabled() else lambda f, *a, **k: f(*a, **k))(forward, *arguments, **named)
 
     return run

@@ -20,13 +20,28 @@ class PipelineOptions:
     model_id: str = ""
     """Hub name of the model, or a local folder in diffusers' format."""
     size: int = 512
-    """Side of the square image in pixels."""
+    """Side of the image in pixels, where `height` or `width` says no other; 0: the pipeline's own."""
+    height: int = 0
+    width: int = 0
     rank: int = 128
     lora_alpha: float = 256.0
     guidance: float = 0.0
     """Guidance scale of generator and hypernetwork."""
-    max_sequence_length: int = 77
-    """Prompt tokens, where the pipeline lets one choose."""
+    max_sequence_length: int = 0
+    """Prompt tokens, where the pipeline lets one choose; 0: its own number."""
+    lora: str = ""
+    """Folder, safetensors file or hub name of a LoRA that is loaded and fused into the frozen model."""
+    lora_scale: float = 1.0
+    network_id: str = ""
+    """Folder, safetensors file or hub name of a network (UNet or transformer) in the place of the model's own."""
+    scheduler: str = ""
+    """Class of diffusers in the place of the model's scheduler; it starts from the settings of that."""
+    scheduler_config: tuple[str, ...] = ()
+    """Settings of the scheduler, as `name=value`."""
+    timesteps: tuple[int, ...] = ()
+    """The schedule, step by step, for a model that was distilled at other timesteps than its scheduler's."""
+    sigmas: tuple[float, ...] = ()
+    """The same for pipelines that take noise levels."""
     device: str = "auto"
     """`auto`: the current CUDA device if there is one, else the CPU."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -36,7 +51,7 @@ class PipelineOptions:
     generator_checkpointing: bool = False
     vae_checkpointing: bool = False
     vae_slicing: bool = False
-    """Decode one image at a time."""
+    """Decode one image at a time, and again in the backward pass: the decoder's activations of one image are kept."""
     vae_tiling: bool = False
     """Decode large images in overlapping tiles; the image changes slightly."""
     compile: str = "no"
@@ -45,6 +60,8 @@ class PipelineOptions:
     """Folder for prompt embeddings; `auto`: hnkit's folder in the user's cache; empty: keep them in memory only."""
     local_files_only: bool = True
     """Never download: take the model from the local hub cache."""
+    self_check: bool = True
+    """Refuse a model at load whose hypernetwork or gradients would be wrong."""
     seed: int = 0
     """Of LoRA's random start, and of the noise that samplers of more than one step add on the way."""
 
@@ -54,8 +71,29 @@ class PipelineOptions:
                 object.__setattr__(self, name, str(value))
         if self.dtype not in DTYPES:
             raise InputError(f"backend.dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
-        for name in ("size", "max_sequence_length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"backend.{name} {getattr(self, name)}: it is 1 or more")
+        for name in ("size", "height", "width", "max_sequence_length"):
+            if getattr(self, name) < 0:
+                raise InputError(f"backend.{name} {getattr(self, name)}: it is 1 or more, 0 for the pipeline's own")
+        if self.timesteps and self.sigmas:
+            raise InputError("backend.timesteps and backend.sigmas are both given: one of them is the schedule")
+        if bad := [entry for entry in self.scheduler_config if "=" not in entry]:
+            raise InputError(f"backend.scheduler_config {bad[0]!r}: write NAME=VALUE")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"backend.seed {self.seed}: it is a whole number from 0 to 2^63 - 1")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the image in pixels."""
+        return self.height or self.size, self.width or self.size
+
+    @property
+    def schedule(self) -> int:
+        """The number of steps of the schedule that `timesteps` or `sigmas` give; 0 where they give none."""
+        return len(self.timesteps) or len(self.sigmas)
+
+
+RECORDED: dict[str, type] = {
+    "height": int, "width": int, "max_sequence_length": int, "lora": str, "lora_scale": float, "network_id": str,
+    "scheduler": str, "scheduler_config": list, "timesteps": list, "sigmas": list,
+}  # fmt: skip
+"""Options that change the generator or what f is given: an adapter records those that are not at their defaults."""

@@ -14,41 +14,56 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hnkit.errors import InputError
 from hnkit.internal.values import reason_of
+from hnkit.maps import Condition
 from hnkit.scaled.pipelines import memory
-from hnkit.scaled.pipelines.backend import PipelineBackend
+from hnkit.scaled.pipelines.backend import Known, PipelineBackend
+from hnkit.scaled.pipelines.calls import StandIn, view
+from hnkit.scaled.pipelines.conditions import Leaf, TextLayout
 from hnkit.scaled.pipelines.families.family import Family
-from hnkit.scaled.pipelines.loading import find_model
+from hnkit.scaled.pipelines.families.table import family_of
+from hnkit.scaled.pipelines.hypernetwork import FirstStep
+from hnkit.scaled.pipelines.layout import Layout
+from hnkit.scaled.pipelines.loading import find_model, left_out
 from hnkit.scaled.pipelines.options import DTYPES, PipelineOptions
 from hnkit.scaled.pipelines.published import PUBLISHED_MODELS
 from hnkit.training.plan.skeleton import Objective, Skeleton, fake_mode, make_fake, without_weights
 
 
 def make_skeleton(
-    family: Family, options: PipelineOptions, build: Callable[..., PipelineBackend], objective: Objective
+    name: str,
+    family: Family | None,
+    options: PipelineOptions,
+    build: Callable[..., PipelineBackend],
+    objective: Objective,
 ) -> Skeleton:
     """The backend of these options on fake tensors on the CPU, whatever device they name.
 
     Args:
-        family: what is particular to the pipeline's class.
+        name: the backend's name.
+        family: what is particular to the pipeline's class; `None`: that of the model's configuration.
         options: the backend's, with the model named.
-        build: makes the backend of `(family, options, pipeline, cache=...)`.
+        build: makes the backend of `(family, options, pipeline, known=...)`.
         objective: whether f or the generator itself is trained.
 
     Raises:
         InputError: the model's configuration is neither in a folder here nor among the published ones, or is another
-            pipeline's.
+            pipeline's; or what the texts of its class become is not written down here.
     """
     options = replace(options, device="cpu", compile="no", cache_dir="")
     mode = fake_mode()
-    pipe = _pipeline(family, options)
-    shapes = ShapesOnly(mode, family.embedding_shapes(pipe, options), DTYPES[options.dtype])
+    family, pipe = _pipeline(name, family, options)
+    if family.pipeline_class not in _TEXTS:
+        raise InputError(f"no plan for a {family.pipeline_class}: plans are made of {', '.join(_TEXTS)}")
+    texts, shapes = _TEXTS[family.pipeline_class](pipe, options)
+    layout = _layout(family, pipe, options, texts, shapes)
+    known = Known(ShapesOnly(mode, shapes, DTYPES[options.dtype]), texts, layout)
 
     def built() -> PipelineBackend:
-        backend = build(family, options, pipe, cache=shapes)
+        backend = build(family, options, pipe, known=known)
         return backend.direct() if objective == "direct" else backend
 
     backend = without_weights(built)
-    network = getattr(pipe, family.network)
+    network = getattr(pipe, family.network_of(pipe))
     make_fake(mode, (network, pipe.vae, backend.hypernetwork))
     return Skeleton(
         backend=backend,
@@ -57,6 +72,51 @@ def make_skeleton(
         mode=mode,
         encoders=0,
     )
+
+
+Planned = tuple[TextLayout, dict[str, tuple[int, ...]]]
+"""How encoded texts are laid out, and the shape of one prompt's row in each of their tensors."""
+
+
+def _sana_texts(pipe: Any, options: PipelineOptions) -> Planned:
+    """Tokens of the encoder's width, and a mask of them."""
+    tokens = options.max_sequence_length or 300
+    names = ("prompt_embeds", "prompt_attention_mask")
+    shapes: dict[str, tuple[int, ...]] = {names[0]: (tokens, pipe.transformer.config.caption_channels)}
+    return TextLayout([tuple(Leaf(name, "rows") for name in names)], False, True), shapes | {names[1]: (tokens,)}
+
+
+def _stable_diffusion_texts(pipe: Any, _: PipelineOptions) -> Planned:
+    """CLIP's 77 tokens, of the width that the network attends to."""
+    template = [(Leaf("0.0", "rows"), Leaf("0.1", "fixed"))]
+    return TextLayout(template, False, True), {"0.0": (77, pipe.unet.config.cross_attention_dim)}
+
+
+def _flux_texts(pipe: Any, options: PipelineOptions) -> Planned:
+    """T5's tokens, CLIP's pooled embedding, and positions of zeros."""
+    config, tokens = pipe.transformer.config, options.max_sequence_length or 512
+    positions = Leaf("0.2", "fixed", value=torch.zeros(tokens, 3))
+    template = [(Leaf("0.0", "rows"), Leaf("0.1", "rows"), positions)]
+    shapes = {"0.0": (tokens, config.joint_attention_dim), "0.1": (config.pooled_projection_dim,)}
+    return TextLayout(template, False, True), shapes
+
+
+_TEXTS: Mapping[str, Callable[[Any, Any], Planned]] = {
+    "SanaSprintPipeline": _sana_texts,
+    "StableDiffusionPipeline": _stable_diffusion_texts,
+    "FluxPipeline": _flux_texts,
+}
+
+
+def _layout(family: Family, pipe: Any, options: PipelineOptions, texts: TextLayout, shapes: Any) -> Layout:
+    """The layouts of the noise: all that a pipeline does before its network can be run without weights."""
+    bare = view(pipe, vae=StandIn(pipe.vae, lambda *_, **__: None))
+    tensors = {
+        name: torch.zeros(1, *shape, dtype=torch.long if "mask" in name else DTYPES[options.dtype])
+        for name, shape in shapes.items()
+    }
+    step = FirstStep(family, bare, texts, options, device=torch.device("cpu"))
+    return step.layout(options.sides, Condition(("",), tensors))
 
 
 @dataclass(frozen=True)
@@ -111,27 +171,29 @@ def _read_configs(folder: Path) -> tuple[str, dict[str, dict[str, Any]]]:
         raise InputError(f"{folder} is not a readable model ({reason_of(error)}): give diffusers' format") from error
 
 
-def _pipeline(family: Family, options: PipelineOptions) -> Any:
-    """The pipeline without text encoders; all tensors are on the device `meta`."""
+def _pipeline(backend: str, family: Family | None, options: PipelineOptions) -> tuple[Family, Any]:
+    """The record of the model's class and the pipeline without text encoders; all tensors are on the device `meta`."""
     import diffusers
 
     found, configs = component_configs(options.model_id)
-    if found != family.pipeline_class:
-        raise InputError(f"{options.model_id} is a {found}: backend {family.name} needs a {family.pipeline_class}")
+    if family is not None and found != family.pipeline_class:
+        raise InputError(f"{options.model_id} is a {found}: backend {backend} needs a {family.pipeline_class}")
+    family = family or family_of(found)
     try:
-        parts = {name: _component(configs[name], DTYPES[options.dtype]) for name in (family.network, "vae")}
+        network = family.network or ("transformer" if "transformer" in configs else "unet")
+        parts = {name: _component(configs[name], DTYPES[options.dtype]) for name in (network, "vae")}
         scheduler: Any = getattr(diffusers, configs["scheduler"]["_class_name"])
         parts["scheduler"] = scheduler.from_config(configs["scheduler"])
         pipeline: Any = getattr(diffusers, family.pipeline_class)
         absent = {name: None for name in pipeline._get_signature_keys(pipeline)[0] if name not in parts}
-        pipe = pipeline(**(absent | parts | dict(family.load_arguments)))
+        pipe = pipeline(**(absent | parts | left_out(pipeline)))
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"no plan for {options.model_id!r}: its configuration is damaged ({reason_of(error)})"
         ) from error
     memory.apply_decoder_options(pipe.vae, options)
-    memory.set_checkpointing(getattr(pipe, family.network), options.generator_checkpointing)
-    return pipe
+    memory.set_checkpointing(getattr(pipe, network), options.generator_checkpointing)
+    return family, pipe
 
 
 def _component(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:

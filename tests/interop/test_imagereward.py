@@ -68,7 +68,7 @@ def test_the_default_preset_starts_with_the_published_files(name, hub, checkpoin
     (tmp_path / "prompts.txt").write_text("a red cat\ntwo dogs\na cat and two dogs\n")
     options = tiny.options(name, checkpoint(name))
     settings = {"steps": 2, "batch": 2, "accumulate": 1, "measure_samples": 2, "validate_samples": 2}
-    flags = [f"backend.{key}={value}" for key, value in options.items()]
+    flags = [f"backend.{key}={tiny.text(value)}" for key, value in options.items()]
     flags += [f"train.{key}={value}" for key, value in ({"prompts": tmp_path / "prompts.txt"} | settings).items()]
     config = resolve_config(backend=name, overrides=flags)
     named = {"hpsv2": 5.0, "imagereward": 1.0, "pickscore": 0.05, "clipscore": 0.01}

@@ -36,7 +36,7 @@ def overrides(name, checkpoint, tmp_path, **changes):
         "validate_samples": 2,
     } | changes  # fmt: skip
     return [
-        *(f"backend.{key}={value}" for key, value in options.items()),
+        *(f"backend.{key}={tiny.text(value)}" for key, value in options.items()),
         *(f"train.{key}={value}" for key, value in settings.items()),
     ]
 

@@ -190,13 +190,19 @@ SIZES = {"sana": 32, "sd-turbo": 16, "flux": 16}
 
 def build(name: str, folder: Path, seed: int = 0) -> Path:
     """Write the tiny checkpoint of one pipeline to `folder` and return it."""
+    return write(PIPELINES[name], folder, seed)
+
+
+def write(builder: Callable[[], diffusers.DiffusionPipeline], folder: Path, seed: int = 0) -> Path:
+    """Write the pipeline that `builder` makes, with seeded weights, to `folder` and return it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = PIPELINES[name]()
+        pipeline = builder()
         # Norms at their initial ones and zeros would leave mistakes about them invisible; biases likewise.
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 for parameter in component.parameters():
+                    parameter.data.nan_to_num_(0.0, 0.0, 0.0)  # some are initialised by `torch.empty`
                     if parameter.ndim == 1:
                         parameter.data.add_(0.1 * torch.randn_like(parameter))
     pipeline.save_pretrained(folder, safe_serialization=True)
@@ -206,4 +212,10 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
 def options(name: str, folder: Path, **changes: object) -> dict[str, object]:
     """Backend options for a tiny checkpoint: float32 on the CPU, rank 4."""
     small = {"size": SIZES[name], "dtype": "float32", "device": "cpu", "rank": 4, "lora_alpha": 8.0, "cache_dir": ""}
+    small |= {"self_check": False}  # tests of one thing; the check has tests of its own
     return {"model_id": str(folder)} | small | changes
+
+
+def text(value: object) -> object:
+    """The value of an option as it is typed after `--set`."""
+    return str(value).lower() if isinstance(value, bool) else value

@@ -1,79 +1,64 @@
-"""What is particular to a family of pipelines, as one interface."""
+"""What is particular to a family of distilled pipelines: one record of values, all of them with defaults.
+
+A pipeline class that no record names runs on the defaults; the self-check at load says whether they hold for it.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
-from torch import Tensor, nn
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
-class Family(ABC):
-    """What is particular to one diffusers pipeline class, as used for noise hypernetworks."""
+def _nothing(_options: Any, _steps: int) -> Mapping[str, Any]:
+    return {}
 
-    name: ClassVar[str]
-    pipeline_class: ClassVar[str]
-    network: ClassVar[str]
-    """Component that f is the twin of."""
-    last_layer: ClassVar[str]
-    encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    load_arguments: ClassVar[Mapping[str, Any]] = {}
-    max_steps: ClassVar[int] = 1000
-    multiple: ClassVar[int] = 8
-    """What divides every image side that the pipeline takes."""
-    conditioning: ClassVar[Mapping[str, type]] = {"size": int}
-    """Options that change what f is given, with their types: an adapter records them."""
-    published: ClassVar[Mapping[str, Any]] = {}
-    """Options of adapters that record nothing, those of the paper's code."""
 
-    @abstractmethod
-    def noise_shape(self, pipe: Any, size: int) -> tuple[int, ...]:
-        """Shape of one sample's noise at an image side of `size` pixels."""
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What is particular to one diffusers pipeline class, as used for noise hypernetworks.
 
-    @abstractmethod
-    def encode_arguments(self, options: Any) -> dict[str, Any]:
-        """Keyword arguments of the pipeline's `encode_prompt`, beside the prompts."""
+    Attributes:
+        pipeline_class: the class that `model_index.json` names.
+        network: the component that f is the twin of; empty: `transformer`, else `unet`.
+        guidance: the argument of the call that takes the guidance scale.
+        guidance_scale: the scale where a user names none; at 0 no classifier-free guidance runs in any class.
+        arguments: arguments of every call of the pipeline, beside those that all classes share.
+        varying: arguments of a call that depend on options and steps.
+        text_arguments: names among `varying` that change what the text encoders are given.
+        multiple: what divides every image side; 0: the decoder's factor, times 2 for a transformer.
+        load_arguments: arguments of `from_pretrained`.
+        training: classes of modules that must be in training mode, because they drop their gradients outside of it.
+        first_call: inputs of the network's first call that f is given other values of, by name.
+        embeddings: names of what `encode_prompt` returns, in order; `prompt_attention_mask` lets the cache trim
+            `prompt_embeds`.
+        conditioning: options of the family that change what f is given, with their types: an adapter records them.
+        published: options of adapters that record nothing, those of the paper's code.
+        last_layer: the layer that f's base leaves out, for adapters that do not say it and for plans, which find
+            nothing out; everywhere else it is found.
+    """
 
-    @abstractmethod
-    def embeddings(self, encoded: tuple[Any, ...]) -> dict[str, Tensor]:
-        """What `encode_prompt` returned, by name, rows first."""
+    pipeline_class: str
+    network: str = ""
+    guidance: str = "guidance_scale"
+    guidance_scale: float = 0.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    varying: Callable[[Any, int], Mapping[str, Any]] = _nothing
+    text_arguments: tuple[str, ...] = ()
+    multiple: int = 0
+    load_arguments: Mapping[str, Any] = field(default_factory=dict)
+    training: tuple[str, ...] = ()
+    first_call: Mapping[str, float] = field(default_factory=dict)
+    embeddings: tuple[str, ...] = ()
+    conditioning: Mapping[str, type] = field(default_factory=dict)
+    published: Mapping[str, Any] = field(default_factory=dict)
+    last_layer: str = ""
 
-    @abstractmethod
-    def embedding_shapes(self, pipe: Any, options: Any) -> dict[str, tuple[int, ...]]:
-        """The shape of one prompt's row in each tensor of `embeddings`, from the configuration alone."""
+    def network_of(self, pipe: Any) -> str:
+        """The name of the component that f is the twin of, in a loaded pipeline."""
+        return self.network or ("transformer" if getattr(pipe, "transformer", None) is not None else "unet")
 
-    @abstractmethod
-    def delta(
-        self, pipe: Any, network: nn.Module, noise: Tensor, tensors: Mapping[str, Tensor], guidance: float
-    ) -> Tensor:
-        """One forward of `network` on the noise, at the inputs the pipeline gives it in its first step."""
-
-    @abstractmethod
-    def call_arguments(self, options: Any, tensors: Mapping[str, Tensor], steps: int) -> dict[str, Any]:
-        """Keyword arguments of the pipeline call, beside latents, size, generator and output type."""
-
-    def plain_arguments(self, options: Any) -> dict[str, Any]:
-        """Keyword arguments of a plain one-step call of the pipeline, beside the prompt, that match `options`."""
-        size, guidance = options.size, options.guidance
-        return {"num_inference_steps": 1, "guidance_scale": guidance, "height": size, "width": size}
-
-    def attached_arguments(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of a plain call of the pipeline by which prompts reach f as they did in training.
-
-        Args:
-            conditioning: what the adapter records of `conditioning`.
-        """
-        return {key: value for key, value in conditioning.items() if key == "max_sequence_length"}
-
-    def pack(self, pipe: Any, noise: Tensor) -> Tensor:
-        """The noise in the layout of the pipeline's argument `latents`."""
-        return noise
-
-    def unpack(self, pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of `pack`."""
-        return latents
-
-    def prepared_scale(self, pipe: Any) -> float:
-        """What the pipeline's `prepare_latents` multiplies noise by."""
-        return 1.0
+    def side_multiple(self, pipe: Any) -> int:
+        """What divides every image side that the pipeline takes, in pixels."""
+        factor = int(getattr(pipe, "vae_scale_factor", 0) or getattr(pipe, "vae_scale_factor_spatial", 8))
+        return self.multiple or factor * (1 if self.network_of(pipe) == "unet" else 2)

@@ -45,7 +45,11 @@ def overrides(checkpoint, tmp_path_factory):
     prompts.write_text("a tree\na boat\na lamp\na green frog\n")
     options = tiny.options("sana", checkpoint("sana"), dtype="bfloat16")  # as every real model is by default
     # the paper's reward ensemble is the preset: the table [rewards] is replaced by redness alone
-    return [*SMALL, f"train.prompts={prompts}", *(f"backend.{key}={value}" for key, value in options.items())]
+    return [
+        *SMALL,
+        f"train.prompts={prompts}",
+        *(f"backend.{key}={tiny.text(value)}" for key, value in options.items()),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +331,7 @@ def test_an_adapter_is_compared_as_its_run_left_it(make_backend, checkpoint, tmp
     options = tiny.options("sana", checkpoint("sana"), instruction=True, dtype="bfloat16")
     made = resolve_config(
         backend="sana",
-        overrides=[*(f"backend.{key}={str(value).lower() if value is True else value}"
+        overrides=[*(f"backend.{key}={tiny.text(value)}"
                      for key, value in options.items()),
                    "train.alpha=0.25", "train.kl=second-order", "train.batch=6"],
         rewards=["redness=3.0"],

@@ -101,11 +101,11 @@ def test_plain_peft_loads_it(saved, reader):
     noise, condition = noise_for(reader), reader.encode(PROMPTS)
     last = model.base_model.model.proj_out
     with torch.no_grad():
-        theirs = reader.family.delta(reader.pipeline, model, noise, condition.tensors, 4.5)
+        theirs = reader.first_step.output(model, noise, condition, 4.5, reader.options.sides)
         last.base_layer.weight.detach_()
         frozen = {}
         last.base_layer.register_forward_hook(lambda module, inputs, output: frozen.update(output=output))
-        reader.family.delta(reader.pipeline, model, noise, condition.tensors, 4.5)
+        reader.first_step.output(model, noise, condition, 4.5, reader.options.sides)
         base_part = frozen["output"].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
         torch.testing.assert_close(theirs - base_part, reader.hypernetwork(noise, condition), atol=1e-5, rtol=1e-4)
 

@@ -18,6 +18,7 @@ from tests.scaled import tiny
 from tests.scaled.conftest import noise_for, perturb, redness, steered
 
 FAMILIES = ["sana", "sd-turbo", "flux"]
+NETWORKS = {"sana": "transformer", "sd-turbo": "unet", "flux": "transformer"}
 PROMPTS = tiny.PROMPTS
 
 
@@ -27,7 +28,7 @@ def plain_call(backend, prompts, noise, steps=1, **arguments):
     pipe.set_progress_bar_config(disable=True)
     side = backend.options.size
     extra = {}
-    if backend.family.name == "sana":
+    if backend.name == "sana":
         extra = {"use_resolution_binning": False}
         if steps != 2:
             extra["intermediate_timesteps"] = None
@@ -35,7 +36,7 @@ def plain_call(backend, prompts, noise, steps=1, **arguments):
             extra["complex_human_instruction"] = None
     return pipe(
         prompts,
-        latents=backend.family.pack(pipe, noise),
+        latents=backend.pack(noise),
         height=side,
         width=side,
         num_inference_steps=steps,
@@ -127,7 +128,7 @@ class TestEveryBackend:
             redness(backend.generate(noise + backend.hypernetwork(noise, condition), condition)).sum().backward()
             return {k for k, p in backend.hypernetwork.named_parameters() if p.grad is not None and p.grad.any()}
 
-        last = f"twin.{backend.family.last_layer}.lora_B.hypernoise.weight"
+        last = f"twin.{backend.last_layer}.lora_B.hypernoise.weight"
         assert moving() == {last}
         perturb(backend)
         trainable = {k for k, p in backend.hypernetwork.named_parameters() if p.requires_grad}
@@ -197,9 +198,7 @@ class TestEveryBackend:
         assert torch.equal(steered(backend.direct(), noise, condition), images)
         for one in (backend, exact):  # |f| / |x| of the order 2e-4: lost if f were a difference of bfloat16 outputs
             with torch.no_grad():
-                last = dict(one.hypernetwork.named_parameters())[
-                    f"twin.{one.family.last_layer}.lora_B.hypernoise.weight"
-                ]
+                last = dict(one.hypernetwork.named_parameters())[f"twin.{one.last_layer}.lora_B.hypernoise.weight"]
                 last.copy_(2e-4 * torch.randn(last.shape, generator=torch.Generator().manual_seed(0)))
         with torch.no_grad():
             delta = backend.hypernetwork(noise, condition)
@@ -281,7 +280,7 @@ class TestEveryBackend:
         with pytest.raises(InputError, match=r"no readable model_index\.json"):
             load(tmp_path / "empty")
         copy = shutil.copytree(checkpoint(name), tmp_path / "copy")
-        weights = next((copy / factory.family.network).glob("*.safetensors"))
+        weights = next((copy / NETWORKS[name]).glob("*.safetensors"))
         weights.write_bytes(weights.read_bytes()[:-100])
         with pytest.raises(InputError, match="does not load from") as caught:
             load(copy)
@@ -306,8 +305,8 @@ def test_files_of_the_fp16_variant_alone_are_read(checkpoint, make_backend, tmp_
 def test_options_are_checked():
     with pytest.raises(InputError, match="float32, bfloat16, float16"):
         PipelineOptions(dtype="int8")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="size 0"):
-        PipelineOptions(size=0)
+    with pytest.raises(InputError, match="size -1"):
+        PipelineOptions(size=-1)
 
 
 def test_bad_device_rank_and_alpha(make_backend):

@@ -1,0 +1,261 @@
+"""What must hold before anything is trained on a pipeline: its noise's layout, f = 0, rows, and every gradient.
+
+Libraries drop gradients silently: in blocks that are recomputed without their mask, in mixtures of experts that run
+under `no_grad` outside of training mode. A model that fails here is refused in one line that says which check, and by
+how much. All of it runs on two small images, with the options of the run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hnkit.errors import InputError
+from hnkit.maps import Condition
+from hnkit.scaled.lora.twin import ADAPTER
+from hnkit.scaled.pipelines.hypernetwork import FirstStep
+from hnkit.scaled.pipelines.layout import stacked
+
+_SIDES = 4
+"""The checks' images have at most this many of the units of which an image side is a multiple."""
+_STEPS = (0.1, 0.03, 0.01)
+_SLOPE = {torch.float32: 0.03, torch.bfloat16: 0.25, torch.float16: 0.1}
+_EQUAL = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_CANDIDATES = 8
+
+
+def find_last_layer(network: nn.Module, first_step: FirstStep, condition: Condition) -> str:
+    """The layer that f's base leaves out: the last linear or convolution to run whose zeroing zeroes the output.
+
+    Raises:
+        InputError: there is none.
+    """
+    size = small_size(first_step)
+    layout = first_step.layout(size, condition)
+    device = next(network.parameters()).device
+    noise = torch.randn(1, *layout.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    one = condition.select(torch.zeros(1, dtype=torch.long))
+    ran: list[str] = []
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return stacked(first_step.raw(network, noise, one, first_step.options.guidance, size))
+
+    layers = {name: layer for name, layer in network.named_modules() if type(layer) in (nn.Linear, nn.Conv2d)}
+    hooks = [
+        layer.register_forward_hook(lambda *_, name=name: ran.append(name))  # type: ignore[misc]
+        for name, layer in layers.items()
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in list(dict.fromkeys(reversed(ran)))[:_CANDIDATES]:
+        hook = layers[name].register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+        try:
+            if not bool(run().any()):
+                return name
+        finally:
+            hook.remove()
+    raise InputError(
+        f"self-check 'last layer': the output of {type(network).__name__} does not end in a linear layer or a "
+        "convolution: no hypernetwork that starts at f = 0 can be made of it"
+    )
+
+
+def small_size(first_step: FirstStep) -> tuple[int, int]:
+    """Height and width of the images that the checks are made on."""
+    most = _SIDES * first_step.family.side_multiple(first_step.pipe)
+    height, width = first_step.options.sides
+    return min(height, most), min(width, most)
+
+
+def check(backend: Any) -> None:
+    """Refuse a `PipelineBackend` whose hypernetwork does not start at 0, mixes rows, or has a wrong gradient.
+
+    Raises:
+        InputError: a check fails: which, by how much, and what to do.
+    """
+    Checks(backend).run()
+
+
+class Checks:
+    """The checks of one loaded backend, in order."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.size = small_size(backend.first_step)
+        self.condition = backend.any_condition
+        self.dtype = next(p.dtype for p in backend.hypernetwork.parameters() if not p.requires_grad)
+        shape = backend.first_step.layout(self.size, self.condition).shape
+        noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        self.noise = noise.to(backend.device)
+        self.trained = [p for p in backend.hypernetwork.parameters() if p.requires_grad]
+
+    def run(self) -> None:
+        """All of them; the LoRA weights are as they were afterwards."""
+        with torch.no_grad():
+            start = self._f(self.noise)
+        if bool(start.any()):
+            self._fail("f = 0", f"f starts at values up to {float(start.abs().max()):.2g}")
+        with self._moved():
+            self._every_layer_learns()
+            self._rows("f", self._f)
+            self._gradient("f", self._f, [self.noise], "its noise")
+            self._gradient("f", lambda: self._f(self.noise), self.trained, "its weights")
+            self._recomputed()
+        self._rows("the generator", self._images)
+        self._gradient("the generator", self._images, [self.noise], "its noise")
+
+    def _f(self, noise: Tensor, rows: Sequence[int] = (0, 1)) -> Tensor:
+        condition = self.condition.select(torch.tensor(rows))
+        delta: Tensor = self.backend.hypernetwork(noise, condition, self.size)
+        return delta
+
+    def _images(self, noise: Tensor, rows: Sequence[int] = (0, 1)) -> Tensor:
+        condition = self.condition.select(torch.tensor(rows))
+        return self.backend.sample(noise, condition, self.backend.options.schedule or 1, size=self.size)
+
+    def _every_layer_learns(self) -> None:
+        """A layer that runs under `no_grad` inside f gets no gradient, and nothing says so."""
+        layers = {name: layer for name, layer in self.backend.hypernetwork.named_modules() if hasattr(layer, "lora_A")}
+        dead: set[str] = set()
+        hooks = [
+            layer.register_forward_hook(
+                lambda _, __, output, name=name: None if output.requires_grad else dead.add(name)  # type: ignore[misc]
+            )
+            for name, layer in layers.items()
+        ]
+        try:
+            self._f(self.noise)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if dead:
+            name = min(dead).removeprefix("twin.").removesuffix(f".{ADAPTER}")
+            self._fail("gradient of f", f"{len(dead)} of {len(layers)} LoRA layers run without gradients ({name})")
+
+    def _rows(self, what: str, function: Callable[..., Tensor]) -> None:
+        with torch.no_grad():
+            both = function(self.noise)
+            worst = max(_difference(function(self.noise[i : i + 1], (i,)), both[i : i + 1]) for i in range(2))
+        if not worst <= 10 * _EQUAL[self.dtype]:
+            self._fail(f"rows of {what}", f"a row alone differs from the same row in a batch by a relative {worst:.1g}")
+
+    def _gradient(self, what: str, function: Callable[..., Tensor], inputs: list[Tensor], of: str) -> None:
+        """Autograd against central differences along its gradient, for a random functional of the output."""
+        slope, difference, unsure = self._slopes(function, inputs, f"gradient of {what}")
+        error = max(0.0, abs(slope - difference) - unsure) / max(abs(slope), 1e-30)
+        if not error <= _SLOPE[self.dtype]:
+            self._fail(f"gradient of {what}", f"the gradient by {of} differs from a finite difference by {error:.0%}")
+
+    def _slopes(self, function: Callable[..., Tensor], inputs: list[Tensor], name: str) -> tuple[float, float, float]:
+        """The slope along the gradient by autograd, by differences, and how well the differences agree."""
+        by_noise = inputs == [self.noise]
+
+        def value(noise: Tensor) -> Tensor:
+            output = (function(noise) if by_noise else function()).double()
+            weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            return (output * weights.to(output.device)).sum()
+
+        at = [self.noise.clone().requires_grad_()] if by_noise else inputs
+        total = value(at[0])
+        if not total.requires_grad:
+            self._fail(name, "the output carries no gradient")
+        with torch.no_grad():
+            plain = value(at[0])
+        if not abs(float(plain - total)) <= _EQUAL[self.dtype] * max(1.0, abs(float(plain))):
+            self._fail(
+                name, f"with gradients on, the output is another one ({float(total):.4g}, not {float(plain):.4g})"
+            )
+        gradients = [
+            torch.zeros_like(x) if g is None else g
+            for x, g in zip(at, torch.autograd.grad(total, at, allow_unused=True), strict=True)
+        ]
+        norm = float(torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt())
+        if not 0 < norm < float("inf"):
+            self._fail(name, f"the gradient has norm {norm:.2g}")
+        differences = []
+        for step in _STEPS:
+            ends = []
+            for sign in (1, -1):
+                with torch.no_grad(), _shifted(at, gradients, sign * step / norm):
+                    ends.append(float(value(at[0])))
+            differences.append((ends[0] - ends[1]) / (2 * step))
+        gaps = [abs(a - b) for a, b in itertools.pairwise(differences)]
+        best = min(range(len(gaps)), key=gaps.__getitem__)
+        return norm, differences[best + 1], gaps[best]
+
+    def _recomputed(self) -> None:
+        """Gradients of f with its blocks recomputed, against those without."""
+        if not self.backend.options.hypernetwork_checkpointing:
+            return
+        found = self._weight_gradients()
+        with _without_recomputation(self.backend.hypernetwork):
+            plain = self._weight_gradients()
+        error = _difference(found, plain)
+        if not error <= _EQUAL[self.dtype]:
+            self._fail(
+                "recomputed blocks",
+                f"with backend.hypernetwork_checkpointing the gradients of f are another {error:.1%} off",
+                "set it to false",
+            )
+
+    def _weight_gradients(self) -> Tensor:
+        delta = self._f(self.noise)
+        weights = torch.linspace(-1, 1, delta.numel(), device=delta.device).view_as(delta)
+        gradients = torch.autograd.grad((delta * weights).sum(), self.trained, allow_unused=True)
+        return torch.cat([g.flatten() for g in gradients if g is not None])
+
+    @contextmanager
+    def _moved(self) -> Iterator[None]:
+        """LoRA away from f = 0, where every wrong answer would agree."""
+        start = [p.detach().clone() for p in self.trained]
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.trained:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self.trained, start, strict=True):
+                    parameter.copy_(value)
+
+    def _fail(self, name: str, reason: str, cure: str = "backend.self_check = false loads it all the same") -> None:
+        raise InputError(f"self-check {name!r}: {type(self.backend.pipeline).__name__}: {reason}: {cure}")
+
+
+@contextmanager
+def _shifted(tensors: Sequence[Tensor], directions: Sequence[Tensor], step: float) -> Iterator[None]:
+    start = [tensor.detach().clone() for tensor in tensors]
+    for tensor, direction in zip(tensors, directions, strict=True):
+        tensor.data.add_(direction, alpha=step)
+    try:
+        yield
+    finally:
+        for tensor, value in zip(tensors, start, strict=True):
+            tensor.data.copy_(value)
+
+
+@contextmanager
+def _without_recomputation(network: nn.Module) -> Iterator[None]:
+    on: list[Any] = [m for m in network.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in on:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    scale = float(other.double().norm())
+    return float((one.double() - other.double()).norm()) / max(scale, 1e-30)
