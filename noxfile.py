@@ -12,7 +12,7 @@ import nox
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.error_on_missing_interpreters = False
 
-PINS = "constraints.txt"
+PINS, LOCK = "constraints.txt", "requirements.lock"
 TEST_TOOLS = (
     "pytest", "pytest-benchmark", "pytest-cov", "pytest-timeout", "pytest-xdist", "mpmath", "sympy", "pyarrow",
 )  # fmt: skip
@@ -27,10 +27,14 @@ PROVER = (
 )
 
 
-def _install(session: nox.Session, extras: str = "", *tools: str) -> None:
+def _prepare(session: nox.Session) -> None:
     session.env.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PIP_DISABLE_PIP_VERSION_CHECK="1")
     # glibc gives large blocks back to the system after every step; keeping them is about twice as fast on the CPU
     session.env.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(8 * 2**30))
+
+
+def _install(session: nox.Session, extras: str = "", *tools: str) -> None:
+    _prepare(session)
     target = f".[{extras}]" if extras else "."
     session.install("-q", "-c", PINS, "-e", target, *tools)
 
@@ -68,6 +72,16 @@ def tests(session: nox.Session) -> None:
     session.install("-q", "-c", PINS, "--no-deps", *WITHOUT_DEPENDENCIES)
     session.env.update(OMP_NUM_THREADS="1")  # the workers share the cores
     session.run("pytest", "-q", "-n", "auto", "--cov", "--cov-report=term:skip-covered", *session.posargs)
+
+
+@nox.session
+def locked(session: nox.Session) -> None:
+    """The tests where every file that is installed has the hash that is on record, the build tool's included."""
+    _prepare(session)
+    session.install("-q", "--require-hashes", "--no-deps", "-r", LOCK)
+    session.install("-q", "--no-deps", "--no-build-isolation", "-e", ".")
+    session.env.update(OMP_NUM_THREADS="1")
+    session.run("pytest", "-q", "-n", "auto", *session.posargs)
 
 
 @nox.session
