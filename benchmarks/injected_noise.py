@@ -2,7 +2,8 @@
 
 Short runs of one recipe that differ in one thing each: the L2 loss without injected noise; injected noise with one draw
 and with four, by the gradient through reward and generator; and by the score function, on a copy of the reward that has
-no gradient, at the same number of reward calls and at four times as many. Gains are on held-out prompts.
+no gradient. Four draws are taken at the same number of reward calls and at four times as many. Gains are on held-out
+prompts.
 
     python benchmarks/injected_noise.py                 all runs, about five minutes of one core
     python benchmarks/injected_noise.py --only l2       one of them
@@ -42,7 +43,8 @@ COMMON = {
 RUNS: dict[str, dict[str, Any]] = {
     "l2": {},
     "injected": {"injection": SHARE},
-    "injected, 4 draws": {"injection": SHARE, "draws": 4},
+    "injected, 4 draws, as many calls": {"injection": SHARE, "draws": 4, "batch": BATCH // 4},
+    "injected, 4 draws, four times the calls": {"injection": SHARE, "draws": 4},
     "score function, as many calls": {
         "injection": SHARE, "draws": 4, "batch": BATCH // 4, "reward_gradient": "score-function",
     },

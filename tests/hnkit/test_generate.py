@@ -14,6 +14,7 @@ import hnkit.generate
 from hnkit.cli import app as cli
 from hnkit.errors import InputError, NonFiniteError
 from hnkit.generate import PLAN, GeneratePlan, GenerateSettings, generate_pairs, require_images
+from hnkit.injection import NoiseInjection
 from hnkit.internal.files import read_sealed, write_sealed
 from tests.hnkit.fake_backend import FakeBackend, FakeFactory, Options
 
@@ -104,6 +105,29 @@ def test_images_do_not_depend_on_the_batch_or_on_the_other_prompts(here, capsys)
         assert found == whole
     few = images("few", "--prompt", "a longer dog", "--count", "2", "--steps", "3")
     assert few.items() <= whole.items()
+
+
+def test_injected_noise_is_each_image_s_own(tmp_path):
+    """Steered images have fresh noise of their own, whatever the batch and the other prompts; base images have none."""
+
+    def images(folder, prompts, batch, injection):
+        backend = FakeBackend(Options())
+        backend.injection = injection
+        (tmp_path / folder).mkdir()
+        generate_pairs(backend, prompts, GenerateSettings(count=5, batch=batch), tmp_path / folder)
+        return {
+            (prompts[int(path.parent.name[-3:])], path.name): path.read_bytes()
+            for path in (tmp_path / folder).rglob("prompt-*/*.png")
+        }
+
+    prompts = ["a cat", "a longer dog"]
+    plain, whole = images("plain", prompts, 8, None), images("whole", prompts, 8, NoiseInjection(0.5))
+    for key, image in whole.items():
+        assert (image == plain[key]) == key[1].startswith("base")
+    assert len({whole[key] for key in whole if key[1].startswith("steered")}) == 10
+    assert images("one by one", prompts[::-1], 1, NoiseInjection(0.5)) == whole
+    # f = 0 here: next to nothing injected is next to the base image
+    assert images("little", ["a cat"], 2, NoiseInjection(1e-9)).items() <= plain.items()
 
 
 def test_a_layout_that_was_cut_short_is_made_again(here, capsys, monkeypatch):
