@@ -357,3 +357,20 @@ def test_an_adapter_is_compared_as_its_run_left_it(make_backend, checkpoint, tmp
     assert {name: spec.weight for name, spec in named.rewards.items()} == {"redness": 2.0}
     with pytest.raises(InputError, match="is for backend 'sana', not 'digits'"):
         configuration("digits", run, [])
+
+
+@pytest.mark.slow
+def test_a_comparison_of_what_injects_noise(overrides, tmp_path):
+    """Training, images and nats are of what is deployed; the losses beside it, and direct tuning, have none of it."""
+    chosen = [*overrides, "train.injection=0.5", "train.draws=2", "compare.ranks=[]", "compare.steps=[1]",
+              "compare.losses=['l2']"]  # fmt: skip
+    methods = ["base", "hypernoise", "direct"]
+    document = COMPARISON("sana", methods=methods, prompts=PROMPTS, seeds=2, overrides=chosen, out=tmp_path / "run")
+    injected = document["l2"][0]["injected"]
+    assert injected["nats"] > 0
+    assert "at most" in lead(document)
+    (row,) = document["losses"]
+    assert "injected" not in row["along_training"][-1]
+    config = (tmp_path / "run" / "runs" / "hypernoise" / "config.toml").read_text()
+    assert "injection = 0.5" in config
+    assert "injection = 0.0" in (tmp_path / "run" / "runs" / "direct" / "config.toml").read_text()
