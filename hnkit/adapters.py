@@ -76,7 +76,8 @@ def load_trained(
 
 def local_files_only(name: str, overrides: Sequence[str]) -> bool:
     """The switch for what is loaded beside the backend: off where `--set backend.local_files_only=false` is given."""
-    given = parse_options(overrides, backend_factory(name).options, "backend")
+    mine = [override for override in overrides if override.startswith("backend.")]
+    given = parse_options(mine, backend_factory(name).options, "backend")
     return bool(given.get("local_files_only", True))
 
 

@@ -8,9 +8,10 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hnkit.errors import InputError
+from hnkit.internal.downloads import not_here
 from hnkit.internal.values import reason_of
 
 FORMATS = (
@@ -24,7 +25,7 @@ _Entries = Iterable[tuple[str, dict[str, Any]]]
 _COLUMN = "prompt"
 
 
-def read_prompts(source: str | Path) -> list[str]:
+def read_prompts(source: str | Path, *, local_files_only: bool = True) -> list[str]:
     """The distinct prompts of a file, a folder or a data set on the hub, in their order of first appearance.
 
     A prompt is kept as it is but for white space at its ends; blank ones are skipped, and duplicates are removed.
@@ -34,14 +35,15 @@ def read_prompts(source: str | Path) -> list[str]:
             column is not called `prompt` (parquet needs the package `pyarrow`); a folder of `.txt` files that hold
             one prompt each; or `hf:NAME[:split[:column]]` (split `train`, column `prompt` unless given), which needs
             the package `datasets`.
+        local_files_only: never download: a data set on the hub is taken from the local caches.
 
     Raises:
         InputError: the source is missing, damaged, of another format, or holds no prompt.
     """
-    return list(read_records(source))
+    return list(read_records(source, local_files_only=local_files_only))
 
 
-def read_records(source: str | Path) -> dict[str, dict[str, Any]]:
+def read_records(source: str | Path, *, local_files_only: bool = True) -> dict[str, dict[str, Any]]:
     """The prompts of `read_prompts` with what their source says of each: the first record of a prompt that recurs.
 
     A line of a `.jsonl` file and a row of a `.csv` or `.tsv` file are records themselves; a file of a folder has its
@@ -52,7 +54,8 @@ def read_records(source: str | Path) -> dict[str, dict[str, Any]]:
     """
     text = str(source)
     found: dict[str, dict[str, Any]] = {}
-    for raw, record in _from_hub(text) if text.startswith("hf:") else _from_path(text):
+    entries = _from_hub(text, local_files_only) if text.startswith("hf:") else _from_path(text)
+    for raw, record in entries:
         if prompt := raw.strip():
             found.setdefault(prompt, record)
     if not found:
@@ -205,8 +208,24 @@ def _folder(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield prompt, {"prompt": prompt, "item_id": file.stem}
 
 
-def _delimited(path: Path, column: str, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+def _tabbed(path: Path, column: str) -> _Entries:
+    """A `.tsv` file: with quotes around fields as spreadsheets write them, else with quotes that are characters.
+
+    The latter is the registered form (text/tab-separated-values), in which PartiPrompts is published.
+    """
+    try:
+        return list(_delimited(path, column, "\t"))
+    except InputError as quoted:
+        try:
+            return list(_delimited(path, column, "\t", csv.QUOTE_NONE))
+        except InputError:
+            raise quoted from None
+
+
+def _delimited(
+    path: Path, column: str, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
         _require_column(path, column, header)
@@ -262,7 +281,7 @@ def _strings(values: Iterable[object], where: str) -> Iterator[tuple[str, dict[s
 _TEXTS: Mapping[str, Callable[[Path], _Entries]] = {".txt": _lines, ".json": _json, ".jsonl": _jsonl}
 _TABLES: Mapping[str, Callable[[Path, str], _Entries]] = {
     ".csv": lambda path, column: _delimited(path, column, ","),
-    ".tsv": lambda path, column: _delimited(path, column, "\t"),
+    ".tsv": _tabbed,
     ".parquet": _parquet,
 }
 
@@ -270,7 +289,7 @@ _TABLES: Mapping[str, Callable[[Path, str], _Entries]] = {
 # --- the hub ----------------------------------------------------------------------------------------------------
 
 
-def _from_hub(source: str) -> _Entries:
+def _from_hub(source: str, local_files_only: bool) -> _Entries:
     name, _, rest = source.removeprefix("hf:").partition(":")
     split, _, column = rest.partition(":")
     split, column = split or "train", column or _COLUMN
@@ -283,7 +302,9 @@ def _from_hub(source: str) -> _Entries:
             f"prompts {source!r} need the package datasets: pip install datasets, or give a file"
         ) from error
     try:
-        table = datasets.load_dataset(name, split=split)
+        table = _cached(datasets, name, split) if local_files_only else datasets.load_dataset(name, split=split)
+    except _NotCached as error:
+        raise not_here(f"prompts {source!r}", name, error, local_files_only=True, data_set=True) from error
     except Exception as error:  # (the hub, the file formats and the network raise anything)
         raise InputError(
             f"prompts {source!r}: could not be loaded ({reason_of(error)}): check its name, or give a file"
@@ -291,3 +312,26 @@ def _from_hub(source: str) -> _Entries:
     if column not in table.column_names:
         raise InputError(f"prompts {source!r}: no column {column!r}; it has {', '.join(table.column_names)}")
     return _strings(table[column], f"prompts {source!r}, column {column!r}")
+
+
+class _NotCached(Exception):
+    """A data set is in no cache of this machine."""
+
+
+def _cached(datasets: Any, name: str, split: str) -> Any:
+    """A data set as `datasets` has prepared it before, else from what `hf download` has left in the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True  # what the variable of that name does, for this one call
+    try:
+        try:
+            return datasets.load_dataset(name, split=split)
+        except (ConnectionError, FileNotFoundError):  # it has not been prepared
+            folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
+            return datasets.load_dataset(folder, split=split)
+    except LocalEntryNotFoundError as error:
+        raise _NotCached(name) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before

@@ -48,6 +48,7 @@ class Options(WithBackend):
 
 def run(options: Options) -> int:
     """Run the comparison that the entry-point group `hnkit.comparisons` offers for the backend."""
+    from hnkit.adapters import local_files_only
     from hnkit.backend import backend_factory
     from hnkit.output import terminal
     from hnkit.prompts import read_prompts
@@ -57,6 +58,7 @@ def run(options: Options) -> int:
     refuse_existing(None if options.resume is not None else options.out)
     if options.seeds is not None and options.seeds < 1:
         raise InputError(f"--seeds {options.seeds}: give at least 1, and 2 or more for error bars")
+    local = local_files_only(name, options.overrides)
     folder = None
     if options.resume is not None:
         folder = resumed_folder(options.resume, options.out, "compare", "plan.json")
@@ -65,7 +67,7 @@ def run(options: Options) -> int:
         name,
         methods=None if options.methods is None else [part.strip() for part in options.methods.split(",")],
         adapter=options.adapter,
-        prompts=None if options.prompts is None else read_prompts(options.prompts),
+        prompts=None if options.prompts is None else read_prompts(options.prompts, local_files_only=local),
         seeds=options.seeds,
         quick=options.quick,
         resume=folder,

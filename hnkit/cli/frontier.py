@@ -130,9 +130,10 @@ def _measured(options: Options, workers: Workers) -> tuple[Any, dict[str, Any]]:
                 f"the run was trained on {own!r}, a function of its user's: give --reward {own}=WEIGHT to run it"
             )
     backend, trained = load_trained(name, adapter, options.overrides)
-    prompts = read_prompts(options.prompts) if options.prompts is not None else default_prompts(backend)
-    device = next(backend.hypernetwork.parameters()).device
     local = local_files_only(name, options.overrides)
+    given = options.prompts
+    prompts = default_prompts(backend) if given is None else read_prompts(given, local_files_only=local)
+    device = next(backend.hypernetwork.parameters()).device
     rewards = load_rewards(specs, backend.default_reward, device, local_files_only=local)
     alpha = trained if options.alpha is None else options.alpha
     record = provenance(model=backend.model_digest(), adapter=adapter_digests(adapter), prompts=prompts)

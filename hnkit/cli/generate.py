@@ -93,7 +93,7 @@ def run(options: Options) -> int:
 
 def begun(options: Options, workers: Workers = ALONE) -> tuple[Path, GeneratePlan, BackendBase]:
     """A new run folder with its plan, and the backend; whatever can be refused is refused before the folder is made."""
-    from hnkit.adapters import adapter_digests, default_prompts, load_trained
+    from hnkit.adapters import adapter_digests, default_prompts, load_trained, local_files_only
     from hnkit.generate import GeneratePlan, require_images
     from hnkit.internal.files import new_run_folder
     from hnkit.output.layouts import check_layout
@@ -102,7 +102,9 @@ def begun(options: Options, workers: Workers = ALONE) -> tuple[Path, GeneratePla
     name = options.named_backend()
     settings = GenerateSettings(**options.settings)
     refuse_existing(options.out)
-    records = {} if options.prompts is None else read_records(options.prompts)
+    records = {}
+    if options.prompts is not None:
+        records = read_records(options.prompts, local_files_only=local_files_only(name, options.overrides))
     texts = list(dict.fromkeys(options.prompt)) or list(records)
     if not all(text.strip() for text in texts):
         raise InputError("--prompt is empty: write a prompt")

@@ -402,11 +402,12 @@ def _chosen_prompts(config: RunConfig, backend: BackendBase) -> tuple[list[str],
     Where nothing can or shall be held out (one prompt, or a share of 0) the training prompts are validated on.
     """
     settings = config.train
+    local: bool = getattr(config.options, "local_files_only", True)
     training, heldout = backend.prompts() if backend.prompts is not None else ([""], [""])
     if settings.prompts:
-        training, heldout = read_prompts(settings.prompts), []
+        training, heldout = read_prompts(settings.prompts, local_files_only=local), []
     if settings.validation_prompts:
-        heldout = read_prompts(settings.validation_prompts)
+        heldout = read_prompts(settings.validation_prompts, local_files_only=local)
         require_disjoint(training, heldout)
     if not training:
         raise InputError(f"no prompts given and backend {config.backend!r} has none of its own: use --prompts FILE")

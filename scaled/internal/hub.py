@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictData
 from safetensors import SafetensorError
 
 from hnkit.errors import InputError
+from hnkit.internal.downloads import not_here
 from hnkit.internal.values import reason_of
 
 Loaded = TypeVar("Loaded")
@@ -45,16 +45,11 @@ def local_folder(source: str | Path) -> Path | None:
 
 def missing_model(what: str, source: str | Path, cause: BaseException, *, local_files_only: bool = True) -> InputError:
     """The one line for a model that is neither a readable folder nor in the cache nor, where that is on, reachable."""
-    source, reason = str(source), reason_of(cause)
-    if local_folder(source) is not None:
-        return InputError(f"{what}: the folder {source} is not a readable model ({reason}): give a complete folder")
-    fetched = "nothing is downloaded unasked" if local_files_only else f"it could not be fetched ({reason})"
-    switch = "set backend.local_files_only = false, " if local_files_only else ""
-    return InputError(
-        f"{what}: {source!r} is not a local folder and not in the local cache, and {fetched}: run "
-        f"{shlex.join(('hf', 'download', source))} where there is a network, {switch}or give the path of a folder that "
-        "holds it"
-    )
+    source = str(source)
+    if local_folder(source) is None:
+        return not_here(what, source, cause, local_files_only=local_files_only)
+    reason = reason_of(cause)
+    return InputError(f"{what}: the folder {source} is not a readable model ({reason}): give a complete folder")
 
 
 @contextmanager

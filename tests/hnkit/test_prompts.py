@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -27,6 +27,7 @@ EXPECTED = ["a red three", "two   fours", "ünïcode 漢字"]
         ("p.jsonl", "\r\n".join(json.dumps({"prompt": p}, ensure_ascii=False) for p in EXPECTED)),
         ("p.csv", "id, prompt\r\n1,a red three\r\n2,two   fours \r\n\r\n3,ünïcode 漢字\r\n4,\r\n"),
         ("p.tsv", "prompt\tid\na red three\t1\ntwo   fours\t2\nünïcode 漢字\t3\n"),
+        ("p.tsv", 'prompt\tid\n"a red three"\t1\ntwo   fours\t"a ""b"""\nünïcode 漢字\t3\n'),
     ],
 )
 def test_formats(tmp_path, name, content):
@@ -49,6 +50,7 @@ def test_formats(tmp_path, name, content):
         ("p.csv", b'prompt\n"a', "line 2: not valid CSV"),
         ("p.csv", b'prompt\n"a"b\n', "line 2: not valid CSV"),
         ("p.csv", b"prompt\n \n", "no prompt"),
+        ("p.tsv", b'prompt\tid\n"a" b\t1\t2\n', "line 2: not valid CSV"),
         ("p.csv", b"\xff\n", "not UTF-8"),
         ("p.parquet", b"PAR1", "cannot be read"),
         ("p", b"a", "without a suffix"),
@@ -109,6 +111,18 @@ def test_columns_are_named_behind_the_file(tmp_path):
     assert read_prompts(tmp_path / "a:b.txt") == ["one"]
 
 
+def test_quotes_of_a_tsv_may_be_characters(tmp_path):
+    """As in PartiPrompts (google-research/parti at 5a65797), where a prompt begins with a quoted word, and one ends so."""
+    rows = [
+        "Prompt\tCategory\tChallenge\tNote",
+        '"G I G G L E" painted on a wall.\tIllustrations\tWriting & Symbols\t',
+        'a long word\tAbstract\tLinguistic Structures\tIt is: "a disease."',
+        'a sign that says "Very Deep Learning"\tWorld Knowledge\tWriting & Symbols\t',
+    ]
+    (tmp_path / "PartiPrompts.tsv").write_bytes("".join(f"{row}\n" for row in rows).encode())
+    assert read_prompts(f"{tmp_path}/PartiPrompts.tsv:Prompt") == [row.split("\t")[0] for row in rows[1:]]
+
+
 def test_parquet(tmp_path, monkeypatch):
     import pyarrow as pa
     from pyarrow import parquet
@@ -151,32 +165,74 @@ class Table(dict):
         return list(self)
 
 
-def test_hub_data_sets(monkeypatch):
-    asked = []
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the package `datasets`, as 5.2.0 does it: offline it knows what it has prepared, and folders.
+
+    Read there: `load.py` 1075 to 1124 and 1165 to 1180 (a name on the hub: the switch `config.HF_HUB_OFFLINE` is asked
+    first, and without the network what is prepared is taken), `utils/file_utils.py` 279 to 284.
+    """
+    module = ModuleType("datasets")
+    module.config, module.asked = SimpleNamespace(HF_HUB_OFFLINE=False), []
 
     def load_dataset(name, split):
-        asked.append((name, split))
+        module.asked.append((name, split, module.config.HF_HUB_OFFLINE))
+        if module.config.HF_HUB_OFFLINE and not name.endswith(("prepared", "snapshot")):
+            raise ConnectionError(f"Couldn't reach '{name}' on the Hub (OfflineModeIsEnabled)")
         if name == "missing/one":
             raise RuntimeError("no such data set\nand a second line")
+        if split not in ("train", "test"):
+            raise ValueError(f'Unknown split "{split}". Should be one of [\'train\', \'test\'].')
         return Table(prompt=["a", "b", None, "a"], caption=["c"], label=[3])
 
-    module = ModuleType("datasets")
     module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
-    assert read_prompts("hf:org/name") == ["a", "b"]
-    assert read_prompts("hf:org/name:test:caption") == ["c"]
-    assert asked == [("org/name", "train"), ("org/name", "test")]
+    return module
+
+
+def test_hub_data_sets(hub, monkeypatch):
+    def read(source):
+        return read_prompts(source, local_files_only=False)
+
+    assert read("hf:org/name") == ["a", "b"]
+    assert read("hf:org/name:test:caption") == ["c"]
+    assert hub.asked == [("org/name", "train", False), ("org/name", "test", False)]
     with pytest.raises(InputError, match="no column 'text'; it has prompt, caption, label"):
-        read_prompts("hf:org/name:train:text")
+        read("hf:org/name:train:text")
     with pytest.raises(InputError, match="row 1 is a int"):
-        read_prompts("hf:org/name:train:label")
+        read("hf:org/name:train:label")
     with pytest.raises(InputError, match=r"could not be loaded \(no such data set and a second line\)"):
-        read_prompts("hf:missing/one")
+        read("hf:missing/one")
     with pytest.raises(InputError, match="no data set is named"):
-        read_prompts("hf:")
+        read("hf:")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install datasets"):
+        read("hf:org/name")
+
+
+def test_hub_data_sets_are_not_downloaded_unasked(hub, tmp_path, monkeypatch):
+    """Prepared ones are taken, then what `hf download` has left; for the rest the line is that of models and rewards."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert read_prompts("hf:org/prepared") == ["a", "b"]
+    assert hub.asked == [("org/prepared", "train", True)]
+    with pytest.raises(InputError) as caught:
         read_prompts("hf:org/name")
+    assert str(caught.value) == (
+        "prompts 'hf:org/name': 'org/name' is not a local folder and not in the local cache, and nothing is downloaded "
+        "unasked: run hf download --repo-type dataset org/name where there is a network, set backend.local_files_only = "
+        "false, or give a file of prompts"
+    )
+    repository = tmp_path / "datasets--org--name"
+    (repository / "snapshots" / "snapshot").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("snapshot")
+    assert read_prompts("hf:org/name:test") == ["a", "b"]
+    assert hub.asked[-1] == (str(repository / "snapshots" / "snapshot"), "test", True)
+    with pytest.raises(InputError, match="could not be loaded.*Unknown split"):
+        read_prompts("hf:org/name:dev")
+    assert all(offline for _, _, offline in hub.asked)
+    assert not hub.config.HF_HUB_OFFLINE
 
 
 @given(st.sets(st.text(min_size=1, max_size=8), min_size=2, max_size=30), st.data())
