@@ -395,6 +395,15 @@ def split_permissions(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return lifting, [text for text in overrides if text not in lifting]
 
 
+def split_model(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those flags that say where the model of a backend lies, and the others.
+
+    What goes on with a run is given the former: a model that has been moved is the same by its content.
+    """
+    model = [text for text in overrides if text.partition("=")[0].strip() == "backend.model_id"]
+    return model, [text for text in overrides if text not in model]
+
+
 def differing_keys(one: Mapping[str, Mapping[str, Any]], two: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Dotted names of the keys in which two configurations, as `RunConfig.to_dict` gives them, differ."""
     keys = [(table, key) for table in one for key in dict.fromkeys([*one[table], *two[table]])]

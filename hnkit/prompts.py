@@ -303,7 +303,7 @@ def _from_hub(source: str, local_files_only: bool) -> _Entries:
         ) from error
     try:
         table = _cached(datasets, name, split) if local_files_only else datasets.load_dataset(name, split=split)
-    except _NotCached as error:
+    except _NotCachedError as error:
         raise not_here(f"prompts {source!r}", name, error, local_files_only=True, data_set=True) from error
     except Exception as error:  # (the hub, the file formats and the network raise anything)
         raise InputError(
@@ -314,7 +314,7 @@ def _from_hub(source: str, local_files_only: bool) -> _Entries:
     return _strings(table[column], f"prompts {source!r}, column {column!r}")
 
 
-class _NotCached(Exception):
+class _NotCachedError(Exception):
     """A data set is in no cache of this machine."""
 
 
@@ -332,6 +332,6 @@ def _cached(datasets: Any, name: str, split: str) -> Any:
             folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
             return datasets.load_dataset(folder, split=split)
     except LocalEntryNotFoundError as error:
-        raise _NotCached(name) from error
+        raise _NotCachedError(name) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = before

@@ -71,7 +71,7 @@ def run(options: Options) -> int:
         seeds=options.seeds,
         quick=options.quick,
         resume=folder,
-        overrides=list(options.overrides),
+        overrides=list(options.all_overrides()),
         out=options.out,
     )
     needed = None if options.power is None else power_entries(document, options.power)

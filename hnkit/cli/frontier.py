@@ -53,7 +53,8 @@ class Options(WithBackend):
         if self.backend is not None and self.adapter is None:
             raise InputError(f"--backend {self.backend} without --adapter: name the folder of the adapter or its run")
         if self.rewards is not None:
-            for flag, given in (("--adapter", self.adapter), ("--prompts", self.prompts), ("--alpha", self.alpha)):
+            model = {"--adapter": self.adapter, "--prompts": self.prompts, "--alpha": self.alpha}
+            for flag, given in {**model, "--model-id": self.model_id}.items():
                 if given is not None:
                     raise InputError(f"{flag} with --rewards: a table of rewards has no model; leave it out")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
@@ -129,7 +130,7 @@ def _measured(options: Options, workers: Workers) -> tuple[Any, dict[str, Any]]:
             raise InputError(
                 f"the run was trained on {own!r}, a function of its user's: give --reward {own}=WEIGHT to run it"
             )
-    backend, trained = load_trained(name, adapter, options.overrides)
+    backend, trained = load_trained(name, adapter, options.all_overrides())
     local = local_files_only(name, options.overrides)
     given = options.prompts
     prompts = default_prompts(backend) if given is None else read_prompts(given, local_files_only=local)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hnkit.cli.folders import refuse_existing, resumed_folder
 from hnkit.cli.options import WithBackend, flags_of
-from hnkit.config import GenerateSettings, split_permissions
+from hnkit.config import GenerateSettings, split_model, split_permissions
 from hnkit.errors import InputError
 from hnkit.internal.values import setting
 from hnkit.internal.workers import ALONE, Workers
@@ -44,7 +44,7 @@ class Options(WithBackend):
             raise InputError("--prompts and --prompt together: name one source of prompts")
         if self.resume is None:
             return
-        _, others = split_permissions(self.overrides)
+        others = split_model(split_permissions(self.overrides)[1])[1]
         given: dict[str, Any] = {
             "--adapter": self.adapter,
             "--prompts": self.prompts,
@@ -110,12 +110,12 @@ def begun(options: Options, workers: Workers = ALONE) -> tuple[Path, GeneratePla
         raise InputError("--prompt is empty: write a prompt")
     if texts and settings.layout is not None:
         check_layout(settings.layout, texts, settings.count, records)
-    backend, _ = load_trained(name, options.adapter, options.overrides)
+    backend, _ = load_trained(name, options.adapter, options.all_overrides())
     texts = texts or default_prompts(backend)
     require_images(backend, texts, settings, records)
     adapter = None if options.adapter is None else str(options.adapter.resolve())
     plan = GeneratePlan(
-        name, settings, tuple(texts), records, options.overrides, adapter, adapter_digests(adapter),
+        name, settings, tuple(texts), records, options.all_overrides(), adapter, adapter_digests(adapter),
         backend.model_digest(),
     )  # fmt: skip
 
@@ -144,7 +144,13 @@ def resumed(options: Options) -> tuple[Path, GeneratePlan, BackendBase]:
             f"--resume {folder}: its adapter {plan.adapter} is gone or has changed since: restore it, or start anew"
         )
     adapter = None if plan.adapter is None else Path(plan.adapter)
-    backend, _ = load_trained(plan.backend, adapter, [*plan.overrides, *options.overrides])
+    given = options.all_overrides()
+    if plan.model is None and (moved := split_model(given)[0]):
+        raise InputError(
+            f"--resume {folder} with {moved[-1]}: backend {plan.backend!r} does not know its models by their "
+            "content, and another one would not be noticed: leave it out, or start anew"
+        )
+    backend, _ = load_trained(plan.backend, adapter, [*plan.overrides, *given])
     if backend.model_digest() != plan.model:
         raise InputError(
             f"--resume {folder}: the base model has changed since (SHA-256 {str(plan.model)[:12]}... then, "

@@ -45,11 +45,17 @@ class WithBackend(Common):
 
     Attributes:
         backend: installed backend; see hnkit backends.
+        model_id: model of the backend: a hub name, or a folder.
         overrides: override one key of the configuration (repeatable).
     """
 
     backend: str | None = setting(None, metavar="NAME")
+    model_id: str | None = setting(None, metavar="NAME")
     overrides: tuple[str, ...] = setting((), flags=("--set",), metavar="TABLE.KEY=VALUE")
+
+    def all_overrides(self) -> tuple[str, ...]:
+        """What `--set` gives, with `--model-id` as the override that it is short for."""
+        return (*self.overrides, *([] if self.model_id is None else [f"backend.model_id={self.model_id}"]))
 
     def named_backend(self) -> str:
         """The backend's name; `InputError` where none was given."""

@@ -28,7 +28,6 @@ class Options(WithBackend):
         preset: named settings of the backend.
         reward: reward, or pkg.mod:fn=WEIGHT (repeatable); default: the backend's.
         heldout: reward that is reported and never trained on (repeatable).
-        model_id: model of the backend: a hub name, or a folder.
         resume: continue a run: this one, or the newest if none is named.
         plan: say what the run needs on a card and how long it takes there; nothing is trained, loaded or written.
         card: the card of --plan.
@@ -39,7 +38,6 @@ class Options(WithBackend):
     settings: Mapping[str, Any] = flags_of(TrainConfig, defaults=" or the preset's")
     reward: tuple[str, ...] = setting((), metavar="NAME=WEIGHT")
     heldout: tuple[str, ...] = setting((), metavar="NAME=WEIGHT")
-    model_id: str | None = setting(None, metavar="NAME")
     resume: str | None = setting(None, metavar="[DIR]")
     plan: bool = False
     card: str | None = setting(None, metavar="NAME")
@@ -53,12 +51,11 @@ def run(options: Options) -> int:
     if options.resume is not None:
         folder = resumed_folder(options.resume, options.out, "train", CONFIG_FILE)
     flags = [f"train.{name}={value}" for name, value in options.settings.items()]
-    flags += [] if options.model_id is None else [f"backend.model_id={options.model_id}"]
     config = resolve_config(
         backend=options.backend,
         config_file=options.config,
         preset=options.preset,
-        overrides=[*flags, *options.overrides],
+        overrides=[*flags, *options.all_overrides()],
         rewards=options.reward,
         heldout=options.heldout,
         resume=folder,

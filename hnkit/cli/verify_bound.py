@@ -77,6 +77,7 @@ class Options(WithBackend):
             ("--shape", self.shape is not None, "--map"),
             ("--adapter", self.adapter is not None, "--backend"),
             ("--prompts", self.prompts is not None, "--backend"),
+            ("--model-id", self.model_id is not None, "--backend"),
             ("--set", bool(self.overrides), "--backend"),
             ("--injection", self.injection is not None, "--map"),
         ):
@@ -147,7 +148,7 @@ def verify(options: Options, settings: VerifySettings) -> tuple[Report, Parts]:
             raise InputError(
                 f"--backend {options.backend} without --adapter: name the folder of the adapter or its run"
             )
-        loaded, trained_alpha = load_trained(options.backend, options.adapter, options.overrides)
+        loaded, trained_alpha = load_trained(options.backend, options.adapter, options.all_overrides())
         local = local_files_only(options.backend, options.overrides)
         given = options.prompts
         texts = default_prompts(loaded) if given is None else read_prompts(given, local_files_only=local)

@@ -1,4 +1,4 @@
-"""The one line about a model or a data set that is not on this machine, and about the switch that lets it be fetched."""
+"""The one line about a model or a data set that is not on this machine, and the switch that lets it be fetched."""
 
 from __future__ import annotations
 

@@ -314,46 +314,50 @@ class PromptOptimisation:
 
 @dataclass(frozen=True)
 class TextGenerationProposer:
-    """Proposals from a local transformers text-generation model (a folder or a cached hub name)."""
+    """Proposals from a local transformers text-generation model (a folder or a cached hub name).
+
+    Raises:
+        InputError: it is not there; it is loaded when the proposer is made.
+    """
 
     model_id: str | Path
     max_new_tokens: int = 60
     device: str = "cpu"
     local_files_only: bool = True
-    _loaded: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
+    _tokenizer: Any = field(init=False, repr=False, compare=False)
+    _model: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from hnkit.scaled.internal.hub import pretrained
+
+        what = f"prompt proposer {str(self.model_id)!r}"
+        switch: dict[str, Any] = {"what": what, "local_files_only": self.local_files_only}
+        object.__setattr__(self, "_tokenizer", pretrained(AutoTokenizer.from_pretrained, self.model_id, **switch))
+        model: Any = pretrained(AutoModelForCausalLM.from_pretrained, self.model_id, **switch)
+        object.__setattr__(self, "_model", model.to(self.device).eval())
 
     def __call__(
         self, prompt: str, history: Sequence[tuple[str, float]], count: int, generator: torch.Generator
     ) -> list[str]:
         """`count` rewordings of `prompt`, sampled with a seed drawn from `generator`."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from hnkit.scaled.internal.hub import pretrained
-
-        if not self._loaded:
-            what = f"prompt proposer {str(self.model_id)!r}"
-            switch: dict[str, Any] = {"what": what, "local_files_only": self.local_files_only}
-            self._loaded["tokenizer"] = pretrained(AutoTokenizer.from_pretrained, self.model_id, **switch)
-            model = pretrained(AutoModelForCausalLM.from_pretrained, self.model_id, **switch)
-            self._loaded["model"] = model.to(self.device).eval()
-        tokenizer, model = self._loaded["tokenizer"], self._loaded["model"]
+        tokenizer, model = self._tokenizer, self._model
         scored = "\n".join(f"{score:.4f}: {text}" for text, score in history[:10])
         request = (
             f"Image descriptions with scores, best first:\n{scored}\n"
             f'Write one better description of "{prompt}" on one line.\nBetter description:'
         )
-        tokens = tokenizer([request] * count, return_tensors="pt").to(self.device)  # type: ignore[operator]
+        tokens = tokenizer([request] * count, return_tensors="pt").to(self.device)
         seed = int(torch.randint(2**31, (1,), generator=generator))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
-            output = model.generate(  # type: ignore[attr-defined]
+            output = model.generate(
                 **tokens,
                 do_sample=True,
                 max_new_tokens=self.max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,  # type: ignore[attr-defined]
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )
-        answers = tokenizer.batch_decode(  # type: ignore[attr-defined]
-            output[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        answers = tokenizer.batch_decode(output[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
         lines = [answer.strip().splitlines()[0].strip(' "') if answer.strip() else "" for answer in answers]
         return [line for line in lines if line]

@@ -59,7 +59,8 @@ def trained(name: str, config: RunConfig, folder: Path) -> Network:
         loaded = base.direct()
         loaded.load_adapter(folder / "adapter")
     else:
-        loaded, alpha = load_trained(backend, folder)
+        model = getattr(config.options, "model_id", "")  # which may lie elsewhere than when it was trained
+        loaded, alpha = load_trained(backend, folder, [f"backend.model_id={model}"] if model else [])
     return Network(name, loaded, trainable(loaded), _records(folder / METRICS), alpha)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hnkit.adapters import adapter_digests
 from hnkit.backend import Backend, Reward, backend_factory, completed
-from hnkit.config import split_permissions
 from hnkit.errors import InputError
 from hnkit.internal.files import (
     atomic_write,
@@ -55,6 +54,7 @@ from hnkit.scaled.compare.settings import (
     Settings,
     chosen_prompts,
     configuration,
+    gone_on_with,
     read_plan,
     require_same,
 )
@@ -112,8 +112,7 @@ class Comparison:
                 folder, settings, methods=methods, adapter=adapter, prompts=prompts, seeds=seeds, quick=quick,
                 overrides=overrides,
             )  # fmt: skip
-            lifting, _ = split_permissions(overrides)
-            session = _Session(replace(settings, overrides=(*settings.overrides, *lifting)), workers)
+            session = _Session(gone_on_with(settings, overrides), workers)
             if (now := session.base.model_digest()) != settings.model:
                 raise InputError(
                     f"--resume {folder}: the base model has changed since (SHA-256 {str(settings.model)[:12]}... then, "
@@ -184,6 +183,7 @@ class _Session:
             self.metrics["dino_similarity"] = dino
         if self.plan.lpips:
             self.metrics["lpips"] = Lpips(self.plan.lpips).to(self.device)
+        self.propose = self._proposer() if "prompt-optimisation" in self.plan.methods else None
         self.networks: dict[str, Network] = {}
         self.candidates = {"best-of-2": 2, "best-of-4": 4, "best-of-n": self.plan.best_of}
         for chunk in slices(len(settings.prompts), self.plan.batch):
@@ -237,6 +237,17 @@ class _Session:
         self.workers.on_main(write)
         return document
 
+    def _proposer(self) -> Proposer:
+        """The model that rewrites prompts, else the backend's own; `InputError` where there is neither."""
+        if self.plan.proposer:
+            return TextGenerationProposer(self.plan.proposer, local_files_only=self.local_files_only)
+        if self.base.propose is None:
+            raise InputError(
+                "method prompt-optimisation needs a proposer: --set compare.proposer=MODEL names a local "
+                "text-generation model, or leave the method out with --methods"
+            )
+        return self.base.propose
+
     # --- networks ------------------------------------------------------------------------------------------
 
     def _network(self, name: str, *, rank: int | None = None, kl: str | None = None) -> None:
@@ -274,15 +285,8 @@ class _Session:
         if name == "reno":
             return ReNO(self.reward, iterations=plan.reno_iterations)
         if name == "prompt-optimisation":
-            propose: Proposer | None = self.base.propose
-            if plan.proposer:
-                propose = TextGenerationProposer(plan.proposer, local_files_only=self.local_files_only)
-            if propose is None:
-                raise InputError(
-                    "method prompt-optimisation needs a proposer: --set compare.proposer=MODEL names a local "
-                    "text-generation model, or leave the method out with --methods"
-                )
-            return PromptOptimisation(self.reward, propose, rounds=plan.rounds, proposals=plan.proposals)
+            assert self.propose is not None  # it was looked for at the start
+            return PromptOptimisation(self.reward, self.propose, rounds=plan.rounds, proposals=plan.proposals)
         return HyperNoise() if name in self.networks and not name.startswith("direct") else Base(name)
 
     def _evaluate(self, name: str, *, at: int = 1, seeds: int | None = None) -> Evaluation:

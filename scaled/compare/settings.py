@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hnkit.adapters import adapter_digests
 from hnkit.backend import backend_factory, completed
-from hnkit.config import CONFIG_FILE, RunConfig, read_tables, resolve_config, split_permissions
+from hnkit.config import CONFIG_FILE, RunConfig, read_tables, resolve_config, split_model, split_permissions
 from hnkit.errors import InputError
 from hnkit.internal.files import read_sealed
 from hnkit.prompts import require_disjoint
@@ -119,6 +119,14 @@ def read_plan(folder: Path, backend: str) -> Settings:
     return settings
 
 
+def gone_on_with(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """The settings of a comparison with what a flag beside `--resume` may add: leave to download, a moved model."""
+    lifting, others = split_permissions(overrides)
+    moved, _ = split_model(others)
+    kept = split_model(settings.overrides)[1] if moved else settings.overrides
+    return replace(settings, overrides=(*kept, *moved, *lifting))
+
+
 def require_same(
     folder: Path,
     settings: Settings,
@@ -148,7 +156,7 @@ def require_same(
         table, _, key = override.partition("=")[0].strip().partition(".")
         if table == "compare":
             asked[f"--set {override}"] = getattr(mine, key), getattr(plan, key)
-    for override in split_permissions(others)[1]:
+    for override in split_model(split_permissions(others)[1])[1]:
         asked[f"--set {override}"] = override in settings.overrides, True
     for flag, (wanted, has) in asked.items():
         if wanted != has:

@@ -165,6 +165,14 @@ def test_what_a_run_depends_on_may_not_change_behind_it(here, capsys, monkeypatc
     assert "its adapter" in err
 
 
+def test_a_model_of_unknown_content_is_not_replaced_on_resume(here, capsys):
+    assert run(capsys, *COMMAND, "--out", "run")[0] == 0
+    for flags in (["--model-id", "other"], ["--set", "backend.model_id=other"]):
+        code, _, err = run(capsys, "generate", "--resume", "run", *flags)
+        assert code == 2
+        assert "does not know its models by their content" in err
+
+
 def test_links_in_a_run_folder_are_not_followed(here, capsys):
     assert run(capsys, *COMMAND, "--out", "run")[0] == 0
     (here / "elsewhere").mkdir()

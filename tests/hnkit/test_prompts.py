@@ -112,7 +112,7 @@ def test_columns_are_named_behind_the_file(tmp_path):
 
 
 def test_quotes_of_a_tsv_may_be_characters(tmp_path):
-    """As in PartiPrompts (google-research/parti at 5a65797), where a prompt begins with a quoted word, and one ends so."""
+    """As in PartiPrompts (google-research/parti at 5a65797), where one prompt begins with a quoted word."""
     rows = [
         "Prompt\tCategory\tChallenge\tNote",
         '"G I G G L E" painted on a wall.\tIllustrations\tWriting & Symbols\t',
@@ -182,7 +182,7 @@ def hub(monkeypatch):
         if name == "missing/one":
             raise RuntimeError("no such data set\nand a second line")
         if split not in ("train", "test"):
-            raise ValueError(f'Unknown split "{split}". Should be one of [\'train\', \'test\'].')
+            raise ValueError(f"Unknown split \"{split}\". Should be one of ['train', 'test'].")
         return Table(prompt=["a", "b", None, "a"], caption=["c"], label=[3])
 
     module.load_dataset = load_dataset
@@ -211,7 +211,7 @@ def test_hub_data_sets(hub, monkeypatch):
 
 
 def test_hub_data_sets_are_not_downloaded_unasked(hub, tmp_path, monkeypatch):
-    """Prepared ones are taken, then what `hf download` has left; for the rest the line is that of models and rewards."""
+    """Prepared ones are taken, then what `hf download` has left; else the line is that of models and rewards."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert read_prompts("hf:org/prepared") == ["a", "b"]
@@ -220,8 +220,8 @@ def test_hub_data_sets_are_not_downloaded_unasked(hub, tmp_path, monkeypatch):
         read_prompts("hf:org/name")
     assert str(caught.value) == (
         "prompts 'hf:org/name': 'org/name' is not a local folder and not in the local cache, and nothing is downloaded "
-        "unasked: run hf download --repo-type dataset org/name where there is a network, set backend.local_files_only = "
-        "false, or give a file of prompts"
+        "unasked: run hf download --repo-type dataset org/name where there is a network, set backend.local_files_only "
+        "= false, or give a file of prompts"
     )
     repository = tmp_path / "datasets--org--name"
     (repository / "snapshots" / "snapshot").mkdir(parents=True)
@@ -229,7 +229,7 @@ def test_hub_data_sets_are_not_downloaded_unasked(hub, tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text("snapshot")
     assert read_prompts("hf:org/name:test") == ["a", "b"]
     assert hub.asked[-1] == (str(repository / "snapshots" / "snapshot"), "test", True)
-    with pytest.raises(InputError, match="could not be loaded.*Unknown split"):
+    with pytest.raises(InputError, match=r"could not be loaded \(Unknown split"):
         read_prompts("hf:org/name:dev")
     assert all(offline for _, _, offline in hub.asked)
     assert not hub.config.HF_HUB_OFFLINE

@@ -135,6 +135,32 @@ def test_guidance_and_conditioning_of_the_adapter_go_with_it(checkpoint, make_ba
     assert block["guidance"] == 2.5, "what f is given, not what the generator is"
 
 
+def test_images_go_on_with_a_model_that_has_moved(checkpoint, tmp_path, capsys):
+    model = shutil.copytree(checkpoint("sana"), tmp_path / "model")
+    sets = [word for key, value in tiny.options("sana", model).items() for word in ("--set", f"backend.{key}={value}")]
+    code, _, err = command(
+        capsys, "generate", "--backend", "sana", "--prompt", "a fox", "--prompt", "a boat", "-n", 1, *sets,
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, err
+    picture = tmp_path / "run" / "prompt-001" / "base-00.png"
+    before = picture.read_bytes()
+    (tmp_path / "run" / "prompt-001" / "prompt.txt").unlink()
+    picture.unlink()
+    moved = model.rename(tmp_path / "elsewhere")
+    resume = ["generate", "--resume", tmp_path / "run"]
+    for flags, message in (
+        ([], "is not a local folder"),
+        (["--model-id", checkpoint("sana", 1)], "base model has changed since"),
+        (["--model-id", moved, "--set", "backend.size=64"], "keeps its settings"),
+    ):
+        code, _, err = command(capsys, *resume, *flags)
+        assert (code, message in err) == (2, True), err
+    code, _, err = command(capsys, *resume, "--model-id", moved)
+    assert code == 0, err
+    assert picture.read_bytes() == before
+
+
 def test_a_model_that_has_moved_is_resumed_and_another_one_is_not(checkpoint, tmp_path, capsys):
     old = tmp_path / "disk" / "tiny-sana"
     shutil.copytree(checkpoint("sana"), old)

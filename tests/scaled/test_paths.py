@@ -86,7 +86,7 @@ def test_models_rewards_and_metrics(kind, tmp_path):
         lambda: clip.clipscore(model_id=absent), lambda: clip.pickscore(model_id=absent),
         lambda: clip.hpsv2(model_id=absent), lambda: blip.imagereward(model_id=absent),
         lambda: clip.aesthetic(model_id=clips, head=absent), lambda: DinoSimilarity(absent), lambda: Lpips(absent),
-        lambda: TextGenerationProposer(absent)("a", [], 1, torch.Generator()),
+        lambda: TextGenerationProposer(absent),
     ):  # fmt: skip
         with pytest.raises(InputError, match="absent"):
             build()

@@ -239,4 +239,4 @@ def test_a_local_language_model_proposes(tmp_path):
     assert 0 < len(first) <= 3
     assert set(" ".join(first).split()) <= set(words)
     with pytest.raises(InputError, match="prompt proposer"):
-        TextGenerationProposer(str(tmp_path / "none"))("a", [], 1, torch.Generator())
+        TextGenerationProposer(str(tmp_path / "none"))

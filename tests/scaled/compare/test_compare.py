@@ -237,6 +237,35 @@ def test_a_base_model_exchanged_behind_a_comparison_is_refused(overrides, checkp
         COMPARISON("sana", resume=run)
 
 
+def test_a_comparison_goes_on_with_a_model_that_was_moved(overrides, checkpoint, tmp_path):
+    model = shutil.copytree(checkpoint("sana"), tmp_path / "model")
+    few = [*overrides, "compare.ranks=[]", "compare.losses=[]", "compare.steps=[1]", "compare.diversity_prompts=0"]
+    run, methods = tmp_path / "run", ["base", "hypernoise"]
+    few = [*few, f"backend.model_id={model}"]
+    document = COMPARISON("sana", methods=methods, prompts=PROMPTS[:1], seeds=1, overrides=few, out=run)
+    moved = model.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is not a local folder"):
+        COMPARISON("sana", resume=run)
+    for part in (run / "parts").iterdir():
+        part.unlink()  # the images and figures are to be made again, the network is trained
+    again = COMPARISON("sana", resume=run, overrides=[f"backend.model_id={moved}"])
+    assert [row["scores"] for row in again["table_1"]] == [row["scores"] for row in document["table_1"]]
+    assert again["config"]["backend"]["model_id"] == str(moved)
+    with pytest.raises(InputError, match="base model has changed since"):
+        COMPARISON("sana", resume=run, overrides=[f"backend.model_id={checkpoint('sana', 1)}"])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [([], "needs a proposer: --set compare.proposer=MODEL"), (["compare.proposer=absent"], "prompt proposer 'absent'")],
+)
+def test_a_proposer_is_looked_for_before_anything_is_made(chosen, message, overrides, tmp_path):
+    methods = ["base", "prompt-optimisation"]
+    with pytest.raises(InputError, match=message):
+        COMPARISON("sana", methods=methods, prompts=PROMPTS, overrides=[*overrides, *chosen], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_plan_is_refused(finished, tmp_path):
     folder = new_run_folder(tmp_path / "run", "compare")
     (folder / "plan.json").write_text((finished[0] / "plan.json").read_text().replace('"seeds": 2', '"seeds": 3'))
