@@ -361,3 +361,19 @@ class TextGenerationProposer:
         answers = tokenizer.batch_decode(output[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
         lines = [answer.strip().splitlines()[0].strip(' "') if answer.strip() else "" for answer in answers]
         return [line for line in lines if line]
+
+
+def find_proposer(model_id: str, own: Proposer | None, *, local_files_only: bool = True) -> Proposer:
+    """What rewrites prompts: a text-generation model where one is named, else the backend's own way.
+
+    Raises:
+        InputError: there is neither, or the model is not here.
+    """
+    if model_id:
+        return TextGenerationProposer(model_id, local_files_only=local_files_only)
+    if own is None:
+        raise InputError(
+            "method prompt-optimisation needs a proposer: --set compare.proposer=MODEL names a local text-generation "
+            "model, or leave the method out with --methods"
+        )
+    return own

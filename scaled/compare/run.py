@@ -38,9 +38,8 @@ from hnkit.scaled.compare.baselines import (
     HyperNoise,
     Method,
     PromptOptimisation,
-    Proposer,
     ReNO,
-    TextGenerationProposer,
+    find_proposer,
 )
 from hnkit.scaled.compare.diversity import DinoSimilarity, Lpips, Metric, pixel_distance
 from hnkit.scaled.compare.evaluation import Evaluation, Scorer, evaluate, image_seeds, images_of, read_part
@@ -169,7 +168,6 @@ class _Session:
         self.base = completed(backend_factory(settings.backend).load(config.options))
         self.device = next(self.base.hypernetwork.parameters()).device
         local: bool = getattr(config.options, "local_files_only", True)
-        self.local_files_only = local
         rewards = load_rewards(config.rewards, self.base.default_reward, self.device, local_files_only=local)
         if not rewards.rewards:
             raise InputError(f"backend {settings.backend!r} has no default reward: --set rewards.NAME=WEIGHT")
@@ -183,7 +181,11 @@ class _Session:
             self.metrics["dino_similarity"] = dino
         if self.plan.lpips:
             self.metrics["lpips"] = Lpips(self.plan.lpips).to(self.device)
-        self.propose = self._proposer() if "prompt-optimisation" in self.plan.methods else None
+        self.propose = (
+            find_proposer(self.plan.proposer, self.base.propose, local_files_only=local)
+            if "prompt-optimisation" in self.plan.methods
+            else None
+        )
         self.networks: dict[str, Network] = {}
         self.candidates = {"best-of-2": 2, "best-of-4": 4, "best-of-n": self.plan.best_of}
         for chunk in slices(len(settings.prompts), self.plan.batch):
@@ -236,17 +238,6 @@ class _Session:
 
         self.workers.on_main(write)
         return document
-
-    def _proposer(self) -> Proposer:
-        """The model that rewrites prompts, else the backend's own; `InputError` where there is neither."""
-        if self.plan.proposer:
-            return TextGenerationProposer(self.plan.proposer, local_files_only=self.local_files_only)
-        if self.base.propose is None:
-            raise InputError(
-                "method prompt-optimisation needs a proposer: --set compare.proposer=MODEL names a local "
-                "text-generation model, or leave the method out with --methods"
-            )
-        return self.base.propose
 
     # --- networks ------------------------------------------------------------------------------------------
 
