@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=8)
     parser.add_argument("--chunk", type=int, help="rows per pass; default: chosen from d and the device")
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
+    parser.add_argument("--out", type=Path, default=RESULT, help="where --write writes; given, it is written")
     arguments = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
     if not arguments.tiny and not torch.cuda.is_available():
@@ -107,7 +108,7 @@ def main() -> None:
         f"{score:+.1f} standard errors apart"
     )
     print(f"exact: {dim:,} products and one factorisation in {exact_seconds:.0f} s")
-    if arguments.write:
+    if arguments.write or arguments.out != RESULT:
         figures = {
             "machine": machine, "dtype": str(dtype), "tiny": arguments.tiny, "size": size, "dim": dim,
             "local_norm": norm,
@@ -119,7 +120,7 @@ def main() -> None:
         }  # fmt: skip
         if device.type == "cuda":
             figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        write_json(RESULT, figures)
+        write_json(arguments.out, figures)
 
 
 if __name__ == "__main__":

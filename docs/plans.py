@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hnkit.config import resolve_config
+from plain_models import PlainFactory
+
+from hnkit.config import RewardSpec, RunConfig, TrainConfig, resolve_config
 from hnkit.scaled.pipelines.factory import PREFERENCES
+from hnkit.scaled.pipelines.options import PipelineOptions
 from hnkit.scaled.pipelines.published import PUBLISHED_MODELS
 from hnkit.training.plan.cards import CARDS, SHARE
 from hnkit.training.plan.plan import Counter, as_document, plan_training
@@ -44,38 +47,51 @@ class Planned:
 MODELS = (
     Planned("SANA-Sprint 0.6B", "sana", "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers", 1024),
     Planned("SD-Turbo", "sd-turbo", "stabilityai/sd-turbo", 512),
+    Planned("SDXL-Turbo", "", "stabilityai/sdxl-turbo", 512),
+    Planned("SD 3.5 Large Turbo", "", "stabilityai/stable-diffusion-3.5-large-turbo", 1024),
+    Planned("Z-Image-Turbo", "", "Tongyi-MAI/Z-Image-Turbo", 1024),
+    Planned("FLUX.2-klein-4B", "", "black-forest-labs/FLUX.2-klein-4B", 1024),
     Planned("FLUX.1-schnell, 512 px", "flux", "black-forest-labs/FLUX.1-schnell", 512),
     Planned("FLUX.1-schnell, 1024 px", "flux", "black-forest-labs/FLUX.1-schnell", 1024),
+    Planned("Qwen-Image", "", "Qwen/Qwen-Image", 1024),
 )
 
 
 def planned(model: Planned) -> dict[str, Any]:
     """The plans of one model on every card; its parts are counted once."""
-    config = resolve_config(
-        backend=model.backend,
-        overrides=[*COMMON, f"backend.model_id={model.model_id}", f"backend.size={model.size}"],
-        rewards=[f"{name.removeprefix('rewards.')}={weight}" for name, weight in PREFERENCES.items()],
-    )
-    counter = Counter(config)
+    rewards = {name.removeprefix("rewards."): weight for name, weight in PREFERENCES.items()}
+    if model.backend:
+        config = resolve_config(
+            backend=model.backend,
+            overrides=[*COMMON, f"backend.model_id={model.model_id}", f"backend.size={model.size}"],
+            rewards=[f"{name}={weight}" for name, weight in rewards.items()],
+        )
+        counter = Counter(config)
+    else:  # a plain call of network and decoder
+        options = PipelineOptions(model_id=model.model_id, size=model.size, rank=64)
+        train = TrainConfig(batch=1, optimizer="adamw")
+        config = RunConfig("plain", options, train, {name: RewardSpec(weight) for name, weight in rewards.items()})
+        counter = Counter(config, factory=PlainFactory())
     found = {}
     for name in ON:
         document = as_document(plan_training(config, CARDS[name], counter=counter))
         found[name] = {key: document[key] for key in ("fits", "need", "cures", "least", "encoding")}
     known = PUBLISHED_MODELS[model.model_id]
     about = {"parameters": known.parameters, "source": known.source, "size": model.size, "model_id": model.model_id}
+    about["how"] = f"backend {model.backend}" if model.backend else "a plain call of network and decoder"
     return about | {"cards": found}
 
 
 def main() -> None:
     """Count and write."""
-    document: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
-    document |= {"share": SHARE, "cards": {name: CARDS[name].title for name in ON}}
     for model in MODELS:
         if all(word in model.title.lower() for word in sys.argv[1:]):
             print(model.title, flush=True)
-            document["models"][model.title] = planned(model)
-            ordered = {row.title: document["models"][row.title] for row in MODELS if row.title in document["models"]}
-            document["models"] = ordered
+            found = planned(model)
+            document: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
+            models = document["models"] | {model.title: found}
+            document |= {"share": SHARE, "cards": {name: CARDS[name].title for name in ON}}
+            document["models"] = {row.title: models[row.title] for row in MODELS if row.title in models}
             RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

@@ -262,6 +262,38 @@ def bench_sana() -> str:
     return to_markdown(Table(("", "measured"), tuple(rows), ""))
 
 
+def plans() -> str:
+    """What a step of each published model needs, and on which card it fits; counted, not measured."""
+    document = _document("plans")
+    rows: list[tuple[Cell, ...]] = []
+    for title, model in document["models"].items():
+        first = next(iter(model["cards"].values()))["need"]
+        cells = [_on_card(found) for found in model["cards"].values()]
+        size = f"{model['parameters'] / 1e9:.3g} B, {model['size']} px"
+        rows.append((title, size, f"{first['peak'] / 2**30:.1f}, {first['where']}", *cells))
+    headers = ("model", "network, image", "peak of a step as it is, GiB", *document["cards"].values())
+    caption = (
+        "Counted on tensors without values, not measured: no card was at hand. One image a step, the paper's four "
+        "rewards in float32, LoRA of rank 64 in float32, AdamW, no memory option; 1.5 GiB of a card are kept free. "
+        f"Steps per hour are at {document['share']:.0%} of the card's roofline, an assumption. Where a step does not "
+        "fit, the quickest options that make it fit, or the least that all of them need. Sizes are read in public "
+        "repositories that quote the models' configurations, and hold to the published number of parameters; SDXL, "
+        "SD 3.5, Z-Image, klein and Qwen-Image are counted by a plain call of network and decoder."
+    )
+    return to_markdown(Table(headers, tuple(rows), caption))
+
+
+def _on_card(found: dict[str, Any]) -> str:
+    """One cell: whether a step fits, by which options, and the pace."""
+    if found["fits"]:
+        return f"fits; {found['need']['steps_per_hour']:,.0f} steps/h"
+    if not found["cures"]:
+        return f"no: {found['least'] / 2**30:.1f} GiB at least"
+    need = found["cures"][0]
+    options = ", ".join(f"`{name}`" for name in need["changes"])
+    return f"with {options}: {need['peak'] / 2**30:.1f} GiB, {need['steps_per_hour']:,.0f} steps/h"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "bench-exact": bench_exact,
     "bench-logdet": bench_logdet,
@@ -272,6 +304,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "controls": controls,
     "injected-noise": injected_noise,
     "item-e": item_e,
+    "plans": plans,
     "compare-lead": compare_lead,
     **{
         f"compare-{name}": _compare_table(name)

@@ -154,9 +154,9 @@ def plan_training(config: RunConfig, card: Card, *, processes: int = 1, counter:
 class Counter:
     """Counts parts when they are asked for, each once for one row, and puts steps together."""
 
-    def __init__(self, config: RunConfig, processes: int = 1) -> None:
+    def __init__(self, config: RunConfig, processes: int = 1, *, factory: Any = None) -> None:
         self.config, self.processes = config, processes
-        self.factory: Any = backend_factory(config.backend)
+        self.factory: Any = backend_factory(config.backend) if factory is None else factory
         self.savers: dict[str, str] = dict(self.factory.savers) if isinstance(self.factory, HasSkeleton) else {}
         self._skeletons: dict[Changes, Skeleton] = {}
         self._parts: dict[tuple[str, Changes], Part] = {}
