@@ -271,14 +271,15 @@ def plans() -> str:
         cells = [_on_card(found) for found in model["cards"].values()]
         size = f"{model['parameters'] / 1e9:.3g} B, {model['size']} px"
         rows.append((title, size, f"{first['peak'] / 2**30:.1f}, {first['where']}", *cells))
+    plain = ", ".join(name for name, model in document["models"].items() if "plain" in model.get("how", ""))
     headers = ("model", "network, image", "peak of a step as it is, GiB", *document["cards"].values())
     caption = (
         "Counted on tensors without values, not measured: no card was at hand. One image a step, the paper's four "
         "rewards in float32, LoRA of rank 64 in float32, AdamW, no memory option; 1.5 GiB of a card are kept free. "
         f"Steps per hour are at {document['share']:.0%} of the card's roofline, an assumption. Where a step does not "
         "fit, the quickest options that make it fit, or the least that all of them need. Sizes are read in public "
-        "repositories that quote the models' configurations, and hold to the published number of parameters; SDXL, "
-        "SD 3.5, Z-Image, klein and Qwen-Image are counted by a plain call of network and decoder."
+        "repositories that quote the models' configurations, and hold to the published number of parameters. "
+        f"Counted by a plain call of network and decoder, not by a backend: {plain or 'none'}."
     )
     return to_markdown(Table(headers, tuple(rows), caption))
 
