@@ -571,6 +571,9 @@ def test_the_gradient_of_the_mean_reward_is_exact_under_quadrature(monkeypatch, 
     torch.testing.assert_close(found, f64(factor * 0.8 - by_slope / alpha, factor - by_shift / alpha))
     torch.testing.assert_close(terms.total, terms.kl - terms.reward / alpha)
     assert float(terms.kl[0].detach()) == pytest.approx(factor * delta / 2)
+    m = math.sqrt(1 - share) * (0.8 + delta)
+    mean_reward = 0.3 * (m**3 + 3 * m * share) - 0.7 * (m**2 + share) + m + 5
+    assert float((joint * terms.reward).sum().detach()) == pytest.approx(mean_reward)
 
 
 @pytest.mark.parametrize("draws", [2, 3, 8])
