@@ -27,8 +27,10 @@ from torch import Tensor
 from hnkit import InputError, NoiseLoss
 from hnkit.maps import Condition, ConditionedMap
 from hnkit.scaled.pipelines import memory
-from hnkit.scaled.pipelines.backend import PipelineBackend
-from hnkit.scaled.pipelines.families.sana import SanaFamily, SanaOptions
+from hnkit.scaled.pipelines.backend import Known, PipelineBackend
+from hnkit.scaled.pipelines.families.sana import SanaOptions
+from hnkit.scaled.pipelines.families.table import SANA_SPRINT
+from hnkit.scaled.pipelines.skeleton import planned_layout, planned_texts
 
 OPTIONS = (
     {},
@@ -101,7 +103,16 @@ def load(options: SanaOptions, tiny: bool, device: torch.device, dtype: torch.dt
     )
     memory.apply_decoder_options(pipe.vae, options)
     memory.set_checkpointing(pipe.transformer, options.generator_checkpointing)
-    return PipelineBackend(SanaFamily(), options, pipe, name="sana")
+    texts, shapes = planned_texts(SANA_SPRINT, pipe, options)
+    layout = planned_layout(SANA_SPRINT, pipe, options, texts, shapes)
+    return PipelineBackend(SANA_SPRINT, options, pipe, name="sana", known=Known(NoPrompts(), texts, layout))
+
+
+class NoPrompts:
+    """In the place of an `EmbeddingCache`: nothing is encoded."""
+
+    def rows(self, prompts: list[str]) -> dict[str, Tensor]:
+        return {"prompt_embeds": torch.zeros(len(prompts), 0)}
 
 
 def random_condition(backend: PipelineBackend, count: int, tokens: int, dtype: torch.dtype) -> Condition:

@@ -99,7 +99,7 @@ def find_layout(call: PipelineCall) -> Layout:
     def entries(values: Tensor | None, latents: Tensor | None = None) -> list[Tensor]:
         """Every tensor of the network's first input, for drawn noise of these values."""
 
-        def draw(shape: Any, device: Any = None, dtype: Any = None, **_: Any) -> Tensor:
+        def draw(shape: Any, _generator: Any = None, device: Any = None, dtype: Any = None, **_: Any) -> Tensor:
             drawn.append((tuple(shape), dtype or torch.float32))
             flat = torch.zeros(math.prod(shape[1:])) if values is None else values
             return flat.repeat(shape[0]).reshape(shape).to(dtype=dtype, device=device)

@@ -124,7 +124,7 @@ def _one_file(source: str, options: PipelineOptions, what: str) -> Path:
         if len(files) != 1:
             raise InputError(f"{what}: the folder {source} has {len(files)} safetensors files: name one of them")
         return files[0]
-    if source.endswith(".safetensors") and source.count("/") >= 2:
+    if source.endswith(".safetensors") and source.count("/") >= 2 and source[0] not in "/.~":
         repository, file = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
         return hub_file(repository, file, what=what, local_files_only=options.local_files_only)
     raise InputError(

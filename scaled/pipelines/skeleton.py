@@ -52,10 +52,8 @@ def make_skeleton(
     options = replace(options, device="cpu", compile="no", cache_dir="")
     mode = fake_mode()
     family, pipe = _pipeline(name, family, options)
-    if family.pipeline_class not in _TEXTS:
-        raise InputError(f"no plan for a {family.pipeline_class}: plans are made of {', '.join(_TEXTS)}")
-    texts, shapes = _TEXTS[family.pipeline_class](pipe, options)
-    layout = _layout(family, pipe, options, texts, shapes)
+    texts, shapes = planned_texts(family, pipe, options)
+    layout = planned_layout(family, pipe, options, texts, shapes)
     known = Known(ShapesOnly(mode, shapes, DTYPES[options.dtype]), texts, layout)
 
     def built() -> PipelineBackend:
@@ -108,7 +106,18 @@ _TEXTS: Mapping[str, Callable[[Any, Any], Planned]] = {
 }
 
 
-def _layout(family: Family, pipe: Any, options: PipelineOptions, texts: TextLayout, shapes: Any) -> Layout:
+def planned_texts(family: Family, pipe: Any, options: PipelineOptions) -> Planned:
+    """What a prompt's texts become in a pipeline whose text encoders are not there.
+
+    Raises:
+        InputError: for this class that is not written down.
+    """
+    if family.pipeline_class not in _TEXTS:
+        raise InputError(f"no plan for a {family.pipeline_class}: plans are made of {', '.join(_TEXTS)}")
+    return _TEXTS[family.pipeline_class](pipe, options)
+
+
+def planned_layout(family: Family, pipe: Any, options: PipelineOptions, texts: TextLayout, shapes: Any) -> Layout:
     """The layouts of the noise: all that a pipeline does before its network can be run without weights."""
     bare = view(pipe, vae=StandIn(pipe.vae, lambda *_, **__: None))
     tensors = {
