@@ -25,6 +25,7 @@ SECTIONS = {
         ("docs/training.md", "Train"),
         ("docs/digits.md", "The miniature"),
         ("docs/real-models.md", "Real models"),
+        ("docs/families.md", "Any distilled pipeline"),
         ("docs/prompts-and-scorers.md", "Prompts and scorers"),
         ("docs/testing.md", "hnkit.testing"),
         ("docs/faq.md", "Questions"),

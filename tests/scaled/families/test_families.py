@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import cache
@@ -194,6 +195,15 @@ def test_training_raises_the_reward_and_comes_back_from_disk(name, backend, tmp_
 @pytest.mark.parametrize("name", LONGER)
 def test_the_self_check_passes(name, load):
     load(name, self_check=True)
+
+
+@pytest.mark.parametrize("name", list(FACTS))
+def test_what_the_table_says_of_a_class_is_what_it_takes(name):
+    kind, facts = getattr(diffusers, name), FACTS[name]
+    assert facts.lora == hasattr(kind, "load_lora_weights")
+    parameters = inspect.signature(kind.__call__).parameters
+    taken = [word for word in ("timesteps", "sigmas") if word in parameters]
+    assert facts.schedule == {2: "both", 0: "neither"}.get(len(taken), "".join(taken))
 
 
 def test_every_record_and_every_name_has_its_facts():
