@@ -9,13 +9,37 @@ from pathlib import Path
 
 import torch
 
-from hnkit.backend import BackendBase, RecordsOptions, backend_factory, completed
+from hnkit.backend import BackendBase, BundlesAdapter, RecordsOptions, backend_factory, completed
 from hnkit.config import CONFIG_FILE, RunConfig, make_options, parse_options, resolve_config
 from hnkit.errors import InputError
 from hnkit.internal.files import file_digest
 from hnkit.internal.folders import adapter_folder
 
-__all__ = ["adapter_folder", "default_prompts", "load_trained", "local_files_only"]
+__all__ = ["adapter_folder", "default_prompts", "load_trained", "local_files_only", "named_adapter"]
+
+BUNDLED = "bundled"
+"""The name of the adapter that comes with a backend's model; a folder of that name is `./bundled`."""
+
+
+def named_adapter(name: str, adapter: str | Path | None) -> Path | None:
+    """The folder that `--adapter` means: the one that is named, or, by the name `bundled`, that of the backend's model.
+
+    Args:
+        name: the name of an installed backend.
+        adapter: what was given; `None` stays `None`.
+
+    Raises:
+        InputError: `bundled`, of a backend whose model comes without an adapter.
+    """
+    if adapter is None or str(adapter) != BUNDLED:
+        return None if adapter is None else Path(adapter)
+    factory = backend_factory(name)
+    if not isinstance(factory, BundlesAdapter):
+        raise InputError(
+            f"--adapter {BUNDLED}: backend {name} comes without an adapter: train one, or write ./{BUNDLED} for a "
+            "folder of that name"
+        )
+    return factory.bundled_adapter()
 
 
 def adapter_digests(adapter: str | Path | None) -> dict[str, str]:
@@ -34,7 +58,8 @@ def load_trained(
 
     Args:
         name: the name of an installed backend.
-        adapter: the adapter's folder, or the run folder that holds it; `None`: the backend as it starts, f = 0.
+        adapter: the adapter's folder, the run folder that holds it, or `bundled`; `None`: the backend as it starts,
+            f = 0.
         overrides: `backend.key=value`.
 
     Raises:
@@ -44,9 +69,9 @@ def load_trained(
     for override in overrides:
         if not override.startswith("backend."):
             raise InputError(f"--set {override}: only backend.KEY=VALUE applies here")
+    adapter = named_adapter(name, adapter)
     if adapter is None:
         return completed(factory.load(resolve_config(backend=name, overrides=overrides).options)), None
-    adapter = Path(adapter)
     if not adapter.is_dir():
         raise InputError(f"--adapter {adapter} is not a folder: name the folder of a trained adapter, or its run")
     weights = adapter_folder(adapter)

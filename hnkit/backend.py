@@ -235,6 +235,15 @@ class RecordsOptions(Protocol):
         ...
 
 
+@runtime_checkable
+class BundlesAdapter(Protocol):
+    """A factory whose model comes with a trained adapter, which commands find by the name `bundled`."""
+
+    def bundled_adapter(self) -> Path:
+        """The folder of that adapter."""
+        ...
+
+
 def _installed(group: str) -> dict[str, list[EntryPoint]]:
     """The entry points of a group by name: several where distributions disagree on what a name means."""
     found: dict[str, list[EntryPoint]] = {}

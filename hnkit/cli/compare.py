@@ -24,7 +24,7 @@ class Options(WithBackend):
     Attributes:
         methods: some of base, hypernoise, direct, best-of-2, best-of-4, best-of-n, reno, prompt-optimisation;
             default: all.
-        adapter: trained adapter, or the run folder that holds it; default: one is trained here.
+        adapter: trained adapter, the run folder that holds it, or `bundled`; default: one is trained here.
         prompts: .txt, .json, .jsonl, .csv:COLUMN, a folder of .txt, hf:NAME; default: the backend's held-out ones.
         seeds: noise seeds per prompt; default: 4, and 2 with --quick.
         quick: the short version, minutes on a laptop.
@@ -48,7 +48,7 @@ class Options(WithBackend):
 
 def run(options: Options) -> int:
     """Run the comparison that the entry-point group `hnkit.comparisons` offers for the backend."""
-    from hnkit.adapters import local_files_only
+    from hnkit.adapters import local_files_only, named_adapter
     from hnkit.backend import backend_factory
     from hnkit.output import terminal
     from hnkit.prompts import read_prompts
@@ -66,7 +66,7 @@ def run(options: Options) -> int:
     document = finished or runner(
         name,
         methods=None if options.methods is None else [part.strip() for part in options.methods.split(",")],
-        adapter=options.adapter,
+        adapter=named_adapter(name, options.adapter),
         prompts=None if options.prompts is None else read_prompts(options.prompts, local_files_only=local),
         seeds=options.seeds,
         quick=options.quick,

@@ -24,7 +24,7 @@ class Options(WithBackend):
     Attributes:
         rewards: CSV with the columns prompt, method, reward and, where known, nats.
         base: which method of the CSV is the base.
-        adapter: trained adapter, or the run folder that holds it.
+        adapter: trained adapter, the run folder that holds it, or `bundled`.
         prompts: .txt, .json, .jsonl, .csv:COLUMN, a folder of .txt, hf:NAME; default: the backend's held-out ones.
         reward: what to measure in, NAME=WEIGHT (repeatable); default: what the run was trained on.
         base_samples: base images a prompt.
@@ -108,7 +108,7 @@ def run(options: Options) -> int:
 
 def _measured(options: Options, workers: Workers) -> tuple[Any, dict[str, Any]]:
     """The network on the frontier, and what that was made with."""
-    from hnkit.adapters import adapter_digests, default_prompts, load_trained, local_files_only
+    from hnkit.adapters import adapter_digests, default_prompts, load_trained, local_files_only, named_adapter
     from hnkit.config import CONFIG_FILE, parse_reward_flag, resolve_config
     from hnkit.frontier.measured import FrontierSettings, network_on_frontier
     from hnkit.internal.provenance import provenance
@@ -119,7 +119,8 @@ def _measured(options: Options, workers: Workers) -> tuple[Any, dict[str, Any]]:
         base_samples=options.base_samples, samples=options.samples, steps=options.generator_steps, seed=options.seed,
         method=options.method,
     )  # fmt: skip
-    name, adapter = options.named_backend(), options.adapter
+    name = options.named_backend()
+    adapter = named_adapter(name, options.adapter)
     assert adapter is not None
     specs = dict(parse_reward_flag(flag) for flag in options.reward)
     if not specs:

@@ -27,7 +27,7 @@ class Options(WithBackend):
     """Write base and steered images, pair by pair from the same noise, and a contact sheet.
 
     Attributes:
-        adapter: trained adapter, or the run folder that holds it; default: base images alone.
+        adapter: trained adapter, the run folder that holds it, or `bundled`; default: base images alone.
         prompts: .txt, .json, .jsonl, .csv:COLUMN, a folder of .txt, hf:NAME; default: the backend's held-out ones.
         prompt: one prompt (repeatable).
         resume: continue a run that was cut short: this one, or the newest.
@@ -93,7 +93,7 @@ def run(options: Options) -> int:
 
 def begun(options: Options, workers: Workers = ALONE) -> tuple[Path, GeneratePlan, BackendBase]:
     """A new run folder with its plan, and the backend; whatever can be refused is refused before the folder is made."""
-    from hnkit.adapters import adapter_digests, default_prompts, load_trained, local_files_only
+    from hnkit.adapters import adapter_digests, default_prompts, load_trained, local_files_only, named_adapter
     from hnkit.generate import GeneratePlan, require_images
     from hnkit.internal.files import new_run_folder
     from hnkit.output.layouts import check_layout
@@ -110,10 +110,11 @@ def begun(options: Options, workers: Workers = ALONE) -> tuple[Path, GeneratePla
         raise InputError("--prompt is empty: write a prompt")
     if texts and settings.layout is not None:
         check_layout(settings.layout, texts, settings.count, records)
-    backend, _ = load_trained(name, options.adapter, options.all_overrides())
+    chosen = named_adapter(name, options.adapter)
+    backend, _ = load_trained(name, chosen, options.all_overrides())
     texts = texts or default_prompts(backend)
     require_images(backend, texts, settings, records)
-    adapter = None if options.adapter is None else str(options.adapter.resolve())
+    adapter = None if chosen is None else str(chosen.resolve())
     plan = GeneratePlan(
         name, settings, tuple(texts), records, options.all_overrides(), adapter, adapter_digests(adapter),
         backend.model_digest(),

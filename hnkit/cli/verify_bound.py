@@ -31,7 +31,7 @@ class Options(WithBackend):
         toy: one toy (repeatable); default: all.
         map_path: your own map: callable, nn.Module or factory.
         shape: noise shape of one row of --map.
-        adapter: trained adapter, or the run folder that holds it.
+        adapter: trained adapter, the run folder that holds it, or `bundled`.
         prompts: .txt, .json, .jsonl, .csv:COLUMN, a folder of .txt, hf:NAME; default: the backend's held-out ones.
         method: how E(J) is computed; default: exact where it can be.
         samples: noise samples; default 2048 for a toy, 256 to 32 for a map, by dimension.

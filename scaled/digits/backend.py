@@ -13,7 +13,14 @@ from torch import Tensor
 
 from hnkit.backend import Reward
 from hnkit.maps import Condition
-from hnkit.scaled.digits.checkpoint import CANVAS, GUIDANCE_SCALE, JUDGE_FILE, MAX_SEQUENCE_LENGTH, verified_folder
+from hnkit.scaled.digits.checkpoint import (
+    ADAPTER_FOLDER,
+    CANVAS,
+    GUIDANCE_SCALE,
+    JUDGE_FILE,
+    MAX_SEQUENCE_LENGTH,
+    verified_folder,
+)
 from hnkit.scaled.digits.propose import propose
 from hnkit.scaled.digits.scenes import eval_prompts, train_prompts, validate_prompt
 from hnkit.scaled.pipelines.backend import PipelineBackend
@@ -107,6 +114,10 @@ class DigitsFactory(PipelineFactory):
         """The options with the bundled folder named, every file of it checked."""
         assert isinstance(options, DigitsOptions)
         return replace(options, model_id=str(options.folder()))
+
+    def bundled_adapter(self) -> Path:
+        """The folder of the hypernetwork that comes with the model, every file of it checked."""
+        return verified_folder() / ADAPTER_FOLDER
 
     def recorded(self, folder: str | Path) -> dict[str, Any]:
         """What the adapter records but for the model's folder, which is another on each machine."""

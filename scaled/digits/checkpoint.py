@@ -11,6 +11,7 @@ CHECKSUMS = "SHA256SUMS"
 CLIP_FOLDER = "clip"
 JUDGE_FILE = "judge.safetensors"
 LEGIBILITY_FILE = "legibility.safetensors"
+ADAPTER_FOLDER = "adapter"
 GUIDANCE_SCALE = 4.5
 MAX_SEQUENCE_LENGTH = 8
 CANVAS = 32

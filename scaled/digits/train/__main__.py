@@ -1,8 +1,8 @@
 """Train the bundled digits model from scratch.
 
 ``python -m hnkit.scaled.digits.train all --work FOLDER`` runs every stage in order; each can be run alone. About two
-hours of two CPU cores in all. The seed fixes weights, data and draws; on another machine or thread count the figures
-differ in the last digits and so, slightly, do the weights.
+hours of two CPU cores in all, and as long again for the last, the adapter. The seed fixes weights, data and draws; on
+another machine or thread count the figures differ in the last digits and so, slightly, do the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hnkit.scaled.digits.checkpoint import GUIDANCE_SCALE, model_folder
 from hnkit.scaled.digits.judge import Judge
 from hnkit.scaled.digits.rewards import legibility, scorer
 from hnkit.scaled.digits.scenes import Kind
-from hnkit.scaled.digits.train import autoencoder, bundle, distil, evaluate, reader, teacher
+from hnkit.scaled.digits.train import adapter, autoencoder, bundle, distil, evaluate, reader, teacher
 from hnkit.scaled.digits.train import scorer as scorer_stage
 from hnkit.scaled.digits.train.common import record
 from hnkit.scaled.digits.train.pipeline import assemble
@@ -94,6 +94,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "student": _stage(distil.train, steps=3000),
     "evaluate": lambda a: _evaluate(a.work, a.seeds),
     "bundle": lambda a: bundle.bundle(a.work, a.out),
+    "adapter": lambda a: adapter.train_adapter(a.work, a.out, seed=a.seed),
 }
 
 if __name__ == "__main__":
