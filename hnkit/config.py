@@ -79,7 +79,7 @@ class TrainConfig:
         weight_decay: decoupled (AdamW) or added to the gradient (SGD).
         clip: bound on the norm of the gradient of one optimiser step; 0 is none.
         reward_clip: bound on the norm of each sample's gradient of the reward in its noise, in units of the reward; 0
-            is none.
+            is none. Direct fine-tuning and score-function gradients, which have none, are as they are without.
         warmup: steps over which the rate grows linearly to `lr`.
         schedule: what the rate does afterwards, until the last step.
         ema: decay of an exponential average of the weights, which is then what is measured and saved; 0 is none.
@@ -146,12 +146,6 @@ class TrainConfig:
         require_ranges(self, "train.")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise InputError("train.nesterov = true needs train.optimizer = 'sgd' and train.momentum above 0")
-        if self.reward_clip and (self.objective == "direct" or self.reward_gradient == "score-function"):
-            name = "objective" if self.objective == "direct" else "reward_gradient"
-            raise InputError(
-                f"train.reward_clip with train.{name} = {getattr(self, name)!r}, where the reward has no gradient in "
-                "the noise: leave one of them out"
-            )
         if self.batch % self.accumulate:
             raise InputError(
                 f"train.batch = {self.batch} is not a multiple of train.accumulate = {self.accumulate}: "

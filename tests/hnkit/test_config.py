@@ -414,11 +414,6 @@ def test_no_override_ever_raises_anything_but_an_input_error(key, value):
         ({"injection": 0.5, "kl": "exact"}, "train.injection with train.kl = 'exact'"),
         ({"injection": 0.5, "objective": "direct"}, "moves no noise"),
         ({"draws": 4}, "train.draws = 4 without train.injection"),
-        ({"reward_clip": 1.0, "objective": "direct"}, "train.reward_clip with train.objective = 'direct'"),
-        (
-            {"reward_clip": 1.0, "reward_gradient": "score-function", "injection": 0.5, "draws": 2},
-            "train.reward_clip with train.reward_gradient = 'score-function'",
-        ),
         ({"max_delta": 2.0}, "train.max_delta = 2.0 without train.injection"),
         ({"reward_gradient": "score-function"}, "'score-function' without train.injection"),
         ({"reward_gradient": "score-function", "injection": 0.5}, "train.draws = 2 or more"),
