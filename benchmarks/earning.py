@@ -45,7 +45,7 @@ MEASURED_ON = 200
 CORRELATIONS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 BOUNDS = (1.0, 3.0, 10.0, 40.0, math.inf)
 STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
-TEMPERATURES = (1.0, 3.0)
+TEMPERATURES = (3.0,)
 
 RECIPES: dict[str, dict[str, Any]] = {
     "before": {},
@@ -87,7 +87,7 @@ def normal(backend: BackendBase, rows: int, generator: torch.Generator) -> Tenso
 # --- the landscape ----------------------------------------------------------------------------------------------
 
 
-def spectrum(seed: int, prompts: int = 40, samples: int = 64) -> dict[str, Any]:
+def spectrum(seed: int, prompts: int = 32, samples: int = 48) -> dict[str, Any]:
     """Correlation of the reward at noises x and s x + sqrt(1 - s^2) z, which is sum_k p_k s^k.
 
     p_k is the share of the reward's variance (within a prompt) that its Hermite polynomials of degree k have, and
@@ -113,7 +113,7 @@ def spectrum(seed: int, prompts: int = 40, samples: int = 64) -> dict[str, Any]:
     return {"correlation": ratios, "variance": variance, "mean_degree": _jackknifed(table[:, 1], table[:, 0])}
 
 
-def tails(seed: int, samples: int = 1024, batch: int = 64) -> dict[str, Any]:
+def tails(seed: int, samples: int = 768, batch: int = 64) -> dict[str, Any]:
     """Quantiles of the norm of the reward's gradient: in the image, in the latents that are decoded, in the noise."""
     backend, draw, texts = load(), generator_for(seed, "earning", "tails"), split()[1]
     norms: dict[str, list[Tensor]] = {"image": [], "latents": [], "noise": []}
@@ -225,7 +225,7 @@ def error_term(eigenvalues: Tensor) -> float:
     return float((eigenvalues - (1 + eigenvalues).abs().log()).sum())
 
 
-def curvature(seed: int, samples: int = 24, iterations: int = 60) -> dict[str, Any]:
+def curvature(seed: int, samples: int = 10, iterations: int = 40) -> dict[str, Any]:
     """Gain, L2 term and exact integrand of f = beta grad r, the same with a bounded gradient, and of the proximal map.
 
     The Jacobians are those of closed forms in the reward's Hessian H: beta H; beta c/|g| (I - g g'/|g|^2) H where the

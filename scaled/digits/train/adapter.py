@@ -14,11 +14,11 @@ from torch import Tensor
 from hnkit.adapters import adapter_folder, load_trained
 from hnkit.backend import BackendBase
 from hnkit.config import CONFIG_FILE, resolve_config
-from hnkit.frontier.measured import FrontierSettings, network_on_frontier
+from hnkit.frontier import Frontier
 from hnkit.internal.files import atomic_write, write_json
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr, rounded_to_error
-from hnkit.rewards import RewardSum
+from hnkit.kl.divergence import noise_kl
 from hnkit.scaled.digits.checkpoint import ADAPTER_FOLDER, write_checksums
 from hnkit.scaled.digits.rewards import legibility
 from hnkit.scaled.digits.scenes import eval_prompts
@@ -27,8 +27,6 @@ from hnkit.training.run import train
 PRESET = "long"
 FIGURES_FILE = "figures.json"
 CARD_FILE = "README.md"
-IMAGES = 4
-"""Images of each held-out sentence."""
 BEST_OF = (2, 4, 50)
 
 
@@ -45,19 +43,20 @@ def train_adapter(work: Path, out: Path, *, seed: int) -> None:
     result = train(config, resume=run) if run.exists() else train(config, out=run)
     if not result.finished:
         raise SystemExit(result.exit_code)
-    backend, alpha = load_trained("digits", run)
-    figures = {"preset": PRESET, "seed": seed, "steps": result.step, **held_out_figures(backend, alpha)}
-    bundle_adapter(run, out, figures)
+    bundle_adapter(run, out, seed=seed, steps=result.step)
 
 
-def bundle_adapter(run: Path, out: Path, figures: Mapping[str, Any]) -> None:
-    """Copy the adapter of a run, its configuration and figures into a model folder.
+def bundle_adapter(run: Path, out: Path, *, seed: int, steps: int) -> None:
+    """Measure the adapter of a run on the held-out sentences and copy it, with its card, into a model folder.
 
     Args:
-        run: The finished run.
+        run: A finished run, or what `hnkit export` made of one.
         out: The model folder; an adapter that is there is replaced.
-        figures: What the card says, from `held_out_figures`.
+        seed: Seed of the training, for the card.
+        steps: Optimiser steps of the training, for the card.
     """
+    backend, _ = load_trained("digits", run)
+    figures = {"preset": PRESET, "seed": seed, "steps": steps, **held_out_figures(backend, eval_prompts())}
     target = out / ADAPTER_FOLDER
     if target.exists():
         shutil.rmtree(target)
@@ -72,61 +71,56 @@ def bundle_adapter(run: Path, out: Path, figures: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def held_out_figures(
-    backend: BackendBase, alpha: float | None, *, prompts: Sequence[str] | None = None, base_samples: int = 128
+    backend: BackendBase, prompts: Sequence[str], *, images: int = 4, kl_images: int = 2, base_images: int = 64
 ) -> dict[str, Any]:
-    """Reward, nats and efficiency, judge and legibility on the held-out sentences.
+    """Reward, nats and efficiency, judge and legibility, each steered image beside the base image of its noise.
 
     Args:
         backend: The miniature with its adapter loaded.
-        alpha: The temperature of its training.
-        prompts: Sentences; all held-out ones by default.
-        base_samples: Base images a sentence for the frontier.
+        prompts: Sentences, two or more.
+        images: Images of each sentence.
+        kl_images: Those of them at whose noises the KL integrand is taken, by dense Jacobians.
+        base_images: Base images of each sentence, for the frontier and best-of-N.
 
     Returns:
         Figures by name; a pair is a mean and its standard error over sentences.
     """
     assert backend.judge is not None
     assert backend.default_reward is not None
-    texts = list(eval_prompts() if prompts is None else prompts)
-    settings = FrontierSettings(base_samples=base_samples, samples=IMAGES, batch=64)
-    found = network_on_frontier(backend, RewardSum([backend.default_reward]), texts, settings, alpha=alpha)
-    (method,) = found.methods.values()
-    scores = {"judge": backend.judge, "legibility": legibility()}
-    tables = paired_scores(backend, texts, scores)
-    best = {str(n): found.frontier.best_of(n) for n in BEST_OF if n <= base_samples}
-    return {
-        "prompts": len(texts),
-        "images": IMAGES * len(texts),
-        "reward_gain": (method.gain, method.stderr),
-        "kl": (found.kl, found.kl_stderr),
-        "l2": found.l2,
-        "efficiency": (method.efficiency, method.efficiency_stderr),
-        "gap_lower_bound": None if found.gap is None else found.gap.lower,
-        "best_of_reward_gain": {n: (b.gain, b.stderr) for n, b in best.items()},
-        **{
-            f"{name}_{kind}": mean_and_stderr(values)
-            for name, kinds in tables.items()
-            for kind, values in kinds.items()
-        },
-    }
-
-
-def paired_scores(
-    backend: BackendBase, prompts: Sequence[str], scores: Mapping[str, Any]
-) -> dict[str, dict[str, Tensor]]:
-    """Means of each sentence by each score: of base images, and of the gain of steered ones from the same noise."""
-    rows: dict[str, dict[str, list[Tensor]]] = {name: {"base": [], "gain": []} for name in scores}
+    scores = {"reward": backend.default_reward, "judge": backend.judge, "legibility": legibility()}
+    base: list[Tensor] = []
+    noises: list[Tensor] = []
+    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in scores}
     for index, prompt in enumerate(prompts):
-        names = [prompt] * IMAGES
-        noise = torch.randn(IMAGES, *backend.noise_shape, generator=generator_for(0, "adapter figures", index))
-        condition = backend.encode(names)
-        moved = noise + backend.map_for(names)(noise)
-        base, steered = (backend.generate(x, condition) for x in (noise, moved))
+        noise = torch.randn(base_images, *backend.noise_shape, generator=generator_for(0, "adapter figures", index))
+        pictures = backend.generate(noise, backend.encode([prompt] * base_images))
+        base.append(backend.default_reward(pictures, [prompt] * base_images).double())
+        noises.append(noise[:images])
+        names = [prompt] * images
+        moved = noise[:images] + backend.map_for(names)(noise[:images])
+        steered = backend.generate(moved, backend.encode(names))
         for name, score in scores.items():
-            before, after = score(base, names).double(), score(steered, names).double()
-            rows[name]["base"].append(before.mean())
-            rows[name]["gain"].append((after - before).mean())
-    return {name: {kind: torch.stack(parts) for kind, parts in kinds.items()} for name, kinds in rows.items()}
+            before, after = score(pictures[:images], names).double(), score(steered, names).double()
+            rows[name].append((float(before.mean()), float((after - before).mean())))
+    tables = {name: torch.tensor(values, dtype=torch.float64).T for name, values in rows.items()}
+    figures: dict[str, Any] = {"prompts": len(prompts), "images": images * len(prompts)}
+    for name, (before, gain) in tables.items():
+        figures |= {f"{name}_base": mean_and_stderr(before), f"{name}_gain": mean_and_stderr(gain)}
+    x = torch.cat([noise[:kl_images] for noise in noises])
+    with torch.enable_grad():
+        kl = noise_kl(backend.map_for([prompt for prompt in prompts for _ in range(kl_images)]), x, method="exact")
+    frontier = Frontier(base)
+    gain, error = figures["reward_gain"]
+    bought = frontier.point(kl.value).gain
+    best = {n: frontier.best_of(n) for n in BEST_OF if n <= base_images}
+    return figures | {
+        "kl": (kl.value, kl.stderr),
+        "l2": kl.l2,
+        "kl_images": len(x),
+        "frontier": bought,
+        "efficiency": (gain / bought, error / bought),
+        "best_of_reward_gain": {str(n): (b.gain, b.stderr) for n, b in best.items()},
+    }
 
 
 def card(figures: Mapping[str, Any], written: str) -> str:
