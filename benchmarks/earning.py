@@ -225,7 +225,7 @@ def error_term(eigenvalues: Tensor) -> float:
     return float((eigenvalues - (1 + eigenvalues).abs().log()).sum())
 
 
-def curvature(seed: int, samples: int = 10, iterations: int = 40) -> dict[str, Any]:
+def curvature(seed: int, samples: int = 8, iterations: int = 40) -> dict[str, Any]:
     """Gain, L2 term and exact integrand of f = beta grad r, the same with a bounded gradient, and of the proximal map.
 
     The Jacobians are those of closed forms in the reward's Hessian H: beta H; beta c/|g| (I - g g'/|g|^2) H where the

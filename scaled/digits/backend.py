@@ -19,15 +19,20 @@ from hnkit.scaled.digits.checkpoint import (
     GUIDANCE_SCALE,
     JUDGE_FILE,
     MAX_SEQUENCE_LENGTH,
+    model_folder,
     verified_folder,
 )
 from hnkit.scaled.digits.propose import propose
 from hnkit.scaled.digits.scenes import eval_prompts, train_prompts, validate_prompt
+from hnkit.scaled.lora.adapter import Adapter
 from hnkit.scaled.pipelines.backend import PipelineBackend
 from hnkit.scaled.pipelines.factory import PipelineFactory, Preset
 from hnkit.scaled.pipelines.families.sana import SanaOptions
 from hnkit.scaled.pipelines.families.table import SANA_SPRINT
 from hnkit.scaled.pipelines.options import PipelineOptions
+
+BUNDLED_MODEL = "hnkit-digits"
+"""What adapters of the bundled folder call their base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +104,23 @@ class DigitsBackend(PipelineBackend):
     ) -> list[str]:
         """Rewordings within the grammar, for the prompt-optimisation baseline."""
         return propose(prompt, history, count, generator)
+
+    def usage(self) -> str:
+        """Python code that uses the saved adapter, naming the bundled folder as each machine finds it."""
+        folder = repr(self.options.model_id)
+        code = super().usage()
+        if not self._is_bundled or folder not in code:
+            return code
+        return "from hnkit.scaled.digits.checkpoint import model_folder\n" + code.replace(folder, "model_folder()")
+
+    @property
+    def _is_bundled(self) -> bool:
+        return Path(self.options.model_id) == model_folder()
+
+    def _adapter(self) -> Adapter:
+        adapter = super()._adapter()
+        # where the package is installed is no part of what the adapter belongs to: its base's probe is
+        return replace(adapter, base_model=BUNDLED_MODEL) if self._is_bundled else adapter
 
     @cached_property
     def _judge(self) -> Any:

@@ -60,7 +60,7 @@ def bundle_adapter(run: Path, out: Path, *, seed: int, steps: int) -> None:
     target = out / ADAPTER_FOLDER
     if target.exists():
         shutil.rmtree(target)
-    shutil.copytree(adapter_folder(run), target)
+    shutil.copytree(adapter_folder(run), target, ignore=shutil.ignore_patterns(".*"))
     shutil.copyfile(run / CONFIG_FILE, target / CONFIG_FILE)
     write_json(target / FIGURES_FILE, figures)
     atomic_write(target / CARD_FILE, card(figures, (target / CARD_FILE).read_text(encoding="utf-8")))
@@ -71,7 +71,13 @@ def bundle_adapter(run: Path, out: Path, *, seed: int, steps: int) -> None:
 
 @torch.no_grad()
 def held_out_figures(
-    backend: BackendBase, prompts: Sequence[str], *, images: int = 4, kl_images: int = 2, base_images: int = 64
+    backend: BackendBase,
+    prompts: Sequence[str],
+    *,
+    images: int = 4,
+    kl_images: int = 2,
+    base_images: int = 64,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Reward, nats and efficiency, judge and legibility, each steered image beside the base image of its noise.
 
@@ -81,6 +87,7 @@ def held_out_figures(
         images: Images of each sentence.
         kl_images: Those of them at whose noises the KL integrand is taken, by dense Jacobians.
         base_images: Base images of each sentence, for the frontier and best-of-N.
+        seed: Seed of the noise.
 
     Returns:
         Figures by name; a pair is a mean and its standard error over sentences.
@@ -92,7 +99,7 @@ def held_out_figures(
     noises: list[Tensor] = []
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in scores}
     for index, prompt in enumerate(prompts):
-        noise = torch.randn(base_images, *backend.noise_shape, generator=generator_for(0, "adapter figures", index))
+        noise = torch.randn(base_images, *backend.noise_shape, generator=generator_for(seed, "adapter figures", index))
         pictures = backend.generate(noise, backend.encode([prompt] * base_images))
         base.append(backend.default_reward(pictures, [prompt] * base_images).double())
         noises.append(noise[:images])
