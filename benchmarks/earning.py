@@ -4,12 +4,12 @@
     python benchmarks/earning.py tails          the size of its gradient, in the image, the latents and the noise
     python benchmarks/earning.py bound          what bounding each sample's gradient does to its signal and noise
     python benchmarks/earning.py curvature      exact nats of gradient steps and of the optimum of the L2 loss
-    python benchmarks/earning.py recipe NAME    train one recipe of RECIPES for one seed, and measure it
+    python benchmarks/earning.py stored NAME    train on stored gradients by one of STORED, and measure the map
     python benchmarks/earning.py report         docs/results/earning.json from everything measured so far
 
-Every experiment appends one JSON line to `--results` and can be run again for another seed; a run of a recipe goes on
-from its checkpoint. Recipes train on all but 200 of the training sentences and are measured on these, by the reward:
-neither the judge nor a held-out sentence has a part in choosing one.
+Every experiment appends one JSON line to `--results` and can be run again for another seed. What is trained here is
+trained on all but 200 of the training sentences and measured on these, by the reward: neither the judge nor a held-out
+sentence has a part in choosing a recipe.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hnkit import Frontier, noise_kl
-from hnkit.adapters import load_trained
 from hnkit.backend import BackendBase, backend_factory
-from hnkit.config import resolve_config
-from hnkit.frontier import FrontierPoint
 from hnkit.internal.files import write_json
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.internal.versions import versions
+from hnkit.maps import Condition, ConditionedMap
 from hnkit.scaled.digits.scenes import train_prompts, validate_prompt
-from hnkit.training.run import train
+from hnkit.training.optimize import WeightAverage
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "results" / "earning.json"
@@ -47,10 +45,34 @@ BOUNDS = (1.0, 3.0, 10.0, 40.0, math.inf)
 STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 TEMPERATURES = (3.0,)
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "before": {},
+GRADIENTS = 32768
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Training on stored gradients.
+
+    The bound on each, the temperature, the rate, and the least correlation s, uniform between it and 1, of the noise
+    that f is given with the one that the gradient was taken at.
+    """
+
+    bound: float
+    alpha: float
+    lr: float = 1e-3
+    correlation: float = 1.0
+    samples: int = 19200
+
+
+STORED: dict[str, Stored] = {
+    "unbounded": Stored(math.inf, 0.2),
+    "bound 12": Stored(12.0, 0.2),
+    "bound 3": Stored(3.0, 0.2),
+    "bound 1": Stored(1.0, 0.07),
+    "bound 3, smoothed": Stored(3.0, 0.2, correlation=0.85),
+    "bound 3, three times the rate": Stored(3.0, 0.5, lr=3e-3),
 }
-"""Overrides of the preset `default`."""
+SCALES = (1.0, 0.5)
+"""Of the trained map: what it earns at fewer nats."""
 
 
 def load() -> BackendBase:
@@ -145,26 +167,19 @@ def tails(seed: int, samples: int = 768, batch: int = 64) -> dict[str, Any]:
     return found
 
 
-def bound(seed: int, samples: int = 32768, batch: int = 64, folds: int = 8) -> dict[str, Any]:
+def bound(seed: int, samples: int = GRADIENTS, batch: int = 64, folds: int = 8) -> dict[str, Any]:
     """Signal and noise of gradients that are bounded sample by sample, for the constant direction of a kind of prompt.
 
     Within each group (kind of sentence, first digit) the mean of the bounded gradients over one half of the samples
     is multiplied with that over the other half, which estimates |E g|^2 without bias, and with the mean of
     (r - E r) x, whose expectation is E grad r without a bound (Stein). Errors are over folds of the samples.
     """
-    backend, draw, texts = load(), torch.Generator().manual_seed(seed), split()[0]
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    chosen: list[int] = []
-    for _ in range(samples // batch):
-        index = torch.randint(len(texts), (batch,), generator=draw).tolist()
-        x = normal(backend, batch, draw)
-        parts.append((x, *gradients(backend, x, [texts[i] for i in index])))
-        chosen += index
-    x, value, slope = (torch.cat(column).double().flatten(1) for column in zip(*parts, strict=True))
-    return bounded_signal(x, value[:, 0], slope, [texts[i] for i in chosen], folds)
+    data = drawn_gradients(load(), seed, samples, batch)
+    flat = (data[key].double().flatten(1) for key in ("x", "slope"))
+    return bounded_signal(*flat, data["value"].double(), data["prompts"], folds)
 
 
-def bounded_signal(x: Tensor, value: Tensor, slope: Tensor, prompts: Sequence[str], folds: int) -> dict[str, Any]:
+def bounded_signal(x: Tensor, slope: Tensor, value: Tensor, prompts: Sequence[str], folds: int) -> dict[str, Any]:
     """The analysis of `bound`, of samples that are there."""
     parsed = [validate_prompt(text) for text in prompts]
     groups = [f"{p.kind} {p.digits[0]}" for p in parsed]
@@ -281,63 +296,96 @@ def ascended(backend: BackendBase, x: Tensor, prompts: Sequence[str], alpha: flo
     return u
 
 
-# --- recipes ----------------------------------------------------------------------------------------------------
+# --- training on stored gradients ---------------------------------------------------------------------------------
 
 
-def recipe(name: str, seed: int, work: Path, samples: int = 800, kl_samples: int = 64) -> dict[str, Any]:
-    """Train a recipe and measure it on training sentences that it has not seen."""
-    work.mkdir(parents=True, exist_ok=True)
-    mine, others = split()
-    files = {"prompts": work / "prompts.txt", "validation_prompts": work / "measured-on.txt"}
-    for file, texts in zip(files.values(), (mine, others), strict=True):
-        file.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    settings = {"seed": seed, "measure_samples": 2, "validate_samples": 2, **files}
-    overrides = [f"train.{key}={value}" for key, value in settings.items()]
-    overrides += [f"{key}={value}" for key, value in RECIPES[name].items()]
-    config = resolve_config(backend="digits", overrides=overrides)
-    folder, begun = work / f"{name}-{seed}", time.process_time()
-    result = train(config, resume=folder) if folder.exists() else train(config, out=folder)
-    if not result.finished:
-        raise SystemExit(result.exit_code)
-    seconds = time.process_time() - begun
-    backend, _ = load_trained("digits", folder)
-    return {"recipe": RECIPES[name], "cpu_seconds": seconds, **measured(backend, others, samples, kl_samples)}
+def drawn_gradients(backend: BackendBase, seed: int, samples: int, batch: int = 64) -> dict[str, Any]:
+    """Noises, rewards and their gradients at sentences drawn at random; a pass of generator and reward each."""
+    draw, texts = torch.Generator().manual_seed(seed), split()[0]
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    prompts: list[str] = []
+    for _ in range(samples // batch):
+        names = [texts[i] for i in torch.randint(len(texts), (batch,), generator=draw).tolist()]
+        x = normal(backend, batch, draw)
+        parts.append((x, *gradients(backend, x, names)))
+        prompts += names
+    x, value, slope = (torch.cat(column) for column in zip(*parts, strict=True))
+    return {"x": x, "value": value, "slope": slope, "prompts": prompts}
+
+
+def stored(name: str, seed: int, batch: int = 64) -> dict[str, Any]:
+    """Train f to first order, |f|^2/2 - <f, g>/alpha, on stored gradients g; measure it at its size and at half of it.
+
+    It costs no pass of generator or reward, a third of a step of the loss, so that it compares ways of treating the
+    gradients on the same samples.
+    """
+    recipe, backend = STORED[name], load()
+    data = drawn_gradients(backend, 1, GRADIENTS)
+    parameters = [p for p in backend.hypernetwork.parameters() if p.requires_grad]
+    average = WeightAverage({str(i): p for i, p in enumerate(parameters)}, 0.98)
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0)
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(GRADIENTS, generator=draw)
+    steps = recipe.samples // batch
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * min(1, (step + 1) / 20) * (1 - step / steps)
+        rows = order[step * batch : (step + 1) * batch]
+        x, slope = data["x"][rows], data["slope"][rows]
+        if recipe.correlation < 1:
+            s = recipe.correlation + (1 - recipe.correlation) * torch.rand(batch, 1, 1, 1, generator=draw)
+            x = s * x + (1 - s * s).sqrt() * normal(backend, batch, draw)
+        norm = slope.flatten(1).norm(dim=1).clamp(min=1e-9)
+        slope = slope * (recipe.bound / norm).clamp(max=1)[:, None, None, None]
+        delta = backend.map_for([data["prompts"][row] for row in rows.tolist()])(x)
+        loss = (delta.square() / 2 - delta * slope / recipe.alpha).flatten(1).sum(1).mean() * recipe.alpha
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        average.update()
+    with average.applied():
+        return {"recipe": asdict(recipe), "scales": {str(scale): measured(backend, scale) for scale in SCALES}}
 
 
 @torch.no_grad()
-def measured(backend: BackendBase, prompts: Sequence[str], samples: int, kl_samples: int) -> dict[str, Any]:
-    """Gain, L2 term, exact integrand and efficiency on the frontier of these prompts."""
-    draw = generator_for(0, "earning", "measured")
+def measured(backend: BackendBase, scale: float, samples: int = 800, kl_samples: int = 32) -> dict[str, Any]:
+    """Gain, L2 term, exact integrand and efficiency of `scale f`, on sentences that it was not trained on."""
+    prompts = split()[1]
     texts = [prompts[i % len(prompts)] for i in range(samples)]
-    x = normal(backend, samples, draw)
+    x = normal(backend, samples, torch.Generator().manual_seed(77))
     gains, squares = [], []
     for start in range(0, samples, 64):
         part, names = x[start : start + 64], texts[start : start + 64]
-        delta = backend.map_for(names)(part)
+        delta = scale * backend.map_for(names)(part)
         gains.append(rewards(backend, part + delta, names) - rewards(backend, part, names))
         squares.append(delta.flatten(1).square().sum(1) / 2)
+
+    def scaled(noise: Tensor, condition: Condition) -> Tensor:
+        moved: Tensor = scale * backend.hypernetwork(noise, condition)
+        return moved
+
+    f = ConditionedMap(scaled, backend.encode(texts[:kl_samples]))
     with torch.enable_grad():
-        kl = noise_kl(backend.map_for(texts[:kl_samples]), x[:kl_samples], method="exact")
+        kl = noise_kl(f, x[:kl_samples], method="exact")
     gain, l2 = mean_and_stderr(torch.cat(gains)), mean_and_stderr(torch.cat(squares))
     # the L2 term is known from all samples, so that only E(J) is taken from the few
     error = mean_and_stderr(kl.per_sample - torch.cat(squares)[:kl_samples])
     nats = l2[0] + error[0]
-    point: FrontierPoint = base_frontier(backend, prompts).point(nats)
-    return {
-        "gain": gain,
-        "l2": l2,
-        "kl": (nats, math.hypot(l2[1], error[1])),
-        "efficiency": (gain[0] / point.gain, gain[1] / point.gain),
-        "frontier": (point.gain, point.stderr),
-    }
+    found = {"gain": gain, "l2": l2, "kl": (nats, math.hypot(l2[1], error[1])), "efficiency": None}
+    frontier = base_frontier(backend)
+    if nats < frontier.most_nats:
+        bought = frontier.point(nats).gain
+        found["efficiency"] = (gain[0] / bought, gain[1] / bought)
+    return found
 
 
-def base_frontier(backend: BackendBase, prompts: Sequence[str], count: int = 50, samples: int = 96) -> Frontier:
-    """The frontier of these prompts, from base images."""
-    draw = generator_for(0, "earning", "frontier")
+def base_frontier(backend: BackendBase, count: int = 50, samples: int = 96) -> Frontier:
+    """The frontier of those sentences, from base images."""
+    draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         return Frontier(
-            [rewards(backend, normal(backend, samples, draw), [text] * samples) for text in prompts[:count]]
+            [rewards(backend, normal(backend, samples, draw), [text] * samples) for text in split()[1][:count]]
         )
 
 
@@ -365,7 +413,7 @@ LANDSCAPE: dict[str, Callable[[int], dict[str, Any]]] = {
 
 
 def report(results: Path) -> None:
-    """The newest record of each experiment, recipe and seed, as docs/results/earning.json."""
+    """The newest record of each experiment and seed, as docs/results/earning.json."""
     newest: dict[str, Any] = {}
     for line in results.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -376,24 +424,23 @@ def report(results: Path) -> None:
 def main() -> None:
     """Parse the command line and run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=[*LANDSCAPE, "recipe", "report"])
-    parser.add_argument("name", nargs="?", choices=list(RECIPES), help="of the recipe")
+    parser.add_argument("experiment", choices=[*LANDSCAPE, "stored", "report"])
+    parser.add_argument("name", nargs="?", choices=list(STORED), help="of what is trained on stored gradients")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("runs/earning"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("runs/earning.jsonl"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.experiment == "report":
         report(arguments.results)
         return
-    if arguments.experiment == "recipe":
+    if arguments.experiment == "stored":
         if arguments.name is None:
-            parser.error(f"name a recipe: {', '.join(RECIPES)}")
-        found = recipe(arguments.name, arguments.seed, arguments.work)
+            parser.error(f"name one of {', '.join(STORED)}")
+        found = stored(arguments.name, arguments.seed)
     else:
         found = LANDSCAPE[arguments.experiment](arguments.seed)
-    name = arguments.experiment if arguments.name is None else f"recipe {arguments.name}"
+    name = arguments.experiment if arguments.name is None else f"stored {arguments.name}"
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     with arguments.results.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"experiment": name, "seed": arguments.seed, **found}) + "\n")

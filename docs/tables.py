@@ -320,6 +320,15 @@ def _on_card(found: dict[str, Any]) -> str:
     return f"with {options}: {need['peak'] / 2**30:.1f} GiB, {need['steps_per_hour']:,.0f} steps/h"
 
 
+def _earning_table(name: str) -> Callable[[], str]:
+    def table() -> str:
+        import earned
+
+        return to_markdown(earned.TABLES[name]())
+
+    return table
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "bench-exact": bench_exact,
     "bench-logdet": bench_logdet,
@@ -333,6 +342,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "item-e": item_e,
     "plans": plans,
     "compare-lead": compare_lead,
+    **{
+        f"earning-{name}": _earning_table(f"earning-{name}")
+        for name in ("spectrum", "tails", "bound", "curvature", "stored", "bundled")
+    },
     **{
         f"compare-{name}": _compare_table(name)
         for name in ("table-1", "scores", "steps", "diversity", "ranks", "losses", "l2")

@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=model_folder(), help="the bundled folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=8, help="noise seeds of the evaluation")
+    parser.add_argument("--adapter-steps", type=int, help="optimiser steps of the adapter's training")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("stage", choices=[*STAGES, "all"])
     arguments = parser.parse_args()
@@ -94,7 +95,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "student": _stage(distil.train, steps=3000),
     "evaluate": lambda a: _evaluate(a.work, a.seeds),
     "bundle": lambda a: bundle.bundle(a.work, a.out),
-    "adapter": lambda a: adapter.train_adapter(a.work, a.out, seed=a.seed),
+    "adapter": lambda a: adapter.train_adapter(a.work, a.out, seed=a.seed, steps=a.adapter_steps),
 }
 
 if __name__ == "__main__":

@@ -30,15 +30,18 @@ CARD_FILE = "README.md"
 BEST_OF = (2, 4, 50)
 
 
-def train_adapter(work: Path, out: Path, *, seed: int) -> None:
+def train_adapter(work: Path, out: Path, *, seed: int, steps: int | None = None) -> None:
     """Train by the preset, or go on with it, measure, and put the adapter into the model folder.
 
     Args:
         work: Folder of the run; a run that was interrupted there goes on.
         out: The model folder.
         seed: Seed of the training.
+        steps: Optimiser steps; the preset's by default. The rate is constant, so that a run of fewer can be gone on
+            with.
     """
-    config = resolve_config(backend="digits", preset=PRESET, overrides=[f"train.seed={seed}"])
+    length = [] if steps is None else [f"train.steps={steps}"]
+    config = resolve_config(backend="digits", preset=PRESET, overrides=[f"train.seed={seed}", *length])
     run = work / f"hypernetwork-{seed}"
     result = train(config, resume=run) if run.exists() else train(config, out=run)
     if not result.finished:
@@ -61,7 +64,8 @@ def bundle_adapter(run: Path, out: Path, *, seed: int, steps: int) -> None:
     if target.exists():
         shutil.rmtree(target)
     shutil.copytree(adapter_folder(run), target, ignore=shutil.ignore_patterns(".*"))
-    shutil.copyfile(run / CONFIG_FILE, target / CONFIG_FILE)
+    config = resolve_config(resume=run, overrides=[f"train.steps={steps}"])
+    atomic_write(target / CONFIG_FILE, config.to_toml())
     write_json(target / FIGURES_FILE, figures)
     atomic_write(target / CARD_FILE, card(figures, (target / CARD_FILE).read_text(encoding="utf-8")))
     for path in (target, *target.iterdir()):
