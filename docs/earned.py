@@ -58,8 +58,8 @@ def bound() -> Table:
         )
     headers = ("bound c", "E|g|²", "signal |E g|²", "⟨E g, E ∇r⟩", "signal / noise, 10⁻⁴")
     caption = (
-        f"{found['samples']:,} gradients in {found['groups']} groups of sentences (kind, first digit), within which the "
-        "mean direction is estimated; E ∇r without a bound by Stein's identity. Errors are over eight folds."
+        f"{found['samples']:,} gradients in {found['groups']} groups of sentences (kind, first digit), within which "
+        "the mean direction is estimated; E ∇r without a bound by Stein's identity. Errors are over eight folds."
     )
     return Table(headers, tuple(rows), caption)
 
@@ -127,6 +127,17 @@ def bundled() -> Table:
         "the errors are over sentences."
     )
     return Table(("figure", "value"), tuple(rows), caption)
+
+
+def lead() -> str:
+    """What the bundled adapter earns, in a sentence."""
+    found = read_figures(model_folder())
+    return (
+        f"The hypernetwork that comes with the miniature (`--adapter bundled`, {found['steps']} steps of the same "
+        f"recipe) gains {format_estimate(*found['reward_gain'])} in the trained reward for "
+        f"{format_estimate(*found['kl'])} nats, {100 * found['efficiency'][0]:.0f} % of what they could buy, and moves "
+        f"the judge's mean by {format_estimate(*found['judge_gain'])} ([why not more](EARNING)).\n"
+    )
 
 
 TABLES = {

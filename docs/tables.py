@@ -329,6 +329,15 @@ def _earning_table(name: str) -> Callable[[], str]:
     return table
 
 
+def _earning_lead(page: str) -> Callable[[], str]:
+    def sentence() -> str:
+        import earned
+
+        return earned.lead().replace("EARNING", page)
+
+    return sentence
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "bench-exact": bench_exact,
     "bench-logdet": bench_logdet,
@@ -342,6 +351,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "item-e": item_e,
     "plans": plans,
     "compare-lead": compare_lead,
+    "earning-lead": _earning_lead("earning.md"),
+    "earning-readme": _earning_lead("docs/earning.md"),
     **{
         f"earning-{name}": _earning_table(f"earning-{name}")
         for name in ("spectrum", "tails", "bound", "curvature", "stored", "bundled")
