@@ -40,6 +40,7 @@ SECTIONS = {
     ),
     "Evidence": (
         ("docs/benchmarks-logdet.md", "Benchmarks"),
+        ("docs/earning.md", "What a hypernetwork earns"),
         ("docs/numerics.md", "Numerics"),
         ("docs/robustness.md", "Robustness"),
         ("docs/mutation.md", "Mutation testing"),
@@ -51,33 +52,6 @@ SECTIONS = {
 
 LINK = re.compile(r"\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 CODE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
-PAGES = (
-    ("README.md", "Overview"),
-    ("docs/verify-bound.md", "Checking a map"),
-    ("docs/training.md", "Training"),
-    ("docs/digits.md", "The miniature"),
-    ("docs/earning.md", "What is earned"),
-    ("docs/real-models.md", "Real models"),
-    ("docs/prompts-and-scorers.md", "Prompts and scorers"),
-    ("docs/testing.md", "hnkit.testing"),
-    ("docs/estimators.md", "Estimators"),
-    ("docs/benchmarks-logdet.md", "Benchmarks"),
-    ("docs/numerics.md", "Numerics"),
-    ("docs/robustness.md", "Robustness"),
-    ("docs/mutation.md", "Mutation"),
-    ("proofs/README.md", "Proofs"),
-)
-STYLE = """
-:root { color-scheme: light dark; }
-body { margin: 0 auto; max-width: 58rem; padding: 1.5rem; font: 16px/1.6 system-ui, sans-serif; }
-nav { display: flex; flex-wrap: wrap; gap: .4rem 1.1rem; padding-bottom: 1rem; border-bottom: 1px solid #8884; }
-table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #8884; padding: .35rem .6rem; text-align: left; }
-pre { overflow-x: auto; padding: .8rem; background: #8881; border-radius: 6px; }
-code { font-size: .88em; }
-img { max-width: 100%; background: white; }
-"""
-LINK = re.compile(r'(href|src)="([^"#:]+)(#[^"]*)?"')
 
 
 def lay_out(source: Path) -> None:

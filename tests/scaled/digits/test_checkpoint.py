@@ -21,7 +21,7 @@ def test_bundled_folder_is_intact_and_small() -> None:
     assert set(files) == {*sums, checkpoint.CHECKSUMS}
     assert sum(p.stat().st_size for p in files.values()) < 15_000_000
     weights = [name for name in files if name.endswith(".safetensors")]
-    assert len(weights) == 6
+    assert len(weights) == 7
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
     name = weights[0]
     assert sums[name] == hashlib.sha256(files[name].read_bytes()).hexdigest()
