@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def held_out_figures(
     prompts: Sequence[str],
     *,
     images: int = 4,
-    kl_images: int = 2,
+    kl_images: int = 1,
     base_images: int = 64,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -98,7 +98,11 @@ def held_out_figures(
     """
     assert backend.judge is not None
     assert backend.default_reward is not None
-    scores = {"reward": backend.default_reward, "judge": backend.judge, "legibility": legibility()}
+    scores: dict[str, Callable[[Tensor, Sequence[str]], Tensor]] = {
+        "reward": backend.default_reward,
+        "judge": backend.judge,
+        "legibility": legibility(),
+    }
     base: list[Tensor] = []
     noises: list[Tensor] = []
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in scores}
