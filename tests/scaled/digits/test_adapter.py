@@ -141,7 +141,13 @@ def command(*arguments: str) -> int:
     return int(stop.value.code or 0)
 
 
-def test_commands_take_it_by_name(tmp_path, capsys):
+def stop_with(seen: dict[str, object], given: object) -> None:
+    """What a command was about to look at, without the minutes that it takes."""
+    seen["given"] = given
+    raise InputError("far enough")
+
+
+def test_commands_take_it_by_name(tmp_path, capsys, monkeypatch):
     digits = ("--backend", "digits", "--adapter", BUNDLED)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a three\ntwo fours\n")
@@ -150,10 +156,18 @@ def test_commands_take_it_by_name(tmp_path, capsys):
     assert len(list(out.rglob("*.png"))) >= 2
     frontier = ("frontier", *digits, "--prompts", str(prompts), "--base-samples", "8", "--samples", "2")
     assert command(*frontier, "--method", "second-order", "--out", str(tmp_path / "frontier")) == 0
-    verify = ("verify-bound", *digits, "--prompts", str(prompts), "--samples", "2")
-    assert command(*verify, "--method", "second-order", "--out", str(tmp_path / "verify")) == 0
-    compare = ("compare", *digits, "--prompts", str(prompts), "--seeds", "1", "--methods", "base,hypernoise", "--quick")
-    small = ("--set", "compare.measure_samples=2", "--set", "compare.diversity_prompts=0", "--set", "compare.steps=[1]")
-    assert command(*compare, *small, "--out", str(tmp_path / "compare")) == 0
+    seen: dict[str, object] = {}
+    monkeypatch.setattr(
+        "hnkit.checks.verify_backend.verify_backend", lambda backend, *_, **__: stop_with(seen, backend)
+    )
+    assert command("verify-bound", *digits, "--prompts", str(prompts), "--samples", "2") == 2
+    x = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert float(seen["given"].map_for(["a three"])(x).norm()) > 0.05
+    monkeypatch.setattr(
+        "hnkit.cli.compare.comparison_runner", lambda _: lambda *_, adapter, **__: stop_with(seen, adapter)
+    )
+    assert command("compare", *digits, "--prompts", str(prompts)) == 2
+    assert seen["given"] == checkpoint.model_folder() / checkpoint.ADAPTER_FOLDER
     assert command("generate", "--backend", "sana", "--adapter", BUNDLED) == 2
     assert "comes without an adapter" in capsys.readouterr().err
