@@ -5,6 +5,7 @@
     python benchmarks/earning.py bound          what bounding each sample's gradient does to its signal and noise
     python benchmarks/earning.py curvature      exact nats of gradient steps and of the optimum of the L2 loss
     python benchmarks/earning.py stored NAME    train on stored gradients by one of STORED, and measure the map
+    python benchmarks/earning.py scaled         the bundled hypernetwork, larger than it was trained
     python benchmarks/earning.py report         docs/results/earning.json from everything measured so far
 
 Every experiment appends one JSON line to `--results` and can be run again for another seed. What is trained here is
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hnkit import Frontier, noise_kl
+from hnkit.adapters import BUNDLED, load_trained
 from hnkit.backend import BackendBase, backend_factory
 from hnkit.internal.files import write_json
 from hnkit.internal.seeds import generator_for
@@ -71,6 +73,7 @@ STORED: dict[str, Stored] = {
     "bound 3, smoothed": Stored(3.0, 0.2, correlation=0.85),
     "bound 3, three times the rate": Stored(3.0, 0.5, lr=3e-3),
 }
+LARGER = 1.7
 SCALES = (1.0, 0.5)
 """Of the trained map: what it earns at fewer nats."""
 
@@ -348,6 +351,13 @@ def stored(name: str, seed: int, batch: int = 64) -> dict[str, Any]:
         return {"recipe": asdict(recipe), "scales": {str(scale): measured(backend, scale) for scale in SCALES}}
 
 
+def scaled(_: int) -> dict[str, Any]:
+    """The bundled hypernetwork at a larger scale, and so at the nats of a lower temperature."""
+    backend, _ = load_trained("digits", BUNDLED)
+    backend.prepare(train_prompts())
+    return {"scales": {str(LARGER): measured(backend, LARGER)}}
+
+
 @torch.no_grad()
 def measured(backend: BackendBase, scale: float, samples: int = 800, kl_samples: int = 32) -> dict[str, Any]:
     """Gain, L2 term, exact integrand and efficiency of `scale f`, on sentences that it was not trained on."""
@@ -409,6 +419,7 @@ LANDSCAPE: dict[str, Callable[[int], dict[str, Any]]] = {
     "tails": tails,
     "bound": bound,
     "curvature": curvature,
+    "scaled": scaled,
 }
 
 

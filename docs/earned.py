@@ -135,12 +135,23 @@ def bundled() -> Table:
     return Table(("figure", "value"), tuple(rows), caption)
 
 
+def scaled() -> str:
+    """The bundled map at another scale, in a sentence."""
+    ((scale, entry),) = _records()["scaled"]["scales"].items()
+    share = format_estimate(*(100 * value for value in entry["efficiency"]))
+    return (
+        f"On 800 images of 200 training sentences the bundled map, taken {scale} times as large, gains "
+        f"{format_estimate(*entry['gain'])} for {format_estimate(*entry['kl'])} nats: {share} % of the frontier "
+        "there.\n"
+    )
+
+
 def lead() -> str:
     """What the bundled adapter earns, in a sentence."""
     found = read_figures(model_folder())
     return (
-        f"The hypernetwork that comes with the miniature (`--adapter bundled`, {found['steps']} steps of the same "
-        f"recipe) gains {format_estimate(*found['reward_gain'])} in the trained reward for "
+        f"The hypernetwork that comes with the miniature (`--adapter bundled`, {found['steps']} steps of the "
+        f"preset `long`) gains {format_estimate(*found['reward_gain'])} in the trained reward for "
         f"{format_estimate(*found['kl'])} nats, {100 * found['efficiency'][0]:.0f} % of what they could buy, and moves "
         f"the judge's mean by {format_estimate(*found['judge_gain'])} ([why not more](EARNING)).\n"
     )

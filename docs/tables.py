@@ -329,6 +329,12 @@ def _earning_table(name: str) -> Callable[[], str]:
     return table
 
 
+def _earning_scaled() -> str:
+    import earned
+
+    return earned.scaled()
+
+
 def _earning_lead(page: str) -> Callable[[], str]:
     def sentence() -> str:
         import earned
@@ -351,6 +357,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "item-e": item_e,
     "plans": plans,
     "compare-lead": compare_lead,
+    "earning-scaled": _earning_scaled,
     "earning-lead": _earning_lead("earning.md"),
     "earning-readme": _earning_lead("docs/earning.md"),
     **{

@@ -87,7 +87,7 @@ def test_its_figures_hold_on_other_noises(steered):
     # the KL integrand is skewed: means of 20 samples are compared on the scale of the logarithm
     spread = math.hypot(found["kl"][1] / found["kl"][0], claimed["kl"][1] / claimed["kl"][0])
     assert abs(math.log(found["kl"][0] / claimed["kl"][0])) < Z * spread
-    assert claimed["reward_gain"][0] > Z * claimed["reward_gain"][1]  # and it earns something
+    assert claimed["reward_gain"][0] > 2.33 * claimed["reward_gain"][1]  # above nothing, one-sided at 1 %
 
 
 def test_figures_are_paired_gains_and_the_exact_integrand(steered):
