@@ -147,7 +147,7 @@ class DigitsFactory(PipelineFactory):
 
 
 # What each figure is for stands in docs/earning.md: the bound on each sample's gradient is what earns most. A constant
-# rate and an average of the weights, so that a run can be gone on with. The temperature is meant for some 0.6 nats after
+# rate and an average of the weights, so that a run can be gone on with. The temperature is meant for some 0.6 nats in
 # 500 steps; a longer run spends more, so that `long` has a higher one.
 _DEFAULT: Preset = {
     "train.optimizer": "adamw",
