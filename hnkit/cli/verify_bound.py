@@ -128,7 +128,7 @@ def run(options: Options) -> int:
 
 def verify(options: Options, settings: VerifySettings) -> tuple[Report, Parts]:
     """The report on the map, the trained network or the toys that the options name, and what is written of it."""
-    from hnkit.adapters import adapter_digests, default_prompts, load_trained, local_files_only
+    from hnkit.adapters import adapter_digests, default_prompts, load_trained, local_files_only, named_adapter
     from hnkit.checks.parts import Parts
     from hnkit.checks.reference_maps import reference_maps
     from hnkit.checks.verify_backend import verify_backend
@@ -148,12 +148,13 @@ def verify(options: Options, settings: VerifySettings) -> tuple[Report, Parts]:
             raise InputError(
                 f"--backend {options.backend} without --adapter: name the folder of the adapter or its run"
             )
-        loaded, trained_alpha = load_trained(options.backend, options.adapter, options.all_overrides())
+        adapter = named_adapter(options.backend, options.adapter)
+        loaded, trained_alpha = load_trained(options.backend, adapter, options.all_overrides())
         local = local_files_only(options.backend, options.overrides)
         given = options.prompts
         texts = default_prompts(loaded) if given is None else read_prompts(given, local_files_only=local)
         alpha = trained_alpha if options.alpha is None else options.alpha
-        made_with = provenance(model=loaded.model_digest(), adapter=adapter_digests(options.adapter), prompts=texts)
+        made_with = provenance(model=loaded.model_digest(), adapter=adapter_digests(adapter), prompts=texts)
         parts = Parts(options.out, made_with)
         return verify_backend(loaded, texts, settings, alpha=alpha, done=parts.done), parts
     problems = chosen_problems(options.toy, options.alpha)
