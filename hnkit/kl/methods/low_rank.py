@@ -72,7 +72,8 @@ class _Remainder:
 
     def through(self, columns: Tensor) -> Tensor:
         """`W S^-T Q^T u`, for u as columns of their points."""
-        return self._W @ torch.linalg.solve(self._small, self._Q.mT @ columns)
+        reached: Tensor = self._W @ torch.linalg.solve(self._small, self._Q.mT @ columns)
+        return reached
 
     def outside(self, columns: Tensor) -> Tensor:
         """`(I - Q Q^T) u` as rows, for u as columns of their points."""

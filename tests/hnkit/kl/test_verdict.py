@@ -217,3 +217,12 @@ def test_percentages_are_rounded_outward() -> None:
         "0.012%",
     ]
     assert [_percent(s, up=False) for s in (0.0423, 0.0428, 0.5)] == ["4.2%", "4.2%", "50%"]
+
+
+@pytest.mark.parametrize("slope", [-0.5, 0.4])
+def test_the_third_order_counts(slope: float) -> None:
+    """`f = a x`: every Rademacher probe is exact, and the share is `u / (1 + u)`, `u = (a^2/2 - a^3/3) d / L2`."""
+    x = noise(20, 5)
+    found = l2_verdict(lambda z: slope * z, x, generator=seeded())
+    u = 5 * (slope**2 / 2 - slope**3 / 3) / (slope**2 * float(x.square().sum(1).mean()) / 2)
+    assert found.missed == pytest.approx(u / (1 + u), rel=1e-12)
