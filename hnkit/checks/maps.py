@@ -192,7 +192,7 @@ def degree(measured: MeasuredMap) -> Finding:
     count = len(measured.change)
     weight = torch.exp(-measured.change)
     effective = float(weight.sum().square() / weight.square().sum())
-    if effective < _EVEN * count:
+    if not effective >= _EVEN * count:  # NaN where all weights vanish
         raise NotApplicable(
             f"the weights exp(-ell) are worth {effective:.3g} of {count} samples: too uneven to average"
         )

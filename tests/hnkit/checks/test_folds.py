@@ -91,6 +91,8 @@ def test_verify_bound_shows_it() -> None:
         lambda x: x.abs() - 1 - x,  # a kink: two preimages everywhere, KL = E[eq. 53] + log 2
         lambda x: -1.5 * torch.sin(2 * x),  # folds without end
         lambda x: -1.3 * torch.tanh(3 * (x - 0.7)),  # off the middle
+        lambda x: x * x,  # unbounded, with an integrand of thousands in the tails
+        lambda x: 0.1 * x**4 - x * x,  # three turns
     ],
 )
 def test_other_folds(f: Callable[[Tensor], Tensor]) -> None:
@@ -145,6 +147,10 @@ def test_where_they_do_not_apply() -> None:
         bounded = staticmethod(lambda: True)
 
     assert "too uneven" in judged("degree", measured(Push())).note
+    Push.forward = lambda self, x: 0 * x + 60  # all weights vanish
+    assert "too uneven" in judged("degree", measured(Push())).note
+    assert "jumps" in judged("folding-entropy", measured(lambda x: -2 * torch.sign(x) + 0 * x)).note
+    assert "has none" in judged("folding-entropy", measured(lambda x: -50 * torch.tanh(50 * x))).note
     assert "no certificate" in judged("degree", measured(lambda x: 0.1 * x)).note
     assert "monotone" in judged("folding-entropy", measured(lambda x: 0.1 * x)).note
     assert "d = 2" in judged("folding-entropy", measured(FOLD, dim=2)).note
