@@ -23,6 +23,7 @@ SECTIONS = {
     "Guides": (
         ("docs/verify-bound.md", "Check a map of your own"),
         ("docs/training.md", "Train"),
+        ("docs/frontier.md", "Reward per nat"),
         ("docs/digits.md", "The miniature"),
         ("docs/real-models.md", "Real models"),
         ("docs/families.md", "Any distilled pipeline"),
