@@ -11,7 +11,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from hnkit.errors import InputError
-from hnkit.frontier.curve import LEAST_EFFECTIVE, LEAST_SAMPLES, checked_samples
+from hnkit.frontier.curve import LEAST_EFFECTIVE, LEAST_SAMPLES, checked_samples, spread_of
 
 _SCALES = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
 _CLIPS = (0.5, 1.0, 2.0, 3.0)
@@ -175,7 +175,7 @@ def nats_lower_bound(base: Sequence[Tensor], method: Sequence[Tensor], *, confid
         raise InputError(f"confidence {confidence:g}: give a number between 0 and 1")
     half, rows = min(len(r) for r in bases) // 2, min(len(r) for r in found)
     centres = torch.stack([r[half:].mean() for r in bases])
-    spread = math.sqrt(sum(float(r[half:].var()) for r in bases) / len(bases))
+    spread = spread_of([r[half:] for r in bases])
     if spread == 0 or rows * len(found) < 2:
         return 0.0
     p = torch.stack([r[:half] for r in bases]) - centres[:, None]

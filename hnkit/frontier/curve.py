@@ -89,7 +89,7 @@ class Frontier:
 
     def __init__(self, base: Sequence[Tensor], *, seed: int = 0) -> None:
         self.base = checked_samples(base, "base", LEAST_SAMPLES)
-        spread = math.sqrt(sum(float(r.var()) for r in self.base) / len(self.base))
+        spread = spread_of(self.base)
         if spread <= 1e-12 * max(float(r.abs().max()) for r in self.base):
             raise InputError("the rewards of the base samples are constant: no law gains anything")
         self._betas = torch.logspace(-3, 2, _BETAS, dtype=torch.float64) / spread
@@ -168,12 +168,10 @@ class Frontier:
         """Points from `least` nats up, each 1.25 times the one before, to where the samples carry it."""
         points: list[FrontierPoint] = []
         nats = least
-        while True:
-            try:
-                points.append(self.point(nats))
-            except InputError:
-                return tuple(points)
+        while self.carries(nats):
+            points.append(self.point(nats))
             nats *= _GRID_STEP
+        return tuple(points)
 
     def temperature(self, nats: float) -> float:
         """The temperature alpha = 1 / beta whose tilted law spends `nats` on the mean over prompts."""
@@ -281,6 +279,17 @@ def _mean_of_best(r: Tensor, n: int) -> Tensor:
     log_all = math.lgamma(count + 1) - math.lgamma(count - n + 1) - math.lgamma(n + 1)
     share = torch.where(k >= n, (log_choose - log_all).exp(), torch.zeros_like(k))
     return (share * r.sort().values).sum()
+
+
+def spread_of(samples: Sequence[Tensor]) -> float:
+    """Root of the mean over prompts of the variance within them, of rewards of any size that has differences."""
+    centred = [r - r.mean() for r in samples]
+    scale = max(float(u.abs().max()) for u in centred)
+    if scale == 0:
+        return 0.0
+    if not math.isfinite(scale):
+        raise InputError("the rewards are so large that their differences are not finite: divide them by something")
+    return scale * math.sqrt(sum(float((u / scale).var()) for u in centred) / len(centred))
 
 
 def checked_samples(samples: Sequence[Tensor], name: str, least: int) -> list[Tensor]:

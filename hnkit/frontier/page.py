@@ -83,7 +83,7 @@ def share(method: Mapping[str, Any]) -> str:
     if method["efficiency"] is None:
         return ""
     stderr = method["efficiency_stderr"]
-    error = "" if stderr is None else f" ± {100 * stderr:.0f}"
+    error = " ± unknown " if stderr is None else f" ± {100 * stderr:.0f}"
     least = "at least " if method.get("nats_at_most") else ""
     return f"{least}{100 * method['efficiency']:.0f}{error}%"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,6 +86,8 @@ def read_rewards(path: str | Path) -> dict[str, Rewards]:
                     f"{file}: no column {', '.join(sorted(missing))}; give a CSV with a header and the columns prompt, "
                     "method, reward"
                 )
+            if twice := [name for name, count in Counter(table.fieldnames or ()).items() if count > 1]:
+                raise InputError(f"{file}: {twice.pop()!r} is the name of more than one column; leave one of them out")
             rewards: dict[str, dict[str, list[float]]] = {}
             nats: dict[str, dict[str, list[float]]] = {}
             for row in table:
@@ -99,6 +102,9 @@ def read_rewards(path: str | Path) -> dict[str, Rewards]:
         raise InputError(f"{file} cannot be read ({error.strerror}): give a CSV file") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{file} is no CSV file in UTF-8 ({error})") from None
+    for method, given in nats.items():
+        if lacking := [prompt for prompt in rewards[method] if prompt not in given]:
+            raise InputError(f"{file}: method {method!r} has nats on some prompts only, none on {lacking[0]!r}")
     return {
         method: Rewards(
             {prompt: torch.tensor(values, dtype=torch.float64) for prompt, values in prompts.items()},

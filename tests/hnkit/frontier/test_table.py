@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from hnkit.errors import InputError
-from hnkit.frontier import Frontier, frontier_document, methods_on_frontier, read_rewards
+from hnkit.frontier import Frontier, frontier_document, gap_lower_bound, methods_on_frontier, page, read_rewards
 
 
 def write(path, rows, header="prompt,method,reward", encoding="utf-8"):
@@ -94,3 +95,74 @@ def test_methods_and_prompts_have_to_match(tmp_path):
     table = read_rewards(write(tmp_path / "r.csv", [*rows, "p9,x,1"]))
     with pytest.raises(InputError, match="differ in prompts, 'p9'"):
         methods_on_frontier(table, base="plain")
+
+
+def rows_of(scale=1.0, prompts=4, samples=40, method="base"):
+    generator = torch.Generator().manual_seed(3)
+    draws = scale * torch.randn(prompts, samples, generator=generator, dtype=torch.float64)
+    return [f"p{k},{method},{value!r}" for k in range(prompts) for value in draws[k].tolist()]
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-300])
+def test_rewards_of_any_size_have_their_frontier(tmp_path, scale):
+    """Their squares overflow or vanish; the curve is the plain one in their units, and it ends."""
+    frontier, _ = methods_on_frontier(read_rewards(write(tmp_path / "r.csv", rows_of(scale))))
+    plain, _ = methods_on_frontier(read_rewards(write(tmp_path / "p.csv", rows_of())))
+    assert len(frontier.curve()) == len(plain.curve())
+    assert frontier.point(0.2).gain / scale == pytest.approx(plain.point(0.2).gain)
+    json.dumps(frontier_document(frontier, {}), allow_nan=False)
+
+
+def test_rewards_whose_differences_overflow_are_refused():
+    with pytest.raises(InputError, match="divide them by something"):
+        Frontier([1.7e308 * (-1.0) ** torch.arange(20, dtype=torch.float64)])
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    with pytest.raises(InputError, match="'reward' is the name of more than one column"):
+        read_rewards(write(tmp_path / "r.csv", ["a,base,1,5"], "prompt,method,reward,reward"))
+
+
+def test_nats_on_some_prompts_only_are_refused(tmp_path):
+    rows = [*(f"{row}," for row in rows_of()), *(f"p{k},x,1,{'0.2' if k else ''}" for k in range(4))]
+    with pytest.raises(InputError, match="'x' has nats on some prompts only, none on 'p0'"):
+        read_rewards(write(tmp_path / "r.csv", rows, "prompt,method,reward,nats"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([f"a,base,{k}" for k in range(7)], "prompt 0: base samples of shape .7,.; give a vector of 8 or more"),
+        ([f"{p},base,3" for p in "ab" for _ in range(20)], "constant: no law gains anything"),
+        ([*rows_of(), "p0,base,inf"], "reward 'inf' is no finite number"),
+        ([*rows_of(), "p0,base,"], "reward '' is no finite number"),
+        (rows_of(method="plain"), "no method is called 'base', which is to be the base: there are plain"),
+        ([*rows_of(), "p0,x,1", "p1,x,2"], "method 'x' and the base differ in prompts"),
+    ],
+)
+def test_tables_without_a_frontier_are_one_line(tmp_path, rows, message):
+    with pytest.raises(InputError, match=message) as stop:
+        methods_on_frontier(read_rewards(write(tmp_path / "r.csv", rows)))
+    assert "\n" not in str(stop.value)
+
+
+def test_one_prompt_is_said_and_has_no_certificate(tmp_path):
+    table = read_rewards(write(tmp_path / "r.csv", [*rows_of(prompts=1), "p0,x,1"]))
+    document = frontier_document(*methods_on_frontier(table))
+    assert page.sentences(document)[-1].startswith("One prompt only: gains have no error bar over prompts")
+    assert document["methods"]["x"]["stderr"] is None
+
+
+def test_at_a_hopeless_temperature_only_the_bound_is_said(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    base = list(torch.randn(30, 40, generator=generator, dtype=torch.float64))
+    steered = [r[:4] for r in base]
+    zeros = [torch.zeros(4, dtype=torch.float64)] * 30
+    for alpha, told in ((1.5, True), (0.05, False)):
+        gap = gap_lower_bound(zeros, steered, base, alpha)
+        words = page.gap_sentence("ours", asdict(gap))
+        assert (gap.estimate is not None) == told
+        assert ("is the estimate" in words) == told
+        assert f"at least {gap.lower:.3g} nats (95%)" in words
+    assert gap.lower > 10
+    assert "how far exactly cannot be told" in words
