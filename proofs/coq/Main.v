@@ -16,7 +16,7 @@ From Coq Require Import Reals.
 From mathcomp Require Import all_ssreflect all_algebra.
 From mathcomp.analysis Require Import Rstruct constructive_ereal reals normedtype.
 From hnkit Require Import RealBridge Euclid FiniteKL.
-From hnkit Require Scalar Tilt Lemma5 Theorem7 Jacobian.
+From hnkit Require Scalar Tilt Frontier Lemma5 Theorem7 Jacobian.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -195,6 +195,31 @@ Theorem theorem3_minimiser (q : dist X) : push g q =1 p_star ->
 Proof. exact: Tilt.theorem3_minimiser. Qed.
 
 End TiltedNoise.
+
+(** ** Reward per nat *)
+
+(** What a law gains within its divergence from [p] ([kl_sum] is the divergence, where it is finite), at every
+    temperature; and the tilted law attains it. *)
+Section RewardPerNat.
+Variables (X : finType) (alpha : R) (r : X -> R) (p : dist X).
+
+Theorem frontier_bound (q : dist X) : 0 < alpha -> dominated q p ->
+  mean q r <= alpha * (kl_sum q p + ln (normaliser alpha r p)).
+Proof. by move=> a0 qp; exact: Frontier.frontier_bound. Qed.
+
+Theorem frontier_attained : 0 < alpha ->
+  mean (tilt alpha r p) r = alpha * (kl_sum (tilt alpha r p) p + ln (normaliser alpha r p)).
+Proof. by move=> a0; exact: Frontier.frontier_attained. Qed.
+
+End RewardPerNat.
+
+(** [Frontier.product p] is the law of independent draws, one of each [p i]; [F i] estimates [Z i] from its draw, which
+    may itself be of many samples. That the product of the [F i] is [1 / delta] times that of the [Z i] or more has
+    probability [delta] at most. *)
+Theorem certified_normaliser (I X : finType) (p : I -> dist X) (F : I -> X -> R) (Z : I -> R) (delta : R) :
+  (forall i x, 0 <= F i x) -> (forall i, mean (p i) (F i) = Z i) -> (forall i, 0 < Z i) -> 0 < delta ->
+  Frontier.prob (Frontier.product p) [pred f : {ffun I -> X} | \prod_i Z i <= delta * \prod_i F i (f i)] <= delta.
+Proof. by move=> F0 FZ Z0 d0; exact: Frontier.certified_normaliser. Qed.
 
 (** ** The price of the L2 loss *)
 

@@ -94,6 +94,9 @@ STATEMENTS = (
     Statement("optimality_gap", "ours (f)", "J_noise + ln Z* >= 0, zero exactly at p0*; finite spaces"),
     Statement("theorem3_pushforward", "Theorem 3, part 1", "g_# p0* = p*; finite spaces"),
     Statement("theorem3_minimiser", "Theorem 3, part 2", "p0* alone minimises KL(q || p0) among g_# q = p*; finite"),
+    Statement("frontier_bound", "ours (j)", "E_q r <= alpha (KL(q || p) + ln E_p exp(r / alpha)); finite spaces"),
+    Statement("frontier_attained", "ours (j)", "the tilted law attains it; finite spaces"),
+    Statement("certified_normaliser", "ours (k)", "P(prod Z <= delta prod Zhat) <= delta over independent prompts; finite"),
     Statement("covariance_gap_nonneg", "ours (e)", "s - 1 - ln s >= 0 for s > 0"),
     Statement("covariance_gap_zero", "ours (e)", "s - 1 - ln s = 0 only at s = 1"),
 )
