@@ -40,6 +40,15 @@ def claims(sign: int = 1) -> Iterator[Claim]:
         bool((ball(a).log() + ball(b).log()) / 2 <= ball((a + b) / 2).log()),
         "ball arithmetic",
     )
+    # betting: variables on {0, v} of means mu_i, unlike, whose average is m: E prod(1 - c + c Y / m) is 1 at most
+    means = [Fraction(1, 4), Fraction(3), Fraction(1)]
+    for share in (Fraction(1, 10), Fraction(1, 2), Fraction(1)):
+        m = sum(means) / len(means)
+        product = Fraction(1)
+        for mean, likely in zip(means, (Fraction(1, 2), Fraction(1, 3), Fraction(9, 10)), strict=True):
+            bets = [1 - share, 1 - share + share * (mean / likely) / m]
+            product *= (1 - likely) * bets[0] + likely * bets[1]
+        yield Claim("the mean bet is 1 at most", product <= 1, "rational arithmetic")
 
 
 def counterexamples() -> Iterator[Claim]:
