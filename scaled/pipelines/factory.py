@@ -60,7 +60,7 @@ class PipelineFactory:
         chosen = self.located(self.options() if options is None else options)
         if not chosen.model_id:
             raise InputError(
-                f"backend {self.name!r}: name a model's folder or hub name with --set backend.model_id=MODEL"
+                f"backend {self.name!r}: name a model's folder or hub name by --model-id or --set backend.model_id="
             )
         pipe, family, chosen = load_pipeline(self.name, self.family, chosen)
         return self.backend(family, chosen, pipe, name=self.name)

@@ -212,6 +212,7 @@ FLAGS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (("train",), "--backend", ("", "nonesuch", "hnkit.toy.backend:FACTORY", "TOY", LONG)),
     (TRAIN, "--config", TOML_FILES),
     (TRAIN, "--preset", ("", "nonesuch", "DEFAULT")),
+    (("train", "--backend", "diffusers"), "--model-id", ("", "nobody/no-such-model", "folder", LONG)),
     (TRAIN, "--kl", ("", "nonesuch", "L2", "0")),
     (TRAIN, "--alpha", (*NOT_NUMBERS, "0", "-1")),
     (TRAIN, "--reduction", ("", "nonesuch", "SUM")),
