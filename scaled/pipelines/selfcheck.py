@@ -170,9 +170,9 @@ class Checks:
             self._fail(name, "the output carries no gradient")
         with torch.no_grad():
             plain = value(at[0])
-        if not abs(float(plain - total)) <= _EQUAL[self.dtype] * max(1.0, abs(float(plain))):
+        if not abs(float(plain - total.detach())) <= _EQUAL[self.dtype] * max(1.0, abs(float(plain))):
             self._fail(
-                name, f"with gradients on, the output is another one ({float(total):.4g}, not {float(plain):.4g})"
+                name, f"with gradients on, the output is another one ({float(total.detach()):.4g}, not {float(plain):.4g})"
             )
         gradients = [
             torch.zeros_like(x) if g is None else g

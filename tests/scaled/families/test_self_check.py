@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -26,6 +27,17 @@ def test_blocks_that_are_recomputed_without_their_mask(load):
     message = refused(load, "ChromaPipeline", hypernetwork_checkpointing=True)
     assert "self-check 'gradient of f'" in message
     assert "with gradients on, the output is another" in message
+
+
+def test_it_warns_of_nothing(load):
+    """What a library warns of goes to the user's terminal, in the middle of a progress bar; most warn only once."""
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            load("SanaSprintPipeline", self_check=True)
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_a_mixture_that_runs_without_gradients(load, monkeypatch):
