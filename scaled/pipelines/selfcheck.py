@@ -169,11 +169,10 @@ class Checks:
         if not total.requires_grad:
             self._fail(name, "the output carries no gradient")
         with torch.no_grad():
-            plain = value(at[0])
-        if not abs(float(plain - total.detach())) <= _EQUAL[self.dtype] * max(1.0, abs(float(plain))):
-            self._fail(
-                name, f"with gradients on, the output is another one ({float(total.detach()):.4g}, not {float(plain):.4g})"
-            )
+            plain = float(value(at[0]))
+        found = float(total.detach())
+        if not abs(plain - found) <= _EQUAL[self.dtype] * max(1.0, abs(plain)):
+            self._fail(name, f"with gradients on, the output is another one ({found:.4g}, not {plain:.4g})")
         gradients = [
             torch.zeros_like(x) if g is None else g
             for x, g in zip(at, torch.autograd.grad(total, at, allow_unused=True), strict=True)
