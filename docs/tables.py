@@ -296,6 +296,10 @@ def plans() -> str:
         cells = [_on_card(found) for found in model["cards"].values()]
         size = f"{model['parameters'] / 1e9:.3g} B, {model['size']} px"
         rows.append((title, size, f"{first['peak'] / 2**30:.1f}, {first['where']}", *cells))
+    from hnkit.scaled.pipelines.published import PUBLISHED_MODELS
+
+    counted = {model["model_id"] for model in document["models"].values()}
+    missing = ", ".join(name for name in PUBLISHED_MODELS if name not in counted)
     plain = ", ".join(name for name, model in document["models"].items() if "plain" in model.get("how", ""))
     headers = ("model", "network, image", "peak of a step as it is, GiB", *document["cards"].values())
     caption = (
@@ -304,7 +308,8 @@ def plans() -> str:
         f"Steps per hour are at {document['share']:.0%} of the card's roofline, an assumption. Where a step does not "
         "fit, the quickest options that make it fit, or the least that all of them need. Sizes are read in public "
         "repositories that quote the models' configurations, and hold to the published number of parameters. "
-        f"Counted by a plain call of network and decoder, not by a backend: {plain or 'none'}."
+        f"Counted by a plain call of network and decoder, not by a backend: {plain or 'none'}. "
+        f"Published sizes that are not counted yet: {missing or 'none'}."
     )
     return to_markdown(Table(headers, tuple(rows), caption))
 
