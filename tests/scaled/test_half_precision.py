@@ -105,7 +105,9 @@ def test_the_checks_take_norms_at_the_networks_resolution(make_backend):
 
 
 @pytest.mark.slow
-def test_verify_bound_of_a_backend(finished, tmp_path, capsys):
+def test_verify_bound_of_a_backend(finished, tmp_path, capsys, monkeypatch):
+    # five steps of the local Lipschitz ascent, as in the dimensions of every real model
+    monkeypatch.setattr("hnkit.checks.settings.MeasuredMap", lambda *a, **k: MeasuredMap(*a, **k | {"ascent_steps": 5}))
     folder, _ = finished("sana")
     prompts = tmp_path / "held-out.txt"
     prompts.write_text("a blue lamp\ntwo frogs\n")
