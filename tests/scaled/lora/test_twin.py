@@ -264,3 +264,21 @@ def test_wrong_compilers_are_refused(make_backend):
         make_backend("sana", compile="broken")
     with pytest.raises(InputError, match="compile 'nonsense': choose no or one of"):
         make_backend("sana", compile="nonsense")
+
+
+def test_another_lora_of_the_base_is_left_alone(make_backend):
+    """Making the twin starts its own LoRA; one that is on the base already is part of the base."""
+    import peft
+
+    base = make_backend("flux", seed=0)._base
+    base.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    before = {name: p.detach().clone() for name, p in base.named_parameters() if "lora_" in name}
+    assert before
+    targets = lora_targets(base)
+    assert not any("lora_" in name or "base_layer" in name for name in targets)
+    twin = make_twin(base, LoraSpec(2, 2.0, targets), zero_base=None)
+    for name, value in before.items():
+        assert torch.equal(dict(base.named_parameters())[name], value), name
+    trained = [name for name, p in twin.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(name.endswith(".hypernoise.weight") for name in trained)
