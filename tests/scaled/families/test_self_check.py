@@ -40,6 +40,7 @@ def test_it_warns_of_nothing(load):
         torch.set_warn_always(False)
 
 
+@pytest.mark.slow
 def test_a_mixture_that_runs_without_gradients(load, monkeypatch):
     """diffusers' HiDream runs its experts under `no_grad` outside of training mode, which its record mends."""
     record = table.FAMILIES["HiDreamImagePipeline"]
