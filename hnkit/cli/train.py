@@ -26,7 +26,6 @@ class Options(WithBackend):
     Attributes:
         config: configuration file.
         preset: named settings of the backend.
-        model_id: folder or hub name of the model, for backends that take one.
         reward: reward, or pkg.mod:fn=WEIGHT (repeatable); default: the backend's.
         heldout: reward that is reported and never trained on (repeatable).
         resume: continue a run: this one, or the newest if none is named.
@@ -36,7 +35,6 @@ class Options(WithBackend):
 
     config: Path | None = setting(None, metavar="FILE.toml")
     preset: str | None = setting(None, metavar="NAME")
-    model_id: str | None = setting(None, metavar="MODEL")
     settings: Mapping[str, Any] = flags_of(TrainConfig, defaults=" or the preset's")
     reward: tuple[str, ...] = setting((), metavar="NAME=WEIGHT")
     heldout: tuple[str, ...] = setting((), metavar="NAME=WEIGHT")
@@ -53,8 +51,6 @@ def run(options: Options) -> int:
     if options.resume is not None:
         folder = resumed_folder(options.resume, options.out, "train", CONFIG_FILE)
     flags = [f"train.{name}={value}" for name, value in options.settings.items()]
-    if options.model_id is not None:
-        flags.append(f"backend.model_id={options.model_id}")
     config = resolve_config(
         backend=options.backend,
         config_file=options.config,
