@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from hnkit.errors import InputError
 from hnkit.internal.files import new_run_folder
@@ -25,6 +24,7 @@ CITATION = """@article{eyring2025noise,
   journal = {arXiv preprint arXiv:2508.09968},
   year    = {2025}
 }"""
+_NAME = re.compile(r"(?:[\w.-]+/)?(?![.-])[\w.-]+(?<![.-])", re.ASCII)
 _LOCAL = re.compile(r"(?<![^\s'\"`=(\[])(?:/|~/|[A-Za-z]:\\)[^\s'\"`,;)\]]+")
 
 
@@ -71,10 +71,8 @@ def publish(
 
 
 def _require_name(to: str) -> None:
-    try:
-        validate_repo_id(to)
-    except HFValidationError as error:
-        raise InputError(f"--to {to} is no name of a repository: NAME or USER/NAME, letters, digits, - _ .") from error
+    if not _NAME.fullmatch(to) or ".." in to or "--" in to or len(to) > 96:  # the Hub's own rules
+        raise InputError(f"--to {to} is no name of a repository: NAME or USER/NAME, letters, digits, - _ .")
 
 
 def _copy(source: Path, run: Path, folder: Path) -> list[str]:
@@ -95,8 +93,7 @@ def _copy(source: Path, run: Path, folder: Path) -> list[str]:
 def _card(text: str, pictures: Sequence[str], license_name: str | None) -> str:
     """The card of the run with the license, the pictures and how to cite."""
     card = ModelCard(text, ignore_metadata_errors=True)
-    if license_name is not None:
-        card.data.license = license_name
+    data = ModelCardData(**{**card.data.to_dict(), **({} if license_name is None else {"license": license_name})})
     captions = {"training.png": "The training: loss, reward and nats."}
     default = "Base outputs above, steered ones below, each column from the same noise and prompt."
     shown = [f"![{captions.get(name, default)}]({name})\n\n*{captions.get(name, default)}*" for name in pictures]
@@ -106,7 +103,7 @@ def _card(text: str, pictures: Sequence[str], license_name: str | None) -> str:
         "## Citation",
         f"```bibtex\n{CITATION}\n```",
     ]
-    return f"---\n{card.data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def _without_places(text: str) -> str:

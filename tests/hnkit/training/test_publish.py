@@ -140,3 +140,19 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no adapter"):
         publish(tmp_path / "empty", out=tmp_path / "shared")
     assert not (tmp_path / "shared").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["red", "me/red", "me/red.v2_x", "a b", "me/x/y", "-x", "x.", "me/../x", "a--b", "é/x", "x" * 97, ""]
+)
+def test_names_are_judged_as_the_hub_judges_them(name):
+    """The oracle is the Hub's own client."""
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except huggingface_hub.errors.HFValidationError:
+        with pytest.raises(InputError, match="no name of a repository"):
+            publishing._require_name(name)
+    else:
+        publishing._require_name(name)
