@@ -93,7 +93,8 @@ def _copy(source: Path, run: Path, folder: Path) -> list[str]:
 def _card(text: str, pictures: Sequence[str], license_name: str | None) -> str:
     """The card of the run with the license, the pictures and how to cite."""
     card = ModelCard(text, ignore_metadata_errors=True)
-    data = ModelCardData(**{**card.data.to_dict(), **({} if license_name is None else {"license": license_name})})
+    known: dict[str, Any] = dict(card.data.to_dict())  # type: ignore[no-untyped-call]
+    data = ModelCardData(**known | ({} if license_name is None else {"license": license_name}))
     captions = {"training.png": "The training: loss, reward and nats."}
     default = "Base outputs above, steered ones below, each column from the same noise and prompt."
     shown = [f"![{captions.get(name, default)}]({name})\n\n*{captions.get(name, default)}*" for name in pictures]

@@ -274,7 +274,7 @@ class PromptOptimisation:
     ) -> Outcome:
         """Images of the best wording found for each prompt."""
         start = time.perf_counter()
-        rows = zip(prompts, noise.split(1), seeds, strict=True)
+        rows = zip(prompts, noise[:, None], seeds, strict=True)
         searches = [self._search(backend, prompt, x, steps, seed) for prompt, x, seed in rows]
         cost = sum((outcome.cost for outcome in searches), Cost())
         return Outcome(

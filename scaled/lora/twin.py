@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ def lora_targets(network: nn.Module) -> tuple[str, ...]:
         sorted(
             name
             for name, module in layers.items()
-            if not name.startswith(tuple(adapted)) and _takes_lora(getattr(module, "base_layer", module))
+            if not name.startswith(tuple(adapted))
+            and _takes_lora(cast(nn.Module, getattr(module, "base_layer", module)))
         )
     )
 

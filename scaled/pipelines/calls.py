@@ -47,9 +47,9 @@ class _ReachedError(Exception):
         self.result = result
 
 
-def view(pipe: Any, plain_class: type | None = None, **changes: Any) -> Any:
+def view(pipe: Any, plain_class: type[Any] | None = None, **changes: Any) -> Any:
     """A second pipeline object over the same components, with some attributes changed on it alone."""
-    seen = copy.copy(pipe) if plain_class is None else plain_class.__new__(plain_class)
+    seen: Any = copy.copy(pipe) if plain_class is None else object.__new__(plain_class)
     seen.__dict__.update(pipe.__dict__)
     seen.__dict__.update(changes)
     seen.set_progress_bar_config(disable=True)
@@ -158,7 +158,7 @@ class PipelineCall:
         def called(*args: Any, **kwargs: Any) -> Any:
             raise _ReachedError(network(*args, **kwargs))
 
-        pipe = view(self.pipe, **{self.network: StandIn(getattr(self.pipe, self.network), called)})
+        pipe = view(self.pipe, None, **{self.network: StandIn(getattr(self.pipe, self.network), called)})
         try:
             self._run(pipe, more)
         except _ReachedError as reached:

@@ -168,7 +168,7 @@ def _row_by_row(decode: Callable[..., Any]) -> Callable[..., Any]:
             _recomputed(decode, row, *arguments, **named)
             if torch.is_grad_enabled()
             else decode(row, *arguments, **named)
-            for row in latents.split(1)
+            for row in latents.split(1)  # type: ignore[no-untyped-call]
         ]
         if isinstance(parts[0], tuple):
             return tuple(torch.cat(entries) for entries in zip(*parts, strict=True))

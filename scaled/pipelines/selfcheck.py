@@ -120,7 +120,8 @@ class Checks:
 
     def _images(self, noise: Tensor, rows: Sequence[int] = (0, 1)) -> Tensor:
         condition = self.condition.select(torch.tensor(rows))
-        return self.backend.sample(noise, condition, self.backend.options.schedule or 1, size=self.size)
+        images: Tensor = self.backend.sample(noise, condition, self.backend.options.schedule or 1, size=self.size)
+        return images
 
     def _every_layer_learns(self) -> None:
         """A layer that runs under `no_grad` inside f gets no gradient, and nothing says so."""

@@ -213,7 +213,7 @@ def _decoder(skeleton: Skeleton, enter: Callable[[str], None], ledger: Ledger) -
     def marked(latents: Tensor, *arguments: Any, **options: Any) -> Any:
         enter(DECODER)
         if latents.requires_grad:
-            latents.register_hook(lambda _: ledger.enter(_BACK + GENERATOR))
+            latents.register_hook(lambda _: ledger.enter(_BACK + GENERATOR))  # type: ignore[no-untyped-call]
         return decode(latents, *arguments, **options)
 
     own = method in vars(owner)

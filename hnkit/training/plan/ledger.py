@@ -64,7 +64,7 @@ class Work:
         return Work(self.counts + other.counts)
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Account of the storages that are made while it is entered.
 
     Attributes:
@@ -74,7 +74,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.work: dict[str, Work] = {}
         self.stage = ""
@@ -140,9 +140,9 @@ def _bytes(tensor: Tensor) -> int:
 
 def _flops(func: Any, args: Any, kwargs: Any, made: Any) -> int:
     if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
-        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+        return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))  # type: ignore[no-untyped-call]
     if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
-        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))  # type: ignore[no-untyped-call]
     formula = flop_registry.get(func.overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=made))
 

@@ -99,7 +99,8 @@ def make_fake(mode: FakeTensorMode, modules: Iterable[nn.Module]) -> None:
         return memo[id(tensor)][1]
 
     for module in (inner for outer in modules for inner in outer.modules()):
-        for table in (module._parameters, module._buffers, vars(module)):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for table in tables:
             for name, value in list(table.items()):
                 if isinstance(value, Tensor):
                     table[name] = fake(value)
