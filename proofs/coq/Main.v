@@ -16,7 +16,7 @@ From Coq Require Import Reals.
 From mathcomp Require Import all_ssreflect all_algebra.
 From mathcomp.analysis Require Import Rstruct constructive_ereal reals normedtype.
 From hnkit Require Import RealBridge Euclid FiniteKL.
-From hnkit Require Scalar Tilt Frontier Lemma5 Theorem7 Jacobian.
+From hnkit Require Scalar Tilt Frontier BestOf Lemma5 Theorem7 Jacobian.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -220,6 +220,44 @@ Theorem certified_normaliser (I X : finType) (p : I -> dist X) (F : I -> X -> R)
   (forall i x, 0 <= F i x) -> (forall i, mean (p i) (F i) = Z i) -> (forall i, 0 < Z i) -> 0 < delta ->
   Frontier.prob (Frontier.product p) [pred f : {ffun I -> X} | \prod_i Z i <= delta * \prod_i F i (f i)] <= delta.
 Proof. by move=> F0 FZ Z0 d0; exact: Frontier.certified_normaliser. Qed.
+
+(** ** Best-of-n *)
+
+(** [n] independent draws of [p] are [f]; the rule sees their rewards, and chooses the draw [i] with the probability
+    [rule s i], which is zero unless its reward is the largest; ties are broken by it. [q] is the law of the chosen. *)
+Theorem best_of_n (X : finType) (r : X -> R) (p q : dist X) (n : nat) (rule : {ffun 'I_n -> R} -> 'I_n -> R) :
+  (0 < n)%N ->
+  (forall s i, 0 <= rule s i) -> (forall s, \sum_i rule s i = 1) ->
+  (forall s i, rule s i != 0 -> forall j, s j <= s i) ->
+  (forall x, q x = \sum_f Frontier.product (fun _ : 'I_n => p) f * \sum_(i | f i == x) rule [ffun j => r (f j)] i) ->
+  (kl q p <= (ln n%:R - (n%:R - 1) / n%:R)%:E)%E.
+Proof.
+case: n rule => // k rule _ rule_ge0 rule_sum1 rule_best qE.
+rewrite (_ : k.+1%:R - 1 = k%:R); last by rewrite -addn1 natrD addrK.
+rewrite (eq_kl (_ : q =1 BestOf.best r p rule_ge0 rule_sum1) (frefl p)) //.
+by rewrite /kl BestOf.best_dominated lee_fin; exact: BestOf.best_of.
+Qed.
+
+(** Such a law there is, with ties broken at random. *)
+Theorem best_of_n_at_random (X : finType) (r : X -> R) (p : dist X) (n : nat) : (0 < n)%N ->
+  exists2 q : dist X,
+    forall x, q x = \sum_f Frontier.product (fun _ : 'I_n => p) f *
+      (#|[pred i | (f i == x) && [forall j, r (f j) <= r (f i)]]|%:R / #|[pred i | [forall j, r (f j) <= r (f i)]]|%:R)
+  & (kl q p <= (ln n%:R - (n%:R - 1) / n%:R)%:E)%E.
+Proof.
+case: n => // k _.
+pose q := BestOf.best r p (@BestOf.at_random_ge0 k) (@BestOf.at_random_sum1 k).
+have qE x : q x = \sum_f Frontier.product (fun _ : 'I_k.+1 => p) f *
+    \sum_(i | f i == x) BestOf.at_random [ffun j => r (f j)] i by [].
+exists q; last by apply: best_of_n qE => //; [exact: BestOf.at_random_ge0 | exact: BestOf.at_random_sum1 |
+  exact: BestOf.at_random_best].
+move=> x; rewrite qE; apply: eq_bigr => f _; congr (_ * _).
+have b i : BestOf.is_best [ffun j => r (f j)] i = [forall j, r (f j) <= r (f i)].
+  by apply: eq_forallb => j; rewrite !ffunE.
+rewrite /BestOf.at_random -big_mkcondr sumr_const -[LHS]mulr_natl; congr (_%:R / _%:R).
+  by apply: eq_card => i; rewrite unfold_in [RHS]unfold_in /= b.
+by apply: eq_card => i; rewrite unfold_in [RHS]unfold_in /= -b.
+Qed.
 
 (** ** The price of the L2 loss *)
 

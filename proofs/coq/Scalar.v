@@ -10,6 +10,8 @@
     - [logdet_scalar]: [| x - ln |1 + z| | <= h r] for a complex [z] with real part [x] and modulus [r < 1];
       [|1 + z|^2 = 1 + 2 x + r^2].  For fixed [r], [ln |1 + z| - x] is a concave function of [x] (so its minimum
       is at [x = r] or [x = -r]) and is at most [r^2 / 2].
+    - [best_step_pos], [best_step0]: with [q = b^n - a^n], [q ln (q / (b - a))] is at most the integral of
+      [n u^(n - 1) ln (n u^(n - 1))] from [a] to [b].
 
     Real numbers, logarithm and exponential are those of Coq's standard library; derivatives are computed with
     Coquelicot. *)
@@ -191,4 +193,72 @@ Proof.
   replace (1 + 2 * x + r ^ 2) with (m * m) in le by (rewrite m2; ring).
   rewrite ln_mult in le by assumption.
   replace ((ln m + ln m) / 2) with (ln m) in le by lra. exact le.
+Qed.
+
+(** ** The best of several draws *)
+
+(** A primitive of [n u^(n - 1) ln u], for [n = k + 1]. *)
+Definition best_primitive (k : nat) (u : R) : R := u ^ S k * ln u - u ^ S k / INR (S k).
+
+Lemma ln_pow_pos (k : nat) u : 0 < u -> ln (u ^ k) = INR k * ln u.
+Proof.
+  intros u0; induction k as [|k IH]; [rewrite pow_O, ln_1, Rmult_0_l; reflexivity|].
+  rewrite <- tech_pow_Rmult, ln_mult, IH, S_INR by (try apply pow_lt; assumption); ring.
+Qed.
+
+(** Jensen's inequality for [n u^(n - 1)] on [[a, b]], as a tangent of the logarithm at the mean [m]. *)
+Lemma best_step_pos (k : nat) a b : 0 < a -> a < b ->
+  let q := b ^ S k - a ^ S k in
+  q * ln (q / (b - a)) <= q * ln (INR (S k)) + INR k * (best_primitive k b - best_primitive k a).
+Proof.
+  intros a0 ab q.
+  assert (n0 : 0 < INR (S k)) by (apply lt_0_INR; apply Nat.lt_0_succ).
+  assert (q0 : 0 < q).
+  { unfold q; apply Rlt_Rminus.
+    clear q n0; induction k as [|k IH]; [simpl; lra|].
+    rewrite <- (tech_pow_Rmult b), <- (tech_pow_Rmult a).
+    apply Rmult_le_0_lt_compat; try lra; apply pow_le; lra. }
+  set (m := q / (b - a)).
+  assert (m0 : 0 < m) by (apply Rdiv_lt_0_compat; lra).
+  set (psi := fun u => u ^ S k * (ln (INR (S k)) - ln m - 1) + INR k * best_primitive k u + m * u).
+  set (dpsi := fun u => INR (S k) * u ^ k * (ln (INR (S k)) + INR k * ln u - ln m - 1) + m).
+  assert (le : psi a <= psi b).
+  { apply (le_of_deriv_ge0 psi dpsi a b); [lra| |].
+    - intros u hu; unfold psi, dpsi, best_primitive; auto_derive.
+      + repeat split; lra.
+      + change (Nat.pred (S k)) with k; change (match k with O => 1 | S _ => INR k + 1 end) with (INR (S k)).
+        rewrite S_INR in *; simpl pow; field; lra.
+    - intros u hu; unfold dpsi.
+      assert (u0 : 0 < u) by lra.
+      assert (uk : 0 < u ^ k) by (apply pow_lt; lra).
+      set (w := INR (S k) * u ^ k).
+      assert (w0 : 0 < w) by (apply Rmult_lt_0_compat; lra).
+      assert (lw : ln (INR (S k)) + INR k * ln u = ln w)
+        by (unfold w; rewrite ln_mult, ln_pow_pos by assumption; reflexivity).
+      rewrite lw.
+      assert (t := ln_le_sub1 (m / w) (Rdiv_lt_0_compat _ _ m0 w0)).
+      unfold Rdiv in t; rewrite ln_mult, ln_Rinv in t by (try apply Rinv_0_lt_compat; assumption).
+      apply (Rmult_le_compat_l w) in t; [|lra].
+      replace (w * (m * / w - 1)) with (m - w) in t by (field; lra).
+      lra. }
+  assert (mp : m * (b - a) = q) by (unfold m; field; lra).
+  unfold psi in le; fold m; unfold q in *; nra.
+Qed.
+
+(** The same from [a = 0], where the primitive is [0]. *)
+Lemma best_step0 (k : nat) b : 0 < b ->
+  b ^ S k * ln (b ^ S k / b) <= b ^ S k * ln (INR (S k)) + INR k * best_primitive k b.
+Proof.
+  intros b0.
+  assert (n0 : 0 < INR (S k)) by (apply lt_0_INR; apply Nat.lt_0_succ).
+  replace (b ^ S k / b) with (b ^ k) by (simpl; field; lra).
+  rewrite ln_pow_pos by assumption; unfold best_primitive.
+  assert (t := ln_le_sub1 (/ INR (S k)) (Rinv_0_lt_compat _ n0)).
+  rewrite ln_Rinv in t by assumption.
+  assert (e : INR k * / INR (S k) = 1 - / INR (S k)) by (rewrite S_INR in *; field; lra).
+  assert (bk : 0 < b ^ S k) by (apply pow_lt; lra).
+  unfold Rdiv.
+  replace (INR k * (b ^ S k * ln b - b ^ S k * / INR (S k)))
+    with (b ^ S k * (INR k * ln b) - b ^ S k * (INR k * / INR (S k))) by ring.
+  rewrite e; nra.
 Qed.

@@ -97,6 +97,8 @@ STATEMENTS = (
     Statement("frontier_bound", "ours (j)", "E_q r <= alpha (KL(q || p) + ln E_p exp(r / alpha)); finite spaces"),
     Statement("frontier_attained", "ours (j)", "the tilted law attains it; finite spaces"),
     Statement("certified_normaliser", "ours (k)", "P(prod Z <= delta prod Zhat) <= delta over independent prompts; finite"),
+    Statement("best_of_n", "best-of-n", "KL(best of n || p) <= ln n - (n - 1) / n, ties broken by any rule; finite spaces"),
+    Statement("best_of_n_at_random", "best-of-n", "the same for the best of n with ties broken at random; finite spaces"),
     Statement("covariance_gap_nonneg", "ours (e)", "s - 1 - ln s >= 0 for s > 0"),
     Statement("covariance_gap_zero", "ours (e)", "s - 1 - ln s = 0 only at s = 1"),
 )
