@@ -25,6 +25,8 @@ PERMISSIVE = re.compile(
     r"|Public Domain",
     re.IGNORECASE,
 )
+ALLOWED = {"docutils": "its library is in the public domain; the GPL is that of an editor mode beside it"}
+"""Packages among whose licences a strong one is, and why they are taken all the same."""
 STRONG = re.compile(r"(?<![A-Za-z])A?GPL|GNU (Affero )?General Public", re.IGNORECASE)
 WEAK = re.compile(r"LGPL|Lesser General Public|MPL|Mozilla", re.IGNORECASE)
 
@@ -45,7 +47,7 @@ class Package:
             return "not stated"
         if WEAK.search(self.licence):
             return "weak copyleft"
-        if STRONG.search(self.licence):
+        if STRONG.search(self.licence) and self.name not in ALLOWED:
             return "strong copyleft"
         return "permissive" if PERMISSIVE.search(self.licence) else "other"
 

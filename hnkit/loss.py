@@ -177,7 +177,7 @@ class NoiseLoss:
             check_for_loss(f, x, products=self.kl != "l2")
         if self.injection is not None:
             return self._with_injection(self.injection, f, x, generate, reward, generator)
-        if isinstance(generator, Sequence):
+        if isinstance(generator, Sequence) and not isinstance(generator, str):
             raise InputError("a generator for each row is for injected noise: give one generator for the probes")
         check_generator(generator)
         dim = x[0].numel()

@@ -232,7 +232,7 @@ def test_map_report(here, capsys):
     saved = json.loads((here / "run" / "report.json").read_text())
     assert saved == {key: value for key, value in document.items() if key != "run_folder"}
     assert sorted(path.name for path in (here / "run").iterdir()) == sorted(
-        [".hnkit-run", "config.json", "report.json", "report.html", *document["plots"]]
+        [".hnkit-run", "config.json", "provenance.json", "report.json", "report.html", *document["plots"]]
     )
 
 

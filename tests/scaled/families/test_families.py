@@ -86,9 +86,9 @@ def test_starts_as_the_plain_pipeline(name, backend):
         images = steered(backend, noise, condition, steps)
         expected = plain(backend, prompts, noise, steps)
         if facts.exact:
-            assert torch.equal(images, expected), steps
+            assert torch.equal(images, expected), (steps, float((images - expected).abs().max()))
         else:
-            torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(images, expected, atol=1e-4 if facts.slow else 2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", EACH)
