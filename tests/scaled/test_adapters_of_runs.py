@@ -32,14 +32,10 @@ def config(name, model, tmp_path, *more, resume=None, **settings):
         "momentum": 0.0, "alpha": 0.001, "reduction": "sum", "checkpoint_every": 1, "measure_samples": 2,
         "validate_samples": 1,
     } | settings  # fmt: skip
-    flags = [f"backend.{key}={_toml(value)}" for key, value in options.items() if key not in ("rank", "lora_alpha")]
+    flags = [f"backend.{key}={tiny.text(value)}" for key, value in options.items() if key not in ("rank", "lora_alpha")]
     flags += [f"backend.rank={options['rank']}", f"backend.lora_alpha={options['lora_alpha']}"] * ("rank" not in more)
     flags += [f"train.{key}={value}" for key, value in values.items()]
     return resolve_config(backend=name, overrides=flags, rewards=["redness=1.0"], resume=resume)
-
-
-def _toml(value):
-    return str(value).lower() if isinstance(value, bool) else value
 
 
 def quietly(settings, **folders):
@@ -128,7 +124,7 @@ def test_guidance_and_conditioning_of_the_adapter_go_with_it(checkpoint, make_ba
     backend = make_backend("sana", guidance=2.5, instruction=True)
     perturb(backend)
     backend.save_adapter(tmp_path / "first")
-    flags = [f"backend.{key}={_toml(value)}" for key, value in tiny.options("sana", checkpoint("sana")).items()]
+    flags = [f"backend.{key}={tiny.text(value)}" for key, value in tiny.options("sana", checkpoint("sana")).items()]
     start = f"train.from_adapter={tmp_path / 'first'}"
     settings = resolve_config(backend="sana", overrides=[*flags, start]).options
     assert (settings.guidance, settings.instruction) == (2.5, True), "though the preset says 4.5 and no instruction"
@@ -144,7 +140,7 @@ def test_images_go_on_with_a_model_that_has_moved(checkpoint, tmp_path, capsys):
     sets = [
         word
         for key, value in tiny.options("sana", model).items()
-        for word in ("--set", f"backend.{key}={_toml(value)}")
+        for word in ("--set", f"backend.{key}={tiny.text(value)}")
     ]
     code, _, err = command(
         capsys, "generate", "--backend", "sana", "--prompt", "a fox", "--prompt", "a boat", "-n", 1, *sets,

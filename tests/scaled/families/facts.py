@@ -30,7 +30,7 @@ class Facts:
 
 FACTS: dict[str, Facts] = {
     "SanaSprintPipeline": Facts(
-        "SANA-Sprint 0.6B, 1.6B (`sana`, `sana-1.6b`)", schedule="timesteps", exact=False,
+        "SANA-Sprint 0.6B, 1.6B (`sana`, `sana-1.6b`)", schedule="timesteps",
         note="f is given timestep 1, as in the paper's code, where the scheduler's rounded pi/2 makes 1.0000037",
     ),
     "StableDiffusionPipeline": Facts("SD-Turbo (`sd-turbo`), LCM-LoRA, Hyper-SD15", schedule="both"),
@@ -50,7 +50,7 @@ FACTS: dict[str, Facts] = {
         "PixArt-LCM, PixArt-DMD (`pixart`)", schedule="both", lora=False, note="the learned variance is left out of f"
     ),
     "PixArtSigmaPipeline": Facts("PixArt-Sigma with distilled networks", schedule="both", lora=False),
-    "SanaPipeline": Facts("SANA with distilled networks", schedule="both", exact=False),
+    "SanaPipeline": Facts("SANA with distilled networks", schedule="both"),
     "ChromaPipeline": Facts(
         "Chroma with distillation LoRAs",
         note="`hypernetwork_checkpointing` is refused: diffusers drops the attention mask in recomputed blocks",
