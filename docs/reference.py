@@ -7,16 +7,17 @@ import importlib
 import inspect
 import pkgutil
 import re
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 from sphinx.pycode import ModuleAnalyzer
+from tables import to_markdown
 
 import hnkit
 from hnkit import scaled, toy
-from hnkit.internal.values import described, field_types
+from hnkit.internal.values import describe, described, field_types, ranges
+from hnkit.output.page import Table
 
 HIDDEN = ("hnkit.internal", "hnkit.cli", "hnkit.scaled.internal", "hnkit.scaled.digits.train")
 """Packages that are for hnkit's own use: not part of what users build on."""
@@ -68,7 +69,7 @@ def commands() -> str:
             for option in command.params
             if not option.hidden
         ]
-        lines += [*_table(("flag", "value", "meaning"), rows), ""]
+        lines += [to_markdown(Table(("flag", "value", "meaning"), tuple(rows)))]
     return "\n".join(lines)
 
 
@@ -85,12 +86,10 @@ def configuration() -> str:
         "",
         "## [train]",
         "",
-        *_record(TrainConfig),
-        "",
+        _record(TrainConfig),
         "## Generating (`hnkit generate`)",
         "",
-        *_record(GenerateSettings),
-        "",
+        _record(GenerateSettings),
         "## [backend]",
         "",
         "`name` names the backend; the other keys are its options.",
@@ -99,7 +98,7 @@ def configuration() -> str:
     for name in installed_names("hnkit.backends"):
         options = backend_factory(name).options
         if dataclasses.is_dataclass(options):
-            lines += [f"### {name}", "", *_record(options), ""]
+            lines += [f"### {name}", "", _record(options)]
     lines += [
         "## [rewards] and [heldout]",
         "",
@@ -110,19 +109,19 @@ def configuration() -> str:
     return "\n".join(lines)
 
 
-def _record(record: Any) -> list[str]:
+def _record(record: Any) -> str:
     """A table of the fields of a settings record."""
     kinds, meanings = field_types(record), _meanings(record)
     rows = [
         (
             f"`{item.name}`",
-            _kind(kinds[item.name]),
+            describe(kinds[item.name]),
             _default(item),
-            _meaning(meanings.get(item.name, ""), item.metadata),
+            _meaning(meanings.get(item.name, ""), item),
         )
         for item in dataclasses.fields(record)
     ]
-    return _table(("key", "type", "default", "meaning"), rows)
+    return to_markdown(Table(("key", "accepted", "default", "meaning"), tuple(rows)))
 
 
 def _meanings(record: Any) -> dict[str, str]:
@@ -135,40 +134,19 @@ def _meanings(record: Any) -> dict[str, str]:
     return found | described(record)
 
 
-def _kind(kind: Any) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(f"`{value}`" for value in typing.get_args(kind))
-    members = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        return "list of " + _kind(members[0]).removeprefix("one of ")
-    inner = [member for member in members if member is not type(None)]
-    if len(inner) != len(members) and inner:
-        return " or ".join(_kind(member) for member in inner)
-    names = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "Path": "path"}
-    name = getattr(kind, "__name__", str(kind))
-    return names.get(name, name)
-
-
 def _default(item: Any) -> str:
     if item.default is dataclasses.MISSING:
         return "" if item.default_factory is dataclasses.MISSING else f"`{item.default_factory()}`"
     return "" if item.default in (None, "", ()) else f"`{str(item.default).lower()}`"
 
 
-def _meaning(text: str, metadata: Mapping[str, Any]) -> str:
-    words = {"least": "at least", "above": "above", "below": "below"}
-    bounds = [(word, metadata[key]) for key, word in words.items() if metadata.get(key) is not None]
-    found = [f"{word} {bound:g}" for word, bound in bounds if bound < 10**6]  # a larger bound says nothing to anybody
+def _meaning(text: str, item: Any) -> str:
+    found = ranges(item, below=10**6)
     return f"{text.removesuffix('.')}; {' and '.join(found)}." if found else text
 
 
 def _paragraph(text: str | None) -> str:
     return inspect.cleandoc(text or "").replace("\b", "")
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    cells = [[cell.replace("|", r"\|").replace("\n", " ").strip() for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (list(head), ["---"] * len(head), *cells)]
 
 
 def api() -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import hnkit
+from hnkit.training.publish import CITATION
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +27,7 @@ def test_the_questions_page_cites_the_same():
     text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
     paper = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["references"][0]
     assert paper["title"] in text
+    assert CITATION in text
     assert f"version = {{{hnkit.__version__}}}" in text
     for author in paper["authors"]:
         assert f"{author['family-names']}, {author['given-names']}" in text

@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand
 
 from hnkit.errors import InputError
-from hnkit.internal.values import described, field_types, is_union, setting
+from hnkit.internal.values import described, field_types, is_union, ranges, setting
 
 NEWEST = "newest"
 """What a bare `--resume` stands for: the run in `--out`, or the newest run of `runs/`."""
@@ -191,12 +191,10 @@ def _metavar(kind: Any) -> str:
 
 def _help(text: str, item: dataclasses.Field[Any], kind: Any, inherited: str | None) -> str:
     """The first sentence of a field, its choices and range, and its default where typer does not show that itself."""
-    words = {"least": "at least", "above": "above", "below": "below"}
-    bounds = [(word, item.metadata[key]) for key, word in words.items() if item.metadata.get(key) is not None]
     parts = [text.replace("`", "").partition(". ")[0].removesuffix(".")]
     if typing.get_origin(kind) is Literal:
         parts.append(f"one of {', '.join(typing.get_args(kind))}")
-    parts += [f"{word} {bound:g}" for word, bound in bounds if bound < 10**6]  # a larger bound says nothing to anybody
+    parts += ranges(item, below=10**6)  # a larger bound says nothing to anybody
     if inherited is not None:
         parts.append(f"default: {item.default}{inherited}")
     line = "; ".join(parts)

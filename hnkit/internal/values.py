@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 from hnkit.errors import InputError
 
-_RANGES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "least": (">=", operator.ge), "above": (">", operator.gt), "below": ("<", operator.lt)
+_RANGES: dict[str, tuple[str, str, Callable[[Any, Any], bool]]] = {
+    "least": (">=", "at least", operator.ge), "above": (">", "above", operator.gt), "below": ("<", "below", operator.lt)
 }  # fmt: skip
+"""Bounds of a setting: their sign in messages, their words in help, and what holds of a value and a bound."""
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal obeys: control characters but for line feed and tab, and overrides of the direction of writing."""
@@ -130,9 +131,15 @@ def require_ranges(record: Any, prefix: str, equals: str = " = ") -> None:
     for item in dataclasses.fields(record):
         value = getattr(record, item.name)
         bounds = {name: item.metadata[name] for name in _RANGES if item.metadata.get(name) is not None}
-        if value is not None and not all(_RANGES[name][1](value, bound) for name, bound in bounds.items()):
+        if value is not None and not all(_RANGES[name][2](value, bound) for name, bound in bounds.items()):
             accepted = " and ".join(f"{_RANGES[name][0]} {bound:g}" for name, bound in bounds.items())
             raise InputError(f"{prefix}{item.name}{equals}{value}: accepted is a value {accepted}")
+
+
+def ranges(item: dataclasses.Field[Any], below: float) -> list[str]:
+    """The range of a setting in words, bound by bound, `at least 1`; a bound that is not below `below` is left out."""
+    bounds = [(words, item.metadata.get(name)) for name, (_, words, _) in _RANGES.items()]
+    return [f"{words} {bound:g}" for words, bound in bounds if bound is not None and bound < below]
 
 
 def field_types(record: type[Any]) -> dict[str, Any]:
