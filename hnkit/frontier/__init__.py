@@ -2,7 +2,7 @@
 
 from hnkit.frontier.certified import GapBound, gap_lower_bound, nats_lower_bound
 from hnkit.frontier.curve import BestOf, Frontier, FrontierPoint
-from hnkit.frontier.table import MethodGain, Rewards, frontier_document, methods_on_frontier, read_rewards
+from hnkit.frontier.table import MethodGain, Rewards, frontier_document, methods_on_frontier, no_frontier, read_rewards
 
 __all__ = [
     "BestOf",
@@ -15,5 +15,6 @@ __all__ = [
     "gap_lower_bound",
     "methods_on_frontier",
     "nats_lower_bound",
+    "no_frontier",
     "read_rewards",
 ]

@@ -23,7 +23,7 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
     if "l2_verdict" in document.get("network", {}):
         found.append(document["network"]["l2_verdict"])
     for name, method in document["methods"].items():
-        gain = f"{name} gains {estimate(method['gain'], method['stderr'])}"
+        gain = f"{name} gains {format_estimate(method['gain'], method['stderr'])}"
         nats = nats_text(method)
         if method["efficiency"] is not None:
             found.append(f"{gain} for {nats} nats, {share(method)} of what they could buy.")
@@ -63,11 +63,6 @@ def gap_sentence(name: str, gap: Mapping[str, Any]) -> str:
     return f"{bound}; {gap['estimate']:.3g} is the estimate."
 
 
-def estimate(value: float, stderr: float | None) -> str:
-    """A figure with its error bar, where it has one."""
-    return format_estimate(value, stderr)
-
-
 def nats_text(method: Mapping[str, Any]) -> str:
     """Nats as they are known: measured with an error bar, given, or bounded from above or below."""
     if method["nats"] is None:
@@ -91,13 +86,13 @@ def share(method: Mapping[str, Any]) -> str:
 def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headers and rows: best-of-N, the methods, and some points of the frontier."""
     rows: list[tuple[str, ...]] = [
-        (f"best of {entry['n']}", f"at most {entry['nats']:.3g}", estimate(entry["gain"], entry["stderr"]), "")
+        (f"best of {entry['n']}", f"at most {entry['nats']:.3g}", format_estimate(entry["gain"], entry["stderr"]), "")
         for entry in document["best_of"]
     ]
     for name, method in document["methods"].items():
-        rows.append((name, nats_text(method), estimate(method["gain"], method["stderr"]), share(method)))
+        rows.append((name, nats_text(method), format_estimate(method["gain"], method["stderr"]), share(method)))
     for point in document["frontier"][::4]:
-        rows.append(("frontier", f"{point['nats']:.3g}", estimate(point["gain"], point["stderr"]), "100%"))
+        rows.append(("frontier", f"{point['nats']:.3g}", format_estimate(point["gain"], point["stderr"]), "100%"))
     return ("", "nats a prompt", "gain in reward", "efficiency"), rows
 
 

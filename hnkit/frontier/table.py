@@ -174,6 +174,11 @@ def methods_on_frontier(
     return frontier, found
 
 
+def no_frontier(remark: str) -> dict[str, Any]:
+    """The document where there is no frontier; `remark` says why."""
+    return {"frontier": [], "best_of": [], "methods": {}, "remark": remark}
+
+
 def frontier_document(frontier: Frontier, methods: Mapping[str, MethodGain]) -> dict[str, Any]:
     """The JSON document of a frontier: its points, best-of-N up to the samples of a prompt, and the methods by name."""
     least = min(len(r) for r in frontier.base)

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from hnkit.errors import InputError
 from hnkit.figures import Measurement
-from hnkit.frontier import Frontier, GapBound, MethodGain, frontier_document, gap_lower_bound, nats_lower_bound
+from hnkit.frontier import (
+    Frontier,
+    GapBound,
+    MethodGain,
+    frontier_document,
+    gap_lower_bound,
+    nats_lower_bound,
+    no_frontier,
+)
 from hnkit.frontier.curve import LEAST_EFFECTIVE, LEAST_SAMPLES
 from hnkit.frontier.measured import FAITHFUL
 from hnkit.internal.stats import Estimate
@@ -115,8 +123,7 @@ def reward_per_nat(evaluator: Evaluator, validation: Validation, measurement: Me
             gap = gap_lower_bound(values, steered, base, alpha, paired=False)
         method = _method(frontier, validation, steered, kl, gap)
     except InputError as reason:
-        empty: dict[str, Any] = {"frontier": [], "best_of": [], "methods": {}, "remark": f"No frontier: {reason}."}
-        return empty
+        return no_frontier(f"No frontier: {reason}.")
     name = "hypernetwork" if settings.objective == "hypernoise" else "fine-tuned generator"
     return frontier_document(frontier, {name: method}) | {"extra_outputs": size.outputs}
 

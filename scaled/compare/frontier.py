@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hnkit.errors import InputError
-from hnkit.frontier import GapBound, Rewards, frontier_document, gap_lower_bound, methods_on_frontier
+from hnkit.frontier import GapBound, Rewards, frontier_document, gap_lower_bound, methods_on_frontier, no_frontier
 from hnkit.frontier.measured import FAITHFUL
 from hnkit.frontier.page import nats_text
 from hnkit.output.page import Table, format_estimate
@@ -54,7 +54,7 @@ def frontier_part(
     try:
         frontier, found = methods_on_frontier(table)
     except InputError as reason:  # too few base samples, or a reward that is constant over the base
-        return {"frontier": [], "best_of": [], "methods": {}, "remark": f"No frontier of reward per nat: {reason}."}
+        return no_frontier(f"No frontier of reward per nat: {reason}.")
     return frontier_document(frontier, found)
 
 
