@@ -1,12 +1,15 @@
 """Everything that only a card can tell, in under nine minutes on one of the H100 class: docs/results/device.json.
 
-    python benchmarks/device.py                  # on a GPU: every part, each under its own limit
-    python benchmarks/device.py --parts steps    # one part; the others stay as they are
-    python benchmarks/device.py --tiny --out x.json       # the same on a CPU with small layers, in about a minute
+    python benchmarks/device.py                           # on a GPU: every part, each under its own limit
+    python benchmarks/device.py --parts steps             # one part; the others stay as they are
+    python benchmarks/device.py --budget 360              # every part, as far as 360 seconds go
+    python benchmarks/device.py --limit exact=250         # one part's limit, in seconds
+    python benchmarks/device.py --plan                    # no GPU: what `hnkit train --plan` says of the same steps
+    python benchmarks/device.py --tiny --out x.json       # the same on a CPU with small layers, within a minute
 
-Each part is a process of its own that is stopped at its limit, and is written to the report as it ends: what was
-measured before a part failed or ran out of time is not lost. Weights are random and of the published sizes; nothing is
-downloaded. Figures of `hnkit train --plan` stand beside the measured ones.
+On a card each part is a process of its own with a limit: it ends by itself before that, and is stopped there if it does
+not. What it has measured is written as it comes, and stays when it fails. Weights are random and of the published
+sizes; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -14,22 +17,46 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs" / "results" / "device.json"
 HERE = Path(__file__).resolve().parent
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One run of a part.
+
+    Attributes:
+        tiny: whether on a CPU with small layers.
+        ends: when it has to be over, by `time.monotonic`.
+        out: where its figures go.
+    """
+
+    tiny: bool
+    ends: float
+    out: Path
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left, a reserve for the way out taken off."""
+        return self.ends - time.monotonic() - 5
+
+    def keep(self, figures: Figures) -> Figures:
+        """Write what has been measured so far."""
+        half = self.out.with_suffix(".half")
+        half.write_text(json.dumps(figures))
+        half.replace(self.out)
+        return figures
 
 
 @dataclass(frozen=True)
@@ -39,22 +66,78 @@ class Part:
     Attributes:
         name: its key in the report.
         limit: seconds that it may take on a card.
-        run: makes its figures; `tiny` says whether on a CPU with small layers.
+        run: makes its figures.
     """
 
     name: str
-    limit: int
-    run: Callable[[bool], dict[str, Any]]
+    limit: float
+    run: Callable[[Turn], Figures]
 
 
-def agreement(tiny: bool) -> dict[str, Any]:
+def steps(turn: Turn) -> Figures:
+    """Training steps of SANA 0.6B with each memory option, by the backend and by a plain loop."""
+    import sana_full
+
+    rows: list[Figures] = []
+    batches, rounds = ((1,), 1) if turn.tiny else ((1, 3), 3)
+    for row in sana_full.measured(sana_full.sana(turn.tiny), sana_full.CASES, batches, rounds):
+        rows.append(row)
+        turn.keep({"rows": rows})
+        if turn.left < 5:
+            return {"rows": rows, "left_out": "the cases after these: no time was left"}
+    return {"rows": rows}
+
+
+def log_det(turn: Turn) -> Figures:
+    """Products of f per second, and E(J) with its error bar: of SANA 0.6B at 1024 px, d = 32,768."""
+    import sana_logdet
+
+    model, size = sana_logdet.sana(turn.tiny), 64 if turn.tiny else 1024
+    points, probes, chunk = (2, 2, None) if turn.tiny else (8, 8, 8)
+    case = sana_logdet.subject(model, size, points, 0.3)
+    sana_logdet.estimated(replace(case, f=case.f.select(_first()), x=case.x[:1]), 1, chunk)  # the first run warms up
+    return sana_logdet.estimated(case, probes, chunk) | _peak(turn)
+
+
+def exact(turn: Turn) -> Figures:
+    """The exact log-determinant at one point: at 1024 px if it fits the time, else at 512 px."""
+    import sana_logdet
+
+    model, found = sana_logdet.sana(turn.tiny), {}
+    probes, chunk = (4 if turn.tiny else 16), 8
+    for size in (64, 32) if turn.tiny else (1024, 512):
+        case = sana_logdet.subject(model, size, 1, 0.3)
+        try:
+            found |= sana_logdet.exact_at_first(case, probes, chunk, most=turn.left)
+        except sana_logdet.TooLongError as error:
+            found |= {"too_long": {"size": size, "dim": case.dim, "seconds": error.seconds}}
+            turn.keep(found)
+            continue
+        break
+    return found | _peak(turn)
+
+
+def flux(turn: Turn) -> Figures:
+    """A training step of FLUX.1-schnell at its full size, 512 px, with every block recomputed."""
+    import sana_full
+    from full_size import make
+
+    small = {"size": 32, "rank": 8, "lora_alpha": 16.0, "max_sequence_length": 16} if turn.tiny else {}
+    model = make("flux", turn.tiny, **small)
+    row = next(sana_full.measured(model, [sana_full.Case(sana_full.ALL, plain=False)], (1,), 1 if turn.tiny else 2))
+    return row | {"parameters": model.parameters}
+
+
+def agreement(turn: Turn) -> Figures:
     """The bundled miniature on the card against the CPU: images, f, gradients and E(J), relative distances."""
+    import torch
+
     from hnkit import noise_kl
     from hnkit.backend import backend_factory
 
     factory = backend_factory("digits")
     found: dict[str, list[torch.Tensor]] = {}
-    for device in ("cpu", "cpu" if tiny else "cuda"):
+    for device in ("cpu", "cpu" if turn.tiny else "cuda"):
         backend = factory.load(factory.options(device=device, rank=4))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -78,160 +161,162 @@ def agreement(tiny: bool) -> dict[str, Any]:
     return {"distances": distances, "agree": max(distances.values()) < 1e-3}
 
 
-def steps(tiny: bool) -> dict[str, Any]:
-    """Training steps of SANA 0.6B with each memory option, by the backend and by a plain loop, beside the plan."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "steps.json"
-        batches, rounds = ("1", "1") if tiny else ("1,3", "3")
-        words = ["--batches", batches, "--rounds", rounds, "--out", str(out), *(["--tiny"] if tiny else [])]
-        subprocess.run([sys.executable, str(HERE / "sana_full.py"), *words], check=True, cwd=HERE)
-        document = json.loads(out.read_text())
-    return {**document, "plan": {} if tiny else _planned_steps()}
-
-
-def _planned_steps() -> dict[str, float]:
-    """Peak of a plan in GiB for each choice of options at a batch of one, with the step's own reward."""
-    from hnkit.config import resolve_config
-    from hnkit.training.plan.cards import find_card
-    from hnkit.training.plan.plan import Counter
-
-    off = [f"backend.{name}=false" for name in ("vae_checkpointing", "generator_checkpointing")]
-    overrides = [*off, "train.batch=1", "train.accumulate=1", "train.optimizer=sgd", "train.momentum=0"]
-    counter = Counter(resolve_config(backend="sana", overrides=overrides, rewards=["redness=1"]))
-    choices = ((), ("vae_checkpointing",), ("vae_checkpointing", "generator_checkpointing"), tuple(counter.savers))
-    return {", ".join(changes): counter.need(changes, 1, find_card("h100")).peak / 2**30 for changes in choices}
-
-
-def log_det(tiny: bool) -> dict[str, Any]:
-    """Products of f per second, E(J) with its error bar at d = 32,768, and the exact log-determinant at one point."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "log-det.json"
-        words = ["--samples", "2", "--probes", "2", "--out", str(out), *(["--tiny", "--size", "64"] if tiny else [])]
-        subprocess.run([sys.executable, str(HERE / "sana_logdet.py"), *words], check=True, cwd=HERE)
-        figures: dict[str, Any] = json.loads(out.read_text())
-    return figures
-
-
-def flux(tiny: bool) -> dict[str, Any]:
-    """Evaluations and gradients of FLUX.1-schnell's network at full size with random weights, blocks recomputed."""
-    import diffusers
-
-    from hnkit.scaled.lora.twin import LoraSpec, lora_targets, make_twin
-    from hnkit.scaled.pipelines import memory
-    from hnkit.scaled.pipelines.published import PUBLISHED_MODELS
-
-    device, dtype = (torch.device("cpu"), torch.float32) if tiny else (torch.device("cuda"), torch.bfloat16)
-    config = dict(PUBLISHED_MODELS["black-forest-labs/FLUX.1-schnell"].components["transformer"])
-    if tiny:
-        config |= {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            base = diffusers.FluxTransformer2DModel.from_config(config)
-    finally:
-        torch.set_default_dtype(before)
-    base.requires_grad_(False).eval()
-    twin = make_twin(base, LoraSpec(16 if tiny else 128, 640.0, lora_targets(base)), zero_base="proj_out")
-    memory.set_checkpointing(base, True)
-    memory.set_checkpointing(twin, True)
-    side, tokens = (8, 16) if tiny else (32, 512)
-    positions = torch.zeros(side * side, 3, device=device, dtype=dtype)
-    inputs = {
-        "timestep": torch.ones(1, device=device, dtype=dtype),
-        "pooled_projections": torch.randn(1, 768, device=device, dtype=dtype),
-        "encoder_hidden_states": torch.randn(1, tokens, 4096, device=device, dtype=dtype),
-        "txt_ids": torch.zeros(tokens, 3, device=device, dtype=dtype),
-        "img_ids": positions,
-        "return_dict": False,
-    }
-    noise = torch.randn(1, side * side, 64, device=device, dtype=dtype)
-    seconds = []
-    for turn in range(2 if tiny else 3):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        moved = noise + twin(noise, **inputs)[0].to(dtype)
-        (base(moved, **inputs)[0].float().square().mean() + (moved - noise).float().square().sum() / 2).backward()
-        twin.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if turn:
-            seconds.append(time.perf_counter() - start)
-    found: dict[str, Any] = {
-        "seconds": statistics.median(seconds),
-        "parameters": sum(p.numel() for p in base.parameters()),
-    }
-    return found | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {})
+def tests(turn: Turn) -> Figures:
+    """The tests that need a card."""
+    environment = os.environ | {"HNKIT_CARD": "cpu" if turn.tiny else "cuda"}
+    words = ["-P", "-m", "pytest", "-q", "-m", "cuda", "-o", "pythonpath=", "-p", "no:cacheprovider"]
+    words += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "--durations=8"]
+    done = subprocess.run(
+        [sys.executable, *words, str(ROOT / "tests" / "device")], timeout=max(turn.left, 1), env=environment,
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    lines = done.stdout.strip().splitlines()
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    found: Figures = {"summary": lines[-1] if lines else "no output", "failures": failures}
+    if done.returncode:
+        found |= {"failed": f"pytest ended with {done.returncode}", "output": (done.stdout + done.stderr)[-8000:]}
+    return found
 
 
 PARTS = (
-    Part("agreement", 60, agreement),
-    Part("steps", 210, steps),
-    Part("log_det", 170, log_det),
-    Part("flux", 90, flux),
+    Part("steps", 150, steps),
+    Part("log_det", 70, log_det),
+    Part("flux", 70, flux),
+    Part("tests", 70, tests),
+    Part("agreement", 30, agreement),
+    Part("exact", 145, exact),
 )
 """In order of worth for their time; the limits add up to less than nine minutes."""
 
 
-def machine(tiny: bool) -> str:
-    """What the figures are of."""
-    return f"{platform.machine()} CPU, small layers" if tiny else torch.cuda.get_device_name()
+def planned(choices: Sequence[Sequence[str]]) -> Figures:
+    """Peaks that a plan counts for the steps of the part `steps` at a batch of one, in GiB, by their options."""
+    from hnkit.config import resolve_config
+    from hnkit.training.plan.cards import find_card
+    from hnkit.training.plan.plan import Counter
+
+    common = ["train.batch=1", "train.accumulate=1", "train.optimizer=sgd", "train.momentum=0"]
+    common += [f"backend.{name}=false" for name in ("vae_checkpointing", "generator_checkpointing")]
+    counter = Counter(resolve_config(backend="sana", overrides=common, rewards=["redness=1"]))
+    peaks = {}
+    for names in choices:
+        if set(names) <= set(counter.savers):
+            peaks[", ".join(names)] = counter.need(tuple(names), 1, find_card("h100")).peak / 2**30
+    return {"batch": 1, "card": find_card("h100").title, "peak_gib": peaks}
+
+
+def plan_of_steps() -> Figures:
+    """The plan of every case of the part `steps` that a plan can count."""
+    import sana_full
+
+    return planned([[name for name, on in case.options.items() if on is True] for case in sana_full.CASES])
+
+
+def _first() -> Any:
+    import torch
+
+    return torch.zeros(1, dtype=torch.long)
+
+
+def _peak(turn: Turn) -> Figures:
+    import torch
+
+    return {} if turn.tiny else {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
 def main() -> int:
     """Run the parts one after the other, each in a process of its own; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small layers, for a machine without a GPU")
+    parser.add_argument("--plan", action="store_true", help="count, and write beside what is measured")
     parser.add_argument("--parts", default=",".join(part.name for part in PARTS), help="comma-separated")
+    parser.add_argument("--budget", type=float, default=535.0, help="seconds of all parts together")
+    parser.add_argument("--limit", action="append", default=[], metavar="PART=SECONDS", help="of one part")
     parser.add_argument("--out", type=Path, default=RESULT, help="the report")
     parser.add_argument("--inner", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=600.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     by_name = {part.name: part for part in PARTS}
-    if not arguments.tiny and not torch.cuda.is_available():
-        parser.error("the full size needs a GPU: use --tiny here")
     if arguments.inner:
-        arguments.out.write_text(json.dumps(by_name[arguments.inner].run(arguments.tiny)))
+        turn = Turn(arguments.tiny, time.monotonic() + arguments.seconds, arguments.out)
+        turn.keep(by_name[arguments.inner].run(turn))
         return 0
+    for text in arguments.limit:
+        name, _, seconds = text.partition("=")
+        if name not in by_name or not seconds.isdigit():
+            parser.error(f"--limit {text!r}: write PART=SECONDS, PART one of {', '.join(by_name)}")
+        by_name[name] = replace(by_name[name], limit=float(seconds))
     unknown = [name for name in arguments.parts.split(",") if name not in by_name]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}: accepted are {', '.join(by_name)}")
     if arguments.tiny and arguments.out == RESULT:
         parser.error("--tiny says nothing about a card: name another report with --out")
-    document: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    document |= {"machine": machine(arguments.tiny), "tiny": arguments.tiny, "torch": torch.__version__}
-    failed = False
-    for name in arguments.parts.split(","):
-        part = by_name[name]
-        document[name] = measured(replace(part, limit=600) if arguments.tiny else part, arguments.tiny)
-        failed |= "failed" in document[name]
-        arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return int(failed)
+    document: Figures = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if arguments.plan:
+        document["plan"] = plan_of_steps()
+        _write(arguments.out, document)
+        return 0
+    import torch
+
+    if not arguments.tiny and not torch.cuda.is_available():
+        parser.error("the full size needs a GPU: use --tiny here")
+    machine = "CPU, small layers" if arguments.tiny else torch.cuda.get_device_name()
+    document |= {"machine": machine, "tiny": arguments.tiny, "torch": torch.__version__}
+    return int(_run([by_name[name] for name in arguments.parts.split(",")], document, arguments))
 
 
-def measured(part: Part, tiny: bool) -> dict[str, Any]:
-    """The figures of one part, or why there are none; and the seconds that it took."""
-    print(f"{part.name}: at most {part.limit} s", flush=True)
+def _run(parts: Sequence[Part], document: Figures, arguments: argparse.Namespace) -> bool:
+    """Run the parts within the budget and write the report after each; whether one failed."""
+    failed, began = False, time.monotonic()
+    for part in parts:
+        left = arguments.budget - (time.monotonic() - began)
+        limit = min(600.0 if arguments.tiny else part.limit, left)
+        if limit < 15 and not arguments.tiny:
+            print(f"{part.name}: left out, {left:.0f} s are left", flush=True)
+            continue
+        run = measured_here if arguments.tiny else measured
+        document[part.name] = run(replace(part, limit=limit))
+        failed |= "failed" in document[part.name]
+        _write(arguments.out, document)
+    return failed
+
+
+def _write(out: Path, document: Figures) -> None:
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def measured_here(part: Part) -> Figures:
+    """The figures of one part with small layers on the CPU, in this process; and the seconds that it took."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
+        figures = part.run(Turn(True, time.monotonic() + part.limit, Path(folder) / "part.json"))
+    print(f"{part.name}: {figures.get('failed', 'done')} after {time.perf_counter() - began:.0f} s", flush=True)
+    return figures | {"took": time.perf_counter() - began}
+
+
+def measured(part: Part, tiny: bool = False) -> Figures:
+    """The figures of one part, whole or as far as it came, and why it failed; and the seconds that it took."""
+    print(f"{part.name}: at most {part.limit:.0f} s", flush=True)
+    began = time.perf_counter()
+    figures: Figures = {}
+    with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "part.json"
-        words = ["--inner", part.name, "--out", str(out), *(["--tiny"] if tiny else [])]
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
-        }
+        words = ["--inner", part.name, "--seconds", str(part.limit), "--out", str(out), *(["--tiny"] if tiny else [])]
+        before = os.environ.get("PYTHONPATH")
+        path = os.pathsep.join(filter(None, (str(HERE), before, str(ROOT))))
         try:
             subprocess.run(
-                [sys.executable, __file__, *words], check=True, timeout=part.limit, env=environment,
-                capture_output=True, text=True,
+                [sys.executable, __file__, *words], check=True, timeout=part.limit,
+                env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
             )  # fmt: skip
-            figures: dict[str, Any] = json.loads(out.read_text())
         except subprocess.TimeoutExpired:
-            figures = {"failed": f"stopped at its limit of {part.limit} s"}
+            figures = {"failed": f"stopped at its limit of {part.limit:.0f} s"}
         except subprocess.CalledProcessError as error:
             lines = (error.stderr or "").strip().splitlines() or ["no message"]
-            figures = {"failed": lines[-1]}
-    print(f"  {figures.get('failed', 'done')}", flush=True)
+            figures = {"failed": lines[-1], "output": "\n".join(lines[-40:])}
+        if out.exists():
+            figures = json.loads(out.read_text()) | figures
+    print(f"  {figures.get('failed', 'done')} after {time.perf_counter() - began:.0f} s", flush=True)
     return figures | {"took": time.perf_counter() - began}
 
 

@@ -14,114 +14,53 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from full_size import Model, condition, machine, make
 from torch import Tensor
 
 from hnkit import InputError, NoiseLoss
 from hnkit.maps import Condition, ConditionedMap
-from hnkit.scaled.pipelines import memory
-from hnkit.scaled.pipelines.backend import Known, PipelineBackend
-from hnkit.scaled.pipelines.families.sana import SanaOptions
-from hnkit.scaled.pipelines.families.table import SANA_SPRINT
-from hnkit.scaled.pipelines.skeleton import planned_layout, planned_texts
+from hnkit.scaled.pipelines.backend import PipelineBackend
 
-OPTIONS = (
-    {},
-    {"vae_checkpointing": True},
-    {"vae_checkpointing": True, "vae_slicing": True},
-    {"vae_checkpointing": True, "generator_checkpointing": True},
-    {"vae_checkpointing": True, "generator_checkpointing": True, "hypernetwork_checkpointing": True},
-    {
-        "vae_checkpointing": True,
-        "vae_slicing": True,
-        "generator_checkpointing": True,
-        "hypernetwork_checkpointing": True,
-    },
+
+@dataclass(frozen=True)
+class Case:
+    """A step that is measured.
+
+    Attributes:
+        options: options of the backend that are not at their defaults.
+        batches: batch sizes; empty: those of the run.
+        plain: whether the plain loop runs, too.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    batches: Sequence[int] = ()
+    plain: bool = True
+
+    @property
+    def title(self) -> str:
+        """The options in words."""
+        return ", ".join(name if value is True else f"{name} = {value}" for name, value in self.options.items())
+
+
+ALL = {"vae_checkpointing": True, "generator_checkpointing": True, "hypernetwork_checkpointing": True}
+CASES = (
+    Case(),
+    Case({"vae_checkpointing": True}),
+    Case({"vae_checkpointing": True, "generator_checkpointing": True}),
+    Case(ALL),
+    Case({"vae_checkpointing": True, "vae_slicing": True}),
+    Case({**ALL, "vae_slicing": True}),
 )
-
-
-def transformer(tiny: bool) -> diffusers.SanaTransformer2DModel:
-    """The 0.6B transformer of SANA-Sprint (28 layers, width 1152), or a small one of the same class."""
-    heads, layers, cross, caption = (4, 2, 2, 64) if tiny else (36, 28, 16, 2304)
-    return diffusers.SanaTransformer2DModel(
-        in_channels=32,
-        out_channels=32,
-        num_attention_heads=heads,
-        attention_head_dim=32,
-        num_layers=layers,
-        num_cross_attention_heads=cross,
-        cross_attention_head_dim=heads * 32 // cross,
-        cross_attention_dim=heads * 32,
-        caption_channels=caption,
-        mlp_ratio=2.5,
-        sample_size=32,
-        patch_size=1,
-        guidance_embeds=True,
-        guidance_embeds_scale=0.1,
-        qk_norm="rms_norm_across_heads",
-        timestep_scale=1000.0,
-    )
-
-
-def decoder(tiny: bool) -> diffusers.AutoencoderDC:
-    """DC-AE f32c32 as SANA uses it (the encoder is one layer thick: it is never called)."""
-    widths = (16, 16, 16, 32, 32, 32) if tiny else (128, 256, 512, 512, 1024, 1024)
-    return diffusers.AutoencoderDC(
-        latent_channels=32,
-        attention_head_dim=32,
-        encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-        encoder_block_out_channels=widths,
-        decoder_block_out_channels=widths,
-        encoder_layers_per_block=(1,) * 6,
-        decoder_layers_per_block=(1,) * 6 if tiny else (3,) * 6,
-        encoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
-        decoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
-        decoder_act_fns="silu",
-        upsample_block_type="interpolate",
-        downsample_block_type="Conv",
-        scaling_factor=0.41407,
-    )
-
-
-def load(options: SanaOptions, tiny: bool, device: torch.device, dtype: torch.dtype) -> PipelineBackend:
-    """A backend on random weights; `hnkit.scaled.pipelines.loading.load_pipeline` without the files."""
-    torch.manual_seed(0)
-    pipe = diffusers.SanaSprintPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=decoder(tiny).to(device, dtype).requires_grad_(False).eval(),
-        transformer=transformer(tiny).to(device, dtype).requires_grad_(False).eval(),
-        scheduler=diffusers.SCMScheduler(prediction_type="trigflow", sigma_data=0.5),
-    )
-    memory.apply_decoder_options(pipe.vae, options)
-    memory.set_checkpointing(pipe.transformer, options.generator_checkpointing)
-    texts, shapes = planned_texts(SANA_SPRINT, pipe, options)
-    layout = planned_layout(SANA_SPRINT, pipe, options, texts, shapes)
-    return PipelineBackend(SANA_SPRINT, options, pipe, name="sana", known=Known(NoPrompts(), texts, layout))
-
-
-class NoPrompts:
-    """In the place of an `EmbeddingCache`: nothing is encoded."""
-
-    def rows(self, prompts: list[str]) -> dict[str, Tensor]:
-        return {"prompt_embeds": torch.zeros(len(prompts), 0)}
-
-
-def random_condition(backend: PipelineBackend, count: int, tokens: int, dtype: torch.dtype) -> Condition:
-    """Embeddings of `tokens` unmasked positions of 300."""
-    width = backend._base.config.caption_channels
-    mask = torch.zeros(count, 300, dtype=torch.long, device=backend.device)
-    mask[:, :tokens] = 1
-    embeds = torch.randn(count, 300, width, device=backend.device).to(dtype)
-    return Condition(("",) * count, {"prompt_embeds": embeds, "prompt_attention_mask": mask})
+"""Each memory option, the plainest first."""
 
 
 def redness(images: Tensor) -> Tensor:
@@ -129,21 +68,20 @@ def redness(images: Tensor) -> Tensor:
     return (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2)) / 100
 
 
-def our_step(backend: PipelineBackend, noise: Tensor, condition: Condition) -> None:
+def our_step(backend: PipelineBackend, noise: Tensor, given: Condition) -> None:
     """Forward and backward as hnkit's trainer runs them."""
-    terms = NoiseLoss()(
-        ConditionedMap(backend.hypernetwork, condition), noise, lambda x: backend.generate(x, condition), redness
-    )
+    f = ConditionedMap(backend.hypernetwork, given)
+    terms = NoiseLoss()(f, noise, lambda x: backend.generate(x, given), redness)
     terms.total.mean().backward()
 
 
-def plain_step(backend: PipelineBackend, noise: Tensor, condition: Condition) -> None:
+def plain_step(backend: PipelineBackend, noise: Tensor, given: Condition) -> None:
     """The same step written down plainly, without pipeline, loss or backend."""
     base, vae, twin = backend._base, backend.pipeline.vae, backend.hypernetwork.twin
     dtype = base.dtype
     inputs = {
-        "encoder_hidden_states": condition.tensors["prompt_embeds"],
-        "encoder_attention_mask": condition.tensors["prompt_attention_mask"],
+        "encoder_hidden_states": given.tensors["prompt_embeds"],
+        "encoder_attention_mask": given.tensors["prompt_attention_mask"],
         "guidance": torch.full((len(noise),), 0.45, device=noise.device, dtype=dtype),
         "timestep": torch.ones(len(noise), device=noise.device),
         "return_dict": False,
@@ -155,10 +93,14 @@ def plain_step(backend: PipelineBackend, noise: Tensor, condition: Condition) ->
     (delta.square().flatten(1).sum(1) / 2 - redness(images)).mean().backward()
 
 
-def measure(step: Any, backend: PipelineBackend, count: int, rounds: int, dtype: torch.dtype) -> dict[str, float]:
+Step = Callable[[PipelineBackend, Tensor, Condition], None]
+STEPS: Mapping[str, Step] = {"hnkit": our_step, "plain": plain_step}
+
+
+def measure(step: Step, backend: PipelineBackend, count: int, rounds: int) -> dict[str, float]:
     """Median seconds per step, images per second, peak GiB (the device's, where there is one)."""
     noise = torch.randn(count, *backend.noise_shape, device=backend.device)
-    condition = random_condition(backend, count, 40, dtype)
+    given = condition(backend, count)
     cuda = backend.device.type == "cuda"
     times = []
     for turn in range(rounds + 1):
@@ -166,7 +108,7 @@ def measure(step: Any, backend: PipelineBackend, count: int, rounds: int, dtype:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        step(backend, noise, condition)
+        step(backend, noise, given)
         backend.hypernetwork.zero_grad(set_to_none=True)
         if cuda:
             torch.cuda.synchronize()
@@ -175,6 +117,35 @@ def measure(step: Any, backend: PipelineBackend, count: int, rounds: int, dtype:
     seconds = statistics.median(times)
     found = {"seconds": seconds, "images_per_second": count / seconds}
     return found | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if cuda else {})
+
+
+def measured(model: Model, cases: Sequence[Case], batches: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
+    """A row for every case, step and batch; where memory runs out, one that says so."""
+    for case in cases:
+        if model.pipe.vae.device.type == "cuda":
+            torch.cuda.empty_cache()
+        backend = model.backend(**case.options)
+        for name, step in STEPS.items():
+            for count in case.batches or batches:
+                if name == "plain" and not case.plain:
+                    continue
+                row = {"step": name, "batch": count, "options": case.title}
+                try:
+                    row |= measure(step, backend, count, rounds)
+                except (InputError, torch.OutOfMemoryError):
+                    backend.hypernetwork.zero_grad(set_to_none=True)
+                    torch.cuda.empty_cache()
+                    row |= {"out_of_memory": True}
+                yield row
+        del backend
+
+
+def shown(row: Mapping[str, Any]) -> str:
+    """A row as a line."""
+    speed = f"{row['images_per_second']:9.2f}" if "images_per_second" in row else f"{'-':>9}"
+    peak = f"{row['peak_gib']:9.1f}" if "peak_gib" in row else f"{'-':>9}"
+    note = ": out of memory" if "out_of_memory" in row else ""
+    return f"{row['step']:<6} {row['batch']:>5} {speed} {peak}  {row['options'] or 'none'}{note}"
 
 
 def main() -> None:
@@ -188,33 +159,21 @@ def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
     if not arguments.tiny and not torch.cuda.is_available():
         parser.error("the full size needs a GPU: use --tiny here")
-    device = torch.device("cpu" if arguments.tiny else "cuda")
-    dtype = torch.float32 if arguments.tiny else torch.bfloat16
     batches = [int(n) for n in (arguments.batches or ("1,2" if arguments.tiny else "1,3,6")).split(",")]
-    machine = platform.processor() or platform.machine() if arguments.tiny else torch.cuda.get_device_name()
-    print(f"{machine}; torch {torch.__version__}, diffusers {diffusers.__version__}; {dtype}")
+    print(f"{machine(arguments.tiny)}; torch {torch.__version__}, diffusers {diffusers.__version__}")
     print(f"{'step':<6} {'batch':>5} {'images/s':>9} {'peak GiB':>9}  options")
     rows = []
-    for chosen in OPTIONS:
-        options = SanaOptions(
-            size=64 if arguments.tiny else 1024, rank=8 if arguments.tiny else 128, cache_dir="", **chosen
-        )
-        backend = load(options, arguments.tiny, device, dtype)
-        for name, step in (("hnkit", our_step), ("plain", plain_step)):
-            for count in batches:
-                try:
-                    found = measure(step, backend, count, arguments.rounds, dtype)
-                except (InputError, torch.OutOfMemoryError):
-                    backend.hypernetwork.zero_grad(set_to_none=True)
-                    torch.cuda.empty_cache()
-                    print(f"{name:<6} {count:>5} {'-':>9} {'-':>9}  {', '.join(chosen) or 'none'}: out of memory")
-                    continue
-                rows.append({"step": name, "batch": count, "options": list(chosen), **found})
-                peak = f"{found['peak_gib']:9.1f}" if "peak_gib" in found else f"{'-':>9}"
-                print(f"{name:<6} {count:>5} {found['images_per_second']:9.2f} {peak}  {', '.join(chosen) or 'none'}")
-        del backend
+    for row in measured(sana(arguments.tiny), CASES, batches, arguments.rounds):
+        rows.append(row)
+        print(shown(row), flush=True)
     if arguments.out:
-        arguments.out.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "rows": rows}, indent=2))
+        document = {"machine": machine(arguments.tiny), "torch": torch.__version__, "rows": rows}
+        arguments.out.write_text(json.dumps(document, indent=2))
+
+
+def sana(tiny: bool) -> Model:
+    """SANA-Sprint 0.6B, or small layers of the same classes."""
+    return make("sana", tiny, **({"size": 64, "rank": 8, "lora_alpha": 16.0} if tiny else {}))
 
 
 if __name__ == "__main__":

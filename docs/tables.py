@@ -349,6 +349,13 @@ def _earning_lead(page: str) -> Callable[[], str]:
     return sentence
 
 
+def _on_a_card(name: str) -> str:
+    import on_card
+
+    table: str = getattr(on_card, name)(_document("device"))
+    return table
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "bench-exact": bench_exact,
     "bench-logdet": bench_logdet,
@@ -361,6 +368,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "families": families,
     "item-e": item_e,
     "plans": plans,
+    "device-steps": lambda: _on_a_card("steps"),
+    "device-rest": lambda: _on_a_card("rest"),
     "compare-lead": compare_lead,
     "earning-scaled": _earning_scaled,
     "earning-lead": _earning_lead("earning.md"),

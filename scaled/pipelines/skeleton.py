@@ -117,14 +117,24 @@ def planned_texts(family: Family, pipe: Any, options: PipelineOptions) -> Planne
     return _TEXTS[family.pipeline_class](pipe, options)
 
 
-def planned_layout(family: Family, pipe: Any, options: PipelineOptions, texts: TextLayout, shapes: Any) -> Layout:
-    """The layouts of the noise: all that a pipeline does before its network can be run without weights."""
+def planned_layout(
+    family: Family,
+    pipe: Any,
+    options: PipelineOptions,
+    texts: TextLayout,
+    shapes: Any,
+    device: torch.device | None = None,
+) -> Layout:
+    """The layouts of the noise: all that a pipeline does before its network can be run without weights.
+
+    `device` is where the pipeline's tensors are, by default the CPU.
+    """
     bare = view(pipe, vae=StandIn(pipe.vae, lambda *_, **__: None))
     tensors = {
         name: torch.zeros(1, *shape, dtype=torch.long if "mask" in name else DTYPES[options.dtype])
         for name, shape in shapes.items()
     }
-    step = FirstStep(family, bare, texts, options, device=torch.device("cpu"))
+    step = FirstStep(family, bare, texts, options, device=device or torch.device("cpu"))
     return step.layout(options.sides, Condition(("",), tensors))
 
 
