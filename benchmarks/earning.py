@@ -78,10 +78,10 @@ SCALES = (1.0, 0.5)
 """Of the trained map: what it earns at fewer nats."""
 
 
-def load() -> BackendBase:
+def load(**options: Any) -> BackendBase:
     """The miniature, as it starts."""
     factory = backend_factory("digits")
-    backend = factory.load(factory.options())
+    backend = factory.load(factory.options(**options))
     backend.prepare(train_prompts())
     return backend
 
@@ -93,8 +93,9 @@ def split() -> tuple[list[str], list[str]]:
     return [texts[i] for i in order[:-MEASURED_ON]], [texts[i] for i in order[-MEASURED_ON:]]
 
 
-def rewards(backend: BackendBase, x: Tensor, prompts: Sequence[str]) -> Tensor:
-    return backend.default_reward(backend.generate(x, backend.encode(prompts)), prompts)
+def rewards(backend: BackendBase, x: Tensor, prompts: Sequence[str], condition: Condition | None = None) -> Tensor:
+    condition = backend.encode(prompts) if condition is None else condition
+    return backend.default_reward(backend.generate(x, condition), prompts)
 
 
 def gradients(backend: BackendBase, x: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,7 @@ def gradients(backend: BackendBase, x: Tensor, prompts: Sequence[str]) -> tuple[
 
 
 def normal(backend: BackendBase, rows: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(rows, *backend.noise_shape, generator=generator)
+    return torch.randn(rows, *backend.noise_shape, generator=generator).to(backend.device)
 
 
 # --- the landscape ----------------------------------------------------------------------------------------------
@@ -281,14 +282,17 @@ def curvature(seed: int, samples: int = 8, iterations: int = 40) -> dict[str, An
     return {name: _columns(rows, ("gain", "l2", "error")) for name, rows in methods.items()}
 
 
-def ascended(backend: BackendBase, x: Tensor, prompts: Sequence[str], alpha: float, iterations: int) -> Tensor:
-    """The proximal map of -r/alpha, by gradient ascent with a step of its own for each sample."""
+def ascended(
+    backend: BackendBase, x: Tensor, prompts: Sequence[str], alpha: float, iterations: int, bound: float = math.inf
+) -> Tensor:
+    """The proximal map of -r/alpha, by gradient ascent with a step of its own for each sample, gradients bounded."""
 
     def objective(u: Tensor) -> tuple[Tensor, Tensor]:
         value, slope = gradients(backend, u, prompts)
+        slope = slope * (bound / slope.flatten(1).norm(dim=1).clamp(min=1e-9)).clamp(max=1)[:, None, None, None]
         return value / alpha - (u - x).flatten(1).square().sum(1) / 2, slope / alpha - (u - x)
 
-    u, step = x.clone(), torch.full((len(x),), 0.1)
+    u, step = x.clone(), torch.full((len(x),), 0.1, device=x.device)
     value, slope = objective(u)
     for _ in range(iterations):
         trial = u + step.view(-1, 1, 1, 1) * slope
@@ -359,20 +363,28 @@ def scaled(_: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measured(backend: BackendBase, scale: float, samples: int = 800, kl_samples: int = 32) -> dict[str, Any]:
+def measured(
+    backend: BackendBase,
+    scale: float,
+    hypernetwork: Callable[[Tensor, Condition], Tensor] | None = None,
+    samples: int = 800,
+    kl_samples: int = 32,
+    frontier: Frontier | None = None,
+) -> dict[str, Any]:
     """Gain, L2 term, exact integrand and efficiency of `scale f`, on sentences that it was not trained on."""
     prompts = split()[1]
+    f_of = backend.hypernetwork if hypernetwork is None else hypernetwork
     texts = [prompts[i % len(prompts)] for i in range(samples)]
     x = normal(backend, samples, torch.Generator().manual_seed(77))
     gains, squares = [], []
     for start in range(0, samples, 64):
         part, names = x[start : start + 64], texts[start : start + 64]
-        delta = scale * backend.map_for(names)(part)
+        delta = scale * f_of(part, backend.encode(names))
         gains.append(rewards(backend, part + delta, names) - rewards(backend, part, names))
         squares.append(delta.flatten(1).square().sum(1) / 2)
 
     def scaled(noise: Tensor, condition: Condition) -> Tensor:
-        moved: Tensor = scale * backend.hypernetwork(noise, condition)
+        moved: Tensor = scale * f_of(noise, condition)
         return moved
 
     f = ConditionedMap(scaled, backend.encode(texts[:kl_samples]))
@@ -383,7 +395,7 @@ def measured(backend: BackendBase, scale: float, samples: int = 800, kl_samples:
     error = mean_and_stderr(kl.per_sample - torch.cat(squares)[:kl_samples])
     nats = l2[0] + error[0]
     found = {"gain": gain, "l2": l2, "kl": (nats, math.hypot(l2[1], error[1])), "efficiency": None}
-    frontier = base_frontier(backend)
+    frontier = base_frontier(backend) if frontier is None else frontier
     if nats < frontier.most_nats:
         bought = frontier.point(nats).gain
         found["efficiency"] = (gain[0] / bought, gain[1] / bought)

@@ -206,7 +206,7 @@ class RewardSum:
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The scores `(n,)` of one reward, which is given images of its own.
+    """The scores `(n,)` of one reward, on the images' device; it is given images of its own.
 
     Raises:
         InputError: the reward returned something else, or raised or called `exit`; the message names it. A
@@ -222,7 +222,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
     if given != (len(images),):
         raise InputError(f"reward {reward.name!r} returned {given}: it must return ({len(images)},)")
-    scores: Tensor = values
+    scores: Tensor = values.to(images.device)  # a reward may run elsewhere
     return scores
 
 

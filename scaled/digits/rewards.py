@@ -109,14 +109,15 @@ class Legibility:
         return score
 
 
-def legibility(folder: str | Path | None = None) -> Legibility:
+def legibility(folder: str | Path | None = None, *, device: str = "cpu") -> Legibility:
     """The bundled legibility reward.
 
     Args:
         folder: A verified model folder; by default the bundled one, verified here.
+        device: Where it runs.
 
     Returns:
-        The reward, on the CPU.
+        The reward.
 
     Raises:
         InputError: A bundled file is missing or damaged.
@@ -124,7 +125,7 @@ def legibility(folder: str | Path | None = None) -> Legibility:
     folder = verified_folder() if folder is None else Path(folder)
     classifier = InkClassifier()
     classifier.load_state_dict(load_file(folder / LEGIBILITY_FILE))
-    return Legibility(classifier)
+    return Legibility(classifier.to(device))
 
 
 def scorer(folder: str | Path | None = None, *, weight: float = 1.0, device: str = "cpu") -> ClipReward:

@@ -42,8 +42,8 @@ def digits_clip(*, weight: float = 1.0, device: str = "cpu") -> Reward:
     return rewards.scorer(weight=weight, device=device)
 
 
-def legibility(*, weight: float = 1.0) -> Reward:
+def legibility(*, weight: float = 1.0, device: str = "cpu") -> Reward:
     """How clearly the miniature's digits can be read; see `hnkit.scaled.digits.rewards.Legibility`."""
     from hnkit.scaled.digits import rewards
 
-    return CallableReward("legibility", weight, rewards.legibility())
+    return CallableReward("legibility", weight, rewards.legibility(device=device))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import textwrap
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers import BertTokenizerFast, CLIPConfig, CLIPModel, CLIPTokenizer
 from hnkit import InputError
 from hnkit.backend import Reward, load_installed
 from hnkit.config import RewardSpec
-from hnkit.rewards import load_rewards
+from hnkit.rewards import CallableReward, load_rewards, score
 from hnkit.scaled.rewards import Redness, blip, clip
 from hnkit.scaled.rewards.preprocess import CLIP_MEAN, CLIP_STD, Tokens, preprocess
 from hnkit.scaled.rewards.weights import architecture, read_state_dict
@@ -199,6 +201,23 @@ def test_redness_is_the_papers():
     images[0, 0], images[1, 1], images[2] = 1.0, 1.0, 1.0
     assert Redness()(images, ["", "", ""]).tolist() == pytest.approx([0.01, -0.005, 0.0])
     assert load_installed("hnkit.rewards", "redness")(weight=2.0).weight == 2.0
+
+
+@pytest.mark.parametrize("name", sorted(point.name for point in entry_points(group="hnkit.rewards")))
+def test_a_reward_with_weights_runs_where_it_is_told_to(name):
+    taken = inspect.signature(load_installed("hnkit.rewards", name)).parameters
+    assert "device" in taken or name == "redness"  # which has no weights
+
+
+def test_the_rewards_of_the_miniature_run_where_the_images_are():
+    images = torch.empty(2, 3, 32, 32, device="meta")
+    rewards = load_rewards({"legibility": RewardSpec()}, None, torch.device("meta"))
+    assert rewards(images, ["the digit 3"] * 2).device.type == "meta"
+
+
+def test_scores_from_elsewhere_are_brought_to_the_images():
+    reward = CallableReward("far", 1.0, lambda images, prompts: torch.zeros(len(prompts)))
+    assert score(reward, torch.empty(2, 3, 4, 4, device="meta"), ["", ""]).device.type == "meta"
 
 
 def test_the_example_of_contributing_is_a_reward():
