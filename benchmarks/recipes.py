@@ -205,7 +205,9 @@ def trained(recipe: Recipe, seed: int, device: str) -> Iterator[tuple[int, Steer
                 yield step + 1, steered
 
 
-def drawn(recipe: Recipe, backend: BackendBase, texts: Sequence[str], draw: torch.Generator) -> tuple[list[str], Tensor]:  # fmt: skip
+def drawn(
+    recipe: Recipe, backend: BackendBase, texts: Sequence[str], draw: torch.Generator
+) -> tuple[list[str], Tensor]:
     """Sentences and noises of a step."""
     rows = recipe.batch
     each = 2 if recipe.antithetic else recipe.noises
@@ -289,7 +291,7 @@ def worker(queue: multiprocessing.Queue[tuple[str, int] | None], device: str, ou
     while (item := queue.get()) is not None:
         try:
             job(*item, device, out)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001, recorded
             with (out / "failed.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"recipe": item[0], "seed": item[1], "error": repr(error)}) + "\n")
 
@@ -338,7 +340,8 @@ def main() -> None:
     if arguments.what == "report":
         report(arguments.out)
         return
-    run(arguments.only or list(RECIPES), arguments.seeds, arguments.device, arguments.workers, arguments.seconds, arguments.out)  # fmt: skip
+    names = arguments.only or list(RECIPES)
+    run(names, arguments.seeds, arguments.device, arguments.workers, arguments.seconds, arguments.out)
 
 
 if __name__ == "__main__":

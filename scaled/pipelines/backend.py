@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -344,6 +344,14 @@ class PipelineBackend(BackendBase):
         return PipelineBackend.encode(self, [LONG, LONG])
 
     def _encoded_texts(self, prompts: Sequence[str]) -> list[Any]:
+        with self._encoders_lent():
+            return self._encoded_where_they_are(prompts)
+
+    def _encoders_lent(self) -> AbstractContextManager[None]:
+        pipe = self._encoder_pipe
+        return _lent([getattr(pipe, name) for name in encoder_names(pipe)], self.device)
+
+    def _encoded_where_they_are(self, prompts: Sequence[str]) -> list[Any]:
         pipe = self._encoder_pipe
         arguments = call_arguments(self.family, pipe, self.options, self.options.schedule or 1, self.options.guidance)
         arguments |= {"height": self.options.sides[0], "width": self.options.sides[1], "prompt": list(prompts)}
@@ -353,13 +361,14 @@ class PipelineBackend(BackendBase):
             torch.inference_mode(False),
             torch.no_grad(),
             memory.explained(memory.advice(self.options)),
-            _lent([getattr(pipe, name) for name in encoder_names(pipe)], self.device),
         ):
             return PipelineCall(pipe, self._network, arguments).encoded()
 
     def _encode_now(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         # One by one: in a batch, the others would change a prompt's length, or its rounding.
-        alone = [self._texts.rows(self._encoded_texts([prompt]), 1) for prompt in prompts]
+        texts = self._texts
+        with self._encoders_lent():
+            alone = [texts.rows(self._encoded_where_they_are([prompt]), 1) for prompt in prompts]
         return {key: joined([row[key][0] for row in alone]) for key in alone[0]}
 
     def _require_size(self) -> None:

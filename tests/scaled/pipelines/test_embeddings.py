@@ -188,3 +188,13 @@ def test_embeddings_encoded_under_inference_mode_can_be_trained_on(make_backend)
         backend.encode(PROMPTS)
     condition, noise = backend.encode(PROMPTS), noise_for(backend)
     backend.generate(noise + backend.hypernetwork(noise, condition), condition).sum().backward()
+
+
+def test_the_text_encoder_is_moved_once_for_a_prompt_set_not_once_a_prompt(make_backend, monkeypatch):
+    backend = make_backend("sana")
+    backend.encode(["a warm-up"])
+    moved = []
+    encoder = backend._encoder_pipe.text_encoder
+    monkeypatch.setattr(encoder, "to", lambda device: moved.append(device))
+    backend.prepare([f"prompt {i}" for i in range(5)])
+    assert len(moved) == 2  # there and back
