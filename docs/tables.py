@@ -12,6 +12,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,26 @@ def _on_card(found: dict[str, Any]) -> str:
     return f"with {options}: {need['peak'] / 2**30:.1f} GiB, {need['steps_per_hour']:,.0f} steps/h"
 
 
+def kills() -> str:
+    """What was killed, by what, and what became of it."""
+    document = _document("kills")
+    rows: list[tuple[Cell, ...]] = []
+    total: Counter[str] = Counter()
+    for name, figures in document["commands"].items():
+        total += Counter(figures["kills"])
+        by = ", ".join(f"{kind} {count}" for kind, count in figures["kills"].items())
+        row = (f"`{name}`", f"{sum(figures['kills'].values())}", by, f"{figures['runs']}", f"{figures['different']}")
+        rows.append(row)
+    seen = sum((Counter(figures["seen"]) for figures in document["commands"].values()), Counter())
+    caption = (
+        f"{total.total()} kills in {document['seconds']:.0f} s on {document['machine']}, {document['workers']} runs side "
+        f"by side, seed {document['seed']}, Python {document['python']}, torch {document['torch']}"
+        f"{'' if document['finished'] else '; stopped before its end'}. Of these: "
+        f"{', '.join(f'{what} {count}' for what, count in sorted(seen.items()) if count)}."
+    )
+    return to_markdown(Table(("command", "kills", "by", "runs gone on with", "different"), tuple(rows), caption))
+
+
 def _earning_table(name: str) -> Callable[[], str]:
     def table() -> str:
         import earned
@@ -367,6 +388,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "injected-noise": injected_noise,
     "families": families,
     "item-e": item_e,
+    "kills": kills,
     "plans": plans,
     "device-steps": lambda: _on_a_card("steps"),
     "device-rest": lambda: _on_a_card("rest"),

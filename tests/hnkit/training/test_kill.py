@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +10,17 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "kill_test.py"
 
 
-def test_killed_runs_end_bit_identical():
-    command = [sys.executable, str(SCRIPT), "--kills", "6", "--seed", "1", "--set", "train.steps=24"]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_killed_runs_end_bit_identical(tmp_path):
+    report = tmp_path / "kills.json"
+    command = [
+        sys.executable, str(SCRIPT), "--kills", "6", "--seed", "1", "--command", "train", "--backend", "toy",
+        "--set", "train.steps=24", "--out", str(report),
+    ]  # fmt: skip
+    with (tmp_path / "stderr.txt").open("w") as errors:  # a file can be sought in, which the forks' own output cannot
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    assert done.returncode == 0, done.stdout + (tmp_path / "stderr.txt").read_text()
     assert "bit-identical" in done.stdout
+    assert (tmp_path / "stderr.txt").read_text() == ""
+    document = json.loads(report.read_text())
+    assert document["finished"]
+    assert sum(document["commands"]["train"]["kills"].values()) == 6
