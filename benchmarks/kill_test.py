@@ -62,6 +62,8 @@ PROMPTS = ("a red three", "a two left of a nine")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 TERMINAL, REWARD = "a lost terminal", "a reward that raises"
 WRITES = ("fsync", "rename", "replace", "mkdir")
+MARK = ".hnkit-run"
+"""What a run folder has from its first moment."""
 NEVER_COMPARED = {"timings.jsonl", ".lock", ".lock-holder"}
 TIMED = ("seconds", "seconds_per_image", "sha256")
 """Keys of a comparison's documents that time changes, and their seals."""
@@ -137,10 +139,10 @@ class Child:
     terminal: int | None = None
     status: int | None = None
 
-    def leave(self, seconds: float) -> None:
-        """Let it run for so long, or until it ends; what it says to its terminal is read."""
+    def leave(self, seconds: float, there: Path | None = None) -> None:
+        """Let it run for so long, until a file is there or it ends; what it says to its terminal is read."""
         until = time.monotonic() + seconds
-        while self.status is None and (left := until - time.monotonic()) > 0:
+        while self.status is None and (left := until - time.monotonic()) > 0 and not (there and there.exists()):
             if self.terminal is None:
                 time.sleep(min(left, 0.01))
             elif select.select([self.terminal], [], [], min(left, 0.05))[0]:
@@ -296,10 +298,11 @@ def timeless(document: object) -> object:
 
 @dataclass(frozen=True)
 class Reference:
-    """An undisturbed run: digests of its files, its seconds, and its write operations."""
+    """An undisturbed run: digests of its files, its seconds, those with a folder, and its write operations."""
 
     files: dict[str, str]
     seconds: float
+    working: float
     writes: int
 
 
@@ -321,11 +324,14 @@ def reference(command: Command, work: Path) -> Reference:
     descriptor = os.open(tally, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     begun = time.monotonic()
     child = spawn([*command.start, "--out", str(folder)], log, at_write(lambda _: os.write(descriptor, b".") and None))
+    child.leave(LIMIT, folder / MARK)
+    marked = time.monotonic()
     code = child.end()
+    ended = time.monotonic()
     os.close(descriptor)
     if code:
         raise Failed(f"the undisturbed run failed with {code}: {log.read_text()[-2000:]}")
-    found = Reference(outcome(folder, command), time.monotonic() - begun, tally.stat().st_size)
+    found = Reference(outcome(folder, command), ended - begun, ended - marked, tally.stat().st_size)
     if cache is not None:
         write_sealed(cache / f"{key}.json", dataclasses.asdict(found))
     return found
@@ -384,7 +390,9 @@ def attempt(
     kinds = {"write": 10, "time": 6, "anew": 2, TERMINAL: 3, REWARD: 4 * command.rewards}
     kind = "quiet" if quiet else dice.choices([*kinds], [*kinds.values()])[0]
     unread = kind in ("write", "time") and dice.random() < 0.2
-    span = dice.uniform(0, 0.5 * whole.seconds + (STARTING if kind == "anew" else 0))
+    late = dice.random() < 0.8  # in a short run most of the time goes by before there is anything to lose
+    starting = STARTING if kind == "anew" else 0
+    span = dice.uniform(0, 0.8 * whole.working if late else 0.5 * whole.seconds + starting)
     prepare: Prepare = lambda: None  # noqa: E731
     if kind == "write":
         prepare = signal_at_write(dice.randint(1, max(2, whole.writes // 2)), signum)
@@ -395,6 +403,10 @@ def attempt(
     else:
         child = spawn(arguments, log, prepare, unread=unread, terminal=kind == TERMINAL)
     if kind in ("time", "anew", TERMINAL):
+        if late and begun:
+            child.leave(whole.seconds - whole.working)
+        elif late:
+            child.leave(LIMIT, folder / MARK)
         child.leave(span)
         if kind == TERMINAL:
             child.hang_up()
