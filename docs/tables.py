@@ -338,8 +338,8 @@ def kills() -> str:
         rows.append(row)
     seen = sum((Counter(figures["seen"]) for figures in document["commands"].values()), Counter())
     caption = (
-        f"{total.total()} kills in {document['seconds']:.0f} s on {document['machine']}, {document['workers']} runs side "
-        f"by side, seed {document['seed']}, Python {document['python']}, torch {document['torch']}"
+        f"{total.total()} kills in {document['seconds']:.0f} s on {document['machine']}, at most {document['workers']} "
+        f"at a time, seed {document['seed']}, Python {document['python']}, torch {document['torch']}"
         f"{'' if document['finished'] else '; stopped before its end'}. Of these: "
         f"{', '.join(f'{what} {count}' for what, count in sorted(seen.items()) if count)}."
     )
