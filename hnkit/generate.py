@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,7 +22,7 @@ from hnkit.internal.workers import ALONE, Workers, shared_out
 from hnkit.maps import slices
 from hnkit.output.images import image_png
 from hnkit.output.layouts import check_layout, write_layout
-from hnkit.output.page import Picture, Section, Table, Text, write_html
+from hnkit.output.page import Card, Cell, Picture, Section, Table, write_html
 from hnkit.output.plots import GREY, new_canvas, style, to_png
 from hnkit.prompts import Records
 
@@ -110,6 +109,7 @@ def generate_pairs(
     steered: bool = True,
     records: Records | None = None,
     workers: Workers = ALONE,
+    card: Card | None = None,
 ) -> dict[str, Any]:
     """Write base and steered images side by side, and what was done.
 
@@ -125,6 +125,7 @@ def generate_pairs(
         records: what a prompt file says of its prompts besides their text (see `hnkit.prompts.read_records`), for a
             scorer's layout.
         workers: the processes that the prompts are shared out over; they see the same folder.
+        card: what is known of the adapter, at the head of the page; `None`: nothing.
 
     Returns:
         What `report.json` holds.
@@ -152,7 +153,7 @@ def generate_pairs(
                 for row, image in zip(rows, outputs[kind], strict=True):
                     atomic_write(place / f"{kind}-{row:02d}.png", image_png(image))
         atomic_write(place / "prompt.txt", prompt + "\n")
-    return workers.on_main(lambda: _report(backend, prompts, settings, folder, kinds, records or {}))
+    return workers.on_main(lambda: _report(backend, prompts, settings, folder, kinds, records or {}, card))
 
 
 def _report(
@@ -162,6 +163,7 @@ def _report(
     folder: Path,
     kinds: Sequence[str],
     records: Records,
+    card: Card | None,
 ) -> dict[str, Any]:
     """What is made of all images together: the contact sheet, the scorer's layout, the report."""
     sheet = contact_sheet(_shown(folder, prompts[:_SHEET_PROMPTS], kinds, min(settings.count, _SHEET_IMAGES)))
@@ -171,14 +173,17 @@ def _report(
     written = len(prompts) * settings.count * len(kinds)
     document = {
         "backend": backend.name, "images": written, "prompts": list(prompts), "kinds": kinds, **asdict(settings),
+        "verdict": None if card is None else card.to_json(),
     }  # fmt: skip
     caption = "Each prompt's base images above and its steered ones below, column by column from the same noise."
     rows_ = tuple((prompt_folder(folder, number).name, prompt) for number, prompt in enumerate(prompts))
+    chosen: tuple[tuple[Cell, ...], ...] = tuple((key, value) for key, value in asdict(settings).items())
     sections = [
-        Section("Contact sheet", (Picture(sheet, caption),)),
-        Section("Prompts", (Table(("folder", "prompt"), rows_), Text(json.dumps(asdict(settings))))),
+        Section("Contact sheet", (Picture(sheet, caption, samples=True),)),
+        Section("Prompts", (Table(("folder", "prompt"), rows_),)),
+        Section("Settings", (Table(("setting", "value"), chosen),)),
     ]
-    write_html(folder / "report.html", f"hnkit generate: {backend.name}", sections)
+    write_html(folder / "report.html", f"hnkit generate: {backend.name}", sections, card=card)
     write_json(folder / "report.json", document)
     return document
 

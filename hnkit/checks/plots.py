@@ -13,6 +13,7 @@ from torch import Tensor
 from hnkit.bounds import BOUNDS
 from hnkit.checks.measured_problem import MeasuredProblem
 from hnkit.checks.reference_maps import contraction
+from hnkit.errors import NotApplicable
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.figures.table import FIGURES
 from hnkit.internal.stats import Estimate
@@ -27,25 +28,32 @@ _MATRICES = 16
 
 def map_plots(measured: MeasuredMap) -> list[Plot]:
     """The plots of one map."""
-    plots = []
+    return [*_own_bounds(measured), _scatter(measured), _split([measured])]
+
+
+def _own_bounds(measured: MeasuredMap) -> list[Plot]:
+    """The bounds for the Jacobians of this map, with its own L marked; none for f = 0, or in too many dimensions."""
     rows = measured.rows_or_none
-    if rows is not None and bool((rows.norm > 0).any()):
-        J = dense_jacobian(*measured.first(_MATRICES if measured.dim <= 64 else 4)).cpu()
-        plots.append(_bounds_plot(J, f"the Jacobians of {measured.name}, scaled to norm L"))
-    plots.append(_scatter(measured))
-    plots.append(_split([measured]))
-    return plots
+    if rows is None or not bool((rows.norm > 0).any()):
+        return []
+    J = dense_jacobian(*measured.first(_MATRICES if measured.dim <= 64 else 4)).cpu()
+    try:
+        own = measured.lower.value if measured.certified_constant is None else measured.certified_constant
+    except NotApplicable:  # products with J are missing
+        own = float(rows.norm.max())
+    return [_bounds_plot(J, f"the Jacobians of {measured.name}, scaled to norm L", own)]
 
 
 def toy_plots(maps: Sequence[MeasuredMap], problems: Sequence[MeasuredProblem]) -> list[Plot]:
     """The plots of a run on closed-form problems."""
+    if len(maps) == 1:
+        plots = _own_bounds(maps[0])
+        return [*plots, *_densities(problems), _split(maps), _scatter(maps[0])]
     dim = 32
     x = torch.randn(_MATRICES, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     J = dense_jacobian(contraction(dim, 0.9, width=64), x)
     plots = [_bounds_plot(J, f"a two-layer network, d = {dim}, scaled to norm L")]
-    for measured in problems:
-        if measured.dim == 1 and not {"log_p0_star", "optimal_map", "l2_map"} & measured.problem.unavailable:
-            plots.append(_density_plot(measured))
+    plots += _densities(problems)
     if maps:
         plots.append(_split(maps))
         widest = max(maps, key=lambda measured: _spread(measured))
@@ -53,13 +61,19 @@ def toy_plots(maps: Sequence[MeasuredMap], problems: Sequence[MeasuredProblem]) 
     return plots
 
 
+def _densities(problems: Sequence[MeasuredProblem]) -> list[Plot]:
+    """The densities of each problem that has one dimension and all it takes to draw them."""
+    needed = {"log_p0_star", "optimal_map", "l2_map"}
+    return [_density_plot(known) for known in problems if known.dim == 1 and not needed & known.problem.unavailable]
+
+
 def _spread(measured: MeasuredMap) -> float:
     """How much there is to see in the scatter: the spread of the integrand and of the L2 term's error."""
     return float(measured.error.std(correction=0)) if measured.dim > 1 else -1.0
 
 
-def _bounds_plot(J: Tensor, what: str) -> Plot:
-    """`E(t J)` for `t J` of norm L, and the bounds on it, over a grid of L."""
+def _bounds_plot(J: Tensor, what: str, own: float | None = None) -> Plot:
+    """`E(t J)` for `t J` of norm L, and the bounds on it, over a grid of L; `own` is the map's, which is marked."""
     J = J[torch.linalg.matrix_norm(J, ord=2) > 0]
     unit = MatrixNumbers(J / torch.linalg.matrix_norm(J, ord=2)[:, None, None])
     at = [unit.scaled(float(level)) for level in _LEVELS]
@@ -71,15 +85,21 @@ def _bounds_plot(J: Tensor, what: str) -> Plot:
         if bound.left_label in ("|E(A)|", "E(A)")
     }
     curves = {"E(J), exact": error.numpy(), "tr(J²)/2": half.numpy()}
-    middle = len(_LEVELS) // 2
-    loose = float(bounds["Theorem 7"][middle] / error[middle])
-    title = f"At L = {_LEVELS[middle]:.2g} Theorem 7 is {loose:.3g} times looser than E(J)"
+    inside = own is not None and own <= _LEVELS[-1]
+    place = int(np.abs(_LEVELS - own).argmin()) if own is not None and inside else len(_LEVELS) // 2
+    loose = float(bounds["Theorem 7"][place] / error[place])
+    where = f"At its L = {own:.2g}" if inside else f"At L = {_LEVELS[place]:.2g}"
+    title = f"{where} Theorem 7 is {loose:.3g} times looser than E(J)"
     caption = (
         f"The log-det error term against the Lipschitz constant, for {what}, with its bounds: the L2 approximation "
         "drops exactly this term."
     )
+    if own is not None:
+        caption += " Marked: the certified Lipschitz constant of the map, or the largest local norm that was found."
     drawn = {name: np.asarray(values) for name, values in bounds.items()}
-    return Plot("error-against-lipschitz", caption, partial(error_against_lipschitz, _LEVELS, curves, drawn, title))
+    return Plot(
+        "error-against-lipschitz", caption, partial(error_against_lipschitz, _LEVELS, curves, drawn, title, own)
+    )
 
 
 def _scatter(measured: MeasuredMap) -> Plot:

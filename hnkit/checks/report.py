@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hnkit.checks.check import (
     FALSE_ALARM,
@@ -20,6 +20,7 @@ from hnkit.figures.table import FIGURES
 from hnkit.internal.files import atomic_write, write_json
 from hnkit.internal.versions import versions
 from hnkit.output.page import (
+    Card,
     Cell,
     Code,
     Picture,
@@ -29,9 +30,6 @@ from hnkit.output.page import (
     write_html,
 )
 from hnkit.output.plots import Plot
-
-if TYPE_CHECKING:
-    pass
 
 HEADLINES = {
     figure.headline: figure.name for figure in (*FIGURES.values(), *PROBLEM_FIGURES) if figure.headline
@@ -65,6 +63,7 @@ class Report:
         figures: reported quantities.
         notes: sentences: what can and cannot be said about invertibility, and the like; `(group, sentence)`.
         plots: drawn when the report is written.
+        card: the answer, at the head of the page and at the end of the output; `None` where nothing was measured.
     """
 
     title: str
@@ -73,6 +72,7 @@ class Report:
     figures: tuple[Quantity, ...] = ()
     notes: tuple[tuple[str, str], ...] = ()
     plots: tuple[Plot, ...] = field(default=(), repr=False)
+    card: Card | None = field(default=None, repr=False)
 
     @property
     def ok(self) -> bool:
@@ -105,6 +105,7 @@ class Report:
         document = {
             "title": self.title,
             "ok": self.ok,
+            "verdict": None if self.card is None else self.card.to_json(),
             "counts": self.counts(),
             "config": dict(self.config),
             "checks": [asdict(check) for check in self.checks],
@@ -135,6 +136,8 @@ class Report:
             sections.append(Section(group, tuple(self._group_blocks(group))))
         config = json.dumps({**finite_numbers(dict(self.config)), "versions": versions()}, indent=2, ensure_ascii=False)
         how = (
+            "A fold is a place where T(x) = x + f(x) turns space over, so that noises overlap; E(J) = tr J - "
+            "log|det(I + J)|, of the Jacobian J of f, is what the L2 term leaves out of the KL. "
             "Slack is what is left before a check fails. Statistical tolerances are confidence radii (Student's t), "
             f"set so that a run in which every statement is true shows a false alarm with probability below "
             f"{self.false_alarm_rate:.2g} over its {self.comparisons} comparisons. Not applicable: a "
@@ -155,10 +158,10 @@ class Report:
             figures = [found.get((group, name), "–") for name in HEADLINES.values()]
             applied = sum(verdict != "not applicable" for verdict in verdicts)
             verdict = "fails" if "fails" in verdicts else "holds"
-            rows.append((group, *figures, f"{verdicts.count('holds')} of {applied}", verdict))
+            rows.append((verdict, group, *figures, f"{verdicts.count('holds')} of {applied}"))
             notes[index] = said.get(group, "")
         return Table(
-            ("", *HEADLINES, "checks", "verdict"),
+            ("verdict", "", *HEADLINES, "checks"),
             tuple(rows),
             "Nats, unless said otherwise; checks: how many hold of those that apply.",
             notes,
@@ -174,9 +177,9 @@ class Report:
             yield Table(("figure", "value ± standard error", "unit", ""), rows)
         checks = [check for check in self.checks if check.group == group]
         if checks:
-            headers = ("check", "measured", "", "expected", "tolerance", "kind", "slack", "verdict")
+            headers = ("verdict", "check", "measured", "", "expected", "tolerance", "kind", "slack")
             rows_ = tuple(
-                (c.name, c.measured, _sign(c), c.expected, c.tolerance, c.kind, c.slack, c.verdict) for c in checks
+                (c.verdict, c.name, c.measured, _sign(c), c.expected, c.tolerance, c.kind, c.slack) for c in checks
             )
             notes = {
                 index: check.statement + (f"  ·  {check.note}" if check.note else "")
@@ -199,8 +202,4 @@ class Report:
             atomic_write(folder / f"{name}.png", png)
         write_json(folder / "config.json", finite_numbers(dict(self.config)))
         write_json(folder / "report.json", self.to_json())
-        verdict = "No check fails" if self.ok else "At least one check fails"
-        lead = f"{verdict}: {self.summary()}."
-        if len({check.group for check in self.checks}) == 1 and self.notes:  # of one map: what its L2 term is worth
-            lead = f"{lead} {self.notes[0][1]}"
-        write_html(folder / "report.html", self.title, self.sections(pictures), lead=lead)
+        write_html(folder / "report.html", self.title, self.sections(pictures), card=self.card)

@@ -13,6 +13,7 @@ from hnkit.checks.quantities import Quantity, prompt_quantities
 from hnkit.checks.report import Report
 from hnkit.checks.settings import VerifySettings
 from hnkit.checks.verify_map import has_kinks, map_report
+from hnkit.internal.stats import Estimate
 from hnkit.maps import Condition
 from hnkit.tilt import TiltedProblem, injected_gap, optimality_gap
 
@@ -44,6 +45,7 @@ def verify_backend(
     measured = settings.measured(backend.name, f, x, trained=True)
     measured.validate()
     measured = replace(measured, smooth=not has_kinks(network), injection=full.injection)
+    away = None
     extra = prompt_quantities(measured, prompts, per_prompt) if len(prompts) > 1 else []
     problem: TiltedProblem | None = full.problem
     config: dict[str, Any] = {"backend": backend.name, "prompts": list(prompts)}
@@ -53,9 +55,10 @@ def verify_backend(
         where = f"KL(p0^phi || p0*) on {problem.name}, alpha = {problem.alpha:g}"
         if full.injection is None:
             gap = optimality_gap(problem, f, x.double())
+            away = Estimate(gap.value, gap.stderr)
             found = Quantity("optimality gap", gap.value, backend.name, gap.stderr, note=f"{gap.kind}; {where}")
         else:
             most = injected_gap(problem, full.injection, measured.value, x, images.generators("fresh noise"))
             found = Quantity("optimality gap, at most", most.value, backend.name, most.stderr, note=where)
         extra = [found, *extra]
-    return map_report(measured, settings, config, extra, done)
+    return map_report(measured, settings, config, extra, done, away)

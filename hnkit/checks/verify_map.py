@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hnkit.checks.card import failing, map_figures, with_checks
 from hnkit.checks.check import reported
 from hnkit.checks.injected import INJECTED_CHECKS
 from hnkit.checks.maps import MAP_CHECKS
@@ -23,8 +24,10 @@ from hnkit.checks.settings import VerifySettings
 from hnkit.errors import InputError
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.internal.seeds import generator_for
+from hnkit.internal.stats import Estimate
 from hnkit.lipschitz.certify import certify_injective
 from hnkit.maps import NoiseMap
+from hnkit.output.verdict import verdict_card
 
 
 def verify_map(
@@ -53,10 +56,12 @@ def map_report(
     config: Mapping[str, Any],
     extra: Sequence[Quantity] = (),
     done: Done = lambda *_: None,
+    gap: Estimate | None = None,
 ) -> Report:
     """The report on one measured map: its checks, its figures and those in `extra`, its plots.
 
-    `done` is told of the KL, of the checks and of the figures when they are known.
+    `done` is told of the KL, of the checks and of the figures when they are known; `gap` is the distance from a known
+    target, for the card.
 
     Raises:
         InputError: its KL cannot be estimated by the method.
@@ -72,6 +77,7 @@ def map_report(
     if settings.certify:
         checks += certified_checks(measured)
     notes = [*l2_verdict(measured), *deployment(measured), *invertibility(measured)]
+    known = replace(map_figures(measured), gap=gap, failing=failing(checks))
     return Report(
         f"hnkit verify-bound: {measured.name}",
         {**config, **settings.to_config(), "samples": len(measured.x), "method": measured.method},
@@ -79,6 +85,7 @@ def map_report(
         (*figures, *extra),
         tuple((measured.name, sentence) for sentence in notes),
         tuple(plots),
+        with_checks(verdict_card(known), checks),
     )
 
 
@@ -98,9 +105,11 @@ def has_kinks(f: NoiseMap) -> bool:
 
 
 def l2_verdict(measured: MeasuredMap) -> list[str]:
-    """Whether the L2 term is good enough in place of the KL; nothing where it bounds the KL, or of one sample."""
+    """Whether a handful of products shows the L2 term to be good enough; nothing where it bounds the KL."""
     verdict = measured.l2_verdict if measured.injection is None else None
-    return [] if verdict is None else [verdict.sentence]
+    if verdict is None:
+        return []
+    return [f"From {verdict.samples} samples and a handful of products, as training looks at it: {verdict}."]
 
 
 def deployment(measured: MeasuredMap) -> list[str]:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from hnkit.backend import installed_names, load_installed
+from hnkit.checks.card import failing, map_figures, toys_card, with_checks
 from hnkit.checks.check import Check, reported
 from hnkit.checks.injected import INJECTED_CHECKS
 from hnkit.checks.maps import MAP_CHECKS
@@ -24,6 +25,8 @@ from hnkit.checks.settings import Say, VerifySettings
 from hnkit.errors import InputError
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.internal.seeds import generator_for
+from hnkit.output.page import Card
+from hnkit.output.verdict import verdict_card
 from hnkit.tilt import TiltedProblem
 
 TOY_SAMPLES = 2048
@@ -141,7 +144,8 @@ def verify_toys(
         done(problem.name, checks[known_checks:], figures[known_figures:])
     names = [measured.name for measured in maps]
     plots, undrawn = reported("plots", names[-1], partial(toy_plots, maps, problems_measured)) if names else ([], ())
-    checks += undrawn
+    cards, unread = reported("card", names[-1], lambda: [_card(maps, problems_measured, checks)]) if names else ([], ())
+    checks += [*undrawn, *unread]
     title = "hnkit verify-bound: " + (names[0] if len(names) == 1 else f"{len(problems)} closed-form problems")
     config = {"toys": names, "alpha": {p.name: p.alpha for p in problems}}
     return Report(
@@ -151,4 +155,15 @@ def verify_toys(
         tuple(figures),
         tuple(notes),
         tuple(plots),
+        cards[0] if cards else None,
     )
+
+
+def _card(maps: Sequence[MeasuredMap], problems: Sequence[MeasuredProblem], checks: Sequence[Check]) -> Card:
+    """The card of the run: of the one toy, or of all."""
+    if len(maps) > 1:
+        return toys_card(maps, checks)
+    known = replace(map_figures(maps[0]), failing=failing(checks))
+    if problems and "l2_gap" not in problems[0].problem.unavailable:
+        known = replace(known, l2_gap=problems[0].ask("l2_gap"))
+    return with_checks(verdict_card(known), checks)

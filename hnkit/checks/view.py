@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hnkit.output.page import VERDICT_MARKS, format_number
-from hnkit.output.terminal import simple_table
+from hnkit.output.terminal import Words, card_view, simple_table
 
 if TYPE_CHECKING:
     from hnkit.checks.check import Check
@@ -25,32 +25,37 @@ _COLOURS = {"holds": "green", "fails": "bold red", "not applicable": "dim", "not
 
 
 def report_view(report: Report, *, verbose: bool) -> Group:
-    """A verification report: one map or toy in full; several at a glance, with every failing check in full.
+    """A verification report: figures, failing checks in full, how many reached which verdict, and the card.
 
     Args:
         report: what was measured.
-        verbose: print every check in full, whatever its verdict.
+        verbose: print every check, of several toys as a table and then each in full.
     """
     parts: list[RenderableType] = [Text(report.title, style="bold"), Text("")]
     several = len(report.groups) > 1 and len({check.group for check in report.checks}) > 1
     if several:
-        parts += [_legend(report), Text(""), _matrix(report), _overview(report)]
+        parts += [_legend(report), *([Text(""), _matrix(report)] if verbose else []), _overview(report)]
     for group in report.groups:
         checks = [check for check in report.checks if check.group == group]
-        shown = checks if verbose or not several else [check for check in checks if check.verdict == "fails"]
+        shown = checks if verbose else [check for check in checks if check.verdict == "fails"]
         figures = [] if several else [figure for figure in report.figures if figure.group == group]
         if not (shown or figures):
             continue
-        parts += [Text(""), Text(group, style="bold")]
+        parts += [Text(""), Text(group, style="bold")] if len(report.groups) > 1 else []
+        parts += [check_lines(check) for check in shown]
         if not several:
-            parts += [Padding(Text(text), (0, 0, 0, 2)) for owner, text in report.notes if owner == group]
+            parts += [Words(text) for owner, text in report.notes if owner == group]
         if figures:
             rows = [(figure.name, figure.text, figure.unit) for figure in figures]
             parts.append(simple_table(("figure", "value ± standard error", "unit"), rows))
-        parts += [check_lines(check) for check in shown]
-    marks = "   ".join(f"{mark} {verdict}" for verdict, mark in VERDICT_MARKS.items())
-    summary = Text(report.summary(), style="bold green" if report.ok else "bold red")
-    return Group(*parts, Text(""), Text(marks, style="dim"), summary)
+    if verbose:
+        marks = "   ".join(f"{mark} {verdict}" for verdict, mark in VERDICT_MARKS.items())
+        parts += [Text(""), Text(marks, style="dim")]
+    if report.card is None:
+        parts += [Text(""), Text(report.summary(), style="bold green" if report.ok else "bold red")]
+    else:
+        parts += [Text(""), card_view(report.card)]
+    return Group(*parts)
 
 
 def _legend(report: Report) -> RenderableType:
@@ -58,7 +63,7 @@ def _legend(report: Report) -> RenderableType:
     said = dict(report.notes)
     table = Table.grid(padding=(0, 2, 0, 0))
     for letter, group in zip(_LETTERS, report.groups, strict=False):
-        table.add_row(Text(letter, style="bold"), Text(group), Text(said.get(group, ""), style="dim"))
+        table.add_row(Text(letter, style="bold"), Text(group), Words(said.get(group, ""), "dim"))
     return table
 
 
@@ -81,8 +86,11 @@ def check_lines(check: Check) -> Group:
     if check.measured is not None:
         from hnkit.checks.check import RELATIONS
 
+        exactly = not check.tolerance and check.measured == check.expected
         numbers = (
-            f"measured {format_number(check.measured)} {RELATIONS[check.relation]} {format_number(check.expected)}"
+            f"measured {format_number(check.measured)}, exactly"
+            if exactly
+            else f"measured {format_number(check.measured)} {RELATIONS[check.relation]} {format_number(check.expected)}"
             f" ± {format_number(check.tolerance, 2)} ({check.kind}), slack {format_number(check.slack, 3)}"
         )
         lines.append(Padding(Text(f"{numbers}: {check.verdict}"), (0, 0, 0, 4)))

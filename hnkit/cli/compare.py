@@ -84,7 +84,11 @@ def run(options: Options) -> int:
             screen = terminal.console()
             screen.print(terminal.simple_table(*power_table(needed)))
             for sentence in power_sentences(needed):
-                screen.print(sentence)
+                screen.print(terminal.Words(sentence))
+        elif (printed := getattr(runner, "printed", None)) is not None:
+            table, card = printed(document)
+            terminal.print_table(table)
+            terminal.print_card(card)
         print(f"report: {Path(document['run_folder']) / 'report.html'}")
     return 0
 
@@ -94,7 +98,7 @@ def comparison_runner(factory: Any) -> Callable[..., Mapping[str, Any]]:
 
     An entry point of the group `hnkit.comparisons` names an object with `accepts(factory) -> bool` and a call
     `(backend, *, methods, adapter, prompts, seeds, quick, resume, overrides, out) -> document`, whose document holds
-    `run_folder`.
+    `run_folder`. It may have `printed(document) -> (Table, Card)`, which the command then ends with.
     """
     from hnkit.backend import installed_names, load_installed
 

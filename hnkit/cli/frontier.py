@@ -86,6 +86,8 @@ def run(options: Options) -> int:
     if workers.index:
         return 0  # the main process writes and says what all have measured
     document = frontier_document(frontier, methods) | extra
+    card = page.card(document)
+    document["verdict"] = card.to_json()
     lead = page.sentences(document)
     folder = new_run_folder(options.out, "frontier")
     record_provenance(folder, record)
@@ -93,15 +95,17 @@ def run(options: Options) -> int:
     atomic_write(folder / "frontier.png", picture)
     write_json(folder / "report.json", document)
     write_html(
-        folder / "report.html", "hnkit frontier: reward per nat", page.sections(document, picture), lead=" ".join(lead)
-    )
+        folder / "report.html", "hnkit frontier: reward per nat", page.sections(document, picture), lead=" ".join(lead),
+        card=card,
+    )  # fmt: skip
     if options.as_json:
         terminal.print_json({**document, "run_folder": str(folder)})
         return 0
     screen = terminal.console()
     screen.print(terminal.simple_table(*page.table(document)))
     for sentence in lead:
-        screen.print(sentence)
+        screen.print(terminal.Words(sentence))
+    terminal.print_card(card)
     print(f"report: {folder / 'report.html'}")
     return 0
 

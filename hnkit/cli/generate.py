@@ -18,6 +18,7 @@ from hnkit.internal.workers import ALONE, Workers
 if TYPE_CHECKING:
     from hnkit.backend import BackendBase
     from hnkit.generate import GeneratePlan
+    from hnkit.output.page import Card
 
 EXAMPLE = "hnkit generate --backend digits --prompt 'a three' --count 8"
 
@@ -76,7 +77,7 @@ def run(options: Options) -> int:
                 workers.on_main(lambda: record_provenance(folder, record))
                 document = generate_pairs(
                     backend, plan.prompts, plan.settings, folder, steered=plan.adapter is not None,
-                    records=plan.records, workers=workers,
+                    records=plan.records, workers=workers, card=recorded_card(plan),
                 )  # fmt: skip
         except InputError:
             if options.as_json and workers.index == 0:  # what is done is not lost with the disk
@@ -87,8 +88,19 @@ def run(options: Options) -> int:
     if options.as_json:
         terminal.print_json({**document, "run_folder": str(folder)})
     else:
+        terminal.print_card_of(document)
         print(f"{document['images']} images; contact sheet: {folder / 'contact-sheet.png'}")
     return 0
+
+
+def recorded_card(plan: GeneratePlan) -> Card | None:
+    """The card that the adapter's training left, or one that says what was not measured; `None` for the base alone."""
+    from hnkit.internal.folders import adapter_folder
+    from hnkit.output.verdict import RunFigures, read_card, verdict_card
+
+    if plan.adapter is None:
+        return None
+    return read_card(adapter_folder(plan.adapter)) or verdict_card(RunFigures())
 
 
 def begun(options: Options, workers: Workers = ALONE) -> tuple[Path, GeneratePlan, BackendBase]:

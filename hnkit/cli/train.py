@@ -76,6 +76,7 @@ def run(options: Options) -> int:
         }  # fmt: skip
         terminal.print_json(document)
     elif result.finished:
+        terminal.print_card_of(result.report)
         print(f"report: {result.folder / 'report.html'}")
     return result.exit_code
 

@@ -43,6 +43,7 @@ class Measurement:
             bound on the Lipschitz constant; nan where they are not known.
         mean_shift_share: `|E f|^2 / E|f|^2` within prompts, unbiased in the numerator; no unit, nan while f = 0.
         injective: what is known of the injectivity of `x + f(x)`.
+        folds: samples at which it reverses orientation, and samples looked at; `None` where the method cannot tell.
         num_jvp: Jacobian-vector products spent on `kl`.
         num_vjp: vector-Jacobian products spent on `kl`.
         gap: distance from the optimum, where the tilted law is known.
@@ -66,6 +67,7 @@ class Measurement:
     injective: str
     num_jvp: int
     num_vjp: int
+    folds: tuple[int, int] | None = None
     gap: Estimate | None = None
     local_norm_note: str = ""
     injected: InjectedBound | None = None
@@ -83,7 +85,9 @@ class Measurement:
             if isinstance(value, InjectedBound):
                 document[name] = value.to_json()
             if isinstance(value, L2Verdict):
-                document[name] = verdict_record(value)
+                document[name] = value.to_json()
+            if name == "folds" and value is not None:
+                document[name] = {"negative": value[0], "samples": value[1]}
             if isinstance(value, Estimate) or name == "gap":
                 document[f"{name}_stderr"] = None if value is None else value.stderr
             if name == "kl":
@@ -152,6 +156,7 @@ def measure(
         local_norm_note=note,
         mean_shift_share=mean_shift_share(measured.value.double().flatten(1).cpu(), prompts),
         injective=estimate.injective,
+        folds=estimate.folds and (estimate.folds.negative, estimate.folds.samples),
         num_jvp=estimate.num_jvp,
         num_vjp=estimate.num_vjp,
         gap=gap,
@@ -170,14 +175,6 @@ def _verdict(measured: MeasuredMap) -> L2Verdict | None:
         return measured.l2_verdict
     except InputError:
         return None
-
-
-def verdict_record(verdict: L2Verdict) -> dict[str, Any]:
-    """A verdict on the L2 term as plain values, its words as `text`."""
-    keys = ("missed", "lower", "upper", "within", "good", "advice", "remainder", "local_norm", "tolerance", "samples")
-    record = {key: getattr(verdict, key) for key in keys}
-    ratio = {"ratio": verdict.ratio.value, "ratio_stderr": verdict.ratio.stderr}
-    return {"text": verdict.sentence, **record, **ratio, "products": verdict.products}
 
 
 def _local_norms(f: NoiseMap, x: Tensor) -> tuple[Tensor | None, str]:

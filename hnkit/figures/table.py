@@ -64,13 +64,13 @@ def figure(
 # --- the KL and its parts ---------------------------------------------------------------------------------------
 
 
-@figure("kl", "KL (Stein form)", "the KL where T is injective, else a lower bound of it", headline="KL")
+@figure("kl", "KL (Stein form)", "E[|f|²/2 + E(J)]: the KL if T is injective, else a lower bound of it", headline="KL")
 def kl(measured: MeasuredMap) -> Estimate:
     """The mean integrand of `noise_kl`, with its bias bound where one is known."""
     return Estimate(measured.stein.value, measured.stein.stderr, measured.stein.bias_bound)
 
 
-@figure("kl_change_of_variables", "KL (change of variables)", "eq. 53")
+@figure("kl_change_of_variables", "KL (change of variables)", "E[x·f + |f|²/2 - log|det(I+J)|], eq. 53 of the paper")
 def kl_change_of_variables(measured: MeasuredMap) -> Estimate:
     """The other form, on the samples of the first."""
     return Estimate.of(measured.change_from_stein)

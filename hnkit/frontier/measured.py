@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from hnkit.frontier.curve import LEAST_SAMPLES, Frontier
 from hnkit.frontier.table import MethodGain, Rewards, methods_on_frontier
 from hnkit.injection import deployed_noise
 from hnkit.internal.seeds import generator_for
-from hnkit.internal.stats import mean_and_stderr
+from hnkit.internal.stats import Estimate, mean_and_stderr, ratio_and_stderr
+from hnkit.internal.values import finite
 from hnkit.internal.workers import ALONE, Workers, shared_out
 from hnkit.kl.divergence import Method, noise_kl
 from hnkit.kl.verdict import L2Verdict, l2_verdict
@@ -71,11 +73,15 @@ class NetworkOnFrontier:
             Where noise is injected, the mean of its proved upper bound.
         kl_stderr: its standard error over samples within prompts.
         l2: mean over prompts of `|f|^2 / 2`, nats.
+        l2_stderr: its standard error over samples within prompts.
+        injective: what is known of the injectivity of the map under every prompt; `None` where noise is injected.
+        folds: samples at which it reverses orientation, and samples looked at; `None` where the method cannot tell.
+        relative_error: `(l2 - kl) / kl`, no unit; `None` where noise is injected.
         gap: how far the hypernetwork is from the tilted law of its temperature; `None` without temperature, or where
             there is one prompt, the method of the KL leaves out a part of it, or it is bounded from above alone.
         alpha: that temperature.
         injected: whether noise is injected, so that `kl` is an upper bound's mean.
-        l2_verdict: whether the L2 term is good enough, in a sentence; `None` where noise is injected.
+        l2_verdict: whether the L2 term is good enough; `None` where noise is injected.
     """
 
     frontier: Frontier
@@ -88,33 +94,50 @@ class NetworkOnFrontier:
     alpha: float | None
     injected: bool = False
     l2_verdict: L2Verdict | None = None
+    injective: str | None = None
+    folds: tuple[int, int] | None = None
+    relative_error: Estimate | None = None
+    l2_stderr: float = math.nan
 
     def figures(self) -> dict[str, Any]:
         """The figures of the hypernetwork beyond its place on the frontier, for the JSON document."""
         name = "kl_at_most" if self.injected else "kl"
-        found: dict[str, Any] = {name: self.kl, f"{name}_stderr": self.kl_stderr, "l2": self.l2, "alpha": self.alpha}
+        found: dict[str, Any] = {name: self.kl, f"{name}_stderr": self.kl_stderr, "l2": self.l2,
+                                 "l2_stderr": self.l2_stderr, "alpha": self.alpha}  # fmt: skip
         if self.gap is not None:
             found["gap_lower_bound"] = self.gap.lower
             found["gap_confidence"] = self.gap.confidence
             found["gap_estimate"] = self.gap.estimate
             found["gap_stderr"] = self.gap.stderr
         if self.l2_verdict is not None:
-            found["l2_verdict"] = self.l2_verdict.sentence
-        return found
+            found["l2_verdict"] = self.l2_verdict.to_json()
+            found["local_norm"] = {"max": self.l2_verdict.local_norm}
+        if self.relative_error is not None:
+            found |= {
+                "relative_error": self.relative_error.value,
+                "relative_error_stderr": self.relative_error.stderr,
+                "injective": self.injective,
+                "folds": None if self.folds is None else {"negative": self.folds[0], "samples": self.folds[1]},
+            }
+        record: dict[str, Any] = finite(found)
+        return record
 
 
 @dataclass(frozen=True)
 class _Prompt:
     """What is measured under one prompt: rewards of base and steered images, and the KL integrand, all on the CPU.
 
-    `faithful` says that the integrand leaves nothing out.
+    `half` is `|f|^2 / 2`; `faithful` says that the integrand leaves nothing out; `injective` and `folds` are what its
+    estimate tells of the map under this prompt.
     """
 
     base: Tensor
     steered: Tensor
     integrand: Tensor
-    l2: float
+    half: Tensor
     faithful: bool
+    injective: str | None = None
+    folds: tuple[int, int] | None = None
 
 
 @torch.no_grad()
@@ -160,22 +183,24 @@ def network_on_frontier(
         images = _images(prompt, len(x), settings)
         moved, delta = deployed_noise(injection, x, f(x), images.generators("injected noise"))
         faithful = injection is None
+        known: dict[str, Any] = {}
         if injection is None:
             with torch.enable_grad():
                 estimate = noise_kl(f, x, method=method, generator=images.generators("probes")[0])
             faithful = estimate.method in FAITHFUL
             integrand = estimate.per_sample.double().cpu()
+            signs = estimate.folds
+            known = {"injective": estimate.injective, "folds": signs and (signs.negative, signs.samples)}
         else:
             integrand = injection.nats(delta).double().cpu()
-        l2 = float(delta.double().flatten(1).square().sum(1).mean()) / 2
-        mine[number] = _Prompt(
-            scores, _scores(backend, rewards, prompt, moved.to(x.dtype), settings), integrand, l2, faithful
-        )
-    found = {number: part for parts in workers.gather(mine) for number, part in parts.items()}
-    ordered = [found[number] for number in range(len(distinct))]
+        half = delta.double().flatten(1).square().sum(1).cpu() / 2
+        steered_scores = _scores(backend, rewards, prompt, moved.to(x.dtype), settings)
+        mine[number] = _Prompt(scores, steered_scores, integrand, half, faithful, **known)
+    gathered = {number: part for parts in workers.gather(mine) for number, part in parts.items()}
+    ordered = [gathered[number] for number in range(len(distinct))]
     base = {prompt: part.base for prompt, part in zip(distinct, ordered, strict=True)}
     steered = {prompt: part.steered for prompt, part in zip(distinct, ordered, strict=True)}
-    integrands, squares = [part.integrand for part in ordered], [part.l2 for part in ordered]
+    integrands, squares = [part.integrand for part in ordered], [float(part.half.mean()) for part in ordered]
     kl = sum(float(values.mean()) for values in integrands) / len(integrands)
     errors = [mean_and_stderr(values)[1] ** 2 for values in integrands]
     gap = None
@@ -184,9 +209,29 @@ def network_on_frontier(
     stderr = sum(errors) ** 0.5 / len(errors)
     table = {"base": Rewards(base), name: Rewards(steered, kl, stderr, gap, injection is not None)}
     frontier, methods = methods_on_frontier(table)
-    verdict = _l2_verdict(backend, list(base), settings) if injection is None else None
     square = sum(squares) / len(squares)
-    return NetworkOnFrontier(frontier, table, methods, kl, stderr, square, gap, alpha, injection is not None, verdict)
+    spread = sum(mean_and_stderr(part.half)[1] ** 2 for part in ordered) ** 0.5 / len(ordered)
+    found = NetworkOnFrontier(
+        frontier, table, methods, kl, stderr, square, gap, alpha, injection is not None, l2_stderr=spread
+    )
+    if injection is not None:
+        return found
+    values, halves = torch.cat(integrands), torch.cat([part.half for part in ordered])
+    return replace(
+        found,
+        l2_verdict=_l2_verdict(backend, list(base), settings),
+        relative_error=Estimate(*ratio_and_stderr(halves - values, values)),
+        **_injectivity(ordered),
+    )
+
+
+def _injectivity(parts: Sequence[_Prompt]) -> dict[str, Any]:
+    """What is known of the maps of all prompts: the worst that is known of one."""
+    words = [part.injective for part in parts]
+    worst = next((word for word in ("violated", "unknown") if word in words), "certified")
+    counts = [part.folds for part in parts if part.folds is not None]
+    folds = None if not counts else (sum(n for n, _ in counts), sum(n for _, n in counts))
+    return {"injective": worst, "folds": folds}
 
 
 def _l2_verdict(backend: BackendBase, prompts: Sequence[str], settings: FrontierSettings) -> L2Verdict:

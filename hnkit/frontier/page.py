@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from hnkit.output.page import Picture, Section, Table, Text, format_estimate
+from hnkit.internal.stats import Estimate
+from hnkit.internal.values import or_nan
+from hnkit.output.page import Card, CardLine, Picture, Section, Table, Text, format_estimate, format_number
 from hnkit.output.plots import frontier as draw
 from hnkit.output.plots import style, to_png
+from hnkit.output.verdict import LEAST_EFFICIENCY, figures_of, fitting_temperature, verdict_card, with_frontier
 
 _HOW = (
     "The frontier is the most that any law can gain whose KL from the base is so many nats, on the mean over prompts "
@@ -17,11 +22,57 @@ _HOW = (
 )
 
 
+def card(document: Mapping[str, Any]) -> Card:
+    """The answer of a document: of its network where it has one, else of the method that makes most of its nats."""
+    methods, points = document["methods"], document["frontier"]
+    network = document.get("network")
+    if network is not None:
+        known = figures_of(network)
+        if (at_most := network.get("kl_at_most")) is not None:
+            known = replace(known, bound=Estimate(at_most, or_nan(network["kl_at_most_stderr"])))
+        (method,) = methods.values()
+        return verdict_card(with_frontier(known, method, points))
+    ranked = sorted(methods.items(), key=lambda item: -(item[1]["efficiency"] or -math.inf))
+    lines = []
+    for name, method in ranked[:_SHOWN]:
+        gain = format_estimate(method["gain"], or_nan(method["stderr"]))
+        value = f"gain {gain} for {nats_text(method)} nats"
+        if method["efficiency"] is not None:
+            value += f", {share(method)} of what they buy"
+        lines.append(CardLine(name, value, "the gain as a share of the most that any law of so many nats can gain"))
+    if len(ranked) > _SHOWN:
+        lines.append(CardLine("", f"and {len(ranked) - _SHOWN} more, in the table"))
+    return Card(tuple(lines), _sentence(document, ranked))
+
+
+_SHOWN = 5
+
+
+def _sentence(document: Mapping[str, Any], ranked: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """What a table of rewards says, and what to do: one sentence."""
+    if "remark" in document:
+        return str(document["remark"])
+    if not document["frontier"]:
+        return "The base samples are too few for any point of the frontier: take more a prompt."
+    if not ranked:
+        return "There is no method beside the base: add its rows to the table."
+    name, best = ranked[0]
+    if best["efficiency"] is None:
+        return (
+            f"What {name} spends is not known, or beyond what these base samples carry, so that its gain cannot be "
+            "weighed: give its nats (the column nats), or more base samples."
+        )
+    low = best["efficiency"] < LEAST_EFFICIENCY
+    found = f"{name} makes most of its nats" if len(ranked) > 1 else f"{name} gains {share(best)} of what its nats buy"
+    alpha = fitting_temperature(best["nats"], document["frontier"])
+    fits = "" if alpha is None else f"; its nats are those of the temperature alpha = {format_number(alpha, 2)}"
+    do = "there is more to have at the same price, so train longer" if low else "it is worth its nats"
+    return f"{found}: {do}{fits}."
+
+
 def sentences(document: Mapping[str, Any]) -> list[str]:
     """What the figures say, a sentence each: the answer first."""
     found = [document["remark"]] if "remark" in document else []
-    if "l2_verdict" in document.get("network", {}):
-        found.append(document["network"]["l2_verdict"])
     for name, method in document["methods"].items():
         gain = f"{name} gains {format_estimate(method['gain'], method['stderr'])}"
         nats = nats_text(method)

@@ -41,6 +41,11 @@ def finite(value: Any) -> Any:
     return value
 
 
+def or_nan(value: float | None) -> float:
+    """A number of a JSON document, NaN where it is not known: the way back from `finite`."""
+    return math.nan if value is None else value
+
+
 def number(value: Any, what: str) -> float:
     """A setting as a float, infinity and NaN included.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from scipy.stats import t as student
@@ -74,6 +74,15 @@ class L2Verdict:
     def good(self) -> bool:
         """Whether that is no more than the tolerance."""
         return self.within <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict as plain values, its words as `text`."""
+        keys = (
+            "missed", "lower", "upper", "within", "good", "advice", "remainder", "local_norm", "tolerance", "samples",
+        )  # fmt: skip
+        record = {key: getattr(self, key) for key in keys}
+        ratio = {"ratio": self.ratio.value, "ratio_stderr": self.ratio.stderr}
+        return {"text": self.sentence, **record, **ratio, "products": self.products}
 
     @property
     def reason(self) -> str:

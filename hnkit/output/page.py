@@ -1,7 +1,7 @@
 """Pages and tables: one self-contained HTML page and one plain table, shared by every command that reports.
 
-A page is a list of `Section`s, each a list of blocks: `Text`, `Table`, `Picture`, `Code`. Everything that is not a
-picture is escaped, pictures are inlined, nothing is fetched: the file can be mailed.
+A page is a `Card` with the answer and a list of `Section`s, each a list of blocks: `Text`, `Table`, `Picture`, `Code`.
+Everything that is not a picture is escaped, pictures are inlined, nothing is fetched: the file can be mailed.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import base64
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from hnkit.internal.files import atomic_write
 from hnkit.internal.stats import rounded_to_error
@@ -37,10 +38,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG image with its caption, which is also its alternative text."""
+    """A PNG image with its caption, which is also its alternative text; one of `samples` is shown wide."""
 
     png: bytes
     caption: str
+    samples: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,34 @@ class Table:
         for row in self.rows:
             if len(row) != len(self.headers):
                 raise ValueError(f"a row of {len(row)} cells in a table of {len(self.headers)} columns: {row}")
+
+
+Mark = Literal["good", "bad", "open", ""]
+"""How a line of a card is marked: in favour, against, undecided, or not at all."""
+
+CARD_MARKS: dict[Mark, str] = {"good": "✓", "bad": "✗", "open": "?", "": " "}
+
+
+@dataclass(frozen=True)
+class CardLine:
+    """A line of a card: what it is about, what is known, what that means in general, and how it is marked."""
+
+    label: str
+    value: str
+    note: str = ""
+    mark: Mark = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """The answer of a run in a few lines and one sentence; `hnkit.output.verdict` makes it."""
+
+    lines: tuple[CardLine, ...]
+    sentence: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as plain values."""
+        return asdict(self)
 
 
 Block = Text | Code | Picture | Table
@@ -99,19 +129,35 @@ tbody tr.row td { border-top: 1px solid var(--line); }
 td.whole { white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 tr.note td { padding-top: 0; color: var(--dim); font-size: .8rem; max-width: 0; }
+tr.note div { position: sticky; left: .7rem; max-width: min(62rem, calc(100vw - 5rem)); }
 .verdict { display: inline-block; padding: .05rem .5rem; border-radius: 999px; white-space: nowrap;
   font-size: .8rem; font-weight: 600; }
 .holds { color: var(--good); background: var(--good-bg); } .fails { color: var(--bad); background: var(--bad-bg); }
 .not-applicable { color: var(--dim); background: var(--head); } .not-certified { color: var(--mid);
   background: var(--mid-bg); }
+.card { margin: 1.4rem 0 0; border: 1px solid var(--line); border-radius: 8px; background: var(--card);
+  overflow: hidden; }
+.card dl { display: grid; grid-template-columns: max-content 1fr; margin: 0; padding: .7rem 0; }
+.card dt { padding: .3rem 1rem; color: var(--dim); white-space: nowrap; }
+.card dd { margin: 0; padding: .3rem 1rem .3rem 0; font-variant-numeric: tabular-nums; }
+.card small { display: block; color: var(--dim); font-size: .8rem; line-height: 1.4; }
+.card .mark { display: inline-block; width: 1.2em; font-weight: 700; }
+.card .good { color: var(--good); background: none; } .card .bad { color: var(--bad); background: none; }
+.card .open { color: var(--mid); background: none; }
+.card .answer { max-width: none; margin: 0; padding: .8rem 1rem; background: var(--head); font-weight: 600; }
+@media (max-width: 44rem) { .card dl { grid-template-columns: 1fr; } .card dd { padding: 0 1rem .4rem; }
+  .card dt { padding-bottom: 0; font-size: .8rem; } }
 figure { margin: 1.2rem 0; padding: .9rem; background: #ffffff; border: 1px solid var(--line); border-radius: 8px; }
 figure img { display: block; max-width: 100%; max-height: 34rem; height: auto; margin: 0 auto; }
+figure.samples img { width: 100%; max-height: none; image-rendering: pixelated; }
 figcaption, .caption { color: var(--dim); font-size: .875rem; margin: .7rem 0 0; max-width: 46rem; }
 figcaption { color: #4d545c; }
 pre { overflow-x: auto; padding: .9rem 1rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 summary { cursor: pointer; color: var(--dim); }
-@media (max-width: 44rem) { table { min-width: 42rem; } }
+@media (max-width: 44rem) { table { min-width: 42rem; } body { padding: 1.5rem .8rem 3rem; }
+  figure { overflow-x: auto; padding: .5rem; } figure img { max-width: none; width: 34rem; }
+  figure.samples img { width: max(100%, 34rem); } figcaption { position: sticky; left: 0; } }
 @media print { body { max-width: none; padding: 0; } .scroll, figure { break-inside: avoid; } }
 """
 
@@ -137,11 +183,11 @@ def format_estimate(value: float, stderr: float | None = None, bias_bound: float
     A standard error that is not known (nan) is said to be unknown, never shown as zero.
     """
     if stderr is None or not math.isfinite(value):
-        text = format_number(value, 5)
+        text = format_number(value)
     elif math.isnan(stderr):
-        text = f"{format_number(value, 5)} ± unknown"
+        text = f"{format_number(value)} ± unknown"
     elif stderr <= 1e-12 * abs(value):  # rounding: every sample has the same value
-        text = f"{format_number(value, 6)} ± 0"
+        text = f"{format_number(value, 6)} ± 0" if value else "0"
     else:
         text = rounded_to_error(value, stderr)
     if bias_bound:
@@ -178,12 +224,22 @@ def _table(table: Table) -> str:
         body.append(f'<tr class="row">{cells}</tr>')
         if table.notes.get(index):
             note = html.escape(table.notes[index])
-            body.append(f'<tr class="note"><td colspan="{len(table.headers)}">{note}</td></tr>')
+            body.append(f'<tr class="note"><td colspan="{len(table.headers)}"><div>{note}</div></td></tr>')
     caption = f'<p class="caption">{html.escape(table.caption)}</p>' if table.caption else ""
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
         f"{caption}"
     )
+
+
+def _card(card: Card) -> str:
+    rows = []
+    for line in card.lines:
+        mark = f'<span class="mark {line.mark}">{CARD_MARKS[line.mark]}</span>' if line.mark else ""
+        note = f"<small>{html.escape(line.note)}</small>" if line.note else ""
+        rows.append(f"<dt>{html.escape(line.label)}</dt><dd>{mark}{html.escape(line.value)}{note}</dd>")
+    listed = f"<dl>{''.join(rows)}</dl>" if rows else ""
+    return f'<div class="card">{listed}<p class="answer">{html.escape(card.sentence)}</p></div>'
 
 
 def _block(block: Block) -> str:
@@ -194,15 +250,14 @@ def _block(block: Block) -> str:
     if isinstance(block, Picture):
         caption = html.escape(block.caption, quote=True)
         data = base64.b64encode(block.png).decode()
-        return (
-            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption>'
-            "</figure>"
-        )
+        kind = " class=samples" if block.samples else ""
+        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+        return f"<figure{kind}>{image}<figcaption>{caption}</figcaption></figure>"
     pre = f"<pre>{html.escape(block.text)}</pre>"
     return f"<details><summary>{html.escape(block.summary)}</summary>{pre}</details>" if block.summary else pre
 
 
-def render_html(title: str, sections: Sequence[Section], *, lead: str = "") -> str:
+def render_html(title: str, sections: Sequence[Section], *, lead: str = "", card: Card | None = None) -> str:
     """The page as one string: light and dark, no script, nothing fetched."""
     links = "".join(f'<a href="#s{number}">{html.escape(section.title)}</a>' for number, section in enumerate(sections))
     parts = "".join(
@@ -210,16 +265,19 @@ def render_html(title: str, sections: Sequence[Section], *, lead: str = "") -> s
         for number, section in enumerate(sections)
     )
     intro = f"<p>{html.escape(lead)}</p>" if lead else ""
+    answer = "" if card is None else _card(card)
     nav = f"<nav>{links}</nav>" if len(sections) > 1 else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
-        f"<body><header><h1>{html.escape(title)}</h1>{intro}{nav}</header>{parts}</body></html>\n"
+        f"<body><header><h1>{html.escape(title)}</h1>{answer}{intro}{nav}</header>{parts}</body></html>\n"
     )
 
 
-def write_html(path: Path, title: str, sections: Sequence[Section], *, lead: str = "") -> None:
+def write_html(
+    path: Path, title: str, sections: Sequence[Section], *, lead: str = "", card: Card | None = None
+) -> None:
     """Write a self-contained page atomically.
 
     Args:
@@ -227,8 +285,9 @@ def write_html(path: Path, title: str, sections: Sequence[Section], *, lead: str
         title: heading of the page and title of the document.
         sections: the parts, in order; a list of links to them stands at the top.
         lead: one paragraph under the heading.
+        card: the answer of the run, above all else.
 
     Raises:
         OSError: the folder is missing, read-only or full.
     """
-    atomic_write(path, render_html(title, sections, lead=lead))
+    atomic_write(path, render_html(title, sections, lead=lead, card=card))

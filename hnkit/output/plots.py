@@ -103,7 +103,7 @@ Array = NDArray[np.float64]
 
 
 def error_against_lipschitz(
-    lipschitz: Array, curves: Mapping[str, Array], bounds: Mapping[str, Array], title: str
+    lipschitz: Array, curves: Mapping[str, Array], bounds: Mapping[str, Array], title: str, own: float | None = None
 ) -> Figure:
     """`|E(J)|` of families of maps (solid) under the bounds on it (dashed), against the Lipschitz constant L.
 
@@ -112,6 +112,7 @@ def error_against_lipschitz(
         curves: name -> `(k,)` values of `|E(J)|`, nats.
         bounds: name -> `(k,)` values of the bound, nats.
         title: the finding, in a few words.
+        own: the L of the map itself, which is marked; beyond the axis an arrow says so.
     """
     figure, (axes,) = new_figure()
     colours = (INK, BLUE, GREEN, PURPLE)
@@ -125,8 +126,28 @@ def error_against_lipschitz(
         )  # fmt: skip
     axes.set(xlabel="Lipschitz constant  L", ylabel="|E(J)|,  nats", yscale="log", title=title)
     axes.set_xlim(float(lipschitz[0]), float(lipschitz[-1]))
+    if own is not None:
+        _mark_own(axes, own, float(lipschitz[-1]))
     axes.legend(loc="lower right")
     return figure
+
+
+def _mark_own(axes: Axes, own: float, end: float) -> None:
+    """A line at the map's own L, or an arrow to where it is beyond the axis."""
+    text, place = f"this map: L = {own:.3g}", {"textcoords": "offset points", "color": INK, "fontsize": 9.5}
+    top = axes.transAxes
+    if own < end:
+        axes.axvline(own, color=INK, linewidth=1.1, linestyle=(0, (1, 1)))
+        left = own < end / 2
+        axes.annotate(
+            text, (own, 0.98), xycoords=axes.get_xaxis_transform(), xytext=(5 if left else -5, 0),
+            ha="left" if left else "right", va="top", **place,
+        )  # fmt: skip
+        return
+    axes.annotate(
+        "", (1.0, 0.97), (0.94, 0.97), xycoords=top, textcoords=top, arrowprops={"arrowstyle": "->", "color": INK}
+    )
+    axes.annotate(text, (0.94, 0.97), xycoords=top, xytext=(-5, 0), ha="right", va="center", **place)
 
 
 def exact_against_l2(exact: Array, l2: Array, title: str, second_order: Array | None = None) -> Figure:
@@ -268,6 +289,52 @@ def frontier(document: Mapping[str, Any], labels: Mapping[str, str], title: str)
                 "", (x, y), textcoords="offset points", xytext=(16, 0), arrowprops={"arrowstyle": "<-", "color": colour}
             )
     axes.set(xlabel="KL from the base,  nats a prompt", ylabel="gain in reward", title=title)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=-0.02 * axes.get_xlim()[1])  # a marker at 0 nats is whole
     axes.legend(loc="best", fontsize=8)
     return figure
+
+
+def image_grid(
+    rows: Mapping[str, Sequence[Array]], titles: Sequence[str], marks: Mapping[str, Sequence[bool]] | None = None
+) -> Figure:
+    """Images row by row, each column under its title; small images are enlarged with their pixels as they are.
+
+    Args:
+        rows: label -> images `(H, W, 3)` in [0, 1], one a column.
+        titles: what each column was asked for.
+        marks: label -> whether the judge found each image right, drawn as a rule under it, with a legend.
+    """
+    from matplotlib.lines import Line2D
+
+    marks = marks or {}
+    figure = new_canvas(1.15 * len(titles) + 1.4, 1.15 * len(rows) + 0.6 + 0.35 * bool(marks))
+    figure.set_layout_engine("compressed")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for i, (label, images) in enumerate(rows.items()):
+        for j, image in enumerate(images):
+            axis = axes[i][j]
+            axis.imshow(np.clip(image, 0, 1), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+            for side in axis.spines.values():
+                side.set_visible(False)
+            if i == 0:
+                axis.set_title(_wrapped(titles[j]), fontsize=8, fontweight="normal", loc="center", pad=6)
+            if j == 0:
+                axis.set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
+            if label in marks:
+                axis.axhline(image.shape[0] - 0.7, color=BLUE if marks[label][j] else VERMILION, linewidth=3)
+    if marks:
+        words = (("the judge finds it right", BLUE), ("or wrong", VERMILION))
+        lines = [Line2D([], [], color=colour, linewidth=3, label=text) for text, colour in words]
+        figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=9)
+    return figure
+
+
+def _wrapped(text: str, width: int = 15) -> str:
+    lines = [""]
+    for word in text.replace("$", r"\$").split():
+        if lines[-1] and len(lines[-1]) + len(word) + 1 > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines[:4]) + ("…" if len(lines) > 4 else "")

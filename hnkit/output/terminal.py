@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from hnkit.internal.values import CONTROL, printable
+from hnkit.output.page import CARD_MARKS, Card, Mark, format_number
+from hnkit.output.page import Table as Cells
+from hnkit.output.verdict import card_from
 
 
 class PlainConsole(Console):
@@ -66,6 +73,60 @@ def steps(total: int) -> Iterator[Steps]:
     columns = (TextColumn("{task.description:<24}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=screen, transient=True) as progress:
         yield Steps(total, progress)
+
+
+@dataclass(frozen=True)
+class Words:
+    """Text that is broken into lines between its words and never inside a figure, `1.23 ± 0.04 nats` or `a = 1`."""
+
+    text: str
+    style: str = ""
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Text]:
+        held = _FIGURE.sub(lambda found: found[0].replace(" ", _HELD), self.text)
+        lines = textwrap.wrap(held, options.max_width, break_on_hyphens=False)
+        yield Text("\n".join(lines).replace(_HELD, " "), style=self.style)
+
+
+_HELD = "\N{NO-BREAK SPACE}"
+_FIGURE = re.compile(
+    r"--\w[\w-]* [\w-]+"  # a flag with its value
+    r"|(?:\b\w+ = |at least |at most )?-?\d[\w.]*(?: ± [\w.]+)?(?: (?:%|nats)(?!\w))?"  # a figure with its unit
+)
+_MARK_STYLES: dict[Mark, str] = {"good": "green", "bad": "bold red", "open": "yellow", "": ""}
+
+
+def print_table(table: Cells) -> None:
+    """A page's table on stdout, its caption below."""
+    rows = [[cell if isinstance(cell, str) else format_number(cell) for cell in row] for row in table.rows]
+    screen = console()
+    screen.print(simple_table(table.headers, rows))
+    if table.caption:
+        screen.print(Words(table.caption, "dim"))
+
+
+def print_card_of(document: Mapping[str, Any]) -> None:
+    """The card of a report, where the version that wrote it had one."""
+    card = card_from(document.get("verdict"))
+    if card is not None:
+        print_card(card)
+
+
+def print_card(card: Card) -> None:
+    """The card on stdout, after an empty line."""
+    console().print("", card_view(card), sep="\n")
+
+
+def card_view(card: Card) -> RenderableType:
+    """The card of a run, which a command prints last of all: a line each, and the sentence."""
+    table = Table.grid()
+    for width in (13, 2):
+        table.add_column(width=width, no_wrap=True)
+    table.add_column()
+    for line in card.lines:
+        mark = Text(CARD_MARKS[line.mark], style=_MARK_STYLES[line.mark])
+        table.add_row(Text(line.label, style="dim"), mark, Words(line.value))
+    return Group(table, Words(card.sentence, "bold"))
 
 
 def simple_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:

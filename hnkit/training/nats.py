@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from hnkit.frontier import (
 from hnkit.frontier.curve import LEAST_EFFECTIVE, LEAST_SAMPLES
 from hnkit.frontier.measured import FAITHFUL
 from hnkit.internal.stats import Estimate
-from hnkit.loss import NoiseLoss
 from hnkit.training.validate import Evaluator, Validation
+from hnkit.training.view import effective_alpha
 
 _MOST_BASE = 32
 """Base samples a prompt, at most: more prompts are worth more than more samples of each."""
@@ -117,11 +117,10 @@ def reward_per_nat(evaluator: Evaluator, validation: Validation, measurement: Me
         gap = None
         if measurement is not None and measurement.method in FAITHFUL and len(prompts) > 1:
             values = _by_prompt(measurement.per_sample, kl_prompts, prompts)
-            alpha = NoiseLoss(kl=settings.kl, alpha=settings.alpha, reduction=settings.reduction).effective_alpha(
-                math.prod(evaluator.backend.noise_shape)
-            )
+            alpha = effective_alpha(settings, math.prod(evaluator.backend.noise_shape))
             gap = gap_lower_bound(values, steered, base, alpha, paired=False)
-        method = _method(frontier, validation, steered, kl, gap)
+        found = _method(frontier, validation, steered, kl, gap)
+        method = replace(found, nats_at_most=settings.deployment is not None)
     except InputError as reason:
         return no_frontier(f"No frontier: {reason}.")
     name = "hypernetwork" if settings.objective == "hypernoise" else "fine-tuned generator"

@@ -100,7 +100,11 @@ def _kl(measured: Records) -> Figure:
         )
     axes.axhline(0, color=GREY, linewidth=0.8)
     last = measured[-1]["measurement"]["relative_error"]
-    title = "KL and L2 term along training" if last is None else f"The L2 term ends {100 * last:+.0f} % off the KL"
+    title = (
+        "KL and L2 term along training"
+        if last is None
+        else (f"The L2 term ends {100 * abs(last):.0f} % {'below' if last < 0 else 'above'} the KL")
+    )
     axes.set(xlabel="step", ylabel="nats", title=title)
     if axes.has_data():
         axes.legend(loc="best")
@@ -135,9 +139,10 @@ def _gains(validated: Records) -> Figure:
         if not np.isfinite(gains).any():
             continue
         scale = np.nanmax(np.abs(gains)) or 1.0
+        called = name if name == score["role"] else f"{name} ({score['role']})"
         axes.errorbar(
             at, gains / scale, yerr=np.nan_to_num(errors) / scale, linestyle=lines[score["role"]], capsize=2,
-            label=f"{name} ({score['role']}), largest {scale:.3g}",
+            label=f"{called}, largest {scale:.3g}",
         )  # fmt: skip
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set(xlabel="step", ylabel="gain, share of its largest", title="Held-out prompts: steered minus base")

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from hnkit.backend import BackendBase
 from hnkit.config import RunConfig
 from hnkit.errors import InputError
 from hnkit.figures import FIGURES
+from hnkit.figures.table import QUANTILES
 from hnkit.frontier import page as frontier_page
 from hnkit.injection import NoiseInjection
 from hnkit.internal.files import atomic_write, write_json
-from hnkit.internal.values import finite
+from hnkit.internal.stats import Estimate
+from hnkit.internal.values import finite, or_nan
 from hnkit.internal.versions import versions
 from hnkit.maps import NoiseMap
+from hnkit.output.images import grid_cells
 from hnkit.output.page import (
     Block,
     Cell,
@@ -35,11 +38,13 @@ from hnkit.output.page import (
     format_number,
     write_html,
 )
+from hnkit.output.plots import image_grid, style, to_png
+from hnkit.output.verdict import VERDICT_FILE, RunFigures, figures_of, verdict_card, with_frontier
 from hnkit.tilt import TiltedProblem, affine_coefficients, kl_gaussians
 from hnkit.training.checkpoint import folder_digests, replace_folder
 from hnkit.training.plots import training_plots
 from hnkit.training.validate import Evaluator, prompts_of
-from hnkit.training.view import alpha_sentence, injected_sentence, loss_term, shown_mean
+from hnkit.training.view import alpha_sentence, effective_alpha, injected_sentence, loss_term, shown_mean
 
 ADAPTER, BEST, REPORT, PAGE = "adapter", "best", "report.json", "report.html"
 OUTPUTS = (ADAPTER, BEST, REPORT, PAGE)
@@ -164,6 +169,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
     law = None
     if problem is not None and measurement is not None:
         law = learned_law(problem, evaluator.map_for([evaluator.prompts[0]]), config.train.deployment)
+    dim = math.prod(evaluator.backend.noise_shape)
     report: dict[str, Any] = {
         "title": f"Training of {config.backend}",
         "step": ending.step,
@@ -172,6 +178,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
         "noise_shape": list(evaluator.backend.noise_shape),
         "rewards": {reward.name: reward.weight for reward in evaluator.rewards.rewards},
         "temperature": _temperature(config, evaluator.backend),
+        "effective_alpha": None if config.train.objective == "direct" else effective_alpha(config.train, dim),
         "measurement": measurement,
         "not_measured": latest.get("not_measured"),
         "validation": validation,
@@ -181,6 +188,8 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
         "versions": versions(),
     }
     report = finite(report)
+    card = verdict_card(run_figures(report))
+    report["verdict"] = card.to_json()
     replace_folder(folder / ADAPTER, lambda target: _write_adapter(target, config, evaluator.backend, report))
     report["provenance"] = {**ending.provenance, "adapter": folder_digests(folder / ADAPTER)}
     drawn = None
@@ -193,16 +202,45 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
         atomic_write(folder / f"{plot.name}.png", png)
         pictures.append(Picture(png, plot.caption))
     if validation is not None and validation["images"]:
-        caption = "Base outputs above, steered ones below, each column from the same noise and prompt."
-        pictures.append(Picture((folder / validation["images"]).read_bytes(), caption))
-    write_html(folder / PAGE, report["title"], _sections(report, pictures, drawn), lead=_lead(report))
+        pictures.insert(0, _samples((folder / validation["images"]).read_bytes(), validation["prompts"]))
+    write_html(folder / PAGE, report["title"], _sections(report, pictures, drawn), lead=_lead(report), card=card)
     write_json(folder / REPORT, report)
     return report
+
+
+def run_figures(report: Mapping[str, Any]) -> RunFigures:
+    """What the card of a run rests on, from its report."""
+    known = replace(
+        figures_of(None if report["not_measured"] else report["measurement"]),
+        alpha=report["effective_alpha"],
+        tuned=report["config"]["train"]["objective"] == "direct",
+        dim=math.prod(report["noise_shape"]),
+    )
+    scores = (report["validation"] or {"scores": {}})["scores"]
+    gains = {name: Estimate(s["gain"], or_nan(s["gain_stderr"])) for name, s in scores.items() if s["gain"] is not None}
+    known = replace(known, gain=gains.get("reward"), judge=gains.get("judge"))
+    frontier = report["frontier"] or {}
+    method = next(iter(frontier.get("methods", {}).values()), None)
+    return known if method is None else with_frontier(known, method, frontier["frontier"])
+
+
+def _samples(png: bytes, prompts: Sequence[str]) -> Picture:
+    """The images of the last validation under their prompts, small ones enlarged."""
+    base, steered = grid_cells(png, len(prompts))
+    with style():
+        drawn = to_png(image_grid({"base": base, "steered": steered}, prompts))
+    return Picture(
+        drawn, "Base and steered images at the end, each column from the same noise and prompt.", samples=True
+    )
 
 
 def _write_adapter(target: Path, config: RunConfig, backend: BackendBase, report: Mapping[str, Any]) -> None:
     backend.save_adapter(target)
     (target / "README.md").write_text(model_card(config, backend, report), encoding="utf-8")
+    if "verdict" in report:
+        (target / VERDICT_FILE).write_text(
+            json.dumps(report["verdict"], indent=2, ensure_ascii=False), encoding="utf-8"
+        )
 
 
 def write_adapter(
@@ -298,8 +336,8 @@ def _figures(measurement: Mapping[str, Any] | None) -> list[tuple[str, str, str]
     """Name, value and explanation of what was measured."""
     if measurement is None:
         return []
-    m: dict[str, Any] = {key: math.nan if value is None else value for key, value in measurement.items()}
-    share = f"{format_number(100 * m['relative_error'], 3)} % ± {format_number(100 * m['relative_error_stderr'], 2)} %"
+    m: dict[str, Any] = {key: or_nan(value) for key, value in measurement.items()}
+    share = f"{format_estimate(100 * m['relative_error'], 100 * m['relative_error_stderr'])} %"
     certain = "the KL" if m["injective"] == "certified" else "a lower bound of the KL: injectivity is not certified"
     bias = measurement["bias_bound"]
     shown = {
@@ -312,7 +350,8 @@ def _figures(measurement: Mapping[str, Any] | None) -> list[tuple[str, str, str]
     }
     rows = [(FIGURES[key].name, value, FIGURES[key].note) for key, value in shown.items()]
     rows[0] = (rows[0][0], rows[0][1], f"method {m['method']}; {certain}")
-    norms = ", ".join(f"{name}: {format_number(value, 3)}" for name, value in m["local_norm"].items())
+    names = {**QUANTILES, "max": "largest"}
+    norms = ", ".join(f"{names[level]} {format_number(value, 3)}" for level, value in m["local_norm"].items())
     quantiles = "quantiles of the samples: an estimate, no bound on the Lipschitz constant"
     rows.append(("local norm |J(x)|₂", norms, measurement.get("local_norm_note") or quantiles))
     if injected := measurement.get("injected"):
@@ -326,7 +365,7 @@ def _figures(measurement: Mapping[str, Any] | None) -> list[tuple[str, str, str]
 
 def _deployed(injected: Mapping[str, Any]) -> tuple[str, str, str]:
     """The row of the KL of what is deployed with injected noise."""
-    value = f"at most {format_estimate(injected['nats'], _known(injected['nats_stderr']))} nats; the mean is estimated"
+    value = f"at most {format_estimate(injected['nats'], or_nan(injected['nats_stderr']))} nats; the mean is estimated"
     return "KL of the deployed law", value, injected_sentence(injected)
 
 
@@ -336,33 +375,12 @@ def _unmeasured(report: Mapping[str, Any]) -> str:
     return f"KL and L2 term were not measured at the end: {report['not_measured']}{earlier}"
 
 
-def _known(value: float | None) -> float:
-    """NaN for a figure that is not known; a standard error of 0 is known."""
-    return math.nan if value is None else value
-
-
 def _lead(report: Mapping[str, Any]) -> str:
-    parts = _l2_words(report["measurement"])
-    parts += [f"{report['step']} steps, {report['skipped']} batches skipped.", f"{report['temperature']}."]
+    parts = [f"{report['step']} steps, {report['skipped']} batches skipped.", f"{report['temperature']}."]
     best = report["best"]
     if best is not None and best["step"] != report["step"]:
         parts.append(f"The lowest held-out loss was that of step {best['step']}; its adapter is in the folder {BEST}.")
     return " ".join(part[0].upper() + part[1:] for part in parts)
-
-
-def _l2_words(measurement: Mapping[str, Any] | None) -> list[str]:
-    """Whether the L2 term is good enough: the verdict, the bound of injected noise, or what was measured."""
-    if measurement is None:
-        return []
-    if measurement.get("injected"):
-        return [f"{injected_sentence(measurement['injected'])}."]
-    if measurement.get("l2_verdict"):
-        return [measurement["l2_verdict"]["text"]]
-    if measurement["relative_error"] is None:
-        return []
-    off = 100 * measurement["relative_error"]
-    word = "below" if off < 0 else "above"
-    return [f"The L2 term is {format_number(abs(off), 3)} % {word} the KL that it stands for."]
 
 
 def _sections(report: Mapping[str, Any], pictures: Sequence[Picture], drawn: bytes | None = None) -> list[Section]:
@@ -398,7 +416,7 @@ def _sections(report: Mapping[str, Any], pictures: Sequence[Picture], drawn: byt
 def _gain(score: Mapping[str, Any]) -> str:
     if score["gain"] is None:
         return "not finite"
-    return format_estimate(score["gain"], _known(score["gain_stderr"]))
+    return format_estimate(score["gain"], or_nan(score["gain_stderr"]))
 
 
 def _closed_form_blocks(report: Mapping[str, Any]) -> tuple[Block, ...]:

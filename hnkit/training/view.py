@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from hnkit.frontier.page import sentences
 from hnkit.injection import InjectedBound
 from hnkit.internal.stats import Estimate
 from hnkit.internal.streams import Droppable
+from hnkit.internal.values import or_nan
 from hnkit.loss import NoiseLoss
 from hnkit.output.page import format_estimate, format_number
 from hnkit.training.validate import prompts_of
@@ -89,7 +89,7 @@ class TrainView:
         """A measurement or a validation has been made."""
         if "measurement" in entry:
             figures = entry["measurement"]
-            known = {key: math.nan if value is None else value for key, value in figures.items()}
+            known = {key: or_nan(value) for key, value in figures.items()}
             text = f"KL {format_estimate(known['kl'], known['kl_stderr'], figures['bias_bound'])} nats"
             text += f", L2 term {format_estimate(known['l2'], known['l2_stderr'])}"
             if figures.get("injected"):
@@ -139,15 +139,19 @@ def loss_term(settings: TrainConfig) -> tuple[str, str] | None:
 
 def injected_sentence(bound: Mapping[str, Any]) -> str:
     """What is known of the KL of what is deployed with injected noise, from its record in the measurement."""
-    stderr = math.nan if bound["nats_stderr"] is None else bound["nats_stderr"]
+    stderr = or_nan(bound["nats_stderr"])
     record = {key: value for key, value in bound.items() if key not in ("nats", "nats_stderr")}
     return InjectedBound(nats=Estimate(bound["nats"], stderr), **record).sentence()
 
 
+def effective_alpha(settings: TrainConfig, dim: int) -> float:
+    """The temperature of the law that a run aims at, in units of the reward, in so many dimensions."""
+    return NoiseLoss(kl=settings.kl, alpha=settings.alpha, reduction=settings.reduction).effective_alpha(dim)
+
+
 def alpha_sentence(settings: TrainConfig, dim: int) -> str:
     """The effective temperature of a run and what it means, in one line."""
-    loss = NoiseLoss(kl=settings.kl, alpha=settings.alpha, reduction=settings.reduction)
-    effective = loss.effective_alpha(dim)
+    effective = effective_alpha(settings, dim)
     if settings.reduction == "sum":
         return f"effective alpha = {effective:g}: the target is the base law tilted by exp(r / {effective:g})"
     return (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,8 +19,6 @@ from hnkit.internal.workers import ALONE, Workers, shared_out
 from hnkit.maps import Condition, slices
 from hnkit.rewards import RewardSum
 from hnkit.scaled.compare.baselines import Cost, Method, Outcome
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A method on a set of prompts and seeds: the images' scores and the cost of making them."""
+    """A method on a set of prompts and seeds: the images' scores, the cost of making them all, and seconds an image.
+
+    Seconds are the median over chunks, which one interruption of the machine does not move.
+    """
 
     method: str
     steps: int
     rows: tuple[Row, ...]
     cost: Cost
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -75,24 +79,11 @@ def category_of(backend: Backend, prompt: str) -> str:
     return "" if category is None else category(prompt)
 
 
-def evaluate(
-    name: str,
-    method: Method,
-    backend: Backend,
-    prompts: Sequence[str],
-    scorer: Scorer,
-    *,
-    seeds: int,
-    steps: int,
-    batch: int,
-    seed: int,
-    folder: Path,
-    progress: Progress,
-    workers: Workers = ALONE,
-) -> Evaluation:
-    """Images of every prompt from every seed, scored; chunks that are already on the disk are read.
+@dataclass(frozen=True)
+class Job:
+    """Images of every prompt from every seed by one method, scored; a chunk that is on the disk is not made again.
 
-    Args:
+    Attributes:
         name: key of the evaluation, a file name.
         method: what makes the images.
         backend: what it makes them with.
@@ -103,44 +94,83 @@ def evaluate(
         batch: images at once.
         seed: the seed of the comparison.
         folder: where chunks are kept.
-        progress: a function that is told `(name, done, all)` after every chunk.
-        workers: the processes that the chunks are shared out over; they see the same folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    total = seeds * len(prompts)
-    chunks = [(index, chunk) for index in range(seeds) for chunk in slices(len(prompts), batch)]
 
-    def done(index: int, chunk: slice) -> tuple[list[Row], Cost]:
-        part = prompts[chunk]
-        path = folder / f"{name}-steps{steps}-seed{index}-from{chunk.start}.json"
+    name: str
+    method: Method
+    backend: Backend
+    prompts: Sequence[str]
+    scorer: Scorer
+    seeds: int
+    steps: int
+    batch: int
+    seed: int
+    folder: Path
+
+    @property
+    def chunks(self) -> list[tuple[int, slice]]:
+        """Number of the noise and prompts of each chunk, in order."""
+        return [(index, chunk) for index in range(self.seeds) for chunk in slices(len(self.prompts), self.batch)]
+
+    def chunk(self, index: int, chunk: slice) -> tuple[list[Row], Cost]:
+        """The rows and the cost of one chunk, made if they are not on the disk."""
+        part = self.prompts[chunk]
+        path = self.folder / f"{self.name}-steps{self.steps}-seed{index}-from{chunk.start}.json"
         found = _read(path, part)
         if found is None:
-            outcome = images_of(method, backend, part, image_seeds(seed, part, index), steps)
-            document = _document(outcome, part, index, backend, scorer)
+            outcome = images_of(self.method, self.backend, part, image_seeds(self.seed, part, index), self.steps)
+            document = _document(outcome, part, index, self.backend, self.scorer)
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_sealed(path, document)
             found = _parsed(document)
         return found
 
-    if workers.count > 1:
-        for _, (index, chunk) in shared_out(chunks, workers):
-            done(index, chunk)
-        workers.gather(None)  # nobody reads before all have written
-    rows: list[Row] = []
-    cost = Cost()
-    for index, chunk in chunks:
-        found = done(index, chunk)
-        rows += found[0]
-        cost = cost + found[1]
-        progress(name, len(rows), total)
-    return Evaluation(name, steps, tuple(rows), cost)
+    def warm_up(self) -> None:
+        """Make the first chunk and forget it: what a first pass sets up is in no figure of time."""
+        index, chunk = self.chunks[0]
+        part = self.prompts[chunk]
+        images_of(self.method, self.backend, part, image_seeds(self.seed, part, index), self.steps)
+
+    def result(self) -> Evaluation:
+        """All chunks together."""
+        parts = [self.chunk(*place) for place in self.chunks]
+        rows = tuple(row for part, _ in parts for row in part)
+        cost = sum((spent for _, spent in parts), Cost())
+        seconds = median(spent.seconds / len(part) for part, spent in parts)
+        return Evaluation(self.name, self.steps, rows, cost, seconds)
+
+
+def evaluate_in_turn(jobs: Sequence[Job], workers: Workers = ALONE) -> None:
+    """Make every chunk of jobs on the same prompts and seeds, chunk by chunk and within it job by job.
+
+    What the machine does meanwhile meets all methods alike, so that their times can be compared.
+
+    Args:
+        jobs: what is to be made.
+        workers: the processes that the chunks are shared out over; they see the same folder.
+    """
+    for _, place in shared_out(jobs[0].chunks, workers):
+        for job in jobs:
+            job.chunk(*place)
+    workers.gather(None)  # nobody reads before all have written
 
 
 def images_of(
     method: Method, backend: Backend, prompts: Sequence[str], seeds: Sequence[int], steps: int = 1
 ) -> Outcome:
-    """What a method makes of these prompts from the base noise of the images with these seeds."""
+    """What a method makes of these prompts from the base noise of the images with these seeds, and how long it took."""
     noise = image_noise(backend, Condition(tuple(prompts), seeds=tuple(seeds)))
-    return method(backend, prompts, noise, steps=steps, seeds=seeds)
+    _finish(noise.device)
+    start = time.perf_counter()
+    outcome = method(backend, prompts, noise, steps=steps, seeds=seeds)
+    _finish(noise.device)
+    return replace(outcome, cost=replace(outcome.cost, seconds=time.perf_counter() - start))
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what is queued on an accelerator: a clock sees nothing of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _document(outcome: Outcome, prompts: Sequence[str], seed: int, backend: Backend, scorer: Scorer) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from hnkit.errors import InputError
 from hnkit.frontier import GapBound, Rewards, frontier_document, gap_lower_bound, methods_on_frontier, no_frontier
 from hnkit.frontier.measured import FAITHFUL
 from hnkit.frontier.page import nats_text
+from hnkit.internal.values import or_nan
 from hnkit.output.page import Table, format_estimate
 from hnkit.scaled.compare.evaluation import Evaluation, Row
-from hnkit.scaled.compare.labels import Document, network_label, or_nan
+from hnkit.scaled.compare.labels import Document, network_label
 from hnkit.scaled.compare.nats import NetworkKL
 
 REWARD = "reward"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hnkit.internal.values import or_nan
 from hnkit.output.page import format_estimate
 from hnkit.output.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION
 
@@ -47,12 +48,7 @@ def figure_text(figure: Mapping[str, float | None]) -> str:
     """A figure of the document with its error bar."""
     value, stderr = figure["value"], figure["stderr"]
     assert value is not None
-    return format_estimate(value, float("nan") if stderr is None else stderr)
-
-
-def or_nan(value: float | None) -> float:
-    """NaN for a figure that is not known."""
-    return float("nan") if value is None else value
+    return format_estimate(value, or_nan(stderr))
 
 
 def network_label(name: str) -> str:

@@ -6,14 +6,30 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
+from hnkit.frontier.page import card as frontier_card
 from hnkit.internal.files import atomic_write
 from hnkit.internal.power import LEVEL, POWER, Components, detectable
-from hnkit.output.page import Cell, Picture, Section, Table, Text, format_estimate, format_number, write_html
+from hnkit.internal.stats import Estimate
+from hnkit.internal.values import or_nan
+from hnkit.output.page import (
+    Card,
+    Cell,
+    Code,
+    Picture,
+    Section,
+    Table,
+    Text,
+    format_estimate,
+    format_number,
+    write_html,
+)
+from hnkit.output.verdict import figures_of, verdict_card, with_frontier
 from hnkit.scaled.compare.frontier import frontier_table
 from hnkit.scaled.compare.labels import (
     LOSS_LABELS,
@@ -24,7 +40,6 @@ from hnkit.scaled.compare.labels import (
     label_of,
     main_score,
     network_label,
-    or_nan,
 )
 from hnkit.scaled.compare.plots import draw_plots
 
@@ -34,12 +49,41 @@ def write_page(folder: Path, document: Document) -> None:
     plots = draw_plots(document, load_file(folder / "parts" / "grid.safetensors"))
     pictures = {}
     for plot in plots:
-        pictures[plot.name] = Picture(plot.png(), plot.caption)
+        pictures[plot.name] = Picture(plot.png(), plot.caption, samples=plot.name == "grid")
         atomic_write(folder / f"{plot.name}.png", pictures[plot.name].png)
     tables = {title: table for title, table in all_tables(document).items() if table.rows}
     for title, table in tables.items():
         atomic_write(folder / f"{title}.csv", to_csv(table))
-    write_html(folder / "report.html", document["title"], _sections(document, tables, pictures), lead=lead(document))
+    write_html(
+        folder / "report.html", document["title"], _sections(document, tables, pictures), lead=lead(document),
+        card=card(document),
+    )  # fmt: skip
+
+
+def card(document: Document) -> Card:
+    """The answer of a comparison: of its hypernetwork, else of the method that makes most of its nats."""
+    frontier = document.get("frontier") or {"methods": {}, "frontier": []}
+    if not any(row["method"] == "hypernoise" for row in document["table_1"]):
+        methods = {network_label(name): method for name, method in frontier["methods"].items()}
+        return frontier_card({**frontier, "methods": methods})
+    gains = next(row["gain"] for row in document["table_1"] if row["method"] == "hypernoise")
+    known = replace(
+        figures_of(document["l2"][0] if document["l2"] else None),
+        dim=math.prod(document["noise_shape"]) if "noise_shape" in document else None,
+        **{key: Estimate(gains[name]["value"], or_nan(gains[name]["stderr"]))
+           for key, name in (("gain", "reward"), ("judge", "judge")) if name in gains},
+    )  # fmt: skip
+    method = frontier["methods"].get("hypernoise")
+    return verdict_card(known if method is None else with_frontier(known, method, frontier["frontier"]))
+
+
+def printed_table(document: Document) -> Table:
+    """Table 1 as a terminal shows it: without the categories, which it is too narrow for."""
+    table = _methods_table(document, document["table_1"])
+    left_out = document["table_1"][0].get("categories", {})
+    kept = [index for index, header in enumerate(table.headers) if header not in left_out]
+    rows = tuple(tuple(row[index] for index in kept) for row in table.rows)
+    return Table(tuple(table.headers[index] for index in kept), rows, table.caption)
 
 
 def lead(document: Document) -> str:
@@ -60,8 +104,6 @@ def lead(document: Document) -> str:
     )
     if document["l2"]:
         figures = document["l2"][0]
-        if figures.get("l2_verdict"):
-            sentence = f"{figures['l2_verdict']['text']} {sentence}"
         share = figures["relative_error"]
         bound = figures.get("injected")
         if bound:
@@ -114,18 +156,19 @@ def _methods_table(document: Document, rows: Sequence[Row]) -> Table:
             (
                 NAMES.get(row["method"], row["method"]),
                 figure_text(row["scores"][score]),
-                figure_text(row["gain"][score]),
-                *(format_number(row["categories"][name]["value"], 2) for name in categories),
+                "–" if row["method"] == "base" else figure_text(row["gain"][score]),
                 row["seconds_per_image"],
                 evaluations,
+                *(format_number(row["categories"][name]["value"], 2) for name in categories),
             )
         )
     caption = (
         f"{rows[0]['prompts']} held-out prompts, {rows[0]['images']} images a method, one step, the same noise for "
-        "every method. ± is one standard error over prompts; gain is paired with the base. NFE counts forward passes "
-        "of generator and hypernetwork; seconds were measured in this run, batched."
+        "every method. ± is one standard error over prompts; gain is paired with the base. NFE, the number of "
+        "function evaluations, counts forward passes of generator and hypernetwork for an image; seconds were measured "
+        "in this run, batched."
     )
-    return Table(("method", label_of(score), "gain", *categories, "s/image", "NFE"), tuple(body), caption)
+    return Table(("method", label_of(score), "gain", "s/image", "NFE", *categories), tuple(body), caption)
 
 
 def _scores_table(document: Document) -> Table:
@@ -158,7 +201,10 @@ def _steps_table(document: Document) -> Table:
     )
     headers = ("method", *(f"{count} step{'s' if count > 1 else ''}" for count in counts))
     return Table(
-        headers, body, f"{label_of(score).capitalize()} by sampler steps; the networks were trained at one step."
+        headers,
+        body,
+        f"{label_of(score).capitalize()} by sampler steps (the paper's tables 2 and 8); the networks were trained at "
+        "one step.",
     )
 
 
@@ -181,8 +227,8 @@ def _diversity_table(document: Document) -> Table:
     )
     headers = ("method", *(text for metric in metrics for text in (metric.replace("_", " "), "change")))
     caption = (
-        f"{rows[0]['prompts']} prompts, {rows[0]['seeds']} noises each, over all pairs of images of a prompt; "
-        "± is over prompts."
+        f"{rows[0]['prompts']} prompts, {rows[0]['seeds']} noises each, over all pairs of images of a prompt (as the "
+        "paper's table 7); ± is over prompts."
         if rows
         else ""
     )
@@ -206,7 +252,7 @@ def _ranks_table(document: Document) -> Table:
     return Table(
         ("method", "LoRA rank", label_of(score), "gain", "trained weights"),
         tuple(body),
-        "Trained here, alike but for the rank.",
+        "Trained here, alike but for the rank (the paper's tables 9 and 10).",
     )
 
 
@@ -318,28 +364,24 @@ def _power_table(document: Document) -> Table:
 
 def _sections(document: Document, tables: Mapping[str, Table], pictures: Mapping[str, Picture]) -> list[Section]:
     titles = (
-        ("Reward per nat: what was bought, and what could have been", ("frontier",), ("frontier",)),
-        ("Table 1: what a noise hypernetwork buys", ("table-1", "scores", "power"), ("grid", "gain-against-cost")),
-        ("Tables 2 and 8: more sampler steps", ("steps",), ()),
-        ("Figure 4: reward against independent quality", (), ("reward-against-quality",)),
-        ("Table 7: diversity", ("diversity",), ()),
-        ("Tables 9 and 10: LoRA rank", ("ranks",), ()),
-        ("How close the L2 term stays", ("l2",), ()),
-        ("What each loss learns", ("losses",), ("kl-along-training",)),
+        ("What a noise hypernetwork buys", ("table-1",), ("gain-against-cost", "grid"), ("scores", "power")),
+        ("Reward per nat", ("frontier",), ("frontier",), ()),
+        ("More sampler steps", ("steps",), (), ()),
+        ("Reward against quality", (), ("reward-against-quality",), ()),
+        ("Diversity", ("diversity",), (), ()),
+        ("LoRA rank", ("ranks",), (), ()),
+        ("How close the L2 term stays", ("l2",), (), ()),
+        ("What each loss learns", ("losses",), ("kl-along-training",), ()),
     )
     sections = []
-    for title, wanted, names in titles:
+    for title, wanted, names, below in titles:
         blocks: list[Any] = [tables[table] for table in wanted if table in tables]
         blocks += [pictures[name] for name in names if name in pictures]
+        blocks += [tables[table] for table in below if table in tables]
         if "frontier" in wanted and "remark" in (document.get("frontier") or {}):
             blocks.append(Text(document["frontier"]["remark"]))
         if blocks:
             sections.append(Section(title, tuple(blocks)))
-        elif document["settings"]["quick"]:
-            sections.append(
-                Section(title, (Text("Not part of the quick setting: run hnkit compare without --quick."),))
-            )
-    settings = document["settings"]
-    command = f"hnkit compare --backend {settings['backend']}{' --quick' if settings['quick'] else ''}"
-    how = f"Reproduce: {command}, seed {settings['plan']['seed']}; every setting is in plan.json and report.json."
-    return [*sections, Section("How this was made", (Text(how),))]
+    how = [Text("Every setting is in plan.json, every figure in report.json and the CSV files beside this page.")]
+    blocks = [*how, *([Code(document["command"])] if "command" in document else [])]
+    return [*sections, Section("Reproduce", tuple(blocks))]

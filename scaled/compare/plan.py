@@ -104,6 +104,7 @@ class Plan:
 QUICK: dict[str, Any] = {
     "seeds": 2,
     "prompts": 36,
+    "batch": 12,
     "best_of": 8,
     "reno_iterations": 10,
     "rounds": 2,

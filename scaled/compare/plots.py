@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from hnkit.output.plots import BLUE, GREEN, GREY, INK, ORANGE, VERMILION, Plot, new_figure
+from hnkit.internal.values import or_nan
+from hnkit.output.plots import BLUE, GREEN, GREY, INK, ORANGE, VERMILION, Array, Plot, image_grid, new_figure
 from hnkit.output.plots import frontier as draw_frontier
 from hnkit.scaled.compare.labels import (
     COLOURS,
@@ -20,10 +21,10 @@ from hnkit.scaled.compare.labels import (
     label_of,
     main_score,
     network_label,
-    or_nan,
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -32,12 +33,15 @@ def draw_plots(document: Document, images: Mapping[str, Tensor]) -> list[Plot]:
     plots = [
         Plot(
             "grid",
-            "Columns share prompt and noise; the rule under an image is the judge's verdict, blue if right.",
+            "Columns share prompt and noise; the rule under an image is the judge's verdict."
+            if document["grid"]["correct"]
+            else "Columns share prompt and noise.",
             partial(_grid, document["grid"], images),
         ),
         Plot(
             "gain-against-cost",
-            "Gain over the base against the time an image takes, error bars of one standard error.",
+            f"Paired gain over the base in the {label_of(main_score(document))}, against the time an image takes; "
+            "error bars of one standard error over prompts.",
             partial(_gain_against_cost, document),
         ),
     ]
@@ -45,7 +49,10 @@ def draw_plots(document: Document, images: Mapping[str, Tensor]) -> list[Plot]:
         caption = "The most reward that any law can gain for its nats, best-of-N, and what each method gained."
         plots.insert(0, Plot("frontier", caption, partial(_frontier, document["frontier"])))
     if any(len(series) > 1 for series in document["training"].values()):
-        caption = "Along training, on held-out prompts: the trained reward against a score nothing is trained on."
+        caption = (
+            "Along training, from the square in the direction of the arrows, on held-out prompts: the trained reward "
+            "against a score that nothing is trained on."
+        )
         plots.append(Plot("reward-against-quality", caption, partial(_quality, document)))
     if document["losses"]:
         caption = "The KL (solid) and the L2 term that stands for it (dashed) along training, for each loss."
@@ -54,77 +61,37 @@ def draw_plots(document: Document, images: Mapping[str, Tensor]) -> list[Plot]:
 
 
 def _grid(grid: Row, images: Mapping[str, Tensor]) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as MplFigure
-
-    methods, prompts = grid["methods"], grid["prompts"]
-    figure = MplFigure(figsize=(1.15 * len(prompts) + 1.4, 1.15 * len(methods) + 0.6), layout="compressed")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(methods), len(prompts), squeeze=False)
-    for i, name in enumerate(methods):
-        for j, prompt in enumerate(prompts):
-            axis = axes[i][j]
-            axis.imshow(images[name][j].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.grid(visible=False)
-            for side in axis.spines.values():
-                side.set_visible(False)
-            if i == 0:
-                axis.set_title(_wrapped(prompt), fontsize=8, fontweight="normal", loc="center", pad=6)
-            if j == 0:
-                axis.set_ylabel(
-                    NAMES.get(name, name).replace(" optimisation", "\noptimisation"),
-                    fontsize=9,
-                    rotation=0,
-                    ha="right",
-                    va="center",
-                )
-            if name in grid["correct"]:
-                right = bool(grid["correct"][name][j])
-                axis.axhline(images[name].shape[-2] - 0.7, color=BLUE if right else VERMILION, linewidth=3)
-    return figure
-
-
-def _wrapped(prompt: str, width: int = 15) -> str:
-    lines = [""]
-    for word in prompt.split():
-        if lines[-1] and len(lines[-1]) + len(word) + 1 > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines[:4]) + ("…" if len(lines) > 4 else "")
+    names = {name: NAMES.get(name, name).replace(" optimisation", "\noptimisation") for name in grid["methods"]}
+    rows = {label: list(images[name].permute(0, 2, 3, 1).numpy()) for name, label in names.items()}
+    return image_grid(rows, grid["prompts"], {names[name]: found for name, found in grid["correct"].items()})
 
 
 def _gain_against_cost(document: Document) -> Figure:
-    from matplotlib.patheffects import withStroke
-
     score = main_score(document)
-    figure, (axes,) = new_figure()
-    for row in document["table_1"]:
-        figures = row["scores"][score]
+    figure, (axes,) = new_figure(8.4, 4.4)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    markers = iter("osD^vP*Xh<>")
+    for row in sorted(document["table_1"], key=lambda row: row["seconds_per_image"]):
+        gain = row["gain"][score]
         axes.errorbar(
             row["seconds_per_image"],
-            figures["value"],
-            yerr=figures["stderr"] or 0.0,
-            marker="o",
+            gain["value"],
+            yerr=gain["stderr"] or 0.0,
+            marker=next(markers, "o"),
             markersize=7,
             capsize=3,
             color=COLOURS.get(row["method"], INK),
             linestyle="none",
-        )
-        axes.annotate(
-            NAMES.get(row["method"], row["method"]),
-            (row["seconds_per_image"], figures["value"]),
-            xytext=(8, 6),
-            textcoords="offset points",
-            fontsize=9,
-            path_effects=[withStroke(linewidth=3, foreground="white")],
-            zorder=5,
+            label=NAMES.get(row["method"], row["method"]),
         )
     axes.set(
-        xscale="log", xlabel="seconds per image", ylabel=label_of(score), title="What an image costs, and what it gets"
+        xscale="log",
+        xlabel="seconds per image",
+        ylabel=f"gain in the {label_of(score)}",
+        title="What an image costs, and what it gains",
     )
-    axes.margins(x=0.18)
-    axes.set_xlim(right=2.5 * axes.get_xlim()[1])  # labels stand to the right of their points
+    axes.margins(x=0.1)
+    figure.legend(loc="outside right center")  # no label cuts a bar
     return figure
 
 
@@ -140,11 +107,21 @@ def _quality(document: Document) -> Figure:
             values = np.array([points[0][score]["base"], *(point[score]["steered"] for point in points)])
             axis.plot(rewards, values, marker="o", markersize=4, color=COLOURS[name], label=NAMES[name])
             axis.plot(rewards[:1], values[:1], marker="s", markersize=8, color=GREY, linestyle="none")
-        axis.set(
-            xlabel="trained reward", ylabel=score, title=f"{score} ({series[names[0]][0]['scores'][score]['role']})"
-        )
+            _along(axis, rewards, values, series[name][-1]["step"], COLOURS[name])
+        role = series[names[0]][0]["scores"][score]["role"]
+        axis.set(xlabel="trained reward", ylabel=score, title=score if role == score else f"{score} ({role})")
+        axis.margins(0.12)
     axes[0].legend(loc="best")
     return figure
+
+
+def _along(axis: Axes, x: Array, y: Array, steps: int, colour: str) -> None:
+    """The direction of time along a curve: arrows between its points, and where it begins and ends."""
+    for before, after in zip(zip(x, y, strict=True), zip(x[1:], y[1:], strict=True), strict=False):
+        middle = (before[0] + after[0]) / 2, (before[1] + after[1]) / 2
+        axis.annotate("", middle, before, arrowprops={"arrowstyle": "->", "color": colour, "shrinkA": 0, "shrinkB": 0})
+    for text, place in (("step 0", 0), (f"step {steps}", -1)):
+        axis.annotate(text, (x[place], y[place]), xytext=(0, 9), textcoords="offset points", fontsize=8, ha="center")
 
 
 def _frontier(found: Row) -> Figure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from hnkit.internal.seeds import derived_seed, image_seed
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.internal.workers import Workers, shared_out
 from hnkit.maps import slices
+from hnkit.output.page import Card, Table
 from hnkit.output.terminal import Steps, steps
 from hnkit.rewards import CallableReward, load_rewards
 from hnkit.scaled.compare.baselines import (
@@ -42,19 +43,22 @@ from hnkit.scaled.compare.baselines import (
     find_proposer,
 )
 from hnkit.scaled.compare.diversity import DinoSimilarity, Lpips, Metric, pixel_distance
-from hnkit.scaled.compare.evaluation import Evaluation, Scorer, evaluate, image_seeds, images_of, read_part
+from hnkit.scaled.compare.evaluation import Evaluation, Job, Scorer, evaluate_in_turn, image_seeds, images_of, read_part
 from hnkit.scaled.compare.frontier import frontier_part
 from hnkit.scaled.compare.nats import NetworkKL, network_kl
 from hnkit.scaled.compare.networks import Network, given, trained
-from hnkit.scaled.compare.page import write_page
+from hnkit.scaled.compare.page import card, printed_table, write_page
 from hnkit.scaled.compare.plan import make_plan
 from hnkit.scaled.compare.settings import (
     PLAN,
+    PROMPTS,
     Settings,
     chosen_prompts,
     configuration,
+    default_prompts,
     gone_on_with,
     read_plan,
+    reproducing_command,
     require_same,
 )
 from hnkit.scaled.compare.tables import component_entries, method_row
@@ -71,6 +75,10 @@ class Comparison:
     def accepts(self, factory: Any) -> bool:
         """Whether the backend makes images with a diffusers pipeline."""
         return isinstance(factory, PipelineFactory)
+
+    def printed(self, document: Mapping[str, Any]) -> tuple[Table, Card]:
+        """What the command ends with: table 1, and the answer."""
+        return printed_table(document), card(document)
 
     def __call__(
         self,
@@ -229,11 +237,15 @@ class _Session:
             "trained_reward": {
                 name: w.weight for name, w in zip(self.scorer.rewards.names, self.scorer.rewards.rewards, strict=True)
             },
+            "noise_shape": list(self.base.noise_shape),
             **results,
         }
+        document["command"] = reproducing_command(self.settings, default_prompts(self.base, self.plan))
+        document["verdict"] = card(document).to_json()
 
         def write() -> None:
             write_json(self.folder / "report.json", document)
+            write_json(self.folder / PROMPTS, list(self.settings.prompts))
             write_page(self.folder, document)
 
         self.workers.on_main(write)
@@ -280,28 +292,35 @@ class _Session:
             return PromptOptimisation(self.reward, self.propose, rounds=plan.rounds, proposals=plan.proposals)
         return HyperNoise() if name in self.networks and not name.startswith("direct") else Base(name)
 
-    def _evaluate(self, name: str, *, at: int = 1, seeds: int | None = None) -> Evaluation:
+    def _job(self, name: str, at: int = 1) -> Job:
         network = self.networks.get(name)
-        result = evaluate(
+        return Job(
             name,
             self._method(name),
             self.base if network is None else network.backend,
             self.settings.prompts,
             self.scorer,
-            seeds=self.plan.seeds if seeds is None else seeds,
-            steps=at,
-            batch=self.plan.batch,
-            seed=self.plan.seed,
-            folder=self.folder / "parts",
-            progress=lambda *_: None,
-            workers=self.workers,
+            self.plan.seeds,
+            at,
+            self.plan.batch,
+            self.plan.seed,
+            self.folder / "parts",
         )
-        return replace(result, method=name)
+
+    def _evaluate(self, name: str, *, at: int = 1) -> Evaluation:
+        job = self._job(name, at)
+        evaluate_in_turn([job], self.workers)
+        return job.result()
 
     def _parameters(self, name: str) -> int:
         return self.networks[name].parameters if name in self.networks else 0
 
     def _table_1(self) -> list[dict[str, Any]]:
+        jobs = [self._job(name) for name in dict.fromkeys(("base", *self.plan.methods))]
+        for job in jobs:
+            if job.name in ("base", "hypernoise", "direct"):  # one pass of each network is the warm-up of all
+                job.warm_up()
+        evaluate_in_turn(jobs, self.workers)
         base, rows = self._evaluate("base"), []
         for name in self.plan.methods:
             found = base if name == "base" else self._evaluate(name)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hnkit.adapters import adapter_digests
-from hnkit.backend import backend_factory, completed
+from hnkit.adapters import BUNDLED, adapter_digests
+from hnkit.backend import BackendBase, BundlesAdapter, backend_factory, completed
 from hnkit.config import CONFIG_FILE, RunConfig, read_tables, resolve_config, split_model, split_permissions
 from hnkit.errors import InputError
 from hnkit.internal.files import read_sealed
@@ -16,6 +18,7 @@ from hnkit.prompts import require_disjoint
 from hnkit.scaled.compare.evaluation import category_of
 from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
 
+PROMPTS = "prompts.json"
 PLAN = "plan.json"
 
 
@@ -170,14 +173,50 @@ def require_same(
 def chosen_prompts(config: RunConfig, prompts: Sequence[str] | None, plan: Plan) -> list[str]:
     """The prompts of a comparison: those given, else the backend's held-out ones, in turn from each category."""
     if prompts is None:
-        loaded = completed(backend_factory(config.backend).load(config.options))
-        if loaded.prompts is None:
+        found = default_prompts(completed(backend_factory(config.backend).load(config.options)), plan)
+        if found is None:
             raise InputError(f"backend {config.backend!r} has no prompts of its own: give --prompts FILE")
-        training, held_out = loaded.prompts()
-        require_disjoint(training, held_out)
-        category = {prompt: category_of(loaded, prompt) for prompt in held_out}
-        prompts = _interleaved(held_out, category)
+        return found
     return list(prompts[: plan.prompts] if plan.prompts else prompts)
+
+
+def default_prompts(backend: BackendBase, plan: Plan) -> list[str] | None:
+    """The backend's held-out prompts, in turn from each category; `None` where it has no prompts of its own."""
+    if backend.prompts is None:
+        return None
+    training, held_out = backend.prompts()
+    require_disjoint(training, held_out)
+    ordered = _interleaved(held_out, {prompt: category_of(backend, prompt) for prompt in held_out})
+    return ordered[: plan.prompts] if plan.prompts else ordered
+
+
+def reproducing_command(settings: Settings, default: Sequence[str] | None) -> str:
+    """The command that makes this comparison again, with every flag, in the folder of the comparison.
+
+    Args:
+        settings: the settings of the comparison.
+        default: the prompts that it would have without `--prompts`.
+    """
+    words = ["hnkit", "compare", "--backend", settings.backend]
+    plain, _ = make_plan(quick=settings.quick, methods=None, seeds=None, overrides=())
+    plan, usual = settings.plan.to_json(), plain.to_json()
+    words += ["--quick"] * settings.quick
+    if settings.adapter is not None:
+        factory = backend_factory(settings.backend)
+        bundled = isinstance(factory, BundlesAdapter) and str(factory.bundled_adapter().resolve()) == settings.adapter
+        words += ["--adapter", BUNDLED if bundled else settings.adapter]
+    if default is None or tuple(default) != settings.prompts:
+        words += ["--prompts", PROMPTS]
+    if plan["methods"] != usual["methods"]:
+        words += ["--methods", ",".join(plan["methods"])]
+    if plan["seeds"] != usual["seeds"]:
+        words += ["--seeds", str(plan["seeds"])]
+    for key in usual:
+        if key not in ("methods", "seeds") and plan[key] != usual[key]:
+            words += ["--set", f"compare.{key}={plan[key] if isinstance(plan[key], str) else json.dumps(plan[key])}"]
+    for override in split_permissions(settings.overrides)[1]:
+        words += ["--set", override]
+    return shlex.join(words)
 
 
 def _interleaved(prompts: Sequence[str], category: dict[str, str]) -> list[str]:

@@ -66,7 +66,7 @@ def method_row(evaluation: Evaluation, base: Evaluation, parameters: int) -> dic
         "images": images,
         "prompts": len({row.prompt for row in rows}),
         "trained_parameters": parameters,
-        "seconds_per_image": cost.seconds / images,
+        "seconds_per_image": evaluation.seconds,
         "generator_evaluations_per_image": cost.generator / images,
         "hypernetwork_evaluations_per_image": cost.hypernetwork / images,
         "gradients_per_image": cost.gradients / images,

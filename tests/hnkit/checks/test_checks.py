@@ -439,9 +439,40 @@ def test_a_report_at_80_columns_keeps_every_column():
 
 def test_the_report_on_a_map_leads_with_the_verdict_on_l2(tmp_path):
     report = verify_bound(lambda x: -0.3 * x, (4,), samples=32)
-    words = next(text for _, text in report.notes if "L2 term" in text)
-    assert report.notes[0][1] == words
-    assert words.startswith("Use --kl ")
+    assert "use --kl " in report.notes[0][1]
+    words = report.card.sentence
+    assert "--kl " in words
     report.write(tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert html.index(escape(words)) < html.index("<h2")
+
+
+def shown(report, *, verbose=False):
+    lines = io.StringIO()
+    Console(file=lines, width=80).print(report_view(report, verbose=verbose))
+    return lines.getvalue()
+
+
+def test_the_table_of_checks_is_for_those_who_ask():
+    """A run ends with figures and the card; `--verbose` keeps every check; a failing one is shown in any case."""
+    report = verify_bound(lambda x: -0.3 * x, (4,), samples=32)
+    brief, whole = shown(report), shown(report, verbose=True)
+    statement = report.checks[0].statement.split(",")[0]
+    assert statement not in brief
+    assert statement in whole
+    assert "KL (Stein form)" in brief
+    assert brief.rstrip().endswith(report.card.sentence.split()[-1])
+    failed = replace(report, checks=(replace(report.checks[0], verdict="fails"),))
+    assert f"✗ {report.checks[0].name}" in shown(failed)
+
+
+def test_the_card_of_a_map_and_of_toys_says_what_was_checked():
+    one = verify_toys([PROBLEMS["linear-gaussian"]()], VerifySettings(samples=64), references=[])
+    labels = [line.label for line in one.card.lines]
+    assert labels == ["checks", "KL", "L2 term", "injective", "local norm", "target"]
+    assert f"{PROBLEMS['linear-gaussian']().l2_gap():.3g} nats away" in one.card.lines[-1].value
+    several = verify_toys([PROBLEMS["linear-gaussian"]()], VerifySettings(samples=64), references=["fold"])
+    counts = several.counts()
+    assert several.card.lines[0].value.startswith(f"{counts['holds']} hold, {counts['not applicable']} do not apply")
+    assert "folds seen in 1" in several.card.lines[2].value
+    assert several.card.sentence.startswith("Every statement that applies holds")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import html
 import json
 import os
 import re
@@ -245,7 +246,7 @@ def test_modules_and_factories_are_maps_in_eval_mode(name, here, capsys):
 
 def test_text_fits_80_columns(here, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    code, out, _ = run(capsys, "verify-bound", "--toy", "rotation", "--toy", "extremal", "--samples", "16")
+    code, out, _ = run(capsys, "verify-bound", "--toy", "rotation", "--toy", "extremal", "--samples", "16", "-v")
     assert code == 0
     assert max(map(cell_len, out.splitlines())) <= 80  # columns: the hat of an x takes none
     assert "theorem-7" in out
@@ -253,6 +254,26 @@ def test_text_fits_80_columns(here, capsys, monkeypatch):
     code, out, _ = run(capsys, *MAP, "mymaps:good")
     assert max(cell_len(line) for line in out.splitlines() if not line.startswith("report:")) <= 80
     assert "KL (Stein form)" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (*MAP, "mymaps:good"),
+        ("verify-bound", "--toy", "extremal", "--samples", "16"),
+        ("verify-bound", "--toy", "extremal", "--toy", "fold", "--samples", "16"),
+    ],
+)
+def test_the_answer_is_in_the_last_ten_lines(arguments, here, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, *arguments, "--out", "run")
+    assert code == 0
+    card = json.loads(Path("run/report.json").read_text())["verdict"]
+    last = " ".join(" ".join(out.splitlines()[-10:]).split())
+    assert card["sentence"] in last
+    assert all(line["value"] in last for line in card["lines"])
+    page = html.unescape(Path("run/report.html").read_text())
+    assert page.index(card["sentence"]) < page.index("<nav>")
 
 
 def test_same_seed_same_report(here, capsys):
@@ -497,7 +518,9 @@ def test_failing_check_is_exit_1(monkeypatch, here, capsys):
     code, out, _ = run(capsys, "verify-bound", "--toy", "extremal", "--samples", "16")
     assert code == 1
     assert "✗ theorem-7" in out
-    assert "1 fails" in out
+    assert "1 fail" in out
+    last = " ".join(" ".join(out.splitlines()[-10:]).split())
+    assert "1 check fails, so that no figure of this run is to be trusted" in last
 
 
 def hnkit(*arguments, **extra):
@@ -651,7 +674,7 @@ def test_runs_as_a_module_and_survives_a_c_locale(tmp_path):
         PYTHONIOENCODING="ascii",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "theorem-7" in done.stdout
+    assert "local norm" in done.stdout
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Theorem 7" in page
     assert "<script" not in page

@@ -100,8 +100,11 @@ def test_the_miniature(tmp_path, capsys):
     assert abs(network["kl"]) < 0.05
     assert network["gap_lower_bound"] >= 0
     assert document["best_of"][0]["gain"] > 0
-    assert "L2 term" in network["l2_verdict"]
-    assert page.sentences(document)[0] == network["l2_verdict"]
+    assert "L2 term" in network["l2_verdict"]["text"]
+    assert network["injective"] == "unknown"
+    assert network["folds"] == {"negative": 0, "samples": 4}
+    assert document["verdict"] == json.loads(json.dumps(page.card(document).to_json()))
+    assert [line["label"] for line in document["verdict"]["lines"]][:4] == ["KL", "L2 term", "injective", "local norm"]
     assert method["gap"]["lower"] == network["gap_lower_bound"]
 
 

@@ -121,7 +121,7 @@ def test_the_json_record_keeps_its_keys():
     assert list(document) == [
         "samples", "method", "kl", "kl_stderr", "bias_bound", "l2", "l2_stderr", "error", "error_stderr",
         "relative_error", "relative_error_stderr", "symmetry_index", "local_norm", "mean_shift_share", "injective",
-        "num_jvp", "num_vjp", "gap", "gap_stderr", "local_norm_note", "l2_verdict",
+        "num_jvp", "num_vjp", "folds", "gap", "gap_stderr", "local_norm_note", "l2_verdict",
     ]  # fmt: skip
     assert list(document["local_norm"]) == ["0.1", "0.5", "0.9", "max"]
     assert document["gap"] is document["gap_stderr"] is None

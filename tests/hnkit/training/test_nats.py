@@ -21,6 +21,7 @@ from hnkit.config import TrainConfig
 from hnkit.errors import InputError
 from hnkit.frontier import page
 from hnkit.internal.stats import Estimate
+from hnkit.output.verdict import card_from, read_card
 from hnkit.training.nats import reward_per_nat, sizes
 from hnkit.training.validate import Validation
 from tests.hnkit.training.training_runs import fake_config, records, run
@@ -169,10 +170,11 @@ def test_a_run_ends_with_its_frontier(tmp_path, fake):
     assert method["gap"]["alpha"] == 1.0
     html = (tmp_path / "run" / "report.html").read_text()
     assert "Reward per nat" in html
-    words = report["measurement"]["l2_verdict"]["text"]
-    assert "L2 term" in words
+    words = report["verdict"]["sentence"]
+    assert "--kl" in words
     assert html.index(escape(words)) < html.index("6 steps, 0 batches skipped")  # it leads
     assert (tmp_path / "run" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert read_card(tmp_path / "run" / "adapter") == card_from(report["verdict"])
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert "hypernetwork gains" in card
     assert "95%" in card

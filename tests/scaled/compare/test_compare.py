@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import shlex
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -19,13 +20,13 @@ from hnkit.config import resolve_config
 from hnkit.internal.files import new_run_folder, read_sealed, write_sealed
 from hnkit.internal.provenance import prompts_digest, recorded_provenance
 from hnkit.rewards import CallableReward, RewardSum
-from hnkit.scaled.compare import COMPARISON
+from hnkit.scaled.compare import COMPARISON, evaluation
 from hnkit.scaled.compare import run as run_module
-from hnkit.scaled.compare.baselines import BestOfN
-from hnkit.scaled.compare.evaluation import Row, Scorer, evaluate
+from hnkit.scaled.compare.baselines import Base, BestOfN
+from hnkit.scaled.compare.evaluation import Job, Row, Scorer
 from hnkit.scaled.compare.page import all_tables, lead, to_csv
 from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
-from hnkit.scaled.compare.settings import configuration
+from hnkit.scaled.compare.settings import Settings, configuration, reproducing_command
 from hnkit.scaled.compare.tables import by_category, category_mean, estimate
 from tests.scaled import tiny
 from tests.scaled.conftest import redness
@@ -324,10 +325,10 @@ def test_an_image_does_not_depend_on_batch_order_or_number_of_prompts(make_backe
     scorer = Scorer(RewardSum([CallableReward("redness", 1.0, lambda images, _: redness(images))]), RewardSum([]), None)
 
     def scores(batch, prompts):
-        found = evaluate(
+        found = Job(
             "best-of-n", BestOfN(scorer.rewards, n=3), backend, prompts, scorer, seeds=2, steps=2, batch=batch, seed=5,
-            folder=tmp_path / f"{batch} {len(prompts)}", progress=lambda *_: None,
-        )  # fmt: skip
+            folder=tmp_path / f"{batch} {len(prompts)}",
+        ).result()  # fmt: skip
         return {(row.prompt, row.seed): torch.tensor([row.scores["reward"], *row.pool]) for row in found.rows}
 
     whole = scores(7, tiny.PROMPTS)
@@ -335,6 +336,57 @@ def test_an_image_does_not_depend_on_batch_order_or_number_of_prompts(make_backe
     for batch, prompts in ((1, tiny.PROMPTS), (3, tiny.PROMPTS[::-1]), (2, tiny.PROMPTS[2:])):
         for image, values in scores(batch, prompts).items():
             torch.testing.assert_close(values, whole[image], atol=1e-6, rtol=0)
+
+
+def test_methods_take_turns_and_their_seconds_are_medians(make_backend, tmp_path, monkeypatch):
+    """A machine that is busy during one chunk, or at the start, makes no method slower than another."""
+    backend, turns, clock = make_backend("sana"), [], iter(range(10**6))
+    scorer = Scorer(RewardSum([CallableReward("redness", 1.0, lambda images, _: redness(images))]), RewardSum([]), None)
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: float(next(clock)))
+
+    @dataclass(frozen=True)
+    class Slow(Base):
+        """The base, which takes 100 seconds for its first chunk and 3 for any other."""
+
+        def __call__(self, *arguments, **named):
+            turns.append(self.name)
+            for _ in range(100 if turns.count(self.name) == 1 else 2):
+                next(clock)
+            return super().__call__(*arguments, **named)
+
+    jobs = [
+        Job(name, Slow(name), backend, tiny.PROMPTS[:2], scorer, seeds=3, steps=1, batch=2, seed=5, folder=tmp_path)
+        for name in ("one", "two")
+    ]
+    evaluation.evaluate_in_turn(jobs)
+    assert turns == ["one", "two"] * 3
+    one, two = (job.result() for job in jobs)
+    assert one.seconds == two.seconds < 5
+    assert one.cost.seconds > 100
+    jobs[0].warm_up()
+    assert len(turns) == 7, "a warm-up is made anew"
+    assert jobs[0].result() == one, "and kept nowhere"
+
+
+def test_the_command_in_a_report_makes_it_again(tmp_path):
+    """Every flag, default or not, is read back to the same plan and overrides."""
+    plan, others = make_plan(
+        quick=True,
+        methods=["base", "reno"],
+        seeds=3,
+        overrides=["compare.steps=[1, 4]", "compare.dino=x", "train.lr=0.1"],
+    )
+    settings = Settings("digits", plan, None, {}, ("a one", "a two"), tuple(others), True)
+    words = shlex.split(reproducing_command(settings, ["a one", "a two"]))
+    assert words[:3] == ["hnkit", "compare", "--backend"]
+    assert "--prompts" not in words
+    flags = [word for flag, word in itertools.pairwise(words) if flag == "--set"]
+    again, rest = make_plan(
+        quick="--quick" in words, methods=words[words.index("--methods") + 1].split(","),
+        seeds=int(words[words.index("--seeds") + 1]), overrides=flags,
+    )  # fmt: skip
+    assert (again, rest) == (plan, others)
+    assert "--prompts prompts.json" in reproducing_command(settings, ["a one"])
 
 
 def test_plan_round_trips():

@@ -1,0 +1,249 @@
+"""The verdict card: every branch of its sentence is reached by figures that were measured, and each figure is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import io
+import json
+import math
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from hnkit.figures import measure
+from hnkit.frontier import frontier_document, methods_on_frontier
+from hnkit.frontier.table import Rewards
+from hnkit.injection import NoiseInjection
+from hnkit.internal.stats import Estimate
+from hnkit.output.page import CARD_MARKS, Card, CardLine, render_html
+from hnkit.output.terminal import Words, card_view, console
+from hnkit.output.verdict import (
+    VERDICT_FILE,
+    RunFigures,
+    card_from,
+    figures_of,
+    fitting_temperature,
+    read_card,
+    verdict_card,
+    with_frontier,
+)
+from tests.hnkit.functions import Linear, noise, seeded
+
+
+def measured(f, d=3, **options) -> RunFigures:
+    """What a card rests on, by the way every command goes: from the JSON record of a measurement."""
+    found = measure(f, noise(64, d), generator=seeded(), **options)
+    return replace(figures_of(json.loads(json.dumps(found.to_json()))), dim=d)
+
+
+def linear(slope: float, d: int = 3) -> torch.nn.Linear:
+    layer = torch.nn.Linear(d, d, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(slope * torch.eye(d))
+    return layer
+
+
+NILPOTENT = Linear(torch.tensor([[0.0, 0.4, 0.2], [0.0, 0.0, 0.4], [0.0, 0.0, 0.0]], dtype=torch.float64))
+
+REAL = {
+    "certified": lambda: measured(linear(-0.4)),
+    "l2 is right": lambda: measured(NILPOTENT),
+    "contracting": lambda: measured(lambda x: 0.5 * x.tanh()),
+    "expansive": lambda: measured(lambda x: 1.5 * x.tanh()),
+    "folding": lambda: measured(lambda x: -2 * x.tanh()),
+    "no norms": lambda: replace(figures("contracting"), local_norm=None),
+    "zero": lambda: measured(lambda x: 0 * x),
+    "injected": lambda: measured(lambda x: 0.5 * x.tanh(), injection=NoiseInjection(0.5)),
+    "nothing": RunFigures,
+    "tuned": lambda: RunFigures(tuned=True, gain=Estimate(1.0, 0.1)),
+    "a check fails": lambda: replace(measured(linear(-0.4)), failing=2),
+    "efficient": lambda: with_gain(beta=0.7, gain=0.7),
+    "wasteful": lambda: with_gain(beta=0.7, gain=0.05),
+    "cold": lambda: replace(with_gain(beta=0.7, gain=0.7), alpha=0.2),
+    "hot": lambda: replace(with_gain(beta=0.7, gain=0.7), alpha=9.0),
+    "exploited": lambda: replace(with_gain(beta=0.7, gain=0.7), judge=Estimate(-0.3, 0.1)),
+    "not seen": lambda: replace(with_gain(beta=0.7, gain=0.7), judge=Estimate(0.1, 0.1)),
+}
+"""Figures that commands come to, each reaching a branch of the sentence."""
+
+SAID = {
+    "certified": ("proved injective, so that the price is the KL above", "train with --kl arnoldi"),
+    "l2 is right": ("speaks against the price being the KL above", "keep --kl l2 in the loss"),
+    "contracting": ("nothing seen speaks against", "--kl"),
+    "expansive": ("Norms of 1 or more leave open", "raise alpha or inject noise"),
+    "folding": ("The map folds, so that the price is the KL above or more", "for a proved KL"),
+    "no norms": ("nothing proves that the price is no more", ""),
+    "zero": ("f is 0, so that the images are the base's", "train it"),
+    "injected": ("the injected noise bounds the KL", ""),
+    "nothing": ("The KL was not measured", "hnkit verify-bound"),
+    "tuned": ("the generator itself was fine-tuned", "hnkit compare"),
+    "a check fails": ("2 checks fail", "--verbose"),
+    "efficient": ("The gain is worth its nats", ""),
+    "wasteful": ("Most of its nats buy nothing", "train longer before you raise the reward's weight"),
+    "cold": ("The gain is worth", "train longer for alpha = 0.2, or aim at 1"),
+    "hot": ("The gain is worth", "expect the nats of alpha = 1"),
+    "exploited": ("The judge sees a loss", "lower the reward's weight"),
+    "not seen": ("The judge sees no gain yet", ""),
+}
+
+
+def with_gain(beta: float, gain: float) -> RunFigures:
+    """A Gaussian reward, whose frontier is `R(K) = sqrt(2 K)` and whose tilted law of beta spends `beta^2 / 2` nats."""
+    base = {f"{n}": torch.randn(400, generator=seeded(n), dtype=torch.float64) for n in range(20)}
+    steered = {name: rewards + gain for name, rewards in base.items()}
+    frontier, methods = methods_on_frontier({"base": Rewards(base), "f": Rewards(steered, beta**2 / 2)})
+    document = json.loads(json.dumps(frontier_document(frontier, methods)))
+    return with_frontier(measured(linear(-0.4)), document["methods"]["f"], document["frontier"])
+
+
+@cache
+def figures(name: str) -> RunFigures:
+    return REAL[name]()
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_each_branch_of_the_sentence_is_reached_by_real_figures(name):
+    words = verdict_card(figures(name)).sentence
+    assert all(part.casefold() in words.casefold() for part in SAID[name]), words
+    assert words[0].isupper() or words.startswith("f is 0") or words[0].isdigit()
+    assert words.endswith(".")
+    assert words.count(". ") == 0, "it is one sentence"
+
+
+PLANTED = {
+    "kl": Estimate(0.9, 0.01),
+    "l2": Estimate(0.9, 0.01),
+    "relative_error": Estimate(0.5, 0.01),
+    "injective": "violated",
+    "folds": (3, 64),
+    "local_norm": 1.2,
+    "lipschitz": 0.99,
+    "bound": Estimate(0.9, 0.01),
+    "gap": Estimate(0.9, 0.01),
+    "gap_lower": (0.9, 0.95),
+    "l2_gap": 0.9,
+    "gain": Estimate(0.9, 0.01),
+    "judge": Estimate(-0.9, 0.01),
+    "efficiency": Estimate(0.01, 0.001),
+    "efficiency_at_least": True,
+    "alpha": 0.01,
+    "fitting_alpha": 99.0,
+    "failing": 1,
+    "tuned": True,
+}
+
+
+@pytest.mark.parametrize("key", PLANTED)
+def test_a_wrong_figure_changes_the_words(key):
+    """Beside figures of a real run, each planted one changes a line or the sentence."""
+    real = replace(figures("cold"), injective="unknown")
+    if key == "l2_gap":  # said where there is no distance of the map itself
+        real = replace(real, gap=None, gap_lower=None)
+    if key == "alpha":
+        real = replace(real, fitting_alpha=1.0)
+    assert verdict_card(replace(real, **{key: PLANTED[key]})) != verdict_card(real)
+
+
+def test_every_figure_is_said():
+    """Whatever is added to the record is added to the card; what guides advice is tried below."""
+    fields = {field.name for field in dataclasses.fields(RunFigures)}
+    assert fields - set(PLANTED) == {"l2_good", "advice", "dim"}
+
+
+def test_what_guides_the_advice():
+    open_case = RunFigures(kl=Estimate(1.0, 0.1), l2=Estimate(0.9, 0.1), relative_error=Estimate(-0.1, 0.05))
+    advised = {name: verdict_card(replace(open_case, advice=name)).sentence for name in ("second-order", "exact")}
+    assert "--kl second-order" in advised["second-order"]
+    assert "--kl exact" in advised["exact"]
+    assert "keep --kl l2" in verdict_card(replace(open_case, l2_good=True)).sentence
+    far = replace(open_case, relative_error=Estimate(-0.5, 0.05), advice="l2")
+    assert "--kl exact" in verdict_card(replace(far, dim=64)).sentence
+    assert "--kl arnoldi" in verdict_card(replace(far, dim=4096)).sentence
+
+
+@pytest.mark.parametrize(
+    ("off", "stderr", "bias", "matters"),
+    [(-0.05, 0.02, 0.0, False), (-0.05, 0.03, 0.0, None), (-0.2, 0.04, 0.0, True), (0.2, 0.04, 0.0, True),
+     (-0.05, 0.02, 0.02, None), (-0.2, math.nan, 0.0, True)],
+)  # fmt: skip
+def test_two_standard_errors_and_the_bias_count_against_what_is_said(off, stderr, bias, matters):
+    known = RunFigures(kl=Estimate(1.0, 0.1, bias), relative_error=Estimate(off, stderr))
+    assert known.l2_matters is matters
+
+
+def test_the_temperature_of_a_gaussian_frontier_is_the_closed_form():
+    """`alpha = 1 / sqrt(2 K)` for a standard normal reward."""
+    for beta in (0.3, 0.7, 1.2):
+        assert with_gain(beta, beta).fitting_alpha == pytest.approx(1 / beta, rel=0.05)
+    assert fitting_temperature(1e9, [{"nats": 0.1, "beta": 1.0}, {"nats": 0.2, "beta": 1.5}]) is None
+
+
+def printed(card: Card, width: int = 80) -> str:
+    out = io.StringIO()
+    screen = console()
+    screen.file, screen.width = out, width
+    screen.print(card_view(card))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_both_renderings_say_all_of_it(name):
+    card = verdict_card(figures(name))
+    flat = " ".join(printed(card).split())
+    page = html.unescape(render_html("t", [], card=card))
+    for line in card.lines:
+        assert line.value in flat
+        assert line.value in page
+        assert line.note in page
+        assert f"{line.label} " in flat + " "
+    assert flat.endswith(card.sentence)
+    assert page.index(card.sentence) > page.index("<h1>")
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_card_fits_the_last_ten_lines(name):
+    """With the line that names the report, and the line of checks that verify-bound adds."""
+    lines = printed(verdict_card(figures(name))).splitlines()
+    assert len(lines) <= 9 - (name in ("certified", "contracting", "expansive", "folding"))
+    assert max(map(len, lines)) <= 80
+
+
+def test_no_figure_is_broken_across_lines():
+    for width in range(30, 81):
+        out = io.StringIO()
+        screen = console()
+        screen.file, screen.width = out, width
+        screen.print(
+            Words("aa bb " * 9 + "at least 12.5 ± 0.3 nats (95%), -7 ± 2 % of alpha = 0.25, --kl second-order now")
+        )
+        for line in out.getvalue().splitlines():
+            assert not line.rstrip().endswith(("±", "=", "at least", "--kl", "12.5", "-7"))
+            assert not line.startswith(("±", "nats", "%", "0.25"))
+
+
+def test_a_card_is_read_back_and_what_is_none_is_not(tmp_path):
+    card = verdict_card(figures("folding"))
+    (tmp_path / VERDICT_FILE).write_text(json.dumps(card.to_json()))
+    assert read_card(tmp_path) == card
+    assert read_card(tmp_path / "absent") is None
+    line = {"label": "a", "value": "b", "note": "", "mark": ""}
+    for broken in (
+        None, 3, [], {}, {"lines": 3, "sentence": ""}, {"lines": [{}], "sentence": ""},
+        {"lines": [line], "sentence": 3}, {"lines": [{**line, "mark": 'x" onload'}], "sentence": ""},
+        {"lines": [{**line, "mark": []}], "sentence": ""}, {"lines": [line] * 99, "sentence": ""},
+        {"lines": [line], "sentence": "a" * 10**5},
+    ):  # fmt: skip
+        assert card_from(broken) is None
+    (tmp_path / VERDICT_FILE).write_text("{" * 10**5)
+    assert read_card(tmp_path) is None
+
+
+def test_a_card_of_somebody_else_is_escaped():
+    nasty = "<script>alert(1)</script>\x1b[2J"
+    card = Card((CardLine(nasty, nasty, nasty, "good"),), nasty)
+    assert "<script>" not in render_html("t", [], card=card)
+    assert "\x1b" not in printed(card)
+    assert set(CARD_MARKS) == {"good", "bad", "open", ""}
