@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -124,9 +125,9 @@ a { color: inherit; text-decoration-color: var(--dim); text-underline-offset: .2
   background: var(--card); }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; background: var(--head); white-space: nowrap; }
-th, td { padding: .42rem .7rem; vertical-align: baseline; }
+th, td { padding: .42rem .55rem; vertical-align: baseline; }
 tbody tr.row td { border-top: 1px solid var(--line); }
-td.whole { white-space: nowrap; }
+td.whole, .whole { white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 tr.note td { padding-top: 0; color: var(--dim); font-size: .8rem; max-width: 0; }
 tr.note div { position: sticky; left: .7rem; max-width: min(62rem, calc(100vw - 5rem)); }
@@ -155,8 +156,8 @@ figcaption { color: #4d545c; }
 pre { overflow-x: auto; padding: .9rem 1rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 summary { cursor: pointer; color: var(--dim); }
-@media (max-width: 44rem) { table { min-width: 42rem; } body { padding: 1.5rem .8rem 3rem; }
-  figure { overflow-x: auto; padding: .5rem; } figure img { max-width: none; width: 34rem; }
+@media (max-width: 44rem) { table.wide { min-width: 42rem; } body { padding: 1.5rem .8rem 3rem; }
+  figure { overflow-x: auto; padding: .5rem; } figure img { max-width: none; width: 30rem; }
   figure.samples img { width: max(100%, 34rem); } figcaption { position: sticky; left: 0; } }
 @media print { body { max-width: none; padding: 0; } .scroll, figure { break-inside: avoid; } }
 """
@@ -226,8 +227,9 @@ def _table(table: Table) -> str:
             note = html.escape(table.notes[index])
             body.append(f'<tr class="note"><td colspan="{len(table.headers)}"><div>{note}</div></td></tr>')
     caption = f'<p class="caption">{html.escape(table.caption)}</p>' if table.caption else ""
+    wide = " class=wide" if len(table.headers) > 3 else ""
     return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+        f'<div class="scroll"><table{wide}><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
         f"{caption}"
     )
 
@@ -239,7 +241,12 @@ def _card(card: Card) -> str:
         note = f"<small>{html.escape(line.note)}</small>" if line.note else ""
         rows.append(f"<dt>{html.escape(line.label)}</dt><dd>{mark}{html.escape(line.value)}{note}</dd>")
     listed = f"<dl>{''.join(rows)}</dl>" if rows else ""
-    return f'<div class="card">{listed}<p class="answer">{html.escape(card.sentence)}</p></div>'
+    answer = _FLAG.sub(r'<span class="whole">\g<0></span>', html.escape(card.sentence))
+    return f'<div class="card">{listed}<p class="answer">{answer}</p></div>'
+
+
+_FLAG = re.compile(r"--[a-z][\w-]*(?: [a-z0-9][\w-]*)?")
+"""A flag with its value, which browsers would break at its hyphens."""
 
 
 def _block(block: Block) -> str:

@@ -67,6 +67,8 @@ def _grid(grid: Row, images: Mapping[str, Tensor]) -> Figure:
 
 
 def _gain_against_cost(document: Document) -> Figure:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     score = main_score(document)
     figure, (axes,) = new_figure(8.4, 4.4)
     axes.axhline(0, color=GREY, linewidth=0.8)
@@ -91,6 +93,10 @@ def _gain_against_cost(document: Document) -> Figure:
         title="What an image costs, and what it gains",
     )
     axes.margins(x=0.1)
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside right center")  # no label cuts a bar
     return figure
 

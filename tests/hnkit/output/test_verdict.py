@@ -7,6 +7,7 @@ import html
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -193,7 +194,7 @@ def printed(card: Card, width: int = 80) -> str:
 def test_both_renderings_say_all_of_it(name):
     card = verdict_card(figures(name))
     flat = " ".join(printed(card).split())
-    page = html.unescape(render_html("t", [], card=card))
+    page = re.sub("</?span[^>]*>", "", html.unescape(render_html("t", [], card=card)))
     for line in card.lines:
         assert line.value in flat
         assert line.value in page
