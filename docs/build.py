@@ -16,11 +16,14 @@ import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+import notebook
 import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = {
     "Guides": (
+        ("docs/three-minutes.ipynb", "Three minutes"),
+        ("docs/gallery.md", "What the reports look like"),
         ("docs/verify-bound.md", "Check a map of your own"),
         ("docs/training.md", "Train"),
         ("docs/frontier.md", "Reward per nat"),
@@ -59,12 +62,17 @@ def lay_out(source: Path) -> None:
     """Copy the pages and what they link to into `source` as they lie in the repository, and write the others."""
     listed = [page for section in SECTIONS.values() for page, _ in section]
     proofs = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("proofs/*/README.md"))
-    unlisted = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")} - set(listed)
+    unlisted = {path.relative_to(ROOT).as_posix() for kind in ("md", "ipynb") for path in ROOT.glob(f"docs/*.{kind}")}
+    unlisted -= set(listed)
     if unlisted:
         raise SystemExit(f"in no section of docs/build.py: {', '.join(sorted(unlisted))}")
     staged = ["README.md", *(page for page in listed if not page.startswith("reference/")), *proofs]
     for page in staged:
-        text = (ROOT / page).read_text(encoding="utf-8")
+        text, pictures = _text(page)
+        for name, png in pictures.items():
+            place = source / Path(page).parent / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(png)
         _write(source / _place(page), _with_links(text, page, source, staged))
     for name, text in (pages := reference.pages()).items():
         _write(source / "reference" / name, text)
@@ -79,7 +87,16 @@ def lay_out(source: Path) -> None:
 
 
 def _place(page: str) -> str:
-    return "index.md" if page == "README.md" else page
+    return "index.md" if page == "README.md" else page.replace(".ipynb", ".md")
+
+
+def _text(page: str) -> tuple[str, dict[str, bytes]]:
+    """A page in Markdown, and the pictures that it holds itself, by file name."""
+    if page.endswith(".ipynb"):
+        import nbformat
+
+        return notebook.to_markdown(nbformat.read(ROOT / page, as_version=4))
+    return (ROOT / page).read_text(encoding="utf-8"), {}
 
 
 def _write(path: Path, text: str) -> None:
@@ -93,7 +110,9 @@ def _append(path: Path, text: str) -> None:
 
 def _tree(title: str, pages: Iterable[tuple[str, str]], hidden: bool = True) -> str:
     """A table of contents in MyST, for the sidebar or on the page."""
-    entries = [f"{name} <{page.removesuffix('.md')}>" if name else page.removesuffix(".md") for page, name in pages]
+    entries = [
+        f"{name} <{_place(page).removesuffix('.md')}>" if name else page.removesuffix(".md") for page, name in pages
+    ]
     options = [f":caption: {title}"] * bool(title) + [":hidden:"] * hidden + [":maxdepth: 1"]
     return "\n".join(["```{toctree}", *options, *entries, "```", "", ""])
 
@@ -102,6 +121,8 @@ def _with_links(text: str, page: str, source: Path, staged: Collection[str]) -> 
     """The text of a page with its links fit for the site; what they lead to is copied beside."""
 
     def link(match: re.Match[str]) -> str:
+        if (source / Path(page).parent / match[2]).is_file():  # a picture of the page itself, or copied before
+            return match[0]
         original = ((ROOT / page).parent / match[2]).resolve()
         if not original.exists():
             raise SystemExit(f"{page} links to {match[2]}, which does not exist")
@@ -110,7 +131,7 @@ def _with_links(text: str, page: str, source: Path, staged: Collection[str]) -> 
             if not original.exists():
                 return match[1]  # a folder of the repository that is no page
         name = original.relative_to(ROOT).as_posix()
-        if original.suffix != ".md":
+        if original.suffix != ".md" and name not in staged:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(original, source / name)
         elif name not in staged:

@@ -1,13 +1,15 @@
 """The figures of README.md and docs/, generated from the reports in docs/results/: none is typed by hand.
 
-    python docs/tables.py           rewrite the marked blocks
+    python docs/tables.py           rewrite the marked blocks and the pictures
     python docs/tables.py --check   exit 1 if one is stale
 
-A block stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`.
+A block stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. A picture says in itself what it was drawn from.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
 import re
@@ -412,9 +414,40 @@ def rewritten(text: str) -> str:
     return BLOCK.sub(lambda match: match[1] + BLOCKS[match["name"]]() + match[3], text)
 
 
+PICTURES = {"gain-against-cost": "compare", "reward-against-quality": "compare", "kl-along-training": "compare"}
+"""Pictures in docs/results/ that are drawn from a document there."""
+_SOURCE = "drawn from"
+
+
+def stale_pictures() -> dict[str, bytes]:
+    """Pictures that were drawn from another document than the one that is there, drawn anew."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from hnkit.scaled.compare.plots import draw_plots
+
+    found: dict[str, bytes] = {}
+    for source in set(PICTURES.values()):
+        digest = hashlib.sha256((RESULTS / f"{source}.json").read_bytes()).hexdigest()
+        drawn = {plot.name: plot for plot in draw_plots({**_document(source), "grid": {"correct": {}}}, {})}
+        for name in (name for name, of in PICTURES.items() if of == source and name in drawn):
+            path = RESULTS / f"{name}.png"
+            if path.is_file() and Image.open(path).info.get(_SOURCE) == digest:
+                continue
+            info, buffer = PngInfo(), io.BytesIO()
+            info.add_text(_SOURCE, digest)
+            Image.open(io.BytesIO(drawn[name].png())).save(buffer, format="png", pnginfo=info)
+            found[name] = buffer.getvalue()
+    return found
+
+
 def main() -> int:
-    """Rewrite or check every page."""
+    """Rewrite or check every page and picture."""
     stale = []
+    for name, png in stale_pictures().items():
+        stale.append(f"{name}.png")
+        if "--check" not in sys.argv:
+            (RESULTS / f"{name}.png").write_bytes(png)
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         new = rewritten(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import posixpath
 import re
@@ -37,6 +38,28 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         for there, here_ in here.items():
             block = block.replace(there, here_)
         exec(compile(block, f"{page.name} block {number}", "exec"), namespace)
+
+
+def test_the_output_in_the_readme_is_that_of_its_code(capsys):
+    """The block of text after the code is what the code prints, to the digits that another processor keeps."""
+    code, printed = re.search(
+        r"^```python\n(.*?)^```\n+```text\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    ).groups()
+    exec(compile(code, "README.md", "exec"), {"__name__": "__docs__"})
+    assert capsys.readouterr().out == printed
+
+
+def test_the_readme_on_an_index_links_nowhere_relative():
+    """An index shows the README without the repository: a relative link there leads nowhere, a picture is missing."""
+    spec = importlib.util.spec_from_file_location("index_readme", ROOT / "docs" / "index_readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.for_an_index((ROOT / "README.md").read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert any(link.startswith("https://arxiv.org/") for link in links)
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert "docs/digits.md" in text, "what a link named is still named"
+    assert "![" not in text
 
 
 def stand_ins(folder: Path) -> dict[str, str]:
@@ -135,3 +158,35 @@ def test_the_package_speaks_of_itself():
         if path.suffix in {".py", ".md", ".toml", ".txt", ".json", ".v", ".html"} and path != Path(__file__):
             found = forbidden.search(path.read_text(encoding="utf-8"))
             assert found is None, f"{name}: {found}"
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    pytest.importorskip("nbclient")
+    spec = importlib.util.spec_from_file_location("notebook", ROOT / "docs" / "notebook.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_notebook_runs_and_shows_what_is_stored(notebook):
+    """Text to the digit, as it is printed; a picture where a picture is stored. A cell that fails fails the test."""
+    nbformat = pytest.importorskip("nbformat")
+    stored, now = nbformat.read(notebook.NOTEBOOK, as_version=4), notebook.executed()
+    nbformat.validate(stored)
+    assert notebook.texts(now) == notebook.texts(stored)
+    kinds = [[output.output_type for output in cell.get("outputs", [])] for cell in stored.cells]
+    assert [[o.output_type for o in cell.get("outputs", [])] for cell in now.cells] == kinds
+    assert sum(len(found) for found in kinds) >= 6
+    page, pictures = notebook.to_markdown(now)
+    assert len(pictures) == 2
+    assert all(f"]({name})" in page for name in pictures)
+
+
+def test_the_gallery_is_small_and_whole():
+    """Every picture of the page is there and no other, and all of them are read in a moment."""
+    page = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\(gallery/([\w-]+\.png)\)", page))
+    files = {path.name: path.stat().st_size for path in (ROOT / "docs" / "gallery").glob("*.png")}
+    assert shown <= set(files)
+    assert sum(files.values()) < 2**20

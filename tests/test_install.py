@@ -93,10 +93,21 @@ def test_the_wheel_holds_hnkit_alone_with_every_file_of_the_three_folders(wheel:
     assert all(held[name] == file.read_bytes() for name, file in sources().items())
 
 
+def test_the_wheel_describes_itself_without_the_repository(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        text = archive.read(name).decode()
+    assert "# hnkit" in text
+    assert "Description-Content-Type: text/markdown" in text
+    assert "](docs/" not in text
+
+
 def test_the_sdist_holds_what_tests_and_proofs_need(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    for path in ("noxfile.py", "constraints.txt", "LICENSE", "proofs/run.py", "tests/test_install.py", "docs/stub.py"):
+    texts = ("CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "README.md")
+    tools = ("noxfile.py", "constraints.txt", "proofs/run.py", "tests/test_install.py", "docs/stub.py")
+    for path in (*texts, *tools):
         assert path in held
     assert {file.relative_to(ROOT).as_posix() for file in sources().values()} <= held
 

@@ -91,6 +91,10 @@ class Card:
         """The card as plain values."""
         return asdict(self)
 
+    def __str__(self) -> str:
+        lines = [f"{line.label:<13}{CARD_MARKS[line.mark]} {line.value}" for line in self.lines]
+        return "\n".join([*lines, self.sentence])
+
 
 Block = Text | Code | Picture | Table
 

@@ -106,11 +106,11 @@ class RunFigures:
             spread = (0.0 if math.isnan(off.stderr) else 2 * off.stderr) + (self.kl.bias_bound or 0.0) / abs(
                 self.kl.value
             )
-            if abs(off.value) - spread > TOLERANCE:
+            if abs(off.value) - spread > TOLERANCE and (off.value < 0 or self.injective != "violated"):
                 return True
             if abs(off.value) + spread <= TOLERANCE:
-                return False
-        return False if self.l2_good else None
+                return None if self.injective == "violated" else False  # near a lower bound of the KL is no praise
+        return False if self.l2_good and self.injective != "violated" else None
 
 
 def figures_of(measurement: Mapping[str, Any] | None, frontier: Mapping[str, Any] | None = None) -> RunFigures:
@@ -226,19 +226,19 @@ def _l2_line(figures: RunFigures) -> CardLine | None:
     if figures.zero:
         return CardLine("L2 term", f"{value}: f is 0", note)
     if off is not None and math.isfinite(off.value):
-        value += f", {_off(off)}"
+        value += f", {_off(off, 'that bound' if figures.injective == 'violated' else 'the KL')}"
     matters = figures.l2_matters
     words = {True: "this matters", False: "good enough", None: "may matter"}
     marks: dict[bool | None, Mark] = {True: "bad", False: "good", None: "open"}
     return CardLine("L2 term", f"{value}: {words[matters]}", note, marks[matters])
 
 
-def _off(off: Estimate) -> str:
+def _off(off: Estimate, kl: str) -> str:
     """`(L2 - KL) / KL` in words, in percent of the KL, or as a factor where it is one."""
     if off.value > 1:
-        return f"{format_number(1 + off.value, 2)} times the KL"
+        return f"{format_number(1 + off.value, 2)} times {kl}"
     size = format_estimate(100 * abs(off.value), 100 * off.stderr)
-    return f"{size} % {'below' if off.value < 0 else 'above'} the KL"
+    return f"{size} % {'below' if off.value < 0 else 'above'} {kl}"
 
 
 def _injective_line(figures: RunFigures) -> CardLine | None:

@@ -14,11 +14,16 @@ from torch import Tensor
 from hnkit.adapters import adapter_folder, load_trained
 from hnkit.backend import BackendBase
 from hnkit.config import CONFIG_FILE, resolve_config
+from hnkit.figures.measured_map import VERDICT_SAMPLES
 from hnkit.frontier import Frontier
 from hnkit.internal.files import atomic_write, write_json
 from hnkit.internal.seeds import generator_for
-from hnkit.internal.stats import mean_and_stderr, rounded_to_error
-from hnkit.kl.divergence import noise_kl
+from hnkit.internal.stats import Estimate, mean_and_stderr, ratio_and_stderr, rounded_to_error
+from hnkit.kl.divergence import KLEstimate, noise_kl
+from hnkit.kl.verdict import L2Verdict, l2_verdict
+from hnkit.maps import at_rows
+from hnkit.output.page import Card
+from hnkit.output.verdict import VERDICT_FILE, RunFigures, verdict_card
 from hnkit.scaled.digits.checkpoint import ADAPTER_FOLDER, write_checksums
 from hnkit.scaled.digits.rewards import legibility
 from hnkit.scaled.digits.scenes import eval_prompts
@@ -67,6 +72,7 @@ def bundle_adapter(run: Path, out: Path, *, seed: int, steps: int) -> None:
     config = resolve_config(resume=run, overrides=[f"train.steps={steps}"])
     atomic_write(target / CONFIG_FILE, config.to_toml())
     write_json(target / FIGURES_FILE, figures)
+    write_json(target / VERDICT_FILE, verdict(figures).to_json())
     atomic_write(target / CARD_FILE, card(figures, (target / CARD_FILE).read_text(encoding="utf-8")))
     for path in (target, *target.iterdir()):
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -122,8 +128,11 @@ def held_out_figures(
     for name, (before, gain) in tables.items():
         figures |= {f"{name}_base": mean_and_stderr(before), f"{name}_gain": mean_and_stderr(gain)}
     x = torch.cat([noise[:kl_images] for noise in noises])
+    f = backend.map_for([prompt for prompt in prompts for _ in range(kl_images)])
     with torch.enable_grad():
-        kl = noise_kl(backend.map_for([prompt for prompt in prompts for _ in range(kl_images)]), x, method="exact")
+        kl = noise_kl(f, x, method="exact")
+        first = at_rows(f, x, min(len(x), VERDICT_SAMPLES))
+        advice = l2_verdict(*first, generator=generator_for(seed, "l2 verdict"))
     frontier = Frontier(base)
     gain, error = figures["reward_gain"]
     bought = frontier.point(kl.value).gain
@@ -131,11 +140,45 @@ def held_out_figures(
     return figures | {
         "kl": (kl.value, kl.stderr),
         "l2": kl.l2,
+        **_about_the_kl(kl, advice),
         "kl_images": len(x),
         "frontier": bought,
         "efficiency": (gain / bought, error / bought),
         "best_of_reward_gain": {str(n): (b.gain, b.stderr) for n, b in best.items()},
     }
+
+
+def _about_the_kl(kl: KLEstimate, advice: L2Verdict) -> dict[str, Any]:
+    """What the verdict needs besides the two figures."""
+    folds = kl.folds
+    return {
+        "l2_stderr": mean_and_stderr(kl.parts.l2)[1],
+        "l2_off": ratio_and_stderr(kl.parts.l2 - kl.per_sample, kl.per_sample),
+        "l2_good": advice.good,
+        "advice": advice.advice,
+        "local_norm": advice.local_norm,
+        "injective": kl.injective,
+        "folds": None if folds is None else (folds.negative, folds.samples),
+    }
+
+
+def verdict(figures: Mapping[str, Any]) -> Card:
+    """The card that commands show of the adapter, from its held-out figures."""
+    return verdict_card(
+        RunFigures(
+            kl=Estimate(*figures["kl"]),
+            l2=Estimate(figures["l2"], figures["l2_stderr"]),
+            relative_error=Estimate(*figures["l2_off"]),
+            l2_good=figures["l2_good"],
+            advice=figures["advice"],
+            injective=figures["injective"],
+            folds=figures["folds"] and tuple(figures["folds"]),
+            local_norm=figures["local_norm"],
+            gain=Estimate(*figures["reward_gain"]),
+            judge=Estimate(*figures["judge_gain"]),
+            efficiency=Estimate(*figures["efficiency"]),
+        )
+    )
 
 
 def card(figures: Mapping[str, Any], written: str) -> str:

@@ -175,6 +175,17 @@ def test_two_standard_errors_and_the_bias_count_against_what_is_said(off, stderr
     assert known.l2_matters is matters
 
 
+def test_near_a_lower_bound_of_the_kl_is_no_praise():
+    """Where the map folds the integrand bounds the KL from below: only what is below it is known to be off."""
+    near = RunFigures(kl=Estimate(1.0, 0.1), l2=Estimate(1.0, 0.1), relative_error=Estimate(0.0, 0.01), l2_good=True)
+    assert near.l2_matters is False
+    assert replace(near, injective="violated").l2_matters is None
+    assert "of that bound" not in verdict_card(near).lines[1].value
+    assert "that bound" in verdict_card(replace(near, injective="violated")).lines[1].value
+    above, below = (replace(near, injective="violated", relative_error=Estimate(off, 0.01)) for off in (0.5, -0.5))
+    assert (above.l2_matters, below.l2_matters) == (None, True)
+
+
 def test_the_temperature_of_a_gaussian_frontier_is_the_closed_form():
     """`alpha = 1 / sqrt(2 K)` for a standard normal reward."""
     for beta in (0.3, 0.7, 1.2):
