@@ -17,7 +17,7 @@ from hnkit.config import GenerateSettings, split_permissions
 from hnkit.errors import InputError, NonFiniteError
 from hnkit.internal.files import atomic_write, read_sealed, write_json, write_sealed
 from hnkit.internal.seeds import generator_for
-from hnkit.internal.values import typed_values
+from hnkit.internal.values import shown, typed_values
 from hnkit.internal.workers import ALONE, Workers, shared_out
 from hnkit.maps import slices
 from hnkit.output.images import image_png
@@ -254,7 +254,7 @@ def _pair(
     outputs = {"base": backend.generate(noise, condition, settings.steps)}
     if steered:
         moved = steer(backend, noise, condition, settings.steps)
-        what = f"the delta f(x) of the noise under prompt {prompt[:60]!r}"
+        what = f"the delta f(x) of the noise under prompt {shown(prompt)}"
         _require_finite(moved.delta, what, "the adapter is damaged")
         outputs["steered"] = moved.images
     for kind, images in outputs.items():
@@ -263,7 +263,7 @@ def _pair(
                 f"backend {backend.name} makes outputs of shape {tuple(images.shape[1:])}, not images: use verify-bound"
             )
         cure = "try backend.dtype=float32, another guidance" + (", or another adapter" if kind == "steered" else "")
-        _require_finite(images, f"a {kind} image of prompt {prompt[:60]!r}", cure)
+        _require_finite(images, f"a {kind} image of prompt {shown(prompt)}", cure)
     return {kind: list(images.float().cpu()) for kind, images in outputs.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from hnkit.errors import InputError
 from hnkit.internal.downloads import not_here
-from hnkit.internal.values import reason_of
+from hnkit.internal.values import reason_of, shortened, shown
 
 FORMATS = (
     ".txt (a prompt a line), .json (a list or dict of strings), .jsonl (field 'prompt'), .csv, .tsv or .parquet "
@@ -62,7 +62,7 @@ def read_records(source: str | Path, *, local_files_only: bool = True) -> dict[s
         raise InputError(f"{source} holds no prompt: give at least one")
     for number, prompt in enumerate(found, start=1):
         if not is_unicode(prompt):
-            raise InputError(f"{source}: prompt {number} holds half a surrogate pair ({prompt[:60]!r}): mend it")
+            raise InputError(f"{source}: prompt {number} holds half a surrogate pair ({shown(prompt)}): mend it")
     return found
 
 
@@ -261,7 +261,7 @@ def _parquet(path: Path, column: str) -> _Entries:
 
 def _require_column(path: Path, column: str, columns: Sequence[str]) -> None:
     if columns.count(column) != 1:
-        there = ", ".join(columns)[:200] or "nothing"
+        there = shortened(", ".join(columns), 200) or "nothing"
         raise InputError(
             f"prompts {path}: {'no' if column not in columns else 'more than one'} column {column!r}; it has {there}: "
             f"name one as {path.name}:COLUMN"

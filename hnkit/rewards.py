@@ -156,7 +156,10 @@ def _require_two_arguments(function: Callable[..., Any], name: str) -> None:
     try:
         signature.bind((), ())
     except TypeError as error:
-        raise InputError(f"--reward {name} takes {signature}: give a function of (images, prompts)") from error
+        raise InputError(
+            f"--reward {name} takes {signature}: a reward is a function of (images, prompts), images "
+            "(n, 3, height, width) in [0, 1] and n texts, that returns n numbers"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,10 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise InputError(f"reward {reward.name!r} raised {type(error).__name__}: {reason}") from error
     given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
     if given != (len(images),):
-        raise InputError(f"reward {reward.name!r} returned {given}: it must return ({len(images)},)")
+        raise InputError(
+            f"reward {reward.name!r} returned {given} for {len(images)} images: it must return one number "
+            f"for each, a tensor of shape ({len(images)},)"
+        )
     scores: Tensor = values.to(images.device)  # a reward may run elsewhere
     return scores
 

@@ -21,7 +21,7 @@ def not_here(
         data_set: it is a data set of prompts, else a model.
     """
     fetched = "nothing is downloaded unasked" if local_files_only else f"it could not be fetched ({reason_of(cause)})"
-    switch = "set backend.local_files_only = false, " if local_files_only else ""
+    switch = "allow it with --set backend.local_files_only=false, " if local_files_only else ""
     command = ["hf", "download", *(["--repo-type", "dataset"] if data_set else []), name]
     instead = "give a file of prompts" if data_set else "give the path of a folder that holds it"
     return InputError(

@@ -230,9 +230,8 @@ def describe(annotation: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it, at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    """A value as messages show it, at most 60 characters; no word of it is cut."""
+    return shortened(repr(value), 60)
 
 
 def is_union(annotation: Any) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write, write_json
+from hnkit.internal.values import shown
 from hnkit.output.images import rgb_png
 from hnkit.prompts import Records
 
@@ -99,12 +100,12 @@ def check_layout(name: str, prompts: Sequence[str], count: int, records: Records
         )
     for prompt in prompts:
         if fault := layout.fault(prompt, (records or {}).get(prompt, {})):
-            raise InputError(f"--layout {name}, prompt {prompt[:40]!r}: {fault}")
+            raise InputError(f"--layout {name}, prompt {shown(prompt)}: {fault}")
     if name == "dpg-bench":
         items = [str((records or {})[prompt]["item_id"]).casefold() for prompt in prompts]
         twice = next((item for item in items if items.count(item) > 1), None)
         if twice is not None:
-            raise InputError(f"--layout dpg-bench: two prompts have the item_id {twice[:40]!r}: give each its own")
+            raise InputError(f"--layout dpg-bench: two prompts have the item_id {shown(twice)}: give each its own")
 
 
 # --- GenEval ----------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def _geneval_fault(_: str, record: Mapping[str, Any]) -> str | None:
             or not isinstance(clause.get("class"), str)
             or not isinstance(clause.get("count"), int)
         ):
-            return f"{str(clause)[:60]} has no 'class' and 'count': {source}"
+            return f"{shown(clause)} has no 'class' and 'count': {source}"
     for number, clause in enumerate(record["include"]):
         position = clause.get("position")
         # the target is an earlier clause; the scorer indexes the ones that it has seen
@@ -134,7 +135,7 @@ def _geneval_fault(_: str, record: Mapping[str, Any]) -> str | None:
             and isinstance(position[1], int)
             and 0 <= position[1] < number
         ):
-            return f"position {str(position)[:60]} does not name an earlier object: {source}"
+            return f"position {shown(position)} does not name an earlier object: {source}"
     return None
 
 
@@ -193,9 +194,9 @@ def _dpg_fault(_: str, record: Mapping[str, Any]) -> str | None:
     item = str(record["item_id"])
     # the scorer takes the file name up to its first dot
     if not item or not all(character.isalnum() or character in "-_ " for character in item) or item != item.strip():
-        return f"item_id {item[:40]!r} is no file name: use letters, digits, '-' and '_'"
+        return f"item_id {shown(item)} is no file name: use letters, digits, '-' and '_'"
     if len(item.encode()) > _LONGEST_NAME:
-        return f"item_id {item[:40]!r} is no file name: keep below {_LONGEST_NAME} bytes"
+        return f"item_id {shown(item)} is no file name: keep below {_LONGEST_NAME} bytes"
     return None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hnkit.backend import backend_factory
 from hnkit.errors import InputError
+from hnkit.internal.values import shortened
 from hnkit.internal.versions import versions
 from hnkit.internal.workers import ALONE, Workers
 
@@ -180,7 +181,7 @@ class Heartbeat:
                 torch.distributed.all_reduce(leaving, op=torch.distributed.ReduceOp.MAX, group=self._group)
             except RuntimeError as error:
                 if not self._leaving.is_set():
-                    reason = str(error).splitlines()[0][:200]
+                    reason = shortened(str(error).splitlines()[0], 200)
                     self._lost(f"another process has not been heard of for {_SILENCE.seconds} s or has gone ({reason})")
                 return
             if bool(leaving):

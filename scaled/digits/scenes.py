@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hnkit.errors import InputError
+from hnkit.internal.values import shown
 
 Kind = Literal["single", "two", "counting", "colours", "position", "attribution"]
 Split = Literal["generator", "scorer", "judge"]
@@ -199,18 +200,18 @@ def validate_prompt(text: str) -> Prompt:
         raise InputError("the prompt is empty: write a sentence such as 'a red three and a blue seven'")
     if len(words) > MAX_WORDS:
         raise InputError(
-            f"the prompt has {len(words)} words, the digits model takes at most {MAX_WORDS}: {text[:80]!r}"
+            f"the prompt has {len(words)} words, the digits model takes at most {MAX_WORDS}: {shown(text)}"
         )
     unknown = next((word for word in words if word not in VOCABULARY), None)
     if unknown is not None:
         raise InputError(
-            f"unknown word {unknown!r} in prompt {text[:80]!r}: the digits model knows digits zero to nine, "
+            f"unknown word {unknown!r} in prompt {shown(text)}: the digits model knows digits zero to nine, "
             f"the colours {', '.join(COLOURS)}, counts two to four, and left of, right of, above, below, and"
         )
     prompt = all_prompts().get(" ".join(words))
     if prompt is None:
         raise InputError(
-            f"cannot read prompt {text[:80]!r}: write it as 'a three', 'a three and a seven', 'three fours', "
+            f"cannot read prompt {shown(text)}: write it as 'a three', 'a three and a seven', 'three fours', "
             "'a red five', 'a two left of a nine' or 'a red three and a blue seven' (two different digits and colours)"
         )
     return prompt

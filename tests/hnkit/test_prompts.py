@@ -220,8 +220,8 @@ def test_hub_data_sets_are_not_downloaded_unasked(hub, tmp_path, monkeypatch):
         read_prompts("hf:org/name")
     assert str(caught.value) == (
         "prompts 'hf:org/name': 'org/name' is not a local folder and not in the local cache, and nothing is downloaded "
-        "unasked: run hf download --repo-type dataset org/name where there is a network, set backend.local_files_only "
-        "= false, or give a file of prompts"
+        "unasked: run hf download --repo-type dataset org/name where there is a network, allow it with --set "
+        "backend.local_files_only=false, or give a file of prompts"
     )
     repository = tmp_path / "datasets--org--name"
     (repository / "snapshots" / "snapshot").mkdir(parents=True)

@@ -34,6 +34,6 @@ def test_prompts_are_downloaded_where_the_one_switch_says_so_and_not_else(
         (line,) = err.splitlines()
         assert code == 2
         assert ("no such data set" in line) == allowed
-        assert ("set backend.local_files_only = false" in line) != allowed
+        assert ("--set backend.local_files_only=false" in line) != allowed
         assert hub.asked[-1] == ("missing/one", "train", not allowed)
         assert not out.exists()

@@ -131,5 +131,5 @@ def test_one_switch_for_the_model_and_the_rewards(allowed, tmp_path, capsys, mon
     )  # fmt: skip
     assert code == 2
     assert asked == [not allowed]
-    assert ("set backend.local_files_only = false" in err) is not allowed
+    assert ("--set backend.local_files_only=false" in err) is not allowed
     assert not (tmp_path / "out").exists()

@@ -350,7 +350,7 @@ def test_rewards_download_where_the_one_switch_says_so_and_not_else(monkeypatch)
         for name in names:
             with pytest.raises(InputError) as caught:
                 load_rewards({name: RewardSpec()}, None, torch.device("cpu"), local_files_only=local)
-            assert ("set backend.local_files_only = false" in str(caught.value)) == local
+            assert ("--set backend.local_files_only=false" in str(caught.value)) == local
             assert ("there is no network here" in str(caught.value)) != local
             assert str(caught.value).endswith("or give the path of a folder that holds it")
     assert asked == [True] * len(names) + [False] * len(names)
