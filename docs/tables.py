@@ -32,7 +32,8 @@ def _document(name: str) -> dict[str, Any]:
 
 
 def _cell(cell: Cell) -> str:
-    return (cell if isinstance(cell, str) else format_number(cell)).replace("|", "\\|")
+    text = cell if isinstance(cell, str) else format_number(cell)
+    return text.replace("|", "\\|").replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def to_markdown(table: Table) -> str:

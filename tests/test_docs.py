@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import hnkit
 from hnkit import toy
@@ -47,6 +48,14 @@ def test_the_output_in_the_readme_is_that_of_its_code(capsys):
     ).groups()
     exec(compile(code, "README.md", "exec"), {"__name__": "__docs__"})
     assert capsys.readouterr().out == printed
+
+
+def test_the_verdict_in_the_readme_is_that_of_its_map():
+    torch.manual_seed(0)
+    f = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 16)).double()
+    for layer in (f[0], f[2]):
+        torch.nn.init.orthogonal_(layer.weight, gain=0.8)
+    assert str(hnkit.verify_bound(f, (16,)).card) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_on_an_index_links_nowhere_relative():

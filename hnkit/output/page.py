@@ -10,6 +10,7 @@ import base64
 import html
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,7 +94,7 @@ class Card:
 
     def __str__(self) -> str:
         lines = [f"{line.label:<13}{CARD_MARKS[line.mark]} {line.value}" for line in self.lines]
-        return "\n".join([*lines, self.sentence])
+        return "\n".join([*lines, *textwrap.wrap(self.sentence, 80, break_on_hyphens=False)])
 
 
 Block = Text | Code | Picture | Table

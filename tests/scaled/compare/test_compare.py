@@ -95,7 +95,9 @@ def test_every_table_is_filled(finished):
     assert gains["best-of-n"] >= 0
     assert gains["reno"] >= 0
     page = (out / "report.html").read_text()
-    assert "Table 1" in page
+    assert "What a noise hypernetwork buys" in page
+    assert page.count("<h2>") == page.count('<a href="#s'), "a section that was not run is left out"
+    assert "hnkit compare --backend sana --prompts prompts.json --methods base,hypernoise,direct,best-of-n,reno" in page
     assert "No frontier of reward per nat: prompt 0: base samples of shape (4,)" in page
     assert page.count("data:image/png;base64") >= 3
     assert json.loads((out / "report.json").read_text())["table_1"] == json.loads(json.dumps(document["table_1"]))
