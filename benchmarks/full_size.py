@@ -68,8 +68,13 @@ class Model:
         return sum(parameter.numel() for parameter in getattr(self.pipe, self.network).parameters())
 
     def backend(self, **changes: Any) -> PipelineBackend:
-        """A backend with these options, on modules of its own over the model's weights."""
+        """A backend with these options, on modules of its own over the model's weights.
+
+        Weights that are stored in another way are so from then on, for later backends as well: the model's own would
+        have to stay beside them.
+        """
         options: PipelineOptions = replace(self.options, **changes)
+        memory.apply_storage(getattr(self.pipe, self.network), options)
         family = family_of(type(self.pipe).__name__)
         parts = {name: self.pipe.components[name] for name in self.pipe.components}
         parts |= {name: share_weights(parts[name]) for name in (self.network, "vae")}

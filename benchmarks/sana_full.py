@@ -27,8 +27,12 @@ from full_size import Model, condition, machine, make
 from torch import Tensor
 
 from hnkit import InputError, NoiseLoss
+from hnkit.backend import load_installed
 from hnkit.maps import Condition, ConditionedMap
+from hnkit.rewards import RewardSum
 from hnkit.scaled.pipelines.backend import PipelineBackend
+from hnkit.scaled.pipelines.factory import PREFERENCES
+from hnkit.scaled.rewards.memory import OffCard, placed
 
 
 @dataclass(frozen=True)
@@ -39,28 +43,51 @@ class Case:
         options: options of the backend that are not at their defaults.
         batches: batch sizes; empty: those of the run.
         plain: whether the plain loop runs, too.
+        rewards: options of the paper's four rewards; `None`: the reward is `redness`.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     batches: Sequence[int] = ()
     plain: bool = True
+    rewards: Mapping[str, Any] | None = None
 
     @property
     def title(self) -> str:
         """The options in words."""
-        return ", ".join(name if value is True else f"{name} = {value}" for name, value in self.options.items())
+        words = [name if value is True else f"{name} = {_word(value)}" for name, value in self.options.items()]
+        if self.rewards is not None:
+            kind = [name if value is True else str(value) for name, value in self.rewards.items()]
+            words.append(f"four rewards ({' '.join(kind) or 'float32'})")
+        return ", ".join(words)
+
+
+def _word(value: Any) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 ALL = {"vae_checkpointing": True, "generator_checkpointing": True, "hypernetwork_checkpointing": True}
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+DECODER = {"vae_checkpointing": True}
+HALF = {**DECODER, "lora_autocast": True}
 CASES = (
     Case(),
-    Case({"vae_checkpointing": True}),
-    Case({"vae_checkpointing": True, "generator_checkpointing": True}),
+    Case(DECODER),
+    Case(HALF),
+    Case({**DECODER, "generator_checkpointing": True}),
     Case(ALL),
-    Case({"vae_checkpointing": True, "vae_slicing": True}),
-    Case({**ALL, "vae_slicing": True}),
+    Case({**ALL, "lora_autocast": True}, plain=False),
+    Case({**DECODER, "lora_layers": ATTENTION}, plain=False),
+    Case({**DECODER, "vae_slicing": True}, (3,), plain=False),
+    Case(HALF, (1,), plain=False, rewards={}),
+    Case(HALF, (1,), plain=False, rewards={"dtype": "bfloat16"}),
+    Case(HALF, (1,), plain=False, rewards={"dtype": "bfloat16", "offload": True}),
+    Case({**HALF, "quantize": "fp8"}, (1,), plain=False),
 )
-"""Each memory option, the plainest first."""
+"""Each memory option, the plainest first; what is stored in 8 bits stays so, and comes last."""
+
+
+LOSS = NoiseLoss()
+"""One for all steps, as in training: a loss tries each network once, with a few more passes of f."""
 
 
 def redness(images: Tensor) -> Tensor:
@@ -68,14 +95,27 @@ def redness(images: Tensor) -> Tensor:
     return (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2)) / 100
 
 
-def our_step(backend: PipelineBackend, noise: Tensor, given: Condition) -> None:
+def four_rewards(options: Mapping[str, Any], device: torch.device) -> RewardSum:
+    """The paper's rewards at their published sizes with random weights."""
+    rewards = []
+    for name, weight in PREFERENCES.items():
+        loader = load_installed("hnkit.rewards", name.removeprefix("rewards."))
+        with device:
+            reward = loader.skeleton(weight=weight, **options)
+        if isinstance(reward, OffCard):
+            reward = placed(reward.reward, str(device), offload=True)
+        rewards.append(reward)
+    return RewardSum(rewards)
+
+
+def our_step(backend: PipelineBackend, noise: Tensor, given: Condition, reward: Reward) -> None:
     """Forward and backward as hnkit's trainer runs them."""
     f = ConditionedMap(backend.hypernetwork, given)
-    terms = NoiseLoss()(f, noise, lambda x: backend.generate(x, given), redness)
+    terms = LOSS(f, noise, lambda x: backend.generate(x, given), reward)
     terms.total.mean().backward()
 
 
-def plain_step(backend: PipelineBackend, noise: Tensor, given: Condition) -> None:
+def plain_step(backend: PipelineBackend, noise: Tensor, given: Condition, reward: Reward) -> None:
     """The same step written down plainly, without pipeline, loss or backend."""
     base, vae, twin = backend._base, backend.pipeline.vae, backend.hypernetwork.twin
     dtype = base.dtype
@@ -90,14 +130,17 @@ def plain_step(backend: PipelineBackend, noise: Tensor, given: Condition) -> Non
     velocity = base((noise + delta).to(dtype), **inputs)[0].float()
     images = vae.decode((-velocity / vae.config.scaling_factor).to(dtype), return_dict=False)[0]
     images = (images / 2 + 0.5).clamp(0, 1).float()
-    (delta.square().flatten(1).sum(1) / 2 - redness(images)).mean().backward()
+    (delta.square().flatten(1).sum(1) / 2 - reward(images)).mean().backward()
 
 
-Step = Callable[[PipelineBackend, Tensor, Condition], None]
+Reward = Callable[[Tensor], Tensor]
+Step = Callable[[PipelineBackend, Tensor, Condition, Reward], None]
 STEPS: Mapping[str, Step] = {"hnkit": our_step, "plain": plain_step}
 
 
-def measure(step: Step, backend: PipelineBackend, count: int, rounds: int) -> dict[str, float]:
+def measure(
+    step: Step, backend: PipelineBackend, count: int, rounds: int, reward: Reward = redness
+) -> dict[str, float]:
     """Median seconds per step, images per second, peak GiB (the device's, where there is one)."""
     noise = torch.randn(count, *backend.noise_shape, device=backend.device)
     given = condition(backend, count)
@@ -108,7 +151,7 @@ def measure(step: Step, backend: PipelineBackend, count: int, rounds: int) -> di
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        step(backend, noise, given)
+        step(backend, noise, given, reward)
         backend.hypernetwork.zero_grad(set_to_none=True)
         if cuda:
             torch.cuda.synchronize()
@@ -125,19 +168,26 @@ def measured(model: Model, cases: Sequence[Case], batches: Sequence[int], rounds
         if model.pipe.vae.device.type == "cuda":
             torch.cuda.empty_cache()
         backend = model.backend(**case.options)
+        reward: Reward = redness
+        if case.rewards is not None:
+            four = four_rewards(case.rewards, backend.device)
+
+            def reward(images: Tensor, four: RewardSum = four) -> Tensor:
+                return four(images, ["a prompt"] * len(images))
+
         for name, step in STEPS.items():
             for count in case.batches or batches:
                 if name == "plain" and not case.plain:
                     continue
                 row = {"step": name, "batch": count, "options": case.title}
                 try:
-                    row |= measure(step, backend, count, rounds)
+                    row |= measure(step, backend, count, rounds, reward)
                 except (InputError, torch.OutOfMemoryError):
                     backend.hypernetwork.zero_grad(set_to_none=True)
                     torch.cuda.empty_cache()
                     row |= {"out_of_memory": True}
                 yield row
-        del backend
+        del backend, reward
 
 
 def shown(row: Mapping[str, Any]) -> str:

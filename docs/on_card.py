@@ -72,11 +72,11 @@ def rest(document: Document) -> str:
                 rows += [(what, f"{part['exact_seconds']:,.0f} s"),
                          ("E(J) there, exact; Arnoldi", f"{part['exact_error']:.5g}; {point}")]  # fmt: skip
         elif name == "flux":
-            what = (
-                f"a training step of FLUX.1-schnell ({part['parameters'] / 1e9:.3g} B, 512 px, all blocks recomputed)"
-            )
-            peak = f", {part['peak_gib']:.1f} GiB" if "peak_gib" in part else ""
-            rows.append((what, f"{part['seconds']:.2f} s{peak}" if "seconds" in part else "out of memory"))
+            size = part["parameters"] / 1e9
+            for row in part["rows"]:
+                peak = f", {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
+                what = f"a training step of FLUX.1-schnell ({size:.3g} B, 512 px, batch 1), {_options(row['options'])}"
+                rows.append((what, f"{row['seconds']:.2f} s{peak}" if "seconds" in row else "out of memory"))
         elif name == "agreement":
             worst = max(part["distances"].values())
             rows.append(("the miniature on the card against the CPU, largest relative distance", f"{worst:.1g}"))

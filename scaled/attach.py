@@ -84,12 +84,14 @@ def attach(pipe: Any, adapter: str | Path) -> Any:
     base = getattr(base, "_orig_mod", base)  # a compiled network stands for the one inside
     _refuse_hooks(pipe, base, name)
     options = factory.options(**recorded)
+    zero_base = block.get("zero_base_layer") or family.last_layer or None
+    targets = lora_targets(base, options.lora_layers, zero_base)
     expected = Adapter(
         objective="hypernoise",
         base_model=str(pipe.config.get("_name_or_path", "")) or "the given pipeline",
         base=base,
-        spec=LoraSpec(int(recorded["rank"]), recorded["lora_alpha"], lora_targets(base)),
-        zero_base=block.get("zero_base_layer") or family.last_layer or None,
+        spec=LoraSpec(int(recorded["rank"]), recorded["lora_alpha"], targets),
+        zero_base=zero_base,
         guidance=family.guidance_scale if options.guidance is None else options.guidance,
         weights={},
         conditioning=family.published,

@@ -367,12 +367,15 @@ def _check_layers(folder: Path, layers: set[str], expected: Adapter) -> None:
     if foreign:
         raise InputError(f"{folder} has LoRA for {foreign[0]!r}, which {type(expected.base).__name__} has no place for")
     if missing:
-        raise InputError(f"{folder} has no LoRA for {missing[0]!r} ({len(missing)} such): it is not complete")
+        raise InputError(
+            f"{folder} has no LoRA for {missing[0]!r} ({len(missing)} such): it is not complete, or backend.lora_layers"
+            " is to say which layers it is for"
+        )
 
 
 def _check_shapes(files: _Files, weights: Mapping[str, Tensor], layers: set[str], rank: int, base: nn.Module) -> None:
     for layer in sorted(layers):
-        out, *ins = base.get_submodule(layer).get_parameter("weight").shape
+        out, *ins = cast("Tensor", base.get_submodule(layer).weight).shape
         if len(ins) == 1:
             shapes: tuple[tuple[int, ...], ...] = (rank, *ins), (out, rank)
         else:  # the LoRA convolution is dense, also beside a grouped one

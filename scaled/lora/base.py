@@ -49,8 +49,20 @@ def other_base(record: Mapping[str, Any], base: nn.Module, files: BaseFiles | No
     return "some of its weights are others"
 
 
+def remember_probe(base: nn.Module) -> None:
+    """Note by which weights to know a base again, before they are stored in another way.
+
+    One without values has nothing to be known by.
+    """
+    if not any(parameter.is_meta for parameter in base.parameters()):
+        base.original_probe = probe(base)  # type: ignore[assignment]
+
+
 def probe(base: nn.Module) -> list[float]:
-    """A few weights of the base, spread over its parameters, by which to know it again."""
+    """A few weights of the base, spread over its parameters, by which to know it again; as it was loaded."""
+    noted: Any = getattr(base, "original_probe", None)
+    if noted is not None:
+        return list(noted)
     parameters = [parameter for _, parameter in sorted(base.named_parameters())]
     chosen = [parameters[i * len(parameters) // _PROBES] for i in range(_PROBES)]
     return [float(parameter.detach().flatten()[parameter.numel() // 2]) for parameter in chosen]

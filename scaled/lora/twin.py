@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hnkit.errors import InputError
 
@@ -60,15 +61,57 @@ class ZeroConv2d(nn.Conv2d):
         return input.new_zeros((*input.shape[:-3], self.out_channels, *sides), dtype=torch.float32)
 
 
+class _CastLinear(nn.Linear):
+    """A linear layer that computes in the type of its input, whatever the type of its weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight.to(input.dtype))
+
+
+class _CastConv2d(nn.Conv2d):
+    """A convolution that computes in the type of its input, whatever the type of its weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight.to(input.dtype), None)
+
+
 _ZERO_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ZeroLinear, nn.Conv2d: ZeroConv2d}
+_CAST_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _CastLinear, nn.Conv2d: _CastConv2d}
 
 
-def lora_targets(network: nn.Module) -> tuple[str, ...]:
+def lora_targets(network: nn.Module, chosen: Sequence[str] = (), last: str | None = None) -> tuple[str, ...]:
     """Names of the layers that get LoRA: every linear layer and every convolution that is not grouped.
 
     A depthwise convolution has one input channel per group; a low-rank term through it is not low-rank in any useful
     sense, and peft refuses ranks that the number of groups does not divide.
+
+    Args:
+        network: un-adapted, or with a LoRA of its own that is part of it.
+        chosen: names or ends of names (`to_q`, `attn1.to_q`) of those that are wanted, as peft's `target_modules`;
+            empty: all.
+        last: a layer that is among them whatever is chosen.
+
+    Raises:
+        InputError: an entry of `chosen` is the end of no layer's name.
     """
+    every = _all_targets(network)
+    if not chosen:
+        return every
+    for end in chosen:
+        if not any(_ends(name, end) for name in every):
+            kinds = sorted({name.rpartition(".")[2] for name in every})
+            raise InputError(
+                f"backend.lora_layers: no layer of {type(network).__name__} ends in {end!r}; their last names are "
+                f"{', '.join(kinds)}"
+            )
+    return tuple(name for name in every if name == last or any(_ends(name, end) for end in chosen))
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _all_targets(network: nn.Module) -> tuple[str, ...]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = dict(network.named_modules())
@@ -93,7 +136,9 @@ def share_weights(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, memo=shared)
 
 
-def make_twin(base: nn.Module, spec: LoraSpec, *, zero_base: str | None, seed: int = 0) -> nn.Module:
+def make_twin(
+    base: nn.Module, spec: LoraSpec, *, zero_base: str | None, seed: int = 0, autocast: bool = False
+) -> nn.Module:
     """The generator's network `base` with LoRA, sharing its tensors; with a zero-base last layer it is a map f = 0.
 
     LoRA's `B` starts at zero, so that the twin equals `base`, and with `zero_base` returns exactly 0 at the start.
@@ -105,6 +150,9 @@ def make_twin(base: nn.Module, spec: LoraSpec, *, zero_base: str | None, seed: i
         zero_base: name of the last layer, whose frozen weight and bias are then left out; `None` keeps them.
         seed: the seed of LoRA's `A` (normal, standard deviation `1 / rank`); the global generators are left as they
             were.
+        autocast: compute LoRA in the type of each layer's input, as the base does; its weights are float32 all the
+            same. peft turns every input into float32, and autograd keeps that copy. The last layer's LoRA, which is
+            all of the delta, stays in float32 where its base is left out.
 
     Returns:
         The twin. Its LoRA weights are float32 whatever the base's type, and are its only trainable parameters.
@@ -128,6 +176,9 @@ def make_twin(base: nn.Module, spec: LoraSpec, *, zero_base: str | None, seed: i
     for layer in twin.modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             layer.set_adapter([*(name for name in layer.active_adapters if name != ADAPTER), ADAPTER])
+    for name in spec.targets:  # peft makes the parts of a convolution's LoRA of the base layer's own class
+        for part in _parts(twin.get_submodule(name)):
+            part.__class__ = next(kind for kind in _ZERO_CLASS if isinstance(part, kind))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in twin.named_parameters():
         mine = name.endswith(f".{ADAPTER}.weight")  # the base may have another LoRA, which is part of it
@@ -141,8 +192,25 @@ def make_twin(base: nn.Module, spec: LoraSpec, *, zero_base: str | None, seed: i
         # After the injection: peft builds lora_A and lora_B of the base layer's class, and a LoRA that returned zeros
         # would pass every test of f = 0 and never learn.
         last = twin.get_submodule(f"{zero_base}.base_layer")
-        last.__class__ = _ZERO_CLASS[type(last)]
+        last.__class__ = next(zero for kind, zero in _ZERO_CLASS.items() if isinstance(last, kind))
+    if autocast:
+        for name in spec.targets:
+            if name != zero_base:
+                _compute_in_type_of_input(twin.get_submodule(name))
     return twin
+
+
+def _compute_in_type_of_input(layer: nn.Module) -> None:
+    """Let every LoRA of a layer compute in the type of its input: after the injection, which reads their classes."""
+    layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
+    for part in _parts(layer):
+        part.__class__ = _CAST_CLASS[type(part)]
+
+
+def _parts(layer: nn.Module) -> list[nn.Module]:
+    """The A and B of every LoRA on a layer."""
+    sides = (cast(nn.ModuleDict, side) for side in (layer.lora_A, layer.lora_B))
+    return [part for side in sides for part in side.values()]
 
 
 def grouped_targets(network: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:

@@ -269,14 +269,15 @@ class PipelineBackend(BackendBase):
         )
 
     def _own_spec(self) -> LoraSpec:
-        return LoraSpec(self.options.rank, self.options.lora_alpha, lora_targets(self._base))
+        targets = lora_targets(self._base, self.options.lora_layers, self.last_layer)
+        return LoraSpec(self.options.rank, self.options.lora_alpha, targets)
 
     def _install(self, spec: LoraSpec) -> HyperNetwork | NoDelta:
         """Build the twin for `spec` and put it to work: as f, or in direct fine-tuning as the generator."""
         options = self.options
         self._spec = spec
         zero_base = self.last_layer if self.objective == "hypernoise" else None
-        twin = make_twin(self._base, spec, zero_base=zero_base, seed=options.seed)
+        twin = make_twin(self._base, spec, zero_base=zero_base, seed=options.seed, autocast=options.lora_autocast)
         if self.objective == "direct":
             setattr(self.pipeline, self._network, twin)
             memory.set_checkpointing(twin, options.generator_checkpointing)

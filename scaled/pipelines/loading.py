@@ -72,6 +72,7 @@ def load_pipeline(backend: str, family: Family | None, options: PipelineOptions)
     parts.exchange_scheduler(pipe, options)
     options = _resolved(pipe, family, options)
     device = find_device(options.device)
+    memory.apply_storage(getattr(pipe, name), options)
     encoders = encoder_names(pipe)
     for part, component in pipe.components.items():
         if part.startswith("tokenizer"):

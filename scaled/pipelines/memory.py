@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from hnkit.errors import InputError
 from hnkit.internal.values import reason_of
 from hnkit.maps import Condition
+from hnkit.scaled.lora.stored import store
 
 if TYPE_CHECKING:
     from hnkit.scaled.pipelines.options import PipelineOptions
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 SAVERS = {
     "vae_checkpointing": "decoder",
     "generator_checkpointing": "generator",
+    "lora_autocast": "f",
     "hypernetwork_checkpointing": "f",
 }
-"""Options that save memory in training and change no result, with the part of a step that each one changes."""
+"""Options that save memory in training and change no result beyond rounding, with the part of a step that each changes.
+"""
 _SAVERS = (*SAVERS, "vae_slicing", "vae_tiling")
 _PARITY = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -60,6 +63,12 @@ def drop_word_cache(tokenizer: Any) -> None:
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if resize := getattr(model, "_resize_cache", None):
         resize(0)
+
+
+def apply_storage(network: nn.Module, options: PipelineOptions) -> None:
+    """Store the frozen network's weights as the options say."""
+    if options.quantize != "no":
+        store(network, options.quantize)
 
 
 def set_checkpointing(network: Any, enable: bool) -> None:

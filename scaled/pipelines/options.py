@@ -12,6 +12,8 @@ from hnkit.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+QUANTIZED = ("no", "fp8", "nf4")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineOptions:
@@ -25,6 +27,11 @@ class PipelineOptions:
     width: int = 0
     rank: int = 128
     lora_alpha: float = 256.0
+    lora_layers: tuple[str, ...] = ()
+    """Names of layers that get LoRA, or ends of names as `to_q`; the last layer always does. Empty: every linear layer
+    and ungrouped convolution."""
+    lora_autocast: bool = False
+    """Compute LoRA in the network's type, with float32 weights: f keeps no float32 copy of each layer's input."""
     guidance: float = 0.0
     """Guidance scale of generator and hypernetwork."""
     max_sequence_length: int = 0
@@ -46,6 +53,9 @@ class PipelineOptions:
     """`auto`: the current CUDA device if there is one, else the CPU."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the frozen network and decoder; LoRA, delta and KL are float32 always."""
+    quantize: Literal["no", "fp8", "nf4"] = "no"
+    """Store the linear layers and convolutions of the frozen network's blocks in 8 bits (`fp8`) or in 4 (`nf4`), and
+    compute with them in `dtype`: half or a quarter of the network's memory, and rounded weights."""
     hypernetwork_checkpointing: bool = False
     """Recompute the blocks of f in the backward pass: less memory, one more forward of f."""
     generator_checkpointing: bool = False
@@ -71,6 +81,8 @@ class PipelineOptions:
                 object.__setattr__(self, name, str(value))
         if self.dtype not in DTYPES:
             raise InputError(f"backend.dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.quantize not in QUANTIZED:
+            raise InputError(f"backend.quantize {self.quantize!r}: choose one of {', '.join(QUANTIZED)}")
         for name in ("size", "height", "width", "max_sequence_length"):
             if getattr(self, name) < 0:
                 raise InputError(f"backend.{name} {getattr(self, name)}: it is 1 or more, 0 for the pipeline's own")
@@ -94,6 +106,7 @@ class PipelineOptions:
 
 RECORDED: dict[str, type] = {
     "height": int, "width": int, "max_sequence_length": int, "lora": str, "lora_scale": float, "network_id": str,
-    "scheduler": str, "scheduler_config": list, "timesteps": list, "sigmas": list,
+    "scheduler": str, "scheduler_config": list, "timesteps": list, "sigmas": list, "quantize": str,
+    "lora_layers": list,
 }  # fmt: skip
 """Options that change the generator or what f is given: an adapter records those that are not at their defaults."""

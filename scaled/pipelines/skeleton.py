@@ -211,6 +211,7 @@ def _pipeline(backend: str, family: Family | None, options: PipelineOptions) -> 
             f"no plan for {options.model_id!r}: its configuration is damaged ({reason_of(error)})"
         ) from error
     memory.apply_decoder_options(pipe.vae, options)
+    memory.apply_storage(getattr(pipe, network), options)
     memory.set_checkpointing(getattr(pipe, network), options.generator_checkpointing)
     return family, pipe
 

@@ -15,6 +15,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from hnkit.errors import InputError
 from hnkit.scaled.internal.hub import hub_file, local_folder, pretrained
+from hnkit.scaled.rewards.memory import PRECISIONS, OffCard, Precision, placed
 from hnkit.scaled.rewards.preprocess import NoWords, Tokens, check_images, preprocess
 from hnkit.scaled.rewards.weights import architecture, load_strict, read_state_dict, without_wrapper
 from hnkit.training.plan.skeleton import countable
@@ -35,10 +36,13 @@ class ImageReward(nn.Module):
         text: BlipTextModel,
         mlp: nn.Sequential,
         tokenizer: BertTokenizerFast,
+        dtype: Precision = "float32",
     ) -> None:
         super().__init__()
         self.name, self.weight = "imagereward", weight
-        self.vision, self.text, self.mlp = (part.eval().requires_grad_(False).float() for part in (vision, text, mlp))
+        kind = PRECISIONS[dtype]
+        self.vision, self.text = (part.eval().requires_grad_(False).to(kind) for part in (vision, text))
+        self.mlp = mlp.eval().requires_grad_(False).float()
         self._tokens = Tokens(tokenizer, min(35, int(text.config.max_position_embeddings)))
         self._tokens.require_fit(self.name, text.config.vocab_size)
         self._size = int(vision.config.image_size)
@@ -47,18 +51,21 @@ class ImageReward(nn.Module):
         """Scores of `images` `(n, 3, H, W)` in [0, 1] for `prompts`: `(n,)` float32. Prompts are cut at 35 tokens."""
         check_images(self.name, images, prompts)
         with torch.autocast(images.device.type, enabled=False):
-            patches = self.vision(pixel_values=preprocess(images, self._size)).last_hidden_state
+            pixels = preprocess(images, self._size).to(self.vision.dtype)
+            patches = self.vision(pixel_values=pixels).last_hidden_state
             state = self.text(
                 **self._tokens(prompts, images),
                 encoder_hidden_states=patches,
                 encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device),
                 is_decoder=False,
             ).last_hidden_state[:, 0]
-            score: Tensor = self.mlp(state).squeeze(-1)
+            score: Tensor = self.mlp(state.float()).squeeze(-1)
             return (score - MEAN) / STD
 
 
-def _skeleton(*, weight: float = 1.0, model_id: str = "") -> ImageReward:
+def _skeleton(
+    *, weight: float = 1.0, model_id: str = "", dtype: Precision = "float32", offload: bool = False
+) -> ImageReward | OffCard:
     """The reward of the published size, or of the folder `model_id`, for counting: its weights are never read."""
     folder = local_folder(model_id) if model_id else None
     known = folder is not None and (folder / "config.json").is_file()
@@ -66,7 +73,8 @@ def _skeleton(*, weight: float = 1.0, model_id: str = "") -> ImageReward:
     vision, text = BlipVisionModel(config.vision_config), BlipTextModel(config.text_config, add_pooling_layer=False)
     head = score_head(text.config.hidden_size)
     words: Any = NoWords()
-    return ImageReward(weight, vision, text, head, words)
+    reward = ImageReward(weight, vision, text, head, words, dtype)
+    return OffCard(reward, torch.device("cpu")) if offload else reward
 
 
 @countable(_skeleton)
@@ -76,8 +84,10 @@ def imagereward(
     model_id: str | Path = REPOSITORY,
     tokenizer_id: str | Path = "bert-base-uncased",
     device: str = "cpu",
+    dtype: Precision = "float32",
+    offload: bool = False,
     local_files_only: bool = True,
-) -> ImageReward:
+) -> ImageReward | OffCard:
     """ImageReward from its published file (a hub name, or a local folder that holds `ImageReward.pt`).
 
     Weights of another size have a `config.json` beside them, written by `BlipConfig.save_pretrained`.
@@ -87,6 +97,8 @@ def imagereward(
         model_id: where `ImageReward.pt` is.
         tokenizer_id: BERT's tokenizer, by hub name or local folder.
         device: where it runs.
+        dtype: what its networks compute in; the score is float32.
+        offload: keep its weights off the device but while it scores.
         local_files_only: never download.
     """
     what = "reward 'imagereward'"
@@ -101,7 +113,7 @@ def imagereward(
         load_strict(part, own, what=what)
     load: Any = BertTokenizerFast.from_pretrained
     tokenizer = pretrained(load, tokenizer_id, what=what, local_files_only=local_files_only)
-    return ImageReward(weight, vision, text, mlp, tokenizer).to(device)
+    return placed(ImageReward(weight, vision, text, mlp, tokenizer, dtype), device, offload)
 
 
 def score_head(width: int) -> nn.Sequential:

@@ -17,6 +17,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from hnkit.errors import InputError
 from hnkit.scaled.internal.hub import hub_file, local_folder, pretrained
+from hnkit.scaled.rewards.memory import PRECISIONS, OffCard, Precision, placed
 from hnkit.scaled.rewards.preprocess import NoWords, Tokens, check_images, preprocess
 from hnkit.scaled.rewards.weights import architecture, load_strict, read_state_dict, without_wrapper
 from hnkit.training.plan.skeleton import countable
@@ -44,10 +45,11 @@ class ClipReward(nn.Module):
         *,
         scaled: bool,
         clean: Callable[[str], str] = str,
+        dtype: Precision = "float32",
     ) -> None:
         super().__init__()
         self.name, self.weight, self._scaled = name, weight, scaled
-        self.model = model.eval().requires_grad_(False).float()
+        self.model = model.eval().requires_grad_(False).to(PRECISIONS[dtype])
         text = model.config.text_config
         self._tokens = Tokens(tokenizer, min(77, int(text.max_position_embeddings)), clean)
         # 2 stands in configurations of old, and means the token of the largest number
@@ -59,9 +61,13 @@ class ClipReward(nn.Module):
         check_images(self.name, images, prompts)
         # never under autocast: in bfloat16 a score near 0.28 moves in steps of 0.002
         with torch.autocast(images.device.type, enabled=False):
-            output = self.model(pixel_values=preprocess(images, self._size), **self._tokens(prompts, images))
-            cosine: Tensor = (output.image_embeds * output.text_embeds).sum(-1)
-            return cosine * self.model.logit_scale.exp() if self._scaled else cosine
+            pixels = preprocess(images, self._size).to(self.model.dtype)
+            output = self.model(pixel_values=pixels, **self._tokens(prompts, images))
+            embeds: list[Tensor] = [output.image_embeds, output.text_embeds]
+            if pixels.dtype != torch.float32:  # lengths of 1 are rounded, too
+                embeds = [nn.functional.normalize(each.float(), dim=-1) for each in embeds]
+            cosine: Tensor = (embeds[0] * embeds[1]).sum(-1)
+            return cosine * self.model.logit_scale.float().exp() if self._scaled else cosine
 
 
 class LinearHeadReward(nn.Module):
@@ -91,27 +97,46 @@ def _tokenizer(source: str | Path, what: str, local_files_only: bool) -> CLIPTok
     return tokenizer
 
 
-def _skeleton(name: str, *, scaled: bool) -> Callable[..., ClipReward]:
+def _skeleton(name: str, *, scaled: bool) -> Callable[..., ClipReward | OffCard]:
     """A reward of the published size, or of the folder `model_id`, for counting: its weights are never read."""
 
-    def build(*, weight: float = 1.0, model_id: str = "") -> ClipReward:
+    def build(
+        *, weight: float = 1.0, model_id: str = "", dtype: Precision = "float32", offload: bool = False
+    ) -> ClipReward | OffCard:
         folder = local_folder(model_id) if model_id else None
         known = folder is not None and (folder / "config.json").is_file()
         config = CLIPConfig.from_pretrained(folder) if known else vit_h14_config()
         words: Any = NoWords(config.text_config.eos_token_id)
-        return ClipReward(name, weight, CLIPModel(config), words, scaled=scaled)
+        reward = ClipReward(name, weight, CLIPModel(config), words, scaled=scaled, dtype=dtype)
+        return OffCard(reward, torch.device("cpu")) if offload else reward
 
     return build
 
 
 @countable(_skeleton("clipscore", scaled=True))
 def clipscore(
-    *, weight: float = 1.0, model_id: str | Path = LAION_H14, device: str = "cpu", local_files_only: bool = True
-) -> ClipReward:
-    """CLIPScore: `exp(logit_scale) * cos(image, prompt)` of a CLIP model (a hub name or a local folder)."""
+    *,
+    weight: float = 1.0,
+    model_id: str | Path = LAION_H14,
+    device: str = "cpu",
+    dtype: Precision = "float32",
+    offload: bool = False,
+    local_files_only: bool = True,
+) -> ClipReward | OffCard:
+    """CLIPScore: `exp(logit_scale) * cos(image, prompt)` of a CLIP model (a hub name or a local folder).
+
+    Args:
+        weight: its weight in a sum of rewards.
+        model_id: a hub name or a local folder.
+        device: where it runs.
+        dtype: what its network computes in; the score is float32.
+        offload: keep its weights off the device but while it scores.
+        local_files_only: never download.
+    """
     what = "reward 'clipscore'"
     model = pretrained(CLIPModel.from_pretrained, model_id, what=what, local_files_only=local_files_only)
-    return ClipReward("clipscore", weight, model, _tokenizer(model_id, what, local_files_only), scaled=True).to(device)
+    tokenizer = _tokenizer(model_id, what, local_files_only)
+    return placed(ClipReward("clipscore", weight, model, tokenizer, scaled=True, dtype=dtype), device, offload)
 
 
 @countable(_skeleton("pickscore", scaled=True))
@@ -121,8 +146,10 @@ def pickscore(
     model_id: str | Path = PICKSCORE,
     tokenizer_id: str | Path | None = None,
     device: str = "cpu",
+    dtype: Precision = "float32",
+    offload: bool = False,
     local_files_only: bool = True,
-) -> ClipReward:
+) -> ClipReward | OffCard:
     """PickScore: `exp(logit_scale) * cos(image, prompt)` of the CLIP-H fine-tuned on human choices.
 
     Args:
@@ -131,12 +158,15 @@ def pickscore(
         tokenizer_id: where the tokenizer is; the published model uses that of LAION's CLIP-H. A local `model_id`
             that holds one needs none.
         device: where it runs.
+        dtype: what its network computes in; the score is float32.
+        offload: keep its weights off the device but while it scores.
         local_files_only: never download.
     """
     what = "reward 'pickscore'"
     model = pretrained(CLIPModel.from_pretrained, model_id, what=what, local_files_only=local_files_only)
     source = tokenizer_id or (model_id if (Path(model_id) / "tokenizer_config.json").is_file() else LAION_H14)
-    return ClipReward("pickscore", weight, model, _tokenizer(source, what, local_files_only), scaled=True).to(device)
+    tokenizer = _tokenizer(source, what, local_files_only)
+    return placed(ClipReward("pickscore", weight, model, tokenizer, scaled=True, dtype=dtype), device, offload)
 
 
 @countable(_skeleton("hpsv2", scaled=False))
@@ -146,8 +176,10 @@ def hpsv2(
     model_id: str | Path = HPS,
     tokenizer_id: str | Path = LAION_H14,
     device: str = "cpu",
+    dtype: Precision = "float32",
+    offload: bool = False,
     local_files_only: bool = True,
-) -> ClipReward:
+) -> ClipReward | OffCard:
     """HPSv2.1: the cosine of OpenCLIP's ViT-H-14 fine-tuned on human preferences.
 
     The published file has OpenCLIP's names; `convert_open_clip` renames them to transformers'. Prompts are cleaned as
@@ -159,6 +191,8 @@ def hpsv2(
         model_id: a hub name or a local folder that holds `HPS_v2.1_compressed.pt`.
         tokenizer_id: a CLIP tokenizer, by hub name or local folder.
         device: where it runs.
+        dtype: what its network computes in; the score is float32.
+        offload: keep its weights off the device but while it scores.
         local_files_only: never download.
     """
     what = "reward 'hpsv2'"
@@ -166,7 +200,8 @@ def hpsv2(
     model = CLIPModel(architecture(file, vit_h14_config(), what=what))
     load_strict(model, convert_open_clip(read_state_dict(file, what=what), what=what), what=what)
     tokenizer = _tokenizer(tokenizer_id, what, local_files_only)
-    return ClipReward("hpsv2", weight, model, tokenizer, scaled=False, clean=clean_text).to(device)
+    reward = ClipReward("hpsv2", weight, model, tokenizer, scaled=False, clean=clean_text, dtype=dtype)
+    return placed(reward, device, offload)
 
 
 def aesthetic(

@@ -21,6 +21,7 @@ from hnkit.config import resolve_config
 from hnkit.injection import NoiseInjection, deployed_noise
 from hnkit.lipschitz.local import local_norms
 from hnkit.maps import ConditionedMap
+from hnkit.scaled.rewards.memory import placed
 from hnkit.training.run import train
 from tests.scaled import tiny
 
@@ -104,11 +105,19 @@ def test_a_generator_of_either_side_serves(card):
         assert moved.device.type == card.type
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_images_f_and_gradients_are_those_of_the_cpu(name, card, checkpoint):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in FAMILIES),
+        ("sana", {"quantize": "fp8"}),
+        ("sd-turbo", {"quantize": "fp8", "hypernetwork_checkpointing": True}),
+        ("flux", {"quantize": "nf4", "lora_autocast": True}),
+    ],
+)
+def test_images_f_and_gradients_are_those_of_the_cpu(name, options, card, checkpoint):
     found = []
     for device in ("cpu", card):
-        backend = make(name, checkpoint, device)
+        backend = make(name, checkpoint, device, **options)
         condition, noise = given(backend)
         terms = step(backend, condition, noise)
         gradients = [p.grad.flatten() for p in backend.hypernetwork.parameters() if p.grad is not None]
@@ -129,6 +138,32 @@ def test_a_step_in_bfloat16_is_that_of_float32_up_to_rounding(name, card, checkp
         gradients.append(torch.cat([p.grad.flatten() for p in backend.hypernetwork.parameters() if p.requires_grad]))
         assert gradients[-1].dtype == torch.float32
     assert distance(*gradients) < 0.1
+
+
+class Bright(torch.nn.Module):
+    """A reward with a weight and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.name, self.weight = "bright", 1.0
+        self.scale = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]), requires_grad=False)
+        self.register_buffer("shift", torch.tensor(0.25))
+
+    def forward(self, images, prompts):
+        return (images.mean((2, 3)) @ self.scale).square() + self.shift
+
+
+def test_a_reward_off_the_card_scores_there_and_goes_back(card):
+    images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for reward in (Bright(), placed(Bright(), str(card), offload=True)):
+        given = images.clone() if not found else images.to(card)
+        scores = reward(given.requires_grad_(), tiny.PROMPTS[:3])
+        (scores * torch.tensor([1.0, 2.0, -3.0], device=scores.device)).sum().backward()
+        found.append((scores, given.grad))
+        assert {tensor.device.type for tensor in (*reward.parameters(), *reward.buffers())} == {"cpu"}
+    assert found[1][0].device.type == card.type
+    assert [d for d in map(distance, *found) if not d < 1e-5] == []
 
 
 def run(checkpoint, card, folder, **options):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from transformers import CLIPConfig
 
 from hnkit import InputError
 from hnkit.backend import backend_factory
@@ -16,7 +17,7 @@ from hnkit.config import RewardSpec, resolve_config
 from hnkit.output import terminal
 from hnkit.scaled.pipelines.published import PUBLISHED_MODELS
 from hnkit.training.plan.cards import RESERVED, find_card
-from hnkit.training.plan.count import DECODER, GENERATOR, F
+from hnkit.training.plan.count import DECODER, GENERATOR, REWARDS, F
 from hnkit.training.plan.plan import Counter, plan_training
 from hnkit.training.plan.skeleton import without_weights
 from hnkit.training.plan.view import as_text
@@ -68,9 +69,16 @@ def configured(name, checkpoint, *overrides: str):
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_what_each_part_saves_is_what_autograd_saves_in_a_real_run(name, checkpoint):
-    config = configured(name, checkpoint)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in FAMILIES),
+        *((name, {"dtype": "bfloat16", "lora_autocast": True, "quantize": "fp8"}) for name in FAMILIES),
+        ("sana", {"lora_layers": ["to_q", "to_k"]}),
+    ],
+)
+def test_what_each_part_saves_is_what_autograd_saves_in_a_real_run(name, options, checkpoint):
+    config = configured(name, checkpoint, *(f"backend.{key}={json.dumps(value)}" for key, value in options.items()))
     counter = Counter(config)
     backend = backend_factory(name).load(config.options)
     noise = noise_for(backend, ROWS)
@@ -108,6 +116,7 @@ def test_what_each_part_saves_is_what_autograd_saves_in_a_real_run(name, checkpo
     [
         ("sana", ()),
         ("flux", CHECKPOINTING),
+        ("sd-turbo", ("vae_slicing",)),
         *(pytest.param(name, (), marks=pytest.mark.slow) for name in ("sd-turbo", "flux")),
         *(pytest.param(name, CHECKPOINTING, marks=pytest.mark.slow) for name in ("sana", "sd-turbo")),
     ],
@@ -170,6 +179,48 @@ def test_a_plan_names_the_options_that_make_a_run_fit(checkpoint):
     none = plan_training(config, replace(card, memory=RESERVED + 1))
     assert not none.cures
     assert "No memory option makes it fit" in as_text(none)
+
+
+def test_options_save_what_a_plan_says_of_them(checkpoint):
+    """The base in 8 bits, and LoRA in the network's type: weights by their storages, f by what autograd saves."""
+
+    def needed(*changes):
+        return Counter(configured("flux", checkpoint, "backend.dtype=bfloat16", *changes)).need((), 1, find_card("l4"))
+
+    plain, half, stored = needed(), needed("backend.lora_autocast=true"), needed('backend.quantize="fp8"')
+    assert half.weights == plain.weights
+    assert half.saved[F] < 0.8 * plain.saved[F]
+    assert half.saved[GENERATOR] == plain.saved[GENERATOR]
+    options = tiny.options("flux", checkpoint("flux"), dtype="bfloat16", quantize="fp8")
+    base = backend_factory("flux").load(backend_factory("flux").options(**options))._base
+    assert stored.weights["network"] == sum(tensor.nbytes for tensor in (*base.parameters(), *base.buffers()))
+    assert stored.weights["network"] < 0.8 * plain.weights["network"]
+    few = needed('backend.lora_layers=["to_q"]')
+    assert few.weights["LoRA"] < 0.3 * plain.weights["LoRA"]
+    assert few.saved[F] < plain.saved[F]
+
+
+def test_rewards_that_leave_the_card_stand_in_no_plan(checkpoint, tmp_path):
+    CLIPConfig(**SMALL_CLIP).save_pretrained(tmp_path)
+    config = configured("sana", checkpoint)
+    found = {}
+    for kind, options in (("full", {}), ("half", {"dtype": "bfloat16"}), ("off", {"offload": True})):
+        spec = RewardSpec(1.0, {"model_id": str(tmp_path), **options})
+        found[kind] = Counter(replace(config, rewards={"clipscore": spec})).need((), 1, find_card("l4"))
+    weights = {kind: need.weights["rewards"] for kind, need in found.items()}
+    assert weights["off"] == 0
+    assert weights["half"] == pytest.approx(weights["full"] / 2, rel=0.01)
+    assert found["off"].saved[REWARDS] < 0.5 * found["full"].saved[REWARDS]
+
+
+SMALL_CLIP = {
+    "projection_dim": 16,
+    "text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "vision_config": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 8,
+    },
+}  # fmt: skip
 
 
 def test_the_rows_of_a_plan_add_up_to_its_peak(checkpoint):

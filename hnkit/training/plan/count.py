@@ -62,6 +62,12 @@ class Part:
     forward_work: Work
     backward_work: Work
 
+    def rows(self, two: Part, count: int) -> Part:
+        """The part at `count` rows, counted at one and at two: what a second row adds, every other one adds, too."""
+        pairs = ((self.saved, two.saved), (self.forward, two.forward), (self.backward, two.backward))
+        saved, forward, backward = (one + (count - 1) * (more - one) for one, more in pairs)
+        return Part(saved, forward, backward, self.forward_work, self.backward_work)
+
     def scaled(self, factor: float, fixed: int = 0) -> Part:
         """The part at `factor` times the rows; `fixed` bytes of its backward pass do not grow."""
         grown = (round(factor * size) for size in (self.saved, self.forward, self.backward - fixed))

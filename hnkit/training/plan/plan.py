@@ -208,6 +208,13 @@ class Counter:
                         self._parts[found, mine if found == name else ()] = part
         return self._parts[name, mine]
 
+    def _two_decoded(self) -> Part:
+        """The decoder for two rows, where one is decoded after the other: their activations do not add up."""
+        if ("two rows", ()) not in self._parts:
+            found = count_generator(self.skeleton(()), 2, self.config.train.generator_steps)
+            self._parts["two rows", ()] = found[DECODER]
+        return self._parts["two rows", ()]
+
     def weights(self) -> dict[str, int]:
         """Bytes that live from step to step, by name."""
         skeleton, settings = self.skeleton(()), self.config.train
@@ -216,7 +223,8 @@ class Counter:
         seen: set[int] = set()
         found: dict[str, int] = {}
         modules = {**skeleton.frozen, "hypernetwork": skeleton.backend.hypernetwork}
-        modules |= {"rewards": nn.ModuleList(r for r in self._rewards.rewards if isinstance(r, nn.Module))}
+        rewards = [r for r in self._rewards.rewards if isinstance(r, nn.Module) and not getattr(r, "off_card", False)]
+        modules |= {"rewards": nn.ModuleList(rewards)}
         for name, module in modules.items():
             tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if id(t) not in trained | seen}
             seen |= set(tensors)
@@ -232,6 +240,8 @@ class Counter:
         order = self.order()
         trained = F if F in order else "generator"
         parts = {name: self.part(name, changes).scaled(micro, gradients if name == trained else 0) for name in order}
+        if DECODER in parts and micro > 1 and getattr(self.config.options, "vae_slicing", False):
+            parts[DECODER] = self.part(DECODER, changes).rows(self._two_decoded(), micro)
         rounds = self.config.train.batch // self.processes // micro
         always = sum(weights.values()) - gradients
         # with several micro-batches the gradients are there from the first on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ def reward_skeletons(config: RunConfig, skeleton: Skeleton) -> RewardSum:
 
 
 def _built(build: Any, spec: RewardSpec) -> Reward:
-    options = {key: value for key, value in spec.options.items() if key == "model_id"}
+    accepted = inspect.signature(build).parameters
+    options = {key: value for key, value in spec.options.items() if key in accepted}
     reward: Reward = without_weights(lambda: build(weight=spec.weight, **options))
     return reward
