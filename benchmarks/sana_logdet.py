@@ -69,7 +69,7 @@ class TooLongError(Exception):
 
 def subject(model: Model, size: int, count: int, norm: float) -> Subject:
     """The hypernetwork of a model at an image size, with `count` points."""
-    backend = model.backend(size=size)
+    backend = model.backend(size=size, lora_autocast=True)
     f = ConditionedMap(backend.hypernetwork, condition(backend, count))
     x = torch.randn(count, *backend.noise_shape, generator=torch.Generator().manual_seed(2)).to(backend.device)
     return Subject(f, x, randomise(f, x, norm), size, backend._base.dtype)

@@ -29,7 +29,7 @@ from hnkit.errors import InputError
 from hnkit.injection import NoiseInjection, read_injection
 from hnkit.internal.files import atomic_write
 from hnkit.internal.values import reason_of
-from hnkit.scaled.lora.base import BaseFiles, base_record, other_base
+from hnkit.scaled.lora.base import BaseFiles, base_class, base_record, other_base
 from hnkit.scaled.lora.twin import LoraSpec
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -313,9 +313,9 @@ def _check_block(files: _Files, block: Any, expected: Adapter) -> float:
             f"{folder} is an adapter for objective {block.get('objective')!r},"
             f" this backend is for {expected.objective!r}"
         )
-    if block.get("base_class") != type(expected.base).__name__:
+    if block.get("base_class") != base_class(expected.base):
         raise InputError(
-            f"{folder} is an adapter of a {block.get('base_class')}, this backend has a {type(expected.base).__name__}"
+            f"{folder} is an adapter of a {block.get('base_class')}, this backend has a {base_class(expected.base)}"
         )
     if difference := other_base(block, expected.base, expected.base_files):
         named = config.get("base_model_name_or_path")

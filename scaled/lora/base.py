@@ -28,7 +28,7 @@ class BaseFiles:
 
 def base_record(base: nn.Module, files: BaseFiles | None) -> dict[str, Any]:
     """What an adapter records of its base model."""
-    record: dict[str, Any] = {"base_class": type(base).__name__, "base_probe": probe(base)}
+    record: dict[str, Any] = {"base_class": base_class(base), "base_probe": probe(base)}
     return record if files is None else record | {"base_sha256": files.sha256, "base_precision": files.precision}
 
 
@@ -49,13 +49,19 @@ def other_base(record: Mapping[str, Any], base: nn.Module, files: BaseFiles | No
     return "some of its weights are others"
 
 
-def remember_probe(base: nn.Module) -> None:
-    """Note by which weights to know a base again, before they are stored in another way.
+def remember(base: nn.Module) -> None:
+    """Note by which class and weights to know a base again, before it is stored or shared out in another way.
 
-    One without values has nothing to be known by.
+    One without values has no weights to be known by.
     """
+    base.original_class = type(base).__name__  # type: ignore[assignment]
     if not any(parameter.is_meta for parameter in base.parameters()):
         base.original_probe = probe(base)  # type: ignore[assignment]
+
+
+def base_class(base: nn.Module) -> str:
+    """The name of the class of a base, as it was loaded."""
+    return str(getattr(base, "original_class", type(base).__name__))
 
 
 def probe(base: nn.Module) -> list[float]:

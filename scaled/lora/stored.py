@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
-from hnkit.scaled.lora.base import remember_probe
+from hnkit.scaled.lora.base import remember
 
 Form = Literal["fp8", "nf4"]
 _LARGEST = 448.0
@@ -130,7 +130,7 @@ def store(network: nn.Module, form: Form) -> None:
     layer that `nf4` cannot divide into blocks of 64. By which weights the network is known is noted before.
     """
     if not is_stored(network):
-        remember_probe(network)
+        remember(network)
     for name, module in network.named_modules():
         if type(module) in _STORED and _in_block(name) and _plain(module):
             _store(module, form)
