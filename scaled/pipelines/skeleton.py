@@ -129,12 +129,13 @@ def planned_layout(
 
     `device` is where the pipeline's tensors are, by default the CPU.
     """
+    device = device or torch.device("cpu")
     bare = view(pipe, vae=StandIn(pipe.vae, lambda *_, **__: None))
     tensors = {
-        name: torch.zeros(1, *shape, dtype=torch.long if "mask" in name else DTYPES[options.dtype])
+        name: torch.zeros(1, *shape, dtype=torch.long if "mask" in name else DTYPES[options.dtype], device=device)
         for name, shape in shapes.items()
     }
-    step = FirstStep(family, bare, texts, options, device=device or torch.device("cpu"))
+    step = FirstStep(family, bare, texts, options, device=device)
     return step.layout(options.sides, Condition(("",), tensors))
 
 
