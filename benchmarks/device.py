@@ -144,6 +144,7 @@ def agreement(turn: Turn) -> Figures:
     from hnkit import noise_kl
     from hnkit.backend import backend_factory
 
+    torch.backends.cudnn.allow_tf32 = False  # convolutions would have 10 bits, and be no CPU's
     factory = backend_factory("digits")
     found: dict[str, list[torch.Tensor]] = {}
     for device in ("cpu", "cpu" if turn.tiny else "cuda"):

@@ -36,6 +36,7 @@ def card() -> torch.device:
     device = torch.device(os.environ.get("HNKIT_CARD", "cuda"))
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
+    torch.backends.cudnn.allow_tf32 = False  # convolutions would have 10 bits, and be no CPU's
     return device
 
 
@@ -169,7 +170,7 @@ def test_a_reward_off_the_card_scores_there_and_goes_back(card):
 def run(checkpoint, card, folder, **options):
     chosen = tiny.options("sana", checkpoint("sana"), device=str(card))
     settings = {
-        "steps": 4, "batch": 2, "accumulate": 1, "lr": 0.02, "warmup": 0, "optimizer": "adamw", "momentum": 0.0,
+        "steps": 4, "batch": 2, "accumulate": 1, "lr": 0.5, "warmup": 0, "optimizer": "sgd", "momentum": 0.5,
         "measure_samples": 4, "validate_samples": 2, "checkpoint_every": 2, "prompts": folder.parent / "prompts.txt",
     }  # fmt: skip
     (folder.parent / "prompts.txt").write_text("\n".join(tiny.PROMPTS))
@@ -197,7 +198,8 @@ def test_a_run_on_the_card_goes_on_from_its_checkpoint_and_its_adapter_is_used_o
     run(checkpoint, card, resumed, resume=resumed)
     one, two = weights(whole), weights(resumed)
     assert set(one) == set(two)
-    assert max(distance(one[key], two[key]) for key in one if one[key].any()) < 1e-4
+    kept = torch.cat([one[key].flatten() for key in sorted(one) if "lora_B" in key])
+    assert distance(kept, torch.cat([two[key].flatten() for key in sorted(two) if "lora_B" in key])) < 1e-4
     lines = (resumed / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "grad_norm" in line] == [1, 2, 3, 4]
     found = []
