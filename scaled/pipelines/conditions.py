@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hnkit.errors import InputError
+
 SHORT, LONG = "a", "a red fox that runs over the hill"
 Encode = Callable[[Sequence[str]], Sequence[Any]]
 """Prompts to what `encode_prompt` returned, call by call."""
@@ -117,6 +119,9 @@ def find_text_layout(encode: Encode, names: Sequence[str] = ()) -> TextLayout:
     Args:
         encode: prompts to what `encode_prompt` returned, call by call.
         names: names for the values of the first call, in order.
+
+    Raises:
+        InputError: something that depends on the prompts is neither a tensor with rows nor a list of tensors.
     """
     seen = [encode(prompts) for prompts in ([SHORT, LONG], [SHORT, LONG, SHORT], [SHORT], [LONG])]
     template = []
@@ -139,6 +144,11 @@ def _leaves(values: Sequence[Any], name: str, named: Mapping[int, str]) -> Any:
     if isinstance(pair, dict):
         return {key: _leaves([value[key] for value in values], f"{name}.{key}", {}) for key in pair}
     if not isinstance(pair, Tensor):
+        if not isinstance(pair, bool | int | float | str | None) or short != long:
+            raise InputError(
+                f"self-check 'texts': encode_prompt returns a {type(pair).__name__}: of tensors, lists of tensors and "
+                "constants a condition can be made"
+            )
         return Leaf(name, "fixed", value=pair)
     rows = [i for i, side in enumerate(pair.shape) if side == 2 and triple.shape[i] == 3]
     alone = short is not None and long is not None
@@ -146,6 +156,11 @@ def _leaves(values: Sequence[Any], name: str, named: Mapping[int, str]) -> Any:
     length = next((i for i in changing if i not in rows[:1]), None)
     if not rows:
         if length is None:
+            if alone and not torch.equal(short, long):
+                raise InputError(
+                    f"self-check 'texts': encode_prompt returns a tensor {tuple(pair.shape)} for 2 prompts that "
+                    "depends on them and has no dimension of rows: no condition can be made of it"
+                )
             return Leaf(name, "fixed", value=pair)
         return Leaf(name, "shared", length=length)
     if pair.ndim == 2 and (not alone or length is not None) and _is_prefix(pair.movedim(rows[0], 0)):

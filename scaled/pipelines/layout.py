@@ -114,6 +114,12 @@ def find_layout(call: PipelineCall) -> Layout:
     blank = entries(None)
     if not drawn:
         raise InputError(f"self-check 'layout': {who} draws no noise in prepare_latents: it cannot be steered")
+    if len(drawn) > 1:
+        raise InputError(f"self-check 'layout': {who} draws {len(drawn)} noises: a hypernetwork moves one")
+    if not all(map(torch.equal, blank, entries(None))):
+        raise InputError(
+            f"self-check 'layout': {who} draws a second noise outside of randn_tensor: it cannot be steered"
+        )
     (rows, *shape), dtype = drawn[0]
     size = math.prod(shape)
     ones = entries(torch.ones(size))

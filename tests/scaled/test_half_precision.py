@@ -29,7 +29,7 @@ def overrides(name, checkpoint, tmp_path, **changes):
     prompts.write_text("a tree\na boat\na lamp\na green frog\na red house\n")
     options = tiny.options(name, checkpoint(name), dtype="bfloat16")
     settings = {
-        "prompts": prompts, "steps": 2, "batch": 2, "accumulate": 1, "lr": 0.02, "warmup": 0, "optimizer": "adamw",
+        "prompts": prompts, "steps": 2, "batch": 2, "accumulate": 1, "lr": 0.05, "warmup": 0, "optimizer": "adamw",
         "momentum": 0.0, "alpha": 0.001, "reduction": "sum", "measure_samples": 4, "validate_samples": 2,
         "measure_method": "arnoldi",
     } | changes  # fmt: skip

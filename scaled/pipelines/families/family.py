@@ -27,7 +27,7 @@ class Family:
         varying: arguments of a call that depend on options and steps.
         text_arguments: names among `varying` that change what the text encoders are given.
         multiple: what divides every image side; 0: the decoder's factor, times 2 for a transformer.
-        load_arguments: arguments of `from_pretrained`.
+        own_size: images are as large as the class says, whatever the caller asks for.
         training: classes of modules that must be in training mode, because they drop their gradients outside of it.
         first_call: inputs of the network's first call that f is given other values of, by name.
         embeddings: names of what `encode_prompt` returns, in order; `prompt_attention_mask` lets the cache trim
@@ -46,7 +46,7 @@ class Family:
     varying: Callable[[Any, int], Mapping[str, Any]] = _nothing
     text_arguments: tuple[str, ...] = ()
     multiple: int = 0
-    load_arguments: Mapping[str, Any] = field(default_factory=dict)
+    own_size: bool = False
     training: tuple[str, ...] = ()
     first_call: Mapping[str, float] = field(default_factory=dict)
     embeddings: tuple[str, ...] = ()

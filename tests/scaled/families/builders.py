@@ -602,7 +602,7 @@ BUILDERS: dict[str, tuple[Callable[[], diffusers.DiffusionPipeline], int]] = {
     "PixArtSigmaPipeline": (pixart_sigma, 16),
     "SanaPipeline": (sana_flow, 32),
     "ChromaPipeline": (chroma, 16),
-    "HiDreamImagePipeline": (hidream, 128),
+    "HiDreamImagePipeline": (hidream, 16),
     "AuraFlowPipeline": (aura_flow, 16),
     "Lumina2Pipeline": (lumina2, 32),
     "HunyuanDiTPipeline": (hunyuan_dit, 16),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 
 from hnkit.scaled.backends import DIFFUSERS
@@ -15,6 +16,15 @@ from tests.scaled.families.builders import BUILDERS
 
 Folder = Callable[[str], Path]
 Load = Callable[..., PipelineBackend]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_images_of_hidream():
+    """The class makes images of 128 latent pixels, whatever it is asked for: here 16, or its tests take minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        own = property(lambda _: 16, lambda *_: None)
+        patch.setattr(diffusers.HiDreamImagePipeline, "default_sample_size", own, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")
