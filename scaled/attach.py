@@ -80,7 +80,9 @@ def attach(pipe: Any, adapter: str | Path) -> Any:
     recorded = factory.recorded(adapter)
     family = factory.family or family_of(block.get("pipeline_class") or type(pipe).__name__)
     name = family.network_of(pipe)
-    base = getattr(pipe, name)
+    base = getattr(pipe, name, None)
+    if base is None:
+        raise InputError(f"a {type(pipe).__name__} has no {name}: {adapter} is an adapter of a {family.pipeline_class}")
     base = getattr(base, "_orig_mod", base)  # a compiled network stands for the one inside
     _refuse_hooks(pipe, base, name)
     options = factory.options(**recorded)
@@ -290,7 +292,14 @@ class SteeredPipeline:
         running.moved = True
         token = _running.set(None)  # f is a call of a pipeline, too
         try:
-            delta: Tensor = self.hypernetwork(noise, self._given_texts(running, len(noise)), sides)
+            texts = self._given_texts(running, len(noise))
+            shape = self.hypernetwork.first_step.layout(sides, texts).shape
+            if tuple(noise.shape[1:]) != shape:
+                raise InputError(
+                    f"{type(self).__name__} draws noise of shape {tuple(noise.shape)}, and the adapter moves "
+                    f"{(len(noise), *shape)}: ask for what it was trained on (one image, no video)"
+                )
+            delta: Tensor = self.hypernetwork(noise, texts, sides)
         finally:
             _running.reset(token)
         return delta

@@ -318,10 +318,17 @@ def _check_block(files: _Files, block: Any, expected: Adapter) -> float:
             f"{folder} is an adapter of a {block.get('base_class')}, this backend has a {base_class(expected.base)}"
         )
     if difference := other_base(block, expected.base, expected.base_files):
-        named = config.get("base_model_name_or_path")
+        named, recorded = config.get("base_model_name_or_path"), block.get("conditioning")
+        recorded = recorded if isinstance(recorded, dict) else {}
+        parts = [f"backend.{name} = {recorded[name]!r}" for name in ("network_id", "lora") if recorded.get(name)]
+        cure = (
+            f"it was trained with {' and '.join(parts)}: exchange the same in the pipeline, as its README does"
+            if parts
+            else "set backend.model_id to the folder of the former"
+        )
         raise InputError(
             f"{folder} was trained on other weights, {named!r}, than those of {expected.base_model!r} ({difference}):"
-            " set backend.model_id to the folder of the former"
+            f" {cure}"
         )
     if block.get("zero_base_layer") != expected.zero_base:
         found = block.get("zero_base_layer")

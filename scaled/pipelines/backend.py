@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from hnkit.backend import BackendBase
 from hnkit.errors import InputError
+from hnkit.internal.values import reason_of
 from hnkit.maps import Condition
 from hnkit.scaled.lora.adapter import Adapter, read_adapter, write_adapter
 from hnkit.scaled.lora.base import BaseFiles
 from hnkit.scaled.lora.twin import LoraSpec, load_lora, lora_state, lora_targets, make_twin
 from hnkit.scaled.pipelines import memory
-from hnkit.scaled.pipelines.calls import PipelineCall, call_arguments, encoder_names, plain_arguments, without_encoders
+from hnkit.scaled.pipelines.calls import PipelineCall, call_arguments, encoder_names, without_encoders
 from hnkit.scaled.pipelines.conditions import LONG, TextLayout, find_text_layout
 from hnkit.scaled.pipelines.embeddings import EmbeddingCache, cache_root, embedding_key, joined
 from hnkit.scaled.pipelines.families.family import Family
@@ -33,7 +34,9 @@ from hnkit.scaled.pipelines.hypernetwork import FirstStep, HyperNetwork, NoDelta
 from hnkit.scaled.pipelines.identity import files_digest, stored_precision, weights_variant
 from hnkit.scaled.pipelines.layout import Layout
 from hnkit.scaled.pipelines.options import RECORDED, PipelineOptions
+from hnkit.scaled.pipelines.parts import parts_digest
 from hnkit.scaled.pipelines.selfcheck import check, find_last_layer
+from hnkit.scaled.pipelines.usage import attach_code, direct_code
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,15 @@ class PipelineBackend(BackendBase):
         self._cache: Any = known.cache if known else EmbeddingCache(self._encode_now, self._cache_folder())
         if known is not None:
             self._texts = known.texts
-        self.first_step = FirstStep(family, pipe, self._texts, options)
-        if known is not None:
-            self.first_step.know(options.sides, known.layout)
-        self.noise_shape = self.first_step.layout(options.sides, self.any_condition).shape
-        self.last_layer = family.last_layer or find_last_layer(self._base, self.first_step, self.any_condition)
-        self.hypernetwork = self._install(self._own_spec())
-        if options.self_check and known is None:
-            check(self)
+        with memory.explained(memory.advice(options)), self._first_calls():
+            self.first_step = FirstStep(family, pipe, self._texts, options)
+            if known is not None:
+                self.first_step.know(options.sides, known.layout)
+            self.noise_shape = self.first_step.layout(options.sides, self.any_condition).shape
+            self.last_layer = family.last_layer or find_last_layer(self._base, self.first_step, self.any_condition)
+            self.hypernetwork = self._install(self._own_spec())
+            if options.self_check and known is None:
+                check(self)
 
     @property
     def max_steps(self) -> int:  # type: ignore[override]
@@ -106,6 +110,17 @@ class PipelineBackend(BackendBase):
     def device(self) -> torch.device:
         """Where noise, conditions and images live."""
         return next(self._base.parameters()).device
+
+    @property
+    def lora(self) -> LoraSpec:
+        """Rank, alpha and layers of the trained LoRA."""
+        return self._spec
+
+    @property
+    def network(self) -> nn.Module:
+        """The generator's network: the frozen one, or in direct fine-tuning the one with the LoRA."""
+        network: nn.Module = getattr(self.pipeline, self._network)
+        return network
 
     def pack(self, noise: Tensor) -> Tensor:
         """The noise as the argument `latents` of the pipeline takes it."""
@@ -211,23 +226,9 @@ class PipelineBackend(BackendBase):
     def usage(self) -> str:
         """Python code that uses the saved adapter, for its model card; `adapter` is its folder."""
         if self.objective == "direct":
-            return (
-                "from hnkit.backend import backend_factory\n\n"
-                f"factory = backend_factory({self.name!r})\n"
-                f"options = factory.options(rank={self._spec.rank}, lora_alpha={self._spec.alpha:g})\n"
-                "generator = factory.load(options).direct()\n"
-                "generator.load_adapter(adapter)"
-            )
-        called = plain_arguments(self.family, self.pipeline, self.options)
-        arguments = ", ".join(f"{key}={value!r}" for key, value in called.items())
-        kind = type(self.pipeline).__name__
-        return (
-            f"from diffusers import {kind}\n"
-            "from hnkit.scaled.attach import attach\n\n"
-            f"pipe = {kind}.from_pretrained({self.options.model_id!r})\n"
-            "pipe = attach(pipe, adapter)\n"
-            f"images = pipe(prompt=prompt, {arguments}).images"
-        )
+            return direct_code(self.name, self._spec.rank, self._spec.alpha)
+        variant = weights_variant(self._folder / self._network) if self._folder is not None else None
+        return attach_code(self.family, self.pipeline, self._network, self.options, variant)
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the LoRA weights and what they belong to; `folder` must be new or empty."""
@@ -317,7 +318,7 @@ class PipelineBackend(BackendBase):
         if self._folder is None:
             return None
         variant = weights_variant(self._folder / self._network)
-        return files_digest(self._folder, self._encoder_pipe.components, variant)
+        return parts_digest(files_digest(self._folder, self._encoder_pipe.components, variant), self.options)
 
     @property
     def _base_files(self) -> BaseFiles | None:
@@ -371,6 +372,20 @@ class PipelineBackend(BackendBase):
         with self._encoders_lent():
             alone = [texts.rows(self._encoded_where_they_are([prompt]), 1) for prompt in prompts]
         return {key: joined([row[key][0] for row in alone]) for key in alone[0]}
+
+    @contextmanager
+    def _first_calls(self) -> Iterator[None]:
+        """One line for whatever goes wrong in a library's code when its model is first called."""
+        try:
+            yield
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of a model that nobody has tried: any
+            raise InputError(
+                f"model {self.options.model_id!r}: its {type(self.pipeline).__name__} cannot be run on images of "
+                f"{_by(self.options.sides)}: {type(error).__name__}: {reason_of(error)}: give the backend.size that it "
+                "was made for"
+            ) from error
 
     def _require_size(self) -> None:
         multiple = self.family.side_multiple(self._encoder_pipe)

@@ -194,10 +194,11 @@ class PipelineCall:
             pipe = view(pipe, encode_prompt=self._replay(self.texts))
         try:
             return sample(pipe, **self.arguments, **more)
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, TypeError, LookupError, NotImplementedError) as error:
             said = ("num_inference_steps", "timesteps", "sigmas", "height", "width")
             given = ", ".join(f"{name} {self.arguments[name]}" for name in said if name in self.arguments)
-            raise InputError(f"{self._who} refused a call with {given}: {reason_of(error)}") from error
+            cure = ": give the backend.size that the model was made for" if isinstance(error, LookupError) else ""
+            raise InputError(f"{self._who} refused a call with {given}: {reason_of(error)}{cure}") from error
 
     def _replay(self, texts: Sequence[Any]) -> Callable[..., Any]:
         answers = iter(texts)

@@ -196,7 +196,7 @@ def joined(rows: Sequence[Tensor]) -> Tensor:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())  # a length has no dimension
 
 
 def _read_header(path: Path) -> list[str] | None:

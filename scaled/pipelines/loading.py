@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def load_pipeline(backend: str, family: Family | None, options: PipelineOptions)
     kind = getattr(diffusers, found, None)
     if kind is None or not hasattr(kind, "encode_prompt"):
         raise InputError(f"{folder} holds a {found}: noise hypernetworks are for text-to-image pipelines of diffusers")
+    _said_once()
     bars = without_bars(diffusers.utils.logging, transformers.utils.logging)
     try:
         with bars, torch.random.fork_rng(devices=[]):  # models draw initial weights before the real ones are read
@@ -65,8 +67,9 @@ def load_pipeline(backend: str, family: Family | None, options: PipelineOptions)
         reason = reason_of(error, 200)
         raise InputError(f"model {options.model_id!r} does not load from {folder}: {reason}") from error
     name = family.network_of(pipe)
-    if getattr(pipe, name, None) is None:
-        raise InputError(f"{folder} holds a {found} without a {name}: no hypernetwork can be made of it")
+    for part, why in ((name, "no hypernetwork can be made of it"), ("vae", "its noise is not that of a latent image")):
+        if getattr(pipe, part, None) is None:
+            raise InputError(f"{folder} holds a {found} without a {part}: {why}")
     parts.exchange_network(pipe, name, options)
     parts.fuse_lora(pipe, name, options)
     parts.exchange_scheduler(pipe, options)
@@ -90,6 +93,26 @@ def load_pipeline(backend: str, family: Family | None, options: PipelineOptions)
     return pipe, family, options
 
 
+class _Once(logging.Filter):
+    """Lets each message through one time: pipelines say the same at every call, and training makes thousands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        fresh = message not in self._said
+        self._said.add(message)
+        return fresh
+
+
+def _said_once() -> None:
+    for handler in logging.getLogger("diffusers").handlers:
+        if not any(isinstance(found, _Once) for found in handler.filters):
+            handler.addFilter(_Once())
+
+
 def left_out(kind: type) -> dict[str, Any]:
     """Components that would paint over an image or look at it: none of them is differentiable."""
     accepted = inspect.signature(kind).parameters
@@ -99,15 +122,27 @@ def left_out(kind: type) -> dict[str, Any]:
 
 def _resolved(pipe: Any, family: Family, options: PipelineOptions) -> PipelineOptions:
     """The options with the pipeline's own values where they leave something to it."""
-    guidance, size = options.guidance, options.size
-    if guidance is None:
-        guidance = family.guidance_scale
-    if not size:
-        config = getattr(pipe, family.network_of(pipe)).config
-        side = getattr(pipe, "default_sample_size", None) or config.get("sample_size")
-        factor = getattr(pipe, "vae_scale_factor", 8)
-        size = int(side) * factor if isinstance(side, int) else 1024
-    return replace(options, guidance=guidance, size=size)
+    guidance = family.guidance_scale if options.guidance is None else options.guidance
+    if all(options.sides):
+        return replace(options, guidance=guidance)
+    height, width = _own_sides(pipe, family.network_of(pipe))
+    if height == width:
+        return replace(options, guidance=guidance, size=height)
+    return replace(options, guidance=guidance, height=options.height or height, width=options.width or width)
+
+
+def _own_sides(pipe: Any, network: str) -> tuple[int, int]:
+    """Height and width of the images that the pipeline makes where a caller says nothing."""
+    parameters = inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
+    defaults = [parameters[name].default if name in parameters else None for name in ("height", "width")]
+    if all(isinstance(side, int) for side in defaults):
+        return defaults[0], defaults[1]
+    found = getattr(pipe, "default_sample_size", None) or getattr(pipe, network).config.get("sample_size")
+    sides = [found, found] if isinstance(found, int) else found
+    if not (isinstance(sides, list | tuple) and len(sides) == 2 and all(isinstance(side, int) for side in sides)):
+        return 1024, 1024
+    factor = getattr(pipe, "vae_scale_factor", 8)
+    return sides[0] * factor, sides[1] * factor
 
 
 def find_model(model_id: str, local_files_only: bool = True) -> Path:

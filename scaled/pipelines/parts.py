@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hnkit.errors import InputError
+from hnkit.internal.cache import cached_digest
 from hnkit.internal.values import reason_of
 from hnkit.scaled.internal.hub import hub_file, local_folder
+from hnkit.scaled.pipelines.identity import component_files
 from hnkit.scaled.pipelines.options import PipelineOptions
 
 _UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError)
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def exchange_network(pipe: Any, name: str, options: PipelineOptions) -> None:
@@ -94,16 +98,42 @@ def exchange_scheduler(pipe: Any, options: PipelineOptions) -> None:
     kind = getattr(diffusers, options.scheduler, None) if options.scheduler else type(pipe.scheduler)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise InputError(f"backend.scheduler {options.scheduler!r}: diffusers has no scheduler of that name")
-    settings = dict(entry.split("=", 1) for entry in options.scheduler_config)
+    settings = scheduler_settings(options)
     known = kind._get_init_keys(kind)  # type: ignore[attr-defined]
     if unknown := [key for key in settings if key not in known]:
         near = ", ".join(sorted(known - {"self"}))
         raise InputError(f"backend.scheduler_config {unknown[0]!r}: {kind.__name__} has no such setting: it has {near}")
     try:
-        changes = {key: _value(text) for key, text in settings.items()}
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)  # type: ignore[attr-defined]
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)  # type: ignore[attr-defined]
     except _UNREADABLE as error:
         raise InputError(f"backend.scheduler {kind.__name__} refuses these settings: {reason_of(error)}") from error
+
+
+def scheduler_settings(options: PipelineOptions) -> dict[str, Any]:
+    """The settings that `options.scheduler_config` names."""
+    return {key: _value(text) for key, text in (entry.split("=", 1) for entry in options.scheduler_config)}
+
+
+def parts_digest(model: str, options: PipelineOptions) -> str:
+    """SHA-256 of a model of the digest `model`, with what was exchanged in its network."""
+    total = hashlib.sha256(model.encode())
+    for what in ("network_id", "lora"):
+        if source := getattr(options, what):
+            folder = local_folder(source)
+            whole = what == "network_id" and folder is not None and (folder / "config.json").is_file()
+            files = (
+                component_files(folder.parent, folder.name) if whole and folder else [_one_file(source, options, what)]
+            )
+            total.update(f"{what}\0{options.lora_scale if what == 'lora' else ''}\0".encode())
+            total.update("\n".join(cached_digest(file) for file in files).encode())
+    return total.hexdigest() if options.network_id or options.lora else model
+
+
+def split_hub_file(source: str) -> tuple[str, str] | None:
+    """Repository and file of `OWNER/NAME/FILE.safetensors`; `None` for what is no such name, or is a file here."""
+    if not source.endswith(".safetensors") or source.count("/") < 2 or source[0] in "/.~" or Path(source).is_file():
+        return None
+    return "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
 
 
 def _value(text: str) -> Any:
@@ -117,6 +147,11 @@ def _value(text: str) -> Any:
 def _one_file(source: str, options: PipelineOptions, what: str) -> Path:
     """The safetensors file that `source` names: itself, the one in its folder, or `REPOSITORY/FILE` of the hub."""
     path = Path(source).expanduser()
+    if path.suffix in _PICKLED:
+        raise InputError(
+            f"{what} {source!r}: pickled weights are not read; store them once as safetensors: "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'FILE.safetensors')"
+        )
     if path.suffix == ".safetensors" and path.is_file():
         return path
     if (folder := local_folder(source)) is not None:
@@ -124,9 +159,8 @@ def _one_file(source: str, options: PipelineOptions, what: str) -> Path:
         if len(files) != 1:
             raise InputError(f"{what}: the folder {source} has {len(files)} safetensors files: name one of them")
         return files[0]
-    if source.endswith(".safetensors") and source.count("/") >= 2 and source[0] not in "/.~":
-        repository, file = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
-        return hub_file(repository, file, what=what, local_files_only=options.local_files_only)
+    if (place := split_hub_file(source)) is not None:
+        return hub_file(*place, what=what, local_files_only=options.local_files_only)
     raise InputError(
         f"{what}: {source!r} is no safetensors file, no folder with one, and no OWNER/NAME/FILE.safetensors of the hub"
     )

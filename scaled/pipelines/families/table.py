@@ -51,8 +51,10 @@ FAMILIES: dict[str, Family] = {
         Family(pipeline_class="PixArtAlphaPipeline", embeddings=("prompt_embeds", "prompt_attention_mask")),
         Family(pipeline_class="PixArtSigmaPipeline", embeddings=("prompt_embeds", "prompt_attention_mask")),
         # The mixture of experts runs under no_grad outside of training mode; in it, its sum has another order.
-        Family(pipeline_class="HiDreamImagePipeline", training=("MOEFeedForwardSwiGLU",)),
+        Family(pipeline_class="HiDreamImagePipeline", training=("MOEFeedForwardSwiGLU",), own_size=True),
         Family(pipeline_class="HunyuanImagePipeline", guidance="distilled_guidance_scale", guidance_scale=3.25),
+        # Its guidance_scale is for guidance-distilled networks, and the class says so at every call of another.
+        Family(pipeline_class="QwenImagePipeline", guidance="true_cfg_scale", guidance_scale=1.0),
         Family(pipeline_class="SanaPipeline", multiple=32, arguments={"complex_human_instruction": None}),
         Family(pipeline_class="WanPipeline", arguments={"num_frames": 1}),
     )

@@ -14,15 +14,16 @@ import torch
 from hnkit.scaled.attach import attach
 from hnkit.scaled.backends import BACKENDS, DIFFUSERS
 from hnkit.scaled.lora.twin import load_lora, lora_state
+from hnkit.scaled.pipelines.embeddings import EmbeddingCache
 from hnkit.scaled.pipelines.families.table import FAMILIES
 from tests.scaled import tiny
 from tests.scaled.conftest import noise_for, perturb, redness, steered
 from tests.scaled.families.builders import BUILDERS
 from tests.scaled.families.conftest import settings
-from tests.scaled.families.facts import FACTS
+from tests.scaled.families.facts import FACTS, SETTINGS
 
 PROMPTS = tiny.PROMPTS[:2]
-EACH = [pytest.param(name, marks=[pytest.mark.slow] * facts.slow) for name, facts in FACTS.items()]
+EACH = list(FACTS)
 SHARE = ("ZImagePipeline", "Flux2KleinPipeline", "QwenImagePipeline", "StableDiffusionXLPipeline")
 """Families whose longer checks are in the plain suite; those of the others run with `-m slow`."""
 LONGER = [name if name in SHARE else pytest.param(name, marks=pytest.mark.slow) for name in FACTS]
@@ -92,6 +93,19 @@ def test_starts_as_the_plain_pipeline(name, backend):
             assert torch.equal(images, expected), (steps, float((images - expected).abs().max()))
         else:
             torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_prompts_beyond_every_length(name, backend):
+    """Cut as the plain pipeline cuts them; beside a short one, a row is what it is alone. At three steps."""
+    backend, tolerance = backend(name), 2e-5 if FACTS[name].exact else 1e-3
+    prompts = ["a fox, " * 400, "a"]
+    noise, condition = noise_for(backend, 2), backend.encode(prompts)
+    with torch.no_grad():
+        images = backend.generate(noise, condition, 3)
+        alone = [backend.generate(noise[i : i + 1], condition.select(torch.tensor([i])), 3) for i in (0, 1)]
+    torch.testing.assert_close(torch.cat(alone), images, atol=tolerance, rtol=0)
+    torch.testing.assert_close(alone[0], plain(backend, prompts[:1], noise[:1], 3), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -195,9 +209,26 @@ def test_training_raises_the_reward_and_comes_back_from_disk(name, backend, tmp_
     torch.testing.assert_close(found, generated, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("name", EACH)
+def test_embeddings_come_back_from_disk(name, backend, tmp_path):
+    """The cache of embeddings holds every kind of what `encode_prompt` returns: lists, masks, lengths."""
+    backend = backend(name)
+    cache = EmbeddingCache(backend._encode_now, tmp_path)
+    cache.store(PROMPTS)
+
+    def refuse(_):
+        raise AssertionError("encoded again")
+
+    read = EmbeddingCache(refuse, tmp_path).rows(PROMPTS)
+    expected = EmbeddingCache(backend._encode_now, None).rows(PROMPTS)
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LONGER)
-def test_the_self_check_passes(name, load):
-    load(name, self_check=True)
+def test_the_self_check_passes(name, dtype, load):
+    load(name, dtype=dtype, self_check=True)
 
 
 @pytest.mark.parametrize("name", list(FACTS))
@@ -215,4 +246,13 @@ def test_every_record_and_every_name_has_its_facts():
     named = {factory.family.pipeline_class for factory in BACKENDS.values() if factory.family is not None}
     assert named <= set(FACTS)
     said = " ".join(facts.models for facts in FACTS.values())
-    assert all(f"`{name}`" in said for name in BACKENDS if name not in ("digits", "diffusers", "qwen-image"))
+    assert all(f"`{name}`" in said for name in BACKENDS if name not in ("digits", "diffusers"))
+
+
+def test_what_the_table_says_of_a_model_is_its_default():
+    for setting in SETTINGS:
+        if setting.backend:
+            options = BACKENDS[setting.backend].options()
+            assert (options.model_id, options.guidance) == (setting.hub, setting.guidance)
+            assert all(part in setting.options for part in (options.lora, options.network_id, options.scheduler))
+    assert set(BACKENDS) - {"digits", "diffusers"} == {setting.backend for setting in SETTINGS} - {""}

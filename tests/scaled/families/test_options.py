@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import diffusers
 import pytest
 import torch
@@ -12,9 +14,10 @@ from hnkit import InputError
 from hnkit.scaled.attach import attach
 from hnkit.scaled.backends import DIFFUSERS
 from hnkit.scaled.pipelines import memory
+from hnkit.scaled.pipelines.usage import attach_code
 from tests.scaled import tiny
 from tests.scaled.conftest import noise_for, perturb, redness, steered
-from tests.scaled.families.builders import BUILDERS, unet
+from tests.scaled.families.builders import unet
 from tests.scaled.families.conftest import settings
 
 SDXL = "StableDiffusionXLPipeline"
@@ -110,6 +113,64 @@ def test_scheduler_and_schedule(load):
         DIFFUSERS.options(timesteps=(1,), sigmas=(1.0,))
 
 
+def test_options_together(load, lora, folder, tmp_path):
+    """A LoRA, another network, scheduler and schedule, sides, tiles: the card's code does what the backend does."""
+    other = diffusers.UNet2DConditionModel.from_config(dict(load(SDXL)._base.config))
+    save_file(other.state_dict(), tmp_path / "unet.safetensors")
+    options = {
+        "lora": str(lora), "lora_scale": 0.7, "network_id": str(tmp_path / "unet.safetensors"), "height": 32,
+        "width": 16, "scheduler": "LCMScheduler", "scheduler_config": ("timestep_spacing=trailing",),
+        "timesteps": (799, 499, 99), "vae_tiling": True, "vae_checkpointing": True, "self_check": True,
+    }  # fmt: skip
+    backend = load(SDXL, **options)
+    perturb(backend)
+    noise, condition = noise_for(backend, 3), backend.encode(tiny.PROMPTS[:3])
+    images = steered(backend, noise, condition, 3)
+    assert images.shape == (3, 3, 32, 16)
+    alone = steered(backend, noise[:1], condition.select(torch.tensor([0])), 3)
+    torch.testing.assert_close(alone, images[:1], atol=2e-5, rtol=0)
+    backend.save_adapter(tmp_path / "adapter")
+    again = load(SDXL, **DIFFUSERS.recorded(tmp_path / "adapter"), vae_tiling=True)
+    again.load_adapter(tmp_path / "adapter")
+    torch.testing.assert_close(steered(again, noise, condition, 3), images, atol=2e-5, rtol=0)
+    code = backend.usage()
+    asked = "pipe(output_type='pt', latents=latents, generator=generators, prompt="
+    scope = {"adapter": tmp_path / "adapter", "prompt": PROMPT, "latents": backend.pack(noise[:1])}
+    scope["generators"] = condition.generators("sampler", 0)[:1]
+    code = code.replace("pipe = attach(", "pipe.vae.enable_tiling()\npipe = attach(")  # it changes images of this size
+    exec(code.replace("pipe(prompt=", asked), scope)
+    torch.testing.assert_close(scope["images"], alone, atol=2e-5, rtol=0)
+    for lacking in ("lora", "network_id"):
+        with pytest.raises(InputError, match=r"trained on other weights.*SHA-256"):
+            load(SDXL, **options | {lacking: ""}).load_adapter(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"it was trained with backend\.network_id = .* and backend\.lora = "):
+        attach(diffusers.DiffusionPipeline.from_pretrained(folder(SDXL)), tmp_path / "adapter")
+
+
+def test_the_card_loads_what_was_trained_on(load, folder):
+    """In its type, of its variant, with parts of the hub by their names there."""
+    backend = load("StableDiffusion3Pipeline", dtype="bfloat16")
+    assert f"from_pretrained({str(folder('StableDiffusion3Pipeline'))!r}, dtype=torch.bfloat16)" in backend.usage()
+    options = dataclasses.replace(
+        backend.options, lora="me/loras/a/b.safetensors", network_id="me/nets/c.safetensors", dtype="float16"
+    )
+    code = attach_code(backend.family, backend.pipeline, "transformer", options, "fp16")
+    assert "dtype=torch.float16, variant='fp16')" in code
+    assert "pipe.load_lora_weights('me/loras', weight_name='a/b.safetensors')" in code
+    assert "pipe.transformer.load_state_dict(load_file(hf_hub_download('me/nets', 'c.safetensors')))" in code
+    assert "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n" in code
+    compile(code, "card", "exec")
+
+
+def test_pickled_weights_are_not_read(load, tmp_path):
+    """DMD2's networks are published as such."""
+    for option in ("lora", "network_id"):
+        with pytest.raises(
+            InputError, match=rf"backend\.{option} .*unet\.bin': pickled weights are not read; store them"
+        ):
+            load(SDXL, **{option: str(tmp_path / "unet.bin")})
+
+
 @pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "Flux2KleinPipeline", "QwenImagePipeline"])
 def test_images_that_are_not_square(name, load, folder, tmp_path):
     backend = load(name, height=32, width=16)
@@ -192,7 +253,7 @@ def test_a_model_of_no_pipeline_and_a_missing_model_id(tmp_path):
     assert "ready for a model" in DIFFUSERS.status()
 
 
-# --- attached to pipelines of the same network -----------------------------------------------------------------------
+# --- attached ------------------------------------------------------------------------------------------------------
 
 
 def trained(load, name, tmp_path):
@@ -202,7 +263,7 @@ def trained(load, name, tmp_path):
     return backend
 
 
-def test_image_to_image_and_components(load, folder, tmp_path):
+def test_a_pipeline_of_components(load, folder, tmp_path):
     trained(load, SDXL, tmp_path)
     text = diffusers.DiffusionPipeline.from_pretrained(folder(SDXL))
     made = diffusers.StableDiffusionXLPipeline(**text.components)  # of components: it has no `_name_or_path`
@@ -215,30 +276,3 @@ def test_image_to_image_and_components(load, folder, tmp_path):
     expected = attach(text, tmp_path / "adapter")(generator=seeded(), **call, **side).images
     assert torch.equal(with_f(generator=seeded(), **call, **side).images, expected)
     assert not torch.allclose(made(generator=seeded(), **call, **side).images, expected, atol=1e-4)
-    image = torch.rand(1, 3, 16, 16, generator=seeded())
-    plain = diffusers.StableDiffusionXLImg2ImgPipeline(**text.components)
-    steered_by_image = attach(plain, tmp_path / "adapter")
-    calls = {"image": image, "strength": 1.0}
-    found = steered_by_image(generator=seeded(), **call, **calls).images
-    assert found.shape == (1, 3, 16, 16)
-    assert not torch.allclose(plain(generator=seeded(), **call, **calls).images, found, atol=1e-4)
-
-
-def test_controlnet(load, folder, tmp_path):
-    trained(load, SDXL, tmp_path)
-    text = diffusers.DiffusionPipeline.from_pretrained(folder(SDXL))
-    control = diffusers.ControlNetModel.from_unet(text.unet, conditioning_embedding_out_channels=(8, 8))
-    parts = {name: part for name, part in text.components.items() if name not in ("image_encoder", "feature_extractor")}
-    plain = diffusers.StableDiffusionXLControlNetPipeline(**parts, controlnet=control)
-    with_f = attach(plain, tmp_path / "adapter")
-    call = {
-        "prompt": PROMPT, "image": torch.rand(1, 3, 16, 16), "num_inference_steps": 1, "guidance_scale": 0.0,
-        "output_type": "pt", "height": 16, "width": 16,
-    }  # fmt: skip
-    images = [p(generator=torch.Generator().manual_seed(0), **call).images for p in (plain, with_f)]
-    assert images[0].shape == images[1].shape
-    assert not torch.allclose(*images, atol=1e-4)
-
-
-def test_every_builder_is_used():
-    assert len(BUILDERS) >= 15
