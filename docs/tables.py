@@ -58,17 +58,45 @@ def families() -> str:
             ", ".join(str(steps) for steps in facts.steps),
             {"both": "timesteps, sigmas", "neither": "-"}.get(facts.schedule, facts.schedule),
             "yes" if facts.lora else "no",
+            ", ".join(f"`{kind}`" for kind in facts.attached) or "-",
             facts.note or "-",
         )
         for name, facts in FACTS.items()
     )
     caption = (
         "Each is tested on a tiny checkpoint of the real class with random weights: f = 0 gives the plain images bit "
-        "for bit at these numbers of steps, gradients agree with finite differences, training raises the reward, and "
-        "an adapter is saved, loaded and attached with the same images. None of these tests ran on trained weights."
+        "for bit at these numbers of steps, gradients agree with finite differences, training raises the reward, an "
+        "interrupted run ends with the same adapter, and an adapter is saved, loaded and attached with the same "
+        "images, in the class itself and in the others named here. What the class takes as a schedule, and whether it "
+        "loads LoRAs, is read off the class. None of these tests ran on trained weights, for none are to be had here."
     )
-    headers = ("class", "models", "steps", "schedule", "LoRA", "what is special")
+    headers = ("class", "models", "steps", "schedule", "LoRA", "attached in", "what is special")
     return to_markdown(Table(headers, rows, caption))
+
+
+def settings() -> str:
+    """How published models are called, and where that was read."""
+    sys.path.insert(0, str(ROOT))
+    from tests.scaled.families.facts import SETTINGS
+
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (
+            setting.model,
+            f"`{setting.backend}`" if setting.backend else "-",
+            f"`{setting.hub}`",
+            setting.steps,
+            f"{setting.guidance:g}",
+            setting.options or "-",
+            setting.read,
+        )
+        for setting in SETTINGS
+    )
+    caption = (
+        "No file of these models could be opened where this was written, and none of them was run here: names and "
+        "settings are as the last column says. Training runs one sampler step unless `train.generator_steps` says "
+        "more; a model that was distilled for four is best trained at four."
+    )
+    return to_markdown(Table(("model", "name", "hub", "steps", "guidance", "options", "read in"), rows, caption))
 
 
 def item_e() -> str:
@@ -390,6 +418,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "controls": controls,
     "injected-noise": injected_noise,
     "families": families,
+    "settings": settings,
     "item-e": item_e,
     "kills": kills,
     "plans": plans,
