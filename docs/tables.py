@@ -235,6 +235,33 @@ def controls() -> str:
     return to_markdown(Table(("estimate", "KL", "variance ratio"), tuple(rows), caption))
 
 
+def controls_toys() -> str:
+    """How many times fewer samples control variates take on maps whose KL is known."""
+    document = _document("controls")
+
+    def cell(found: dict[str, Any]) -> str:
+        if "refused" in found:
+            return "refused: a local norm above 1"
+        difference, stderr = found["difference"]
+        ratio = format_estimate(*found["ratio"]) if found["ratio"][0] < 1e9 else "no error is left"
+        return f"{ratio} ({difference / stderr:+.1f})"
+
+    rows: list[tuple[Cell, ...]] = [
+        (name, f"{found['dim']}", *(cell(found[case]) for case in ("exact", "arnoldi", "two levels")))
+        for name, found in document["maps"].items()
+    ]
+    costly, samples = document["costly"], document["samples"]
+    caption = (
+        f"Variance of the mean without over that with, ± its error over {document['batches']} batches of {samples} "
+        "samples; in brackets how many standard errors the two means differ by, over all batches. First `x·f - tr J` "
+        f"regressed out of the exact integrands, then out of Arnoldi's, {document['probes']} probes each, with the "
+        f"trace that these see; last Arnoldi at {costly} samples alone, and with the second order at the other "
+        f"{samples - costly}."
+    )
+    headers = ("map", "d", "exact", "arnoldi", "arnoldi and second order")
+    return to_markdown(Table(headers, tuple(rows), caption))
+
+
 def injected_noise() -> str:
     """Gains and nats with injected noise, by the gradient of the reward and by its values alone."""
     document = _document("injected-noise")
@@ -416,6 +443,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "bench-sana": bench_sana,
     "low-rank": low_rank,
     "controls": controls,
+    "controls-toys": controls_toys,
     "injected-noise": injected_noise,
     "families": families,
     "settings": settings,

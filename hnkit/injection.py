@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hnkit.errors import InputError
 from hnkit.internal.seeds import check_generator
-from hnkit.internal.stats import Estimate
+from hnkit.internal.stats import Estimate, rounded_up
 from hnkit.internal.values import number
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -178,9 +178,11 @@ class InjectedBound:
         """What is known, in words that name what is proved and what is estimated."""
         parts = [f"KL of the deployed law: at most {self.nats} nats (proved for any f; the mean is estimated)"]
         if self.certified is not None:
-            parts.append(f"at most {self.certified:.4g} nats with {100 * self.confidence:.0f}% confidence ({self.how})")
+            parts.append(
+                f"at most {rounded_up(self.certified)} nats with {100 * self.confidence:.0f}% confidence ({self.how})"
+            )
         if self.ceiling is not None:
-            parts.append(f"at most {self.ceiling:.4g} nats for certain, |f| being clipped")
+            parts.append(f"at most {rounded_up(self.ceiling)} nats for certain, |f| being clipped")
         if self.certified is None and self.ceiling is None:
             parts.append(f"no certificate of that mean: {self.how}")
         return "; ".join(parts)
@@ -217,7 +219,7 @@ def injected_bound(
     elif lipschitz is not None:
         squares = nats / injection.nats_per_square
         certified = injection.nats_per_square * lipschitz_mean_square_upper(squares, lipschitz, confidence)
-        how = f"certified Lipschitz constant {lipschitz:.4g}; Gaussian concentration, n = {len(nats)}"
+        how = f"certified Lipschitz constant {rounded_up(lipschitz)}; Gaussian concentration, n = {len(nats)}"
     return InjectedBound(Estimate.of(nats), certified, confidence, how, ceiling)
 
 

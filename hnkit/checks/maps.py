@@ -12,10 +12,11 @@ from torch import Tensor
 from hnkit.bounds import BOUNDS, theorem7_bound
 from hnkit.checks.check import Finding, Registry, confidence_radius, mean_finding, worst
 from hnkit.checks.differences import explained_by_steps
+from hnkit.checks.l2_term import l2_verdict
 from hnkit.checks.one_dimension import binned_kl, folded_kl
 from hnkit.errors import MissingDerivativeError, NotApplicable, NotCertifiedError
 from hnkit.figures.measured_map import MeasuredMap, RowStatistics
-from hnkit.internal.stats import mean_and_stderr
+from hnkit.internal.stats import mean_and_stderr, rounded_up
 from hnkit.jacobian import RowJacobian
 from hnkit.kl.divergence import noise_kl
 from hnkit.tilt import affine_coefficients, kl_gaussians
@@ -208,11 +209,12 @@ def theorem_7(measured: MeasuredMap) -> Finding:
     certified = measured.certified_constant
     constant = measured.lower.value if certified is None else certified
     word = "estimated" if certified is None else "certified"
+    shown = f"{constant:.4g}" if certified is None else rounded_up(constant, below=1.0)
     if constant >= 1:
-        raise NotApplicable(f"{word} L = {constant:.4g} is not below 1")
+        raise NotApplicable(f"{word} L = {shown} is not below 1")
     error = measured.error
     bound = float(theorem7_bound(measured.dim, constant))
-    note = f"{word} L = {constant:.4g}; E|E(J)| = {float(error.abs().mean()):.3g}"
+    note = f"{word} L = {shown}; E|E(J)| = {float(error.abs().mean()):.3g}"
     if measured.method != "exact":  # a single probe's value is no E(J), their mean is
         mean, stderr = mean_and_stderr(error)
         radius = confidence_radius(stderr, len(error))
@@ -286,6 +288,14 @@ def symmetry_index(measured: MeasuredMap) -> Finding:
     return Finding(abs(index), 1.0, 0.1 if measured.stein.probes else measured.resolution, "<=")
 
 
+MAP_CHECKS.add(
+    "l2-verdict",
+    "the verdict on the L2 term: its ratio is E tr(J²) / E|f|², and its words hold for E[|f|²/2 + E(J)]",
+    proof="second_order",
+    kind="statistical",
+)(l2_verdict)
+
+
 # --- Lipschitz constants and injectivity ------------------------------------------------------------------------
 
 
@@ -310,7 +320,7 @@ def lipschitz_order(measured: MeasuredMap) -> Finding:
         note = f"sampled {sampled:.4g} ≤ ascended; no certificate: {measured.certificate}"
         return Finding(ascended, sampled, tolerance, ">=", note, certified=False)
     certified = measured.certificate.value
-    note = f"sampled {sampled:.4g} ≤ ascended {ascended:.4g} ≤ certified {certified:.4g}"
+    note = f"sampled {sampled:.4g} ≤ ascended {ascended:.4g} ≤ certified {rounded_up(certified)}"
     if sampled > ascended + tolerance:
         return Finding(sampled, ascended, tolerance, "<=", note)
     return Finding(ascended, certified, tolerance, "<=", note)
@@ -452,7 +462,7 @@ def _contraction(measured: MeasuredMap) -> float:
             raise NotApplicable(f"the ascended norm {constant:.4g} shows that L is not below 1")
         return constant
     if constant >= 1:
-        raise NotApplicable(f"certified L = {constant:.4g} is not below 1")
+        raise NotApplicable(f"certified L = {rounded_up(constant)} is not below 1")
     return constant
 
 

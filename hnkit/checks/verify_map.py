@@ -24,7 +24,7 @@ from hnkit.checks.settings import VerifySettings
 from hnkit.errors import InputError
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.internal.seeds import generator_for
-from hnkit.internal.stats import Estimate
+from hnkit.internal.stats import Estimate, rounded_up
 from hnkit.lipschitz.certify import certify_injective
 from hnkit.maps import NoiseMap
 from hnkit.output.verdict import verdict_card
@@ -134,7 +134,7 @@ def invertibility(measured: MeasuredMap) -> list[str]:
     if status == "violated":
         return [f"T folds: det(I + J) changes sign, {folds}. The exact value is a lower bound of the KL."]
     certificate = measured.certificate
-    reason = certificate if isinstance(certificate, str) else f"certified L = {certificate.value:.4g}"
+    reason = certificate if isinstance(certificate, str) else f"certified L = {rounded_up(certificate.value)}"
     sentence = f"Injectivity of T is not certified ({reason})."
     seen = (
         "" if folds is None else f" There is {folds}, which is no proof." if folds.negative == 0 else f" Seen: {folds}."

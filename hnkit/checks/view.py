@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from hnkit.internal.stats import rounded_down, rounded_up
 from hnkit.output.page import VERDICT_MARKS, format_number
 from hnkit.output.terminal import Words, card_view, simple_table
 
@@ -87,10 +89,15 @@ def check_lines(check: Check) -> Group:
         from hnkit.checks.check import RELATIONS
 
         exactly = not check.tolerance and check.measured == check.expected
+        # of what is bounded by it an upper bound is rounded up and a lower one down
+        directed = {"<=": rounded_up, ">=": rounded_down}.get(check.relation)
+        expected = format_number(check.expected)
+        if directed is not None and check.expected is not None and math.isfinite(check.expected):
+            expected = directed(check.expected)
         numbers = (
             f"measured {format_number(check.measured)}, exactly"
             if exactly
-            else f"measured {format_number(check.measured)} {RELATIONS[check.relation]} {format_number(check.expected)}"
+            else f"measured {format_number(check.measured)} {RELATIONS[check.relation]} {expected}"
             f" ± {format_number(check.tolerance, 2)} ({check.kind}), slack {format_number(check.slack, 3)}"
         )
         lines.append(Padding(Text(f"{numbers}: {check.verdict}"), (0, 0, 0, 4)))

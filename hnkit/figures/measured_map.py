@@ -163,7 +163,7 @@ class MeasuredMap:
             raise
 
     @property
-    def _dense_count(self) -> int:
+    def dense_count(self) -> int:
         """How many of the samples get dense Jacobians besides those of `noise_kl`."""
         products = DENSE_PRODUCTS if self.dim <= 16 else DENSE_PRODUCTS // 4
         return min(len(self.x), max(1, min(DENSE_ENTRIES // self.dim, products) // self.dim))
@@ -171,7 +171,7 @@ class MeasuredMap:
     @cached_property
     def change(self) -> Tensor:
         """The exact integrand in the change-of-variables form, computed as such, at the first samples."""
-        f, x = self.first(self._dense_count)
+        f, x = self.first(self.dense_count)
         return noise_kl(f, x, method="exact", form="change-of-variables", check=False).per_sample
 
     @cached_property
@@ -248,7 +248,7 @@ class MeasuredMap:
         """Statistics of the dense Jacobians of the first samples; `None` in too many dimensions."""
         if self.dim > DENSE_DIM:
             return None
-        samples = torch.arange(self._dense_count, device=self.x.device)
+        samples = torch.arange(self.dense_count, device=self.x.device)
         width = max(1, 2**23 // self.dim**2)
         parts = [_statistics(dense_jacobian(f, x)) for _, f, x in chunked(self.f, self.x, width, samples)]
         return RowStatistics(**{name: _joined([getattr(part, name) for part in parts]) for name in vars(parts[0])})

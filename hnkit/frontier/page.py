@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hnkit.internal.stats import Estimate
+from hnkit.internal.stats import Estimate, rounded_down, rounded_up
 from hnkit.internal.values import or_nan
 from hnkit.output.page import Card, CardLine, Picture, Section, Table, Text, format_estimate, format_number
 from hnkit.output.plots import frontier as draw
@@ -16,8 +16,9 @@ from hnkit.output.verdict import LEAST_EFFICIENCY, figures_of, fitting_temperatu
 
 _HOW = (
     "The frontier is the most that any law can gain whose KL from the base is so many nats, on the mean over prompts "
-    "(Gibbs variational principle). It is estimated from rewards of base images alone, and ends where too few of them "
-    "carry the weight. Efficiency is a method's gain as a share of the frontier's at the same nats. Nats that are said "
+    "(Gibbs variational principle), and its temperature that of the law that attains it. It is estimated from rewards "
+    "of base images alone, and ends where too few of them carry the weight, or where their tail is too heavy "
+    "for an error bar. Efficiency is a method's gain as a share of the frontier's at the same nats. Nats that are said "
     "to be 'at least' come from rewards alone (Donsker and Varadhan) and hold with 95% probability."
 )
 
@@ -103,8 +104,8 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
 def gap_sentence(name: str, gap: Mapping[str, Any]) -> str:
     """The certified distance from the target, and the estimate where the temperature lets there be one."""
     bound = (
-        f"{name} is at least {gap['lower']:.3g} nats ({100 * gap['confidence']:.0f}%) from the law that its "
-        f"temperature {gap['alpha']:.3g} names"
+        f"{name} is at least {rounded_down(gap['lower'], 3)} nats ({100 * gap['confidence']:.0f}%) from the law that "
+        f"its temperature {gap['alpha']:.3g} names"
     )
     if gap["estimate"] is None:
         return (
@@ -117,8 +118,8 @@ def gap_sentence(name: str, gap: Mapping[str, Any]) -> str:
 def nats_text(method: Mapping[str, Any]) -> str:
     """Nats as they are known: measured with an error bar, given, or bounded from above or below."""
     if method["nats"] is None:
-        return f"at least {method['nats_lower_bound']:.3g}"
-    known = f"{method['nats']:.3g}"
+        return f"at least {rounded_down(method['nats_lower_bound'], 3)}"
+    known = rounded_up(method["nats"], 3) if method.get("nats_at_most") else f"{method['nats']:.3g}"
     if method["nats_stderr"]:
         known = format_estimate(method["nats"], method["nats_stderr"])
     return f"at most {known}" if method.get("nats_at_most") else known
@@ -137,7 +138,12 @@ def share(method: Mapping[str, Any]) -> str:
 def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headers and rows: best-of-N, the methods, and some points of the frontier."""
     rows: list[tuple[str, ...]] = [
-        (f"best of {entry['n']}", f"at most {entry['nats']:.3g}", format_estimate(entry["gain"], entry["stderr"]), "")
+        (
+            f"best of {entry['n']}",
+            f"at most {rounded_up(entry['nats'], 3)}",
+            format_estimate(entry["gain"], entry["stderr"]),
+            "",
+        )
         for entry in document["best_of"]
     ]
     for name, method in document["methods"].items():
@@ -156,11 +162,17 @@ def plot(document: Mapping[str, Any]) -> bytes:
 def sections(document: Mapping[str, Any], picture: bytes | None) -> list[Section]:
     """The sections of a page that is about nothing else."""
     points = [
-        tuple(f"{point[key]:.4g}" for key in ("nats", "gain", "stderr", "effective")) for point in document["frontier"]
+        (
+            f"{point['nats']:.4g}",
+            format_estimate(point["gain"], point["stderr"]),
+            format_estimate(point["alpha"], point["alpha_stderr"]),
+            f"{point['effective']:.4g}",
+        )
+        for point in document["frontier"]
     ]
     return [
         section(document, picture),
-        Section("The frontier", (Table(("nats", "gain", "standard error", "effective samples"), tuple(points)),)),
+        Section("The frontier", (Table(("nats", "gain", "temperature", "effective samples"), tuple(points)),)),
         Section("How to read this", (Text(_HOW),)),
     ]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hnkit.errors import InputError
 from hnkit.frontier.certified import GapBound, nats_lower_bound
-from hnkit.frontier.curve import Frontier
+from hnkit.frontier.curve import Frontier, over_prompts
 from hnkit.internal.values import finite
 
 
@@ -45,7 +45,7 @@ class MethodGain:
 
     Attributes:
         gain: mean over prompts of the difference of mean rewards.
-        stderr: its standard error over prompts; NaN where there is one.
+        stderr: its standard error over prompts, with Student's factor where they are few; NaN where there is one.
         nats_lower_bound: see the function of that name, at 95%.
         nats: the method's nats where they are known, else `None`.
         nats_stderr: standard error of these nats; 0 where they are exact, or are not known.
@@ -161,14 +161,14 @@ def methods_on_frontier(
             raise InputError(f"method {name!r} and the base differ in prompts, {sorted(different)[0]!r} among them")
         rewards = [method.rewards[prompt] for prompt in prompts]
         gains = torch.stack([r.mean() - b.mean() for r, b in zip(rewards, base_rewards, strict=True)])
-        error = float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+        gain = over_prompts(gains)
         share = None
         if method.nats is not None and frontier.carries(method.nats):
             share = frontier.efficiency_estimate(gains, method.nats, method.nats_stderr)
         bound = nats_lower_bound(base_rewards, rewards)
         efficiency, spread = (None, None) if share is None else (share.value, share.stderr)
         found[name] = MethodGain(
-            float(gains.mean()), error, bound, method.nats, efficiency, method.nats_stderr, spread, method.gap,
+            gain.value, gain.stderr, bound, method.nats, efficiency, method.nats_stderr, spread, method.gap,
             method.nats_at_most,
         )  # fmt: skip
     return frontier, found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class Estimate:
 
     def __str__(self) -> str:
         text = rounded_to_error(self.value, self.stderr)
-        return f"{text} (bias at most {self.bias_bound:.2g})" if self.bias_bound else text
+        return f"{text} (bias at most {rounded_up(self.bias_bound, 2)})" if self.bias_bound else text
 
 
 def rounded_to_error(value: float, stderr: float) -> str:
@@ -52,6 +54,28 @@ def rounded_to_error(value: float, stderr: float) -> str:
     if abs(value) >= 1e6 or 0 < max(abs(value), stderr) < 1e-4:
         return f"{value:.3g} ± {stderr:.2g}"
     return f"{value:.{places}f} ± {stderr:.{places}f}"
+
+
+def rounded_up(value: float, digits: int = 4, *, below: float = math.inf) -> str:
+    """An upper bound for people: the least number of so many significant digits that, read back, is not below it.
+
+    Where that is no longer below `below`, though the bound is, it has all 17 digits.
+    """
+    return _directed(value, digits, ROUND_CEILING, value < below, lambda shown: shown < below)
+
+
+def rounded_down(value: float, digits: int = 4, *, above: float = -math.inf) -> str:
+    """A lower bound for people: the largest number of so many significant digits that, read back, is not above it."""
+    return _directed(value, digits, ROUND_FLOOR, value > above, lambda shown: shown > above)
+
+
+def _directed(value: float, digits: int, rounding: str, inside: bool, kept: Callable[[float], bool]) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    rounded = Context(prec=digits, rounding=rounding).create_decimal(Decimal(repr(float(value))))
+    if inside and not kept(float(rounded)):
+        return repr(value)
+    return f"{float(rounded):.{digits}g}"
 
 
 def mean_and_stderr(samples: Tensor) -> tuple[float, float]:

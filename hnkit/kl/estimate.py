@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hnkit.internal.stats import Estimate
+from hnkit.internal.stats import Estimate, rounded_up
 from hnkit.kl.control import controlled_mean
 from hnkit.kl.moments import Moments
 
@@ -139,7 +139,7 @@ class KLEstimate(Estimate):
         text = str(Estimate(self.value, self.stderr))
         text = f"{text} nats"
         if self.bias_bound:
-            text += f" (bias at most {self.bias_bound:.2g})"
+            text += f" (bias at most {rounded_up(self.bias_bound, 2)})"
         elif self.bias_bound is None and self.bias_estimate > 0:
             text += f" (truncation about {self.bias_estimate:.2g})"
         return text if self.finite_variance else f"{text} (finite variance not proved)"
@@ -183,5 +183,5 @@ class Folds:
 
     def __str__(self) -> str:
         if self.negative == 0:
-            return f"no fold in {self.samples} samples (in at most {self.upper:.2g} of them, 95%)"
+            return f"no fold in {self.samples} samples (in at most {rounded_up(self.upper, 2)} of them, 95%)"
         return f"orientation reversed at {self.negative} of {self.samples} samples; folded mass at most {self.folded}"

@@ -19,8 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hnkit.bounds import log_gap
+from hnkit.bounds import log_gap, second_order_remainder_bound
 from hnkit.errors import ExpansiveMapError, InputError
+from hnkit.internal.stats import rounded_down
 from hnkit.linalg.krylov import ArnoldiProcess, LanczosProcess, Operator, phi_column, phi_corner, spectral_norm
 
 Probe = Literal["rademacher", "gaussian", "spherical"]
@@ -112,7 +113,7 @@ def second_order(operator: Operator, probe: Tensor, *, lipschitz: float | None =
     truncation = (scale * phi_corner(H[:, :2], spectral_norm(H)) - square / 2).abs() + process.truncation()
     bound = torch.full_like(square, torch.nan)
     if lipschitz is not None and lipschitz < 1:
-        factor = (log_gap(lipschitz) / lipschitz**2 - 0.5) if lipschitz > 0 else 0.0
+        factor = second_order_remainder_bound(1.0, lipschitz) if lipschitz > 0 else 0.0
         bound = length * sizes[1] * factor
     products = torch.full_like(square, 2.0)
     return QuadraticForm(
@@ -464,7 +465,7 @@ def refuse_norm(norm: Tensor, method: str) -> None:
     largest = float(norm.max())
     if largest >= 1:
         raise ExpansiveMapError(
-            f"method {method} needs a local norm |J(x)|_2 below 1 and found at least {largest:.4g}: "
+            f"method {method} needs a local norm |J(x)|_2 below 1 and found at least {rounded_down(largest)}: "
             "use exact or lanczos"
         )
 

@@ -23,6 +23,9 @@ TOLERANCE = 0.1
 """Share of the KL that the L2 term may miss: a small budget buys a gain proportional to the root of its nats
 (`proofs/small_nats`), so that nats off by a tenth move an efficiency, gain over best gain, by a twentieth."""
 
+PROBES = 4
+"""Probes per sample, three transposed products each."""
+
 _EXACT_UP_TO = 512
 """Dimension up to which d products per sample are cheap enough to be advised."""
 _NORM_TOLERANCE = 0.02
@@ -89,7 +92,8 @@ class L2Verdict:
         """What the verdict rests on, in one clause."""
         if math.isnan(self.ratio.value):
             return "f vanishes at every sample"
-        ratio = rounded_to_error(100 * self.ratio.value, 100 * self.ratio.stderr)
+        known = self.ratio.value == 0 and self.ratio.stderr == 0
+        ratio = "0" if known else rounded_to_error(100 * self.ratio.value, 100 * self.ratio.stderr)
         base = f"tr(J²) is {ratio} percent of |f|²"
         if math.isfinite(self.remainder):
             return f"{base}, and what lies beyond the third order at most {_percent(self.remainder)} of |f|²/2"
@@ -128,7 +132,7 @@ def l2_verdict(
     x: Tensor,
     *,
     tolerance: float = TOLERANCE,
-    probes: int = 4,
+    probes: int = PROBES,
     generator: torch.Generator | None = None,
 ) -> L2Verdict:
     """Judge whether the L2 term stands for the KL of this map, from a handful of products at each sample.

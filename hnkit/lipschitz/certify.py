@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hnkit.errors import InputError, NotCertifiedError
+from hnkit.internal.stats import rounded_down, rounded_up
 from hnkit.internal.values import number
 from hnkit.lipschitz.plain import (
     declaration,
@@ -221,7 +222,7 @@ def _visit(module: nn.Module, visit: Visit) -> JacobianBounds:
         require_plain_instance(module)
         bounds = _declared(module)
         if bounds is not None:
-            bounds = replace(bounds, how=f"{label} {bounds.norm:.4g} (declared)")
+            bounds = replace(bounds, how=f"{label} {rounded_up(bounds.norm)} (declared)")
         else:
             if kind not in _RULES:
                 raise InputError(_reason(kind.__name__))
@@ -234,7 +235,7 @@ def _visit(module: nn.Module, visit: Visit) -> JacobianBounds:
         raise
     except InputError as refusal:  # what rules and declarations raise, with the reason
         raise NotCertifiedError(f"no certified Lipschitz constant: layer {label}: {refusal}") from None
-    return bounds if bounds.how else replace(bounds, how=f"{label} {bounds.norm:.4g}")
+    return bounds if bounds.how else replace(bounds, how=f"{label} {rounded_up(bounds.norm)}")
 
 
 def _consistent(bounds: object) -> JacobianBounds:
@@ -325,7 +326,7 @@ def certified_bounds(module: object) -> JacobianBounds:
             f"no certified Lipschitz constant: the map is a {kind}; only modules of known layers, or objects with a "
             "method lipschitz_upper(), can be certified (lipschitz_lower gives a lower bound of any map)"
         )
-    return replace(declared, how=f"{kind} {declared.norm:.4g} (declared)")
+    return replace(declared, how=f"{kind} {rounded_up(declared.norm)} (declared)")
 
 
 def certify_injective(f: object) -> InjectivityCertificate:
@@ -352,11 +353,12 @@ def certify_injective(f: object) -> InjectivityCertificate:
     except NotCertifiedError as error:
         return InjectivityCertificate("unknown", str(error))
     if bounds.norm < 1:
-        return InjectivityCertificate("certified", f"Lipschitz constant at most {bounds.norm:.6g} < 1 ({bounds.how})")
+        norm = rounded_up(bounds.norm, 6, below=1.0)
+        return InjectivityCertificate("certified", f"Lipschitz constant at most {norm} < 1 ({bounds.how})")
     if bounds.lower > -1:
+        lower = rounded_down(bounds.lower, 6, above=-1.0)
         return InjectivityCertificate(
-            "certified",
-            f"strongly monotone: lambda_min of the symmetric part at least {bounds.lower:.6g} > -1 ({bounds.how})",
+            "certified", f"strongly monotone: lambda_min of the symmetric part at least {lower} > -1 ({bounds.how})"
         )
     if bounds.bijective:
         return InjectivityCertificate("certified", f"one hidden layer, W V diagonally dominated ({bounds.how})")
@@ -368,6 +370,6 @@ def certify_injective(f: object) -> InjectivityCertificate:
         )
     return InjectivityCertificate(
         "unknown",
-        f"the certified Lipschitz constant {bounds.norm:.6g} is not below 1, nor the certified lambda_min of the "
-        f"symmetric part {bounds.lower:.6g} above -1 ({bounds.how})",
+        f"the certified Lipschitz constant {rounded_up(bounds.norm, 6)} is not below 1, nor the certified lambda_min "
+        f"of the symmetric part {rounded_down(bounds.lower, 6)} above -1 ({bounds.how})",
     )

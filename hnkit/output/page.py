@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hnkit.internal.files import atomic_write
-from hnkit.internal.stats import rounded_to_error
+from hnkit.internal.stats import rounded_to_error, rounded_up
 
 Cell = str | int | float | None
 """What a table holds; numbers are shown with `format_number`, `None` and NaN as a dash."""
@@ -197,7 +197,7 @@ def format_estimate(value: float, stderr: float | None = None, bias_bound: float
     else:
         text = rounded_to_error(value, stderr)
     if bias_bound:
-        text += f" (+ {format_number(bias_bound, 2)} bias)"
+        text += f" (+ {rounded_up(bias_bound, 2)} bias)"
     return text
 
 

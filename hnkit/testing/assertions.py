@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hnkit.bounds import BOUNDS, local_theorem7_bound, theorem7_bound
 from hnkit.errors import InputError
-from hnkit.internal.stats import mean_and_stderr
+from hnkit.internal.stats import mean_and_stderr, rounded_up
 from hnkit.jacobian import check_batch, check_map, dense_jacobian, evaluate
 from hnkit.kl.divergence import Form, Method, noise_kl
 from hnkit.linalg.matrices import MatrixNumbers
@@ -84,7 +84,7 @@ def assert_mean(
     distance = abs(mean - expected)
     if not distance <= bias_bound + limit * stderr + rounding:
         score = distance / stderr if stderr > 0 else math.inf
-        bias = f" and a bias of at most {bias_bound:.3g}" if bias_bound else ""
+        bias = f" and a bias of at most {rounded_up(bias_bound, 3)}" if bias_bound else ""
         fail(
             f"{what} is {mean:.8g} +- {stderr:.2g}, expected {expected:.8g}: off by {distance:.3g} = {score:.1f} "
             f"standard errors (n = {samples.numel()}; {limit:.2f}{bias} are allowed at false alarm {false_alarm:g})"
@@ -227,7 +227,8 @@ def assert_theorem7(f: NoiseMap, x: Tensor, *, lipschitz: float | None = None) -
     if not float(excess[worst]) <= 0:
         fail(
             f"Theorem 7 fails at sample {worst}: |E(J)| = {float(errors[worst]):.8g} exceeds d h(L) = "
-            f"{float(bounds[worst]):.8g} nats with L {constant}, d = {dim}, |J|_2 = {float(norms[worst]):.6g} there"
+            f"{rounded_up(float(bounds[worst]), 8)} nats with L {constant}, d = {dim}, "
+            f"|J|_2 = {float(norms[worst]):.6g} there"
         )
 
 

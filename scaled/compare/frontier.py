@@ -12,6 +12,7 @@ from hnkit.errors import InputError
 from hnkit.frontier import GapBound, Rewards, frontier_document, gap_lower_bound, methods_on_frontier, no_frontier
 from hnkit.frontier.measured import FAITHFUL
 from hnkit.frontier.page import nats_text
+from hnkit.internal.stats import rounded_down
 from hnkit.internal.values import or_nan
 from hnkit.output.page import Table, format_estimate
 from hnkit.scaled.compare.evaluation import Evaluation, Row
@@ -98,7 +99,7 @@ def frontier_table(document: Document) -> Table:
                 nats_text(method),
                 format_estimate(method["gain"], or_nan(method["stderr"])),
                 _share(method),
-                "–" if method["gap"] is None else f"at least {method['gap']['lower']:.3g}",
+                "–" if method["gap"] is None else f"at least {rounded_down(method['gap']['lower'], 3)}",
             )
         )
     caption = (

@@ -32,7 +32,7 @@ from hnkit.cli import app as cli
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.injection import NoiseInjection
 from hnkit.internal import stats as stats
-from hnkit.kl import estimators, moments
+from hnkit.kl import estimators, moments, verdict
 from hnkit.kl.methods import exact as kl
 from hnkit.lipschitz import certify
 from hnkit.lipschitz import local as lipschitz
@@ -95,6 +95,12 @@ PLANTED = {
     ),
     "|J|_F^2 in place of tr J^2": lambda m: plant(
         m, moments, "dense_moments", with_fields(square=lambda record: record.frobenius)
+    ),
+    "sign of tr J^2 in the verdict on the L2 term": lambda m: plant(
+        m, verdict, "_moments", with_fields(square=lambda record: -record.square)
+    ),
+    "half of tr J^2 in the verdict on the L2 term": lambda m: plant(
+        m, verdict, "_moments", with_fields(square=lambda record: record.square / 2)
     ),
     "log(1 + L) in place of -log(1 - L)": lambda m: plant(
         m,
@@ -234,7 +240,7 @@ def test_every_planted_error_patches_something(monkeypatch):
 def functions():
     """Every function of hnkit that a module of checks imports from elsewhere, by where it is defined."""
     found = set()
-    checks = ("maps", "injected", "problems", "measured_problem", "matrices", "differences")
+    checks = ("maps", "l2_term", "injected", "problems", "measured_problem", "matrices", "differences")
     for name in ("figures.measured_map", "linalg.matrices", *(f"checks.{name}" for name in checks)):
         for imported, value in vars(importlib.import_module(f"hnkit.{name}")).items():
             home = getattr(value, "__module__", "")
@@ -247,7 +253,7 @@ def functions():
 
 NO_FIGURES = {
     "generator_for", "rows_per_pass", "chunked", "slices", "check_map", "check_finite", "working_type",
-    "l2_verdict",  # advice for people, tested by itself: no check rests on it
+    "rounded_up",  # words
 }  # fmt: skip
 METHODS = [
     (jacobian.RowJacobian, "jvp"), (jacobian.RowJacobian, "vjp"), (loss.NoiseLoss, "__call__"),

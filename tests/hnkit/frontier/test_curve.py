@@ -41,12 +41,14 @@ def test_gaussian_rewards(samples, nats):
     assert points[0].beta == pytest.approx(math.sqrt(2 * nats) / 0.5, rel=0.25)
 
 
-def test_the_error_bars_of_four_prompts():
+def test_the_bootstrap_of_four_prompts():
     """Replicates of four prompts: without the correction of few units the mean variance is 3/4 of the true one."""
-    points = [Frontier(gaussian(4, 60, seed)).point(0.1) for seed in range(400)]
-    gains = torch.tensor([point.gain for point in points], dtype=torch.float64)
-    mean_square = sum(point.stderr**2 for point in points) / len(points)
-    assert 0.87 < mean_square / float(gains.var()) < 1.3
+    gains, squares = [], []
+    for seed in range(400):
+        frontier = Frontier(gaussian(4, 60, seed))
+        gains.append(float(frontier._minimum(frontier._at.psi, 0.1)[0]))
+        squares.append(curve._spread(frontier._minimum(frontier._at.replicated, 0.1)[0], 4) ** 2)
+    assert 0.87 < sum(squares) / len(squares) / float(torch.tensor(gains, dtype=torch.float64).var()) < 1.3
 
 
 def test_one_prompt_has_an_error_bar_over_its_samples():

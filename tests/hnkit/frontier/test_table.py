@@ -11,6 +11,7 @@ import torch
 
 from hnkit.errors import InputError
 from hnkit.frontier import Frontier, frontier_document, gap_lower_bound, methods_on_frontier, page, read_rewards
+from hnkit.internal.stats import rounded_down
 
 
 def write(path, rows, header="prompt,method,reward", encoding="utf-8"):
@@ -163,6 +164,6 @@ def test_at_a_hopeless_temperature_only_the_bound_is_said(tmp_path):
         words = page.gap_sentence("ours", asdict(gap))
         assert (gap.estimate is not None) == told
         assert ("is the estimate" in words) == told
-        assert f"at least {gap.lower:.3g} nats (95%)" in words
+        assert f"at least {rounded_down(gap.lower, 3)} nats (95%)" in words
     assert gap.lower > 10
     assert "how far exactly cannot be told" in words

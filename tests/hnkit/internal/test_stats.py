@@ -10,7 +10,7 @@ import torch
 
 import hnkit
 from hnkit import Estimate
-from hnkit.internal.stats import rounded_to_error
+from hnkit.internal.stats import rounded_down, rounded_to_error, rounded_up
 from hnkit.output.page import format_estimate
 
 
@@ -45,10 +45,29 @@ def test_a_value_is_rounded_to_its_error(value: float, stderr: float, text: str)
 
 
 def test_a_bound_of_the_bias_is_said() -> None:
-    assert str(Estimate(7.51783, 0.0678, 0.0123)) == "7.518 ± 0.068 (bias at most 0.012)"
+    assert str(Estimate(7.51783, 0.0678, 0.0123)) == "7.518 ± 0.068 (bias at most 0.013)"
     assert str(Estimate(7.51783, 0.0678, 0.0)) == "7.518 ± 0.068"
 
 
 def test_one_sample_does_not_know_its_error() -> None:
     found = Estimate.of(torch.tensor([2.0]))
     assert (found.value, math.isnan(found.stderr)) == (2.0, True)
+
+
+def test_bounds_are_rounded_to_their_own_side() -> None:
+    """The nearest number of so many digits is below half of all upper bounds, which is no bound of them."""
+    generator = torch.Generator().manual_seed(0)
+    for value in (10 ** (8 * torch.rand(300, generator=generator, dtype=torch.float64) - 4)).tolist():
+        for digits in (2, 4, 6):
+            for signed in (value, -value):
+                up, down = (float(shown(signed, digits)) for shown in (rounded_up, rounded_down))
+                assert down <= signed <= up
+                assert up - down <= 1.01 * 10 ** (math.floor(math.log10(value)) + 1 - digits)
+    assert (rounded_up(0.12341), rounded_down(0.12349), rounded_up(0.5), rounded_down(-0.5)) == (
+        "0.1235", "0.1234", "0.5", "-0.5",
+    )  # fmt: skip
+    assert (rounded_up(0.1 + 0.2), rounded_up(0.0), rounded_up(math.inf)) == ("0.3001", "0", "inf")
+    assert (rounded_up(0.003, 2), rounded_down(0.29, 2)) == ("0.003", "0.29")  # that which reads back as itself
+    assert (rounded_up(1 - 1e-9, 6), rounded_up(1 - 1e-9, 6, below=1.0)) == ("1", "0.999999999")
+    assert rounded_down(-1 + 1e-9, 6, above=-1.0) == "-0.999999999"
+    assert rounded_up(1.00004, 4, below=1.0) == "1.001"
