@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hnkit.internal.stats import Estimate
+from hnkit.internal.stats import Estimate, rounded_down, rounded_up
 from hnkit.internal.values import or_nan
 from hnkit.output.page import CARD_MARKS, Card, CardLine, Mark, format_estimate, format_number
 
@@ -264,18 +264,12 @@ def _norm_line(figures: RunFigures) -> CardLine | None:
     note = "the most that f stretches a small difference between two noises; below 1, x + f(x) cannot fold there"
     value = f"{format_number(figures.local_norm, 3)} at most seen"
     if figures.lipschitz is not None:
-        value += f", certified below {_rounded_up(figures.lipschitz)} everywhere"
+        value += f", certified to be at most {rounded_up(figures.lipschitz, 3)} everywhere"
     elif figures.local_norm < 1:
         value += ", below 1"
     else:
         value += ", not below 1: folds are possible"
     return CardLine("local norm", value, note, "good" if figures.local_norm < 1 else "open")
-
-
-def _rounded_up(value: float) -> str:
-    """Three digits, upward: what is certified stays so."""
-    unit = 10.0 ** (math.floor(math.log10(value)) - 2) if value > 0 else 1.0
-    return format_number(math.ceil(value / unit - 1e-9) * unit, 3)
 
 
 def _reward_line(figures: RunFigures) -> CardLine | None:
@@ -307,7 +301,7 @@ def _target_line(figures: RunFigures) -> CardLine | None:
     if figures.gap_lower is not None:
         bound, confidence = figures.gap_lower
         where = "" if figures.alpha is None else f", alpha = {format_number(figures.alpha, 3)}"
-        away = f"at least {format_number(bound, 3)} nats away ({100 * confidence:.0f}% sure{where})"
+        away = f"at least {rounded_down(bound, 3)} nats away ({100 * confidence:.0f}% sure{where})"
         return CardLine("target", away, note)
     if figures.l2_gap is not None:
         away = f"the L2 loss's optimum is {format_number(figures.l2_gap, 3)} nats away"

@@ -100,7 +100,7 @@ def test_a_sum_of_modules_is_the_sum_of_all_its_terms():
         (Scaled(nn.Tanh(), 0.5), "0.5 * Tanh 'module' 1"),
         (
             gradient_map([[2.0]], nn.Tanh()),
-            "Linear '0' 2 x Tanh '1' 1 x Linear '2' 2 (W' s(W x + b): symmetric Jacobian)",
+            "Linear '0' 2.001 x Tanh '1' 1 x Linear '2' 2.001 (W' s(W x + b): symmetric Jacobian)",  # rounded up
         ),
     ],
     ids=str,
