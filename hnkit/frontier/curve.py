@@ -26,7 +26,7 @@ from torch import Tensor
 from hnkit.errors import InputError
 from hnkit.frontier.cumulant import cumulant, effective_samples, halved, tail_index
 from hnkit.internal.seeds import generator_for
-from hnkit.internal.stats import Estimate, mean_and_stderr
+from hnkit.internal.stats import Estimate, mean_and_stderr, standard_deviation
 
 LEAST_SAMPLES = 8
 """Base samples that a prompt needs, at least."""
@@ -125,6 +125,10 @@ class Frontier:
             raise InputError("the rewards of the base samples are constant: no law gains anything")
         self._seed = seed
         betas = torch.logspace(-3, 2, _BETAS, dtype=torch.float64) / spread
+        if not bool(betas.isfinite().all()):
+            raise InputError(
+                f"the rewards differ by {spread:.2g} only, which has no inverse: multiply them by something"
+            )
         few = (effective_samples(self.base, betas) < LEAST_EFFECTIVE).nonzero()
         self._betas = betas[: int(few[0]) + _BEYOND] if len(few) else betas
         self._shares = _resampled(len(self.base) if len(self.base) > 1 else len(self.base[0]), seed)
@@ -401,7 +405,7 @@ def _resampled(count: int, seed: int) -> Tensor:
 
 def _spread(replicated: Tensor, units: int) -> float:
     """Standard error from bootstrap replicates; of few units it is too small by the root of `(n - 1) / n`."""
-    return float(replicated.std()) * math.sqrt(units / (units - 1))
+    return standard_deviation(replicated) * math.sqrt(units / (units - 1))
 
 
 def _mean_of_best(r: Tensor, n: int) -> Tensor:

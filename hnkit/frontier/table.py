@@ -119,6 +119,8 @@ def _number(text: str | None, what: str) -> float:
         value = float(text or "")
     except ValueError:
         value = math.nan
+    if text and "_" in text:  # a number to Python alone
+        value = math.nan
     if not math.isfinite(value):
         raise InputError(f"{what} {text!r} is no finite number; leave such rows out, and say so")
     return value

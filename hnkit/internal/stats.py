@@ -97,7 +97,17 @@ def mean_and_stderr(samples: Tensor) -> tuple[float, float]:
     mean = float(values.mean())
     if count == 1:
         return mean, math.nan
-    return mean, float(values.std(unbiased=True)) / math.sqrt(count)
+    return mean, standard_deviation(values) / math.sqrt(count)
+
+
+def standard_deviation(values: Tensor) -> float:
+    """Of samples `(n,)`, n >= 2, with n - 1 degrees of freedom; of any size whose differences are numbers."""
+    found = float(values.std())
+    if 1e-150 < found < math.inf:
+        return found
+    centred = values - values.mean()  # their squares over- or underflow
+    scale = float(centred.abs().max())
+    return scale * float((centred / scale).std()) if 0 < scale < math.inf else found
 
 
 def ratio_and_stderr(top: Tensor, bottom: Tensor) -> tuple[float, float]:

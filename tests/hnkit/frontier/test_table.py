@@ -110,7 +110,9 @@ def test_rewards_of_any_size_have_their_frontier(tmp_path, scale):
     frontier, _ = methods_on_frontier(read_rewards(write(tmp_path / "r.csv", rows_of(scale))))
     plain, _ = methods_on_frontier(read_rewards(write(tmp_path / "p.csv", rows_of())))
     assert len(frontier.curve()) == len(plain.curve())
-    assert frontier.point(0.2).gain / scale == pytest.approx(plain.point(0.2).gain)
+    for figure in ("gain", "stderr", "alpha", "alpha_stderr"):
+        assert getattr(frontier.point(0.2), figure) / scale == pytest.approx(getattr(plain.point(0.2), figure))
+    assert frontier.best_of(4).stderr / scale == pytest.approx(plain.best_of(4).stderr)
     json.dumps(frontier_document(frontier, {}), allow_nan=False)
 
 
@@ -137,6 +139,8 @@ def test_nats_on_some_prompts_only_are_refused(tmp_path):
         ([f"{p},base,3" for p in "ab" for _ in range(20)], "constant: no law gains anything"),
         ([*rows_of(), "p0,base,inf"], "reward 'inf' is no finite number"),
         ([*rows_of(), "p0,base,"], "reward '' is no finite number"),
+        ([*rows_of(), "p0,base,1_000"], "reward '1_000' is no finite number"),
+        (rows_of(1e-320), "has no inverse: multiply them by something"),
         (rows_of(method="plain"), "no method is called 'base', which is to be the base: there are plain"),
         ([*rows_of(), "p0,x,1", "p1,x,2"], "method 'x' and the base differ in prompts"),
     ],
