@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,8 @@ from hnkit.checks.check import Check, reported
 from hnkit.checks.measured_problem import MeasuredProblem
 from hnkit.errors import NotApplicable
 from hnkit.figures.measured_map import MeasuredMap
-from hnkit.figures.table import FIGURES, Figure, mean_shift_share
-from hnkit.internal.stats import Estimate, ratio_and_stderr
+from hnkit.figures.table import FIGURES, Figure, Side, mean_shift_share
+from hnkit.internal.stats import Estimate, ratio_and_stderr, rounded_down, rounded_up
 from hnkit.output.page import format_estimate
 
 _PROMPTS_SHOWN = 12
@@ -28,10 +29,13 @@ class Quantity:
     bias_bound: float | None = None
     unit: str = "nats"
     note: str = ""
+    side: Side = ""
 
     @property
     def text(self) -> str:
-        """`value +- stderr (+ bias bound)`."""
+        """`value +- stderr (+ bias bound)`; a bound is rounded to its own side."""
+        if self.side and self.stderr is None and math.isfinite(self.value):
+            return (rounded_up if self.side == "upper" else rounded_down)(self.value, 5)
         return format_estimate(self.value, self.stderr, self.bias_bound)
 
     @classmethod
@@ -41,7 +45,7 @@ class Quantity:
         if isinstance(reading, Estimate):
             value, stderr, bias = scale * reading.value, scale * reading.stderr, reading.bias_bound
             return cls(figure.name, value, group, stderr, bias, figure.unit, figure.note)
-        return cls(figure.name, scale * reading, group, unit=figure.unit, note=figure.note)
+        return cls(figure.name, scale * reading, group, unit=figure.unit, note=figure.note, side=figure.side)
 
 
 def map_quantities(measured: MeasuredMap, *, headlines: bool = False) -> tuple[list[Quantity], list[Check]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from hnkit.errors import NotApplicable
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.internal.stats import Estimate, ratio_and_stderr
 
+Side = Literal["upper", "lower", ""]
 Reading = Callable[[MeasuredMap], "Estimate | float"]
 
 
@@ -31,6 +32,7 @@ class Figure:
         unit: "nats", "%" (of a value that is a ratio) or nothing.
         note: what it is, in a few words.
         read: the value, an `Estimate` where it has a Monte Carlo error; raises `NotApplicable` where a map has none.
+        side: "upper" or "lower" where it is a bound from that side, which print rounds that way; nothing elsewhere.
         headline: its heading where several maps are compared at a glance; empty: it has no column there and is kept in
             the record alone; `None`: reports on several maps leave it out.
     """
@@ -41,6 +43,7 @@ class Figure:
     note: str
     read: Callable[[Any], Estimate | float]
     headline: str | None = None
+    side: Side = ""
 
 
 FIGURES: dict[str, Figure] = {}
@@ -48,14 +51,14 @@ FIGURES: dict[str, Figure] = {}
 
 
 def figure(
-    key: str, name: str, note: str = "", *, unit: str = "nats", headline: str | None = None
+    key: str, name: str, note: str = "", *, unit: str = "nats", headline: str | None = None, side: Side = ""
 ) -> Callable[[Reading], Reading]:
     """Decorator: list the function that reads a figure."""
 
     def register(read: Reading) -> Reading:
         if key in FIGURES:
             raise ValueError(f"two figures have the key {key!r}")
-        FIGURES[key] = Figure(key, name, unit, note, read, headline)
+        FIGURES[key] = Figure(key, name, unit, note, read, headline, side)
         return read
 
     return register
@@ -135,7 +138,12 @@ def injected_bound(measured: MeasuredMap) -> Estimate:
     return measured.injected.nats
 
 
-@figure("injected_certified", "the same, certified at 95 %", "f is clipped, or its Lipschitz constant certified")
+@figure(
+    "injected_certified",
+    "the same, certified at 95 %",
+    "f is clipped, or its Lipschitz constant certified",
+    side="upper",
+)
 def injected_certified(measured: MeasuredMap) -> float:
     """One-sided, over the samples."""
     if measured.injected.certified is None:
@@ -143,7 +151,7 @@ def injected_certified(measured: MeasuredMap) -> float:
     return measured.injected.certified
 
 
-@figure("injected_ceiling", "the same, for certain", "a² R² / 2(1-a²), |f| being clipped at R")
+@figure("injected_ceiling", "the same, for certain", "a² R² / 2(1-a²), |f| being clipped at R", side="upper")
 def injected_ceiling(measured: MeasuredMap) -> float:
     """Whatever was trained."""
     if measured.injected.ceiling is None:
@@ -171,13 +179,13 @@ def local_norm_max(measured: MeasuredMap) -> float:
     return float(measured.norms.max())
 
 
-@figure("lipschitz_lower", "Lipschitz, ascended", "a lower bound of L", unit="")
+@figure("lipschitz_lower", "Lipschitz, ascended", "a lower bound of L", unit="", side="lower")
 def lipschitz_lower(measured: MeasuredMap) -> float:
     """After gradient ascent on x."""
     return measured.lower.value
 
 
-@figure("lipschitz_certified", "Lipschitz, certified", "an upper bound of L", unit="")
+@figure("lipschitz_certified", "Lipschitz, certified", "an upper bound of L", unit="", side="upper")
 def lipschitz_certified(measured: MeasuredMap) -> float:
     """From the weights."""
     return _certified(measured)
@@ -186,7 +194,7 @@ def lipschitz_certified(measured: MeasuredMap) -> float:
 # --- bounds on E|E(J)|; one that rests on an estimated constant is called an estimate ------------------------------
 
 
-@figure("theorem7_bound", "Theorem 7 bound", "d h(L), certified L", headline="Theorem 7")
+@figure("theorem7_bound", "Theorem 7 bound", "d h(L), certified L", headline="Theorem 7", side="upper")
 def theorem7(measured: MeasuredMap) -> float:
     """With the certified constant."""
     return _theorem7(measured, _certified(measured))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hnkit import verify_bound
-from hnkit.checks.quantities import map_quantities
+from hnkit.checks.quantities import Quantity, map_quantities
 from hnkit.checks.reference_maps import contraction
 from hnkit.checks.report import HEADLINES
 from hnkit.checks.settings import VerifySettings
@@ -65,3 +65,15 @@ def test_keys_are_unique_and_percentages_are_ratios():
     shown = next(q for q in map_quantities(measured())[0] if q.name == FIGURES["relative_error"].name)
     assert (shown.value, shown.stderr) == (100 * ratio.value, 100 * ratio.stderr)
     assert HEADLINES["KL"] == FIGURES["kl"].name
+
+
+def test_a_bound_is_shown_rounded_to_its_own_side():
+    """A certified constant of 0.5000049 shown as 0.5 would be none; an estimate is rounded to the nearest."""
+    for name, shown in (("lipschitz_certified", "0.50001"), ("lipschitz_lower", "0.5"), ("local_norm_max", "0.5")):
+        assert Quantity.of(FIGURES[name], 0.5000049, "map").text == shown
+    assert Quantity.of(FIGURES["lipschitz_lower"], 0.4999999, "map").text == "0.49999"
+    sides = {figure.key: figure.side for figure in FIGURES.values() if figure.side}
+    assert sides == {
+        "injected_certified": "upper", "injected_ceiling": "upper", "lipschitz_lower": "lower",
+        "lipschitz_certified": "upper", "theorem7_bound": "upper",
+    }  # fmt: skip
