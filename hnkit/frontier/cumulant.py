@@ -96,10 +96,17 @@ def tail_index(samples: Sequence[Tensor], betas: Tensor) -> Tensor:
     centred = [r - r.mean() for r in samples]
     # within a prompt the order of the weights is that of the rewards, so that these are all that can be among the top
     tops = [u.topk(min(len(u), largest + 1)).values for u in centred]
+    normalisers = torch.stack([_log_mean(u, betas) for u in centred])
+    wide = max(1, _ENTRIES // sum(len(top) for top in tops))
     found = []
-    for part in betas.split(max(1, _ENTRIES // max(len(u) for u in centred))):
-        normaliser = [(part[:, None] * u).logsumexp(1, keepdim=True) - math.log(len(u)) for u in centred]
-        logs = torch.cat([part[:, None] * top - z for top, z in zip(tops, normaliser, strict=True)], 1)
+    for part, logs_of_means in zip(betas.split(wide), normalisers.split(wide, 1), strict=True):
+        logs = torch.cat([part[:, None] * top - z[:, None] for top, z in zip(tops, logs_of_means, strict=True)], 1)
         top = logs.topk(largest + 1, dim=1).values
         found.append(top[:, :-1].mean(1) - top[:, -1])
     return torch.cat(found)
+
+
+def _log_mean(u: Tensor, betas: Tensor) -> Tensor:
+    """`log E exp(beta u)` at `(betas,)`."""
+    parts = [(part[:, None] * u).logsumexp(1) for part in betas.split(max(1, _ENTRIES // len(u)))]
+    return torch.cat(parts) - math.log(len(u))
