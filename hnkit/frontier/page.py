@@ -141,13 +141,13 @@ def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
         (
             f"best of {entry['n']}",
             f"at most {rounded_up(entry['nats'], 3)}",
-            format_estimate(entry["gain"], entry["stderr"]),
+            format_estimate(entry["gain"], or_nan(entry["stderr"])),
             "",
         )
         for entry in document["best_of"]
     ]
     for name, method in document["methods"].items():
-        rows.append((name, nats_text(method), format_estimate(method["gain"], method["stderr"]), share(method)))
+        rows.append((name, nats_text(method), format_estimate(method["gain"], or_nan(method["stderr"])), share(method)))
     for point in document["frontier"][::4]:
         rows.append(("frontier", f"{point['nats']:.3g}", format_estimate(point["gain"], point["stderr"]), "100%"))
     return ("", "nats a prompt", "gain in reward", "efficiency"), rows

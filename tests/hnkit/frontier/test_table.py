@@ -156,6 +156,8 @@ def test_one_prompt_is_said_and_has_no_certificate(tmp_path):
     document = frontier_document(*methods_on_frontier(table))
     assert page.sentences(document)[-1].startswith("One prompt only: gains have no error bar over prompts")
     assert document["methods"]["x"]["stderr"] is None
+    _, rows = page.table(document)
+    assert [row[2].endswith("± unknown") for row in rows] == [not row[0].startswith("frontier") for row in rows]
 
 
 def test_at_a_hopeless_temperature_only_the_bound_is_said(tmp_path):
