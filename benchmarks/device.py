@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -176,10 +177,14 @@ def tests(turn: Turn) -> Figures:
     environment = os.environ | {"HNKIT_CARD": "cpu" if turn.tiny else "cuda"}
     words = ["-P", "-m", "pytest", "-q", "-m", "cuda", "-o", "pythonpath=", "-p", "no:cacheprovider"]
     words += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "--durations=8"]
-    done = subprocess.run(
-        [sys.executable, *words, str(ROOT / "tests" / "device")], timeout=max(turn.left, 1), env=environment,
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, *words, str(ROOT / "tests" / "device")], timeout=max(turn.left, 1), env=environment,
+            capture_output=True, text=True, cwd=ROOT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as stopped:
+        said = (stopped.stdout or b"").decode(errors="replace").strip().splitlines()
+        return {"failed": f"stopped after {stopped.timeout:.0f} s", "summary": said[-1] if said else "no output"}
     lines = done.stdout.strip().splitlines()
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     found: Figures = {"summary": lines[-1] if lines else "no output", "failures": failures}
@@ -325,7 +330,9 @@ def measured(part: Part, tiny: bool = False) -> Figures:
             figures = {"failed": f"stopped at its limit of {part.limit:.0f} s"}
         except subprocess.CalledProcessError as error:
             lines = (error.stderr or "").strip().splitlines() or ["no message"]
-            figures = {"failed": lines[-1], "output": "\n".join(lines[-40:])}
+            # CUDA's errors go on for lines of advice after the one that says what it was
+            said = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Expired)\b", line)]
+            figures = {"failed": (said or lines)[-1], "output": "\n".join(lines[-40:])}
         if out.exists():
             figures = json.loads(out.read_text()) | figures
     print(f"  {figures.get('failed', 'done')} after {time.perf_counter() - began:.0f} s", flush=True)

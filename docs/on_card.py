@@ -10,6 +10,14 @@ from hnkit.output.page import Cell, Table, format_estimate
 
 Document = dict[str, Any]
 
+_PARTS = {
+    "log_det": "products of f, E(J) at d = 32,768",
+    "exact": "exact log-determinant at one point",
+    "flux": "a training step of FLUX.1-schnell",
+    "agreement": "the miniature on the card against the CPU",
+    "tests": "tests that need a card",
+}
+
 
 def steps(document: Document) -> str:
     """Training steps of SANA 0.6B on a card with each memory option, beside the plan's peak."""
@@ -46,14 +54,14 @@ def steps(document: Document) -> str:
 
 def rest(document: Document) -> str:
     """What else was measured on that card."""
-    parts = [name for name in ("log_det", "exact", "flux", "agreement", "tests") if name in document]
+    parts = [name for name in _PARTS if name in document]
     if not parts:
         return "Nothing else has been measured on a card yet.\n"
     rows: list[tuple[Cell, ...]] = []
     for name in parts:
         part = document[name]
         if "failed" in part:
-            rows.append((name.replace("_", "-"), f"failed: {part['failed']}"))
+            rows.append((_PARTS[name], f"not measured: {part['failed']}"))
             continue
         if name == "log_det":
             error = format_estimate(part["error"], part["error_stderr"])
