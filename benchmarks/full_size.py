@@ -24,7 +24,8 @@ from hnkit.scaled.pipelines.families.table import family_of
 from hnkit.scaled.pipelines.loading import left_out
 from hnkit.scaled.pipelines.options import DTYPES, PipelineOptions
 from hnkit.scaled.pipelines.published import PUBLISHED_MODELS
-from hnkit.scaled.pipelines.skeleton import planned_layout, planned_texts
+from hnkit.scaled.pipelines.skeleton import planned_layout
+from hnkit.scaled.pipelines.texts import PlannedTexts, planned_texts
 
 TOKENS = 40
 """Tokens of a prompt, where a mask says how many there are."""
@@ -81,10 +82,10 @@ class Model:
         pipe = type(self.pipe)(**parts, **left_out(type(self.pipe)))
         memory.apply_decoder_options(pipe.vae, options)
         memory.set_checkpointing(getattr(pipe, self.network), options.generator_checkpointing)
-        texts, shapes = planned_texts(family, pipe, options)
+        texts = planned_texts(family, pipe, options)
         device = next(getattr(pipe, self.network).parameters()).device
-        layout = planned_layout(family, pipe, options, texts, shapes, device)
-        known = Known(RandomTexts(shapes, DTYPES[options.dtype]), texts, layout)
+        layout = planned_layout(family, pipe, options, texts, device)
+        known = Known(RandomTexts(texts, DTYPES[options.dtype]), texts.layout, layout)
         return PipelineBackend(family, options, pipe, name=self.name, known=known)
 
 
@@ -92,16 +93,16 @@ class Model:
 class RandomTexts:
     """In the place of an `EmbeddingCache`: random embeddings, and masks of `TOKENS` tokens."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    texts: PlannedTexts
     dtype: torch.dtype
 
     def rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        found = {}
-        for name, shape in self.shapes.items():
+        found = self.texts.rows(len(prompts), self.dtype)
+        for name, shape in self.texts.shapes.items():
             if "mask" in name:
                 found[name] = (torch.arange(shape[0]) < TOKENS).long().repeat(len(prompts), 1)
-            else:
+            elif name not in self.texts.whole:
                 found[name] = torch.randn(len(prompts), *shape, generator=generator).to(self.dtype)
         return found
 
@@ -115,6 +116,8 @@ def make(name: str, tiny: bool, **changes: Any) -> Model:
     torch.manual_seed(0)
     parts: dict[str, Any] = {}
     for part, config in published.components.items():
+        if part.startswith("text_encoder"):
+            continue
         values = {key: value for key, value in config.items() if key != "_class_name"}
         kind: Any = getattr(diffusers, config["_class_name"])
         small = SMALL.get(config["_class_name"], {}) if tiny else {}

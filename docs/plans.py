@@ -15,11 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plain_models import PlainFactory
-
-from hnkit.config import RewardSpec, RunConfig, TrainConfig, resolve_config
+from hnkit.config import resolve_config
 from hnkit.scaled.pipelines.factory import PREFERENCES
-from hnkit.scaled.pipelines.options import PipelineOptions
 from hnkit.scaled.pipelines.published import PUBLISHED_MODELS
 from hnkit.training.plan.cards import CARDS, SHARE
 from hnkit.training.plan.plan import Counter, as_document, plan_training
@@ -47,38 +44,32 @@ class Planned:
 MODELS = (
     Planned("SANA-Sprint 0.6B", "sana", "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers", 1024),
     Planned("SD-Turbo", "sd-turbo", "stabilityai/sd-turbo", 512),
-    Planned("SDXL-Turbo", "", "stabilityai/sdxl-turbo", 512),
-    Planned("SD 3.5 Large Turbo", "", "stabilityai/stable-diffusion-3.5-large-turbo", 1024),
-    Planned("Z-Image-Turbo", "", "Tongyi-MAI/Z-Image-Turbo", 1024),
-    Planned("FLUX.2-klein-4B", "", "black-forest-labs/FLUX.2-klein-4B", 1024),
+    Planned("SDXL-Turbo", "sdxl-turbo", "stabilityai/sdxl-turbo", 512),
+    Planned("SD 3.5 Large Turbo", "sd3.5-turbo", "stabilityai/stable-diffusion-3.5-large-turbo", 1024),
+    Planned("Z-Image-Turbo", "z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", 1024),
+    Planned("FLUX.2-klein-4B", "flux2-klein", "black-forest-labs/FLUX.2-klein-4B", 1024),
     Planned("FLUX.1-schnell, 512 px", "flux", "black-forest-labs/FLUX.1-schnell", 512),
     Planned("FLUX.1-schnell, 1024 px", "flux", "black-forest-labs/FLUX.1-schnell", 1024),
-    Planned("Qwen-Image", "", "Qwen/Qwen-Image", 1024),
+    Planned("Qwen-Image", "qwen-image", "Qwen/Qwen-Image", 1024),
 )
 
 
 def planned(model: Planned) -> dict[str, Any]:
     """The plans of one model on every card; its parts are counted once."""
     rewards = {name.removeprefix("rewards."): weight for name, weight in PREFERENCES.items()}
-    if model.backend:
-        config = resolve_config(
-            backend=model.backend,
-            overrides=[*COMMON, f"backend.model_id={model.model_id}", f"backend.size={model.size}"],
-            rewards=[f"{name}={weight}" for name, weight in rewards.items()],
-        )
-        counter = Counter(config)
-    else:  # a plain call of network and decoder
-        options = PipelineOptions(model_id=model.model_id, size=model.size, rank=64)
-        train = TrainConfig(batch=1, optimizer="adamw")
-        config = RunConfig("plain", options, train, {name: RewardSpec(weight) for name, weight in rewards.items()})
-        counter = Counter(config, factory=PlainFactory())
+    config = resolve_config(
+        backend=model.backend,
+        overrides=[*COMMON, f"backend.model_id={model.model_id}", f"backend.size={model.size}"],
+        rewards=[f"{name}={weight}" for name, weight in rewards.items()],
+    )
+    counter = Counter(config)
     found = {}
     for name in ON:
         document = as_document(plan_training(config, CARDS[name], counter=counter))
-        found[name] = {key: document[key] for key in ("fits", "need", "cures", "least", "encoding")}
+        found[name] = {key: document[key] for key in ("fits", "need", "cures", "least")}
     known = PUBLISHED_MODELS[model.model_id]
     about = {"parameters": known.parameters, "source": known.source, "size": model.size, "model_id": model.model_id}
-    about["how"] = f"backend {model.backend}" if model.backend else "a plain call of network and decoder"
+    about["backend"] = model.backend
     return about | {"cards": found}
 
 

@@ -73,7 +73,7 @@ def load_pipeline(backend: str, family: Family | None, options: PipelineOptions)
     parts.exchange_network(pipe, name, options)
     parts.fuse_lora(pipe, name, options)
     parts.exchange_scheduler(pipe, options)
-    options = _resolved(pipe, family, options)
+    options = resolved(pipe, family, options)
     device = find_device(options.device)
     memory.apply_storage(getattr(pipe, name), options)
     encoders = encoder_names(pipe)
@@ -120,7 +120,7 @@ def left_out(kind: type) -> dict[str, Any]:
     return {name: value for name, value in unwanted.items() if name in accepted}
 
 
-def _resolved(pipe: Any, family: Family, options: PipelineOptions) -> PipelineOptions:
+def resolved(pipe: Any, family: Family, options: PipelineOptions) -> PipelineOptions:
     """The options with the pipeline's own values where they leave something to it."""
     guidance = family.guidance_scale if options.guidance is None else options.guidance
     if all(options.sides):

@@ -22,13 +22,16 @@ class PublishedModel:
         components: component -> its configuration; what is left out is the default of the class.
         network: the component that f is a twin of.
         parameters: that network's published number of parameters.
-        source: where the values stand.
+        encoders: the published number of parameters of all its text encoders.
+        source: where the values of the network stand; those of the text encoders are their classes' defaults in
+            transformers, or stand in the configurations that public repositories quote.
     """
 
     pipeline: str
     components: Mapping[str, Config]
     network: str
     parameters: float
+    encoders: float
     source: str
 
 
@@ -192,6 +195,111 @@ _QWEN: Config = {
     "axes_dims_rope": [16, 56, 56],
 }
 
+_SANA_LARGE: Config = _SANA | {
+    "num_attention_heads": 70,
+    "num_layers": 20,
+    "num_cross_attention_heads": 20,
+    "cross_attention_head_dim": 112,
+    "cross_attention_dim": 2240,
+}
+
+_UNET_LCM: Config = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+    "layers_per_block": 2,
+    "time_cond_proj_dim": 256,
+}
+
+_PIXART: Config = {
+    "_class_name": "PixArtTransformer2DModel",
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "attention_head_dim": 72,
+    "num_attention_heads": 16,
+    "cross_attention_dim": 1152,
+    "caption_channels": 4096,
+    "use_additional_conditions": True,
+}
+
+
+def _clip_text(width: int, layers: int, heads: int, *, projected: bool = False) -> Config:
+    """The text half of a CLIP; its projection is as wide as itself."""
+    return {
+        "_class_name": "CLIPTextModelWithProjection" if projected else "CLIPTextModel",
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "projection_dim": width,
+    }
+
+
+_CLIP_L, _CLIP_L_PROJECTED = _clip_text(768, 12, 12), _clip_text(768, 12, 12, projected=True)
+_CLIP_H = _clip_text(1024, 23, 16)  # without the last layer of OpenCLIP's ViT-H
+_CLIP_G = _clip_text(1280, 32, 20, projected=True)
+_T5_XXL: Config = {
+    "_class_name": "T5EncoderModel",
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+_GEMMA_2B: Config = {
+    "_class_name": "Gemma2Model",
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}
+_QWEN3_4B: Config = {
+    "_class_name": "Qwen3Model",
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+_QWEN_VL_7B: Config = {
+    "_class_name": "Qwen2_5_VLForConditionalGeneration",
+    "text_config": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default"},
+    },
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    },
+    "tie_word_embeddings": False,
+}
+
 _EULER: Config = {
     "_class_name": "EulerDiscreteScheduler",
     "beta_start": 0.00085,
@@ -208,40 +316,94 @@ def _flow(shift: float, *, dynamic: bool = False) -> Config:
     return {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift, "use_dynamic_shifting": dynamic}
 
 
+_LCM: Config = {**_EULER, "_class_name": "LCMScheduler"}
+_XL: Mapping[str, Config] = {
+    "unet": _UNET_XL, "vae": _kl(4, 0.13025), "scheduler": _EULER, "text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G,
+}  # fmt: skip
+
 PUBLISHED_MODELS: dict[str, PublishedModel] = {
     "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers": PublishedModel(
         "SanaSprintPipeline",
-        {"transformer": _SANA, "vae": _DC_AE, "scheduler": _SCM},
+        {"transformer": _SANA, "vae": _DC_AE, "scheduler": _SCM, "text_encoder": _GEMMA_2B},
         "transformer",
         0.594e9,
+        2.614e9,
         "arXiv 2503.09641; diffusers scripts/convert_sana_to_diffusers.py",
+    ),
+    "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers": PublishedModel(
+        "SanaSprintPipeline",
+        {"transformer": _SANA_LARGE, "vae": _DC_AE, "scheduler": _SCM, "text_encoder": _GEMMA_2B},
+        "transformer",
+        1.604e9,
+        2.614e9,
+        "arXiv 2503.09641; diffusers scripts/convert_sana_to_diffusers.py; the defaults of its class in diffusers",
     ),
     "stabilityai/sd-turbo": PublishedModel(
         "StableDiffusionPipeline",
-        {"unet": _UNET_21, "vae": _kl(4, 0.18215), "scheduler": _EULER},
+        {"unet": _UNET_21, "vae": _kl(4, 0.18215), "scheduler": _EULER, "text_encoder": _CLIP_H},
         "unet",
         0.866e9,
+        0.340e9,
         "unet/config.json of Stable Diffusion 2.1, which it is distilled from",
+    ),
+    "SimianLuo/LCM_Dreamshaper_v7": PublishedModel(
+        "LatentConsistencyModelPipeline",
+        {"unet": _UNET_LCM, "vae": _kl(4, 0.18215), "scheduler": _LCM, "text_encoder": _CLIP_L},
+        "unet",
+        0.860e9,
+        0.123e9,
+        "unet/config.json of Stable Diffusion 1.5, which it is distilled from, with an embedding of the guidance",
     ),
     "stabilityai/sdxl-turbo": PublishedModel(
         "StableDiffusionXLPipeline",
-        {"unet": _UNET_XL, "vae": _kl(4, 0.13025), "scheduler": _EULER},
+        _XL,
         "unet",
         2.567e9,
+        0.818e9,
         "unet/config.json of Stable Diffusion XL, as quoted in public repositories",
+    ),
+    "stabilityai/stable-diffusion-xl-base-1.0": PublishedModel(
+        "StableDiffusionXLPipeline",
+        _XL,
+        "unet",
+        2.567e9,
+        0.818e9,
+        "unet/config.json of Stable Diffusion XL, as quoted in public repositories",
+    ),
+    "PixArt-alpha/PixArt-LCM-XL-2-1024-MS": PublishedModel(
+        "PixArtAlphaPipeline",
+        {"transformer": _PIXART, "vae": _kl(4, 0.13025), "scheduler": _LCM, "text_encoder": _T5_XXL},
+        "transformer",
+        0.611e9,
+        4.762e9,
+        "arXiv 2310.00426; diffusers scripts/convert_pixart_alpha_to_diffusers.py",
     ),
     "stabilityai/stable-diffusion-3.5-large-turbo": PublishedModel(
         "StableDiffusion3Pipeline",
-        {"transformer": _SD_35_LARGE, "vae": _kl(16, 1.5305, 0.0609), "scheduler": _flow(3.0)},
+        {
+            "transformer": _SD_35_LARGE,
+            "vae": _kl(16, 1.5305, 0.0609),
+            "scheduler": _flow(3.0),
+            "text_encoder": _CLIP_L_PROJECTED,
+            "text_encoder_2": _CLIP_G,
+            "text_encoder_3": _T5_XXL,
+        },
         "transformer",
         8.06e9,
+        5.581e9,
         "transformer/config.json, as quoted in public repositories",
     ),
     "Tongyi-MAI/Z-Image-Turbo": PublishedModel(
         "ZImagePipeline",
-        {"transformer": _Z_IMAGE, "vae": _kl(16, 0.3611, 0.1159), "scheduler": _flow(3.0)},
+        {
+            "transformer": _Z_IMAGE,
+            "vae": _kl(16, 0.3611, 0.1159),
+            "scheduler": _flow(3.0),
+            "text_encoder": _QWEN3_4B,
+        },
         "transformer",
         6.15e9,
+        4.022e9,
         "transformer/config.json, as quoted in public repositories; the defaults of its class in diffusers",
     ),
     "black-forest-labs/FLUX.2-klein-4B": PublishedModel(
@@ -250,16 +412,25 @@ PUBLISHED_MODELS: dict[str, PublishedModel] = {
             "transformer": _KLEIN_4B,
             "vae": {"_class_name": "AutoencoderKLFlux2"},
             "scheduler": _flow(3.0, dynamic=True),
+            "text_encoder": {**_QWEN3_4B, "_class_name": "Qwen3ForCausalLM"},
         },
         "transformer",
         3.88e9,
+        4.022e9,
         "diffusers scripts/convert_flux2_to_diffusers.py, klein-4b",
     ),
     "black-forest-labs/FLUX.1-schnell": PublishedModel(
         "FluxPipeline",
-        {"transformer": _FLUX, "vae": _kl(16, 0.3611, 0.1159), "scheduler": _flow(1.0)},
+        {
+            "transformer": _FLUX,
+            "vae": _kl(16, 0.3611, 0.1159),
+            "scheduler": _flow(1.0),
+            "text_encoder": _CLIP_L,
+            "text_encoder_2": _T5_XXL,
+        },
         "transformer",
         11.89e9,
+        4.885e9,
         "transformer/config.json, as quoted in public repositories; the defaults of its class in diffusers",
     ),
     "Qwen/Qwen-Image": PublishedModel(
@@ -268,9 +439,11 @@ PUBLISHED_MODELS: dict[str, PublishedModel] = {
             "transformer": _QWEN,
             "vae": {"_class_name": "AutoencoderKLQwenImage"},
             "scheduler": _flow(1.0, dynamic=True),
+            "text_encoder": _QWEN_VL_7B,
         },
         "transformer",
         20.43e9,
+        8.292e9,
         "transformer/config.json, as quoted in public repositories; the defaults of its class in diffusers",
     ),
 }

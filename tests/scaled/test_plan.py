@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 
 import diffusers
@@ -32,21 +33,31 @@ ROWS = 3
 CHECKPOINTING = ("hypernetwork_checkpointing", "generator_checkpointing", "vae_checkpointing")
 
 
+class Packed:
+    """A tensor that autograd has saved, for as long as its graph lives."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
 class Saved:
-    """Brute force: every storage that autograd saves while this is entered, but for the given tensors', once."""
+    """Brute force: every storage that autograd has saved while this was entered, but for the given tensors', once.
+
+    What belongs to a graph that nothing uses, as the last text stream of a transformer, has gone with it; so what was
+    computed is to be held until `size` is read.
+    """
 
     def __init__(self, *known: torch.Tensor) -> None:
         self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.kept: dict[int, torch.UntypedStorage] = {}
+        self.packed: weakref.WeakSet[Packed] = weakref.WeakSet()
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.known:
-            self.kept[storage.data_ptr()] = storage  # kept, so that no later storage gets its address
-        return tensor
+    def pack(self, tensor: torch.Tensor) -> Packed:
+        packed = Packed(tensor)
+        self.packed.add(packed)
+        return packed
 
     def __enter__(self) -> Saved:
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda packed: packed.tensor)
         self.hooks.__enter__()
         return self
 
@@ -55,7 +66,9 @@ class Saved:
 
     @property
     def size(self) -> int:
-        return sum(storage.nbytes() for storage in self.kept.values())
+        storages = [packed.tensor.untyped_storage() for packed in self.packed]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return sum(size for pointer, size in sizes.items() if pointer not in self.known)
 
 
 def configured(name, checkpoint, *overrides: str):
@@ -90,7 +103,7 @@ def test_what_each_part_saves_is_what_autograd_saves_in_a_real_run(name, options
         kept = noise + delta, delta.square().flatten(1).sum(1) / 2
     leaf = kept[0].detach().requires_grad_()
     with Saved(leaf, *condition.tensors.values(), *weights) as generated:
-        backend.generate(leaf, condition)
+        made = backend.generate(leaf, condition)
     latents = []
     decode = vae.decode
 
@@ -102,9 +115,9 @@ def test_what_each_part_saves_is_what_autograd_saves_in_a_real_run(name, options
     backend.generate(leaf, condition)
     vae.decode = decode
     with Saved(latents[0], *weights) as decoded:
-        images = decode(latents[0], return_dict=False)[0]
-        (images * 0.5 + 0.5).clamp(0, 1)
+        images = (decode(latents[0], return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
     found = {part: counter.part(part, ()).saved * ROWS for part in (F, GENERATOR, DECODER)}
+    assert all(output.requires_grad for output in (*kept, made, images))  # and their graphs live
     assert found[F] == pytest.approx(f.size, rel=0.05)
     assert found[DECODER] == pytest.approx(decoded.size, rel=0.05)
     # what the sampler's own variables hold until it returns is the generator's here, and is no saved tensor
@@ -156,27 +169,26 @@ def test_a_published_configuration_has_the_published_number_of_parameters(model_
 
 
 def test_a_plan_names_the_options_that_make_a_run_fit(checkpoint):
-    config = configured("sana", checkpoint, "train.batch=4")
-    needed = plan_training(config, find_card("h100")).need.peak
-    card = replace(find_card("h100"), memory=needed - 1 + RESERVED)
-    plan = plan_training(config, card)
+    config, card = configured("sana", checkpoint, "train.batch=4"), find_card("h100")
+    counter = Counter(config)
+    needed = counter.need((), 4, card)
+    card = replace(card, memory=needed.peak - 1 + RESERVED)
+    plan = plan_training(config, card, counter=counter)
     assert not plan.fits
-    assert plan.cures
     assert [need.changes for need in plan.cures] == [()]  # smaller micro-batches are enough
-    at_once = replace(config, train=replace(config.train, batch=1))
-    card = replace(card, memory=plan_training(at_once, card).need.peak - 1 + RESERVED)
-    plan = plan_training(config, card)
+    card = replace(card, memory=counter.need((), 1, card).peak - 1 + RESERVED)
+    plan = plan_training(config, card, counter=counter)
     assert plan.cures
     assert all(need.fits(card) and need.changes for need in plan.cures)
-    for need in plan.cures[:1]:
-        switched = replace(
-            config,
-            options=replace(config.options, **dict.fromkeys(need.changes, True)),
-            train=replace(config.train, accumulate=4 // need.micro),
-        )
-        assert plan_training(switched, card).need.peak == need.peak  # what it promises is what the next plan says
+    need = plan.cures[0]
+    switched = replace(
+        config,
+        options=replace(config.options, **dict.fromkeys(need.changes, True)),
+        train=replace(config.train, accumulate=4 // need.micro),
+    )
+    assert plan_training(switched, card).need.peak == need.peak  # what it promises is what the next plan says
     assert [need.seconds for need in plan.cures] == sorted(need.seconds for need in plan.cures)
-    none = plan_training(config, replace(card, memory=RESERVED + 1))
+    none = plan_training(config, replace(card, memory=RESERVED + 1), counter=counter)
     assert not none.cures
     assert "No memory option makes it fit" in as_text(none)
 

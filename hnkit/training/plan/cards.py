@@ -1,4 +1,9 @@
-"""Cards by name: what each holds and how fast it computes, from its maker's data sheets."""
+"""Cards by name: what each holds and how fast it computes.
+
+The figures are those of NVIDIA's data sheets and whitepapers, which could not be opened where this was written. Figures
+that are marked as seen were found in public tables that quote these documents (specification sheets of vendors and of
+computing centres); the others are from memory. A tensor-core rate that is given with sparsity alone is halved.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,7 @@ class Card:
         half: dense bfloat16 operations per second, float32 sums.
         single: float32 operations per second outside the tensor cores, as torch multiplies float32 by default.
         bandwidth: bytes per second from and to its memory.
-        source: where the figures stand.
+        source: the document that the figures are from, and which of them were seen quoted.
     """
 
     name: str
@@ -32,23 +37,24 @@ class Card:
     source: str
 
 
-_AMPERE = "NVIDIA Ampere GA102 whitepaper"
-_ADA = "NVIDIA Ada GPU architecture, appendix A"
 CARDS: dict[str, Card] = {
     card.name: card
     for card in (
-        Card("rtx-3090", "GeForce RTX 3090", 24 * GIB, 71e12, 35.6e12, 936e9, f"{_AMPERE}, table 2"),
-        Card("rtx-4090", "GeForce RTX 4090", 24 * GIB, 165.2e12, 82.6e12, 1008e9, f"{_ADA}, table 2"),
-        Card("a10", "A10", 24 * GIB, 125e12, 31.2e12, 600e9, "NVIDIA A10 data sheet"),
-        Card("l4", "L4", 24 * GIB, 121e12, 30.3e12, 300e9, "NVIDIA L4 data sheet, half of the figures with sparsity"),
-        Card("a100-40gb", "A100 SXM 40 GB", 40 * GIB, 312e12, 19.5e12, 1555e9, "NVIDIA A100 data sheet"),
-        Card("a6000", "RTX A6000", 48 * GIB, 154.8e12, 38.7e12, 768e9, f"{_AMPERE}, table 10"),
-        Card("l40s", "L40S", 48 * GIB, 362e12, 91.6e12, 864e9, "NVIDIA L40S data sheet, without sparsity"),
-        Card("a100", "A100 SXM 80 GB", 80 * GIB, 312e12, 19.5e12, 2039e9, "NVIDIA A100 data sheet"),
-        Card("h100", "H100 SXM 80 GB", 80 * GIB, 989.4e12, 66.9e12, 3352e9, "NVIDIA H100 whitepaper, table 2"),
-        Card("h200", "H200 SXM 141 GB", 141e9, 989.4e12, 66.9e12, 4.8e12, "NVIDIA H200 data sheet, without sparsity"),
+        Card("rtx-3090", "GeForce RTX 3090", 24 * GIB, 71e12, 35.6e12, 936e9,
+             "Ampere GA102 whitepaper; memory and single seen, half and bandwidth from memory"),
+        Card("rtx-4090", "GeForce RTX 4090", 24 * GIB, 165.2e12, 82.6e12, 1008e9, "Ada whitepaper; all seen"),
+        Card("a10", "A10", 24 * GIB, 125e12, 31.2e12, 600e9, "A10 data sheet; all seen but half, which is 4 single"),
+        Card("l4", "L4", 24 * GIB, 121e12, 30.3e12, 300e9, "L4 data sheet; all seen, half with sparsity"),
+        Card("a100-40gb", "A100 SXM 40 GB", 40 * GIB, 312e12, 19.5e12, 1555e9, "A100 data sheet; all seen"),
+        Card("a6000", "RTX A6000", 48 * GIB, 154.8e12, 38.7e12, 768e9,
+             "Ampere GA102 whitepaper; all seen but half, which is 4 single"),
+        Card("l40s", "L40S", 48 * GIB, 362e12, 91.6e12, 864e9, "L40S data sheet; all seen"),
+        Card("a100", "A100 SXM 80 GB", 80 * GIB, 312e12, 19.5e12, 2039e9, "A100 data sheet; all seen"),
+        Card("h100", "H100 SXM 80 GB", 80 * GIB, 989.4e12, 66.9e12, 3350e9, "H100 whitepaper; all seen"),
+        Card("h200", "H200 SXM 141 GB", 141e9, 989.4e12, 66.9e12, 4.8e12,
+             "H200 data sheet; that it computes as the H100 seen, memory and bandwidth from memory"),
     )
-}
+}  # fmt: skip
 """Cards by name. Gigabytes of a card with a power-of-two size are 2^30 bytes, as its driver reports them."""
 
 RESERVED = 1.5 * GIB

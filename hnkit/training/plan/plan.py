@@ -36,7 +36,7 @@ from hnkit.training.plan.count import (
     image_shape,
 )
 from hnkit.training.plan.ledger import Work, stored
-from hnkit.training.plan.rewards import reward_skeletons
+from hnkit.training.plan.rewards import heldout_skeletons, reward_skeletons
 from hnkit.training.plan.skeleton import HasSkeleton, Skeleton
 
 OPTIMIZER = "the optimiser's step"
@@ -59,6 +59,8 @@ class Need:
         gradients: of the peak, bytes of gradients that are certainly there: those of earlier micro-batches.
         flops: floating-point operations of the optimiser step.
         seconds: of the optimiser step, at `SHARE` of the card's roofline.
+        encoding: bytes on the card while prompts are encoded, before the first step: what lives all the time by then,
+            and the text encoders, which leave the card again.
     """
 
     changes: Changes
@@ -71,10 +73,16 @@ class Need:
     gradients: int
     flops: int
     seconds: float
+    encoding: int
+
+    @property
+    def most(self) -> int:
+        """The most bytes that live at once, of a step and of the encoding before the first."""
+        return max(self.peak, self.encoding)
 
     def fits(self, card: Card) -> bool:
         """Whether it fits the card, with `RESERVED` kept free."""
-        return self.peak + RESERVED <= card.memory
+        return self.most + RESERVED <= card.memory
 
     def at_peak(self) -> dict[str, int]:
         """What lives at the peak, by name, in bytes; it adds up to `peak`."""
@@ -100,7 +108,6 @@ class Plan:
         card: the card.
         processes: as many cards.
         need: what each needs as configured.
-        encoding: bytes on the card while prompts are encoded, before the first step.
         cures: what else fits, the quickest first; empty where `need` fits.
         least: the least that any of the options tried needs, in bytes.
     """
@@ -109,7 +116,6 @@ class Plan:
     card: Card
     processes: int
     need: Need
-    encoding: int
     cures: tuple[Need, ...]
     least: int
 
@@ -146,9 +152,8 @@ def plan_training(config: RunConfig, card: Card, *, processes: int = 1, counter:
     counter = counter or Counter(config, processes)
     need = counter.need((), settings.batch // shards, card)
     found = [] if need.fits(card) else _tried(counter, card)
-    encoding = need.weights["network"] + need.weights.get("decoder", 0) + counter.skeleton(()).encoders
-    least = min(other.peak for other in (need, *found))
-    return Plan(config, card, processes, need, encoding, tuple(_quickest(found, card)), least)
+    least = min(other.most for other in (need, *found))
+    return Plan(config, card, processes, need, tuple(_quickest(found, card)), least)
 
 
 class Counter:
@@ -162,6 +167,7 @@ class Counter:
         self._parts: dict[tuple[str, Changes], Part] = {}
         base = self.skeleton(())
         self._rewards = reward_skeletons(config, base)
+        self._heldout = heldout_skeletons(config, base)
         self._trained = [p for p in base.backend.hypernetwork.parameters() if p.requires_grad]
         self.optimizer: Optimizer = count_optimizer(self._trained, config.train)
         self._shape = image_shape(base, config.train.generator_steps)
@@ -223,8 +229,9 @@ class Counter:
         seen: set[int] = set()
         found: dict[str, int] = {}
         modules = {**skeleton.frozen, "hypernetwork": skeleton.backend.hypernetwork}
-        rewards = [r for r in self._rewards.rewards if isinstance(r, nn.Module) and not getattr(r, "off_card", False)]
-        modules |= {"rewards": nn.ModuleList(rewards)}
+        for name, rewards in {"rewards": self._rewards.rewards, "held-out rewards": self._heldout}.items():
+            kept = (r for r in rewards if isinstance(r, nn.Module) and not getattr(r, "off_card", False))
+            modules[name] = nn.ModuleList(kept)
         for name, module in modules.items():
             tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if id(t) not in trained | seen}
             seen |= set(tensors)
@@ -261,7 +268,10 @@ class Counter:
         saved = {name: part.saved for name, part in parts.items()}
         flops = self.config.train.batch // self.processes * work.flops
         there = gradients if where == OPTIMIZER else standing
-        return Need(changes, micro, weights, saved, peak, where, held, there, flops, seconds / SHARE)
+        # prompts are encoded when network, twin and rewards are loaded, and before there is an optimiser
+        loaded = sum(weights.get(name, 0) for name in ("network", "decoder", "rewards", "held-out rewards", "LoRA"))
+        encoding = loaded + self.skeleton(()).encoders
+        return Need(changes, micro, weights, saved, peak, where, held, there, flops, seconds / SHARE, encoding)
 
 
 def _tried(counter: Counter, card: Card) -> list[Need]:
@@ -302,7 +312,6 @@ def as_document(plan: Plan) -> dict[str, Any]:
         "share_of_roofline": SHARE,
         "reserved": RESERVED,
         "fits": plan.fits,
-        "encoding": plan.encoding,
         "need": _need_document(plan.need),
         "least": plan.least,
         "cures": [_need_document(need) for need in plan.cures],
@@ -316,6 +325,7 @@ def _need_document(need: Need) -> dict[str, Any]:
         "weights": dict(need.weights),
         "saved": dict(need.saved),
         "peak": need.peak,
+        "encoding": need.encoding,
         "where": need.where,
         "at_peak": need.at_peak(),
         "flops_per_step": need.flops,

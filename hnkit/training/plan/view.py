@@ -22,7 +22,7 @@ def memory_table(plan: Plan) -> Table:
     held = ", ".join(f"{name} {gib(size)}" for name, size in need.saved.items())
     caption = (
         f"GiB, for micro-batches of {need.micro}. Saved for the backward pass when it begins: {held}. While prompts "
-        f"are encoded, before the first step: {gib(plan.encoding)} and the text encoders."
+        f"are encoded, before the first step: {gib(need.encoding)}, text encoders included; they leave the card again."
     )
     return Table(("on each card", "GiB"), tuple(rows), caption)
 
@@ -36,9 +36,10 @@ def verdict(plan: Plan) -> str:
     """One sentence: whether the run fits its card."""
     need, card = plan.need, plan.card
     room = f"{gib(card.memory)} GiB of {card.title}, {gib(RESERVED)} of them kept free"
+    when = "" if need.peak >= need.encoding else " while prompts are encoded"
     if plan.fits:
-        return f"It fits: {gib(need.peak)} GiB of the {room}."
-    return f"It does not fit: {gib(need.peak)} GiB needed of the {room}."
+        return f"It fits: {gib(need.most)} GiB{when} of the {room}."
+    return f"It does not fit: {gib(need.most)} GiB needed{when} of the {room}."
 
 
 def pace(plan: Plan) -> str:
@@ -56,6 +57,11 @@ def cures(plan: Plan) -> list[str]:
     """What makes it fit, the quickest first; empty where it fits as it is."""
     if plan.fits:
         return []
+    if not plan.cures and plan.least <= plan.need.encoding:
+        return [
+            f"Encoding the prompts takes {gib(plan.need.encoding)} GiB, text encoders beside the network, and no "
+            "memory option lowers that: take a larger card."
+        ]
     if not plan.cures:
         return [
             f"No memory option makes it fit (the least is {gib(plan.least)} GiB): lower backend.size or backend.rank, "

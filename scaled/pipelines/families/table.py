@@ -47,8 +47,21 @@ FAMILIES: dict[str, Family] = {
         SANA_SPRINT,
         STABLE_DIFFUSION,
         FLUX,
-        Family(pipeline_class="LatentConsistencyModelPipeline", guidance_scale=8.5),  # embedded, as it was distilled
-        Family(pipeline_class="PixArtAlphaPipeline", embeddings=("prompt_embeds", "prompt_attention_mask")),
+        Family(pipeline_class="StableDiffusionXLPipeline", last_layer="conv_out"),
+        Family(pipeline_class="StableDiffusion3Pipeline", last_layer="proj_out"),
+        Family(pipeline_class="Flux2KleinPipeline", last_layer="proj_out"),
+        Family(pipeline_class="ZImagePipeline", last_layer="all_final_layer.2-1.linear"),
+        Family(
+            pipeline_class="QwenImagePipeline", guidance="true_cfg_scale", last_layer="proj_out"
+        ),  # no other is read
+        Family(  # guidance is embedded, as it was distilled
+            pipeline_class="LatentConsistencyModelPipeline", guidance_scale=8.5, last_layer="conv_out"
+        ),
+        Family(
+            pipeline_class="PixArtAlphaPipeline",
+            embeddings=("prompt_embeds", "prompt_attention_mask"),
+            last_layer="proj_out",
+        ),
         Family(pipeline_class="PixArtSigmaPipeline", embeddings=("prompt_embeds", "prompt_attention_mask")),
         # The mixture of experts runs under no_grad outside of training mode; in it, its sum has another order.
         Family(pipeline_class="HiDreamImagePipeline", training=("MOEFeedForwardSwiGLU",), own_size=True),
