@@ -5,7 +5,13 @@ Everything a user can cause derives from `InputError`; the command line turns it
 
 
 class InputError(ValueError):
-    """Bad input: the message is one line that says what was given, what is accepted and what to do."""
+    """Bad input: the message is one line that says what was given, what is accepted and what to do.
+
+    Attributes:
+        everywhere: whether every process of the command raises it alike, so that one of them is to say it.
+    """
+
+    everywhere = False
 
 
 class NonFiniteError(InputError):

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from hnkit.errors import InputError
-from hnkit.figures.measured_map import DENSE_DIM, MeasuredMap
+from hnkit.figures.measured_map import BLOCKS, DENSE_DIM, MeasuredMap
 from hnkit.injection import NoiseInjection
+from hnkit.internal.workers import ALONE, Workers
 from hnkit.kl.divergence import METHODS
 from hnkit.maps import NoiseMap
 
@@ -64,11 +65,19 @@ class VerifySettings:
                 "certify": self.certify, **self.options, **deployed}  # fmt: skip
 
     def measured(
-        self, name: str, f: NoiseMap, x: Tensor, module: NoiseMap | None = None, *, trained: bool = False
+        self,
+        name: str,
+        f: NoiseMap,
+        x: Tensor,
+        module: NoiseMap | None = None,
+        *,
+        trained: bool = False,
+        workers: Workers | None = None,
     ) -> MeasuredMap:
-        """A map on its noise, to be measured as these settings say."""
+        """A map on its noise, to be measured as these settings say, in blocks of samples where `workers` are given."""
         dim = x[0].numel()
         return MeasuredMap(
             name, f, x, self.seed, self.method_for(dim, trained=trained), dict(self.options), module,
             ascent_steps=25 if dim <= 64 else 5, fallback="lanczos" if trained and self.method is None else None,
+            workers=workers or ALONE, blocks=BLOCKS if workers else 1,
         )  # fmt: skip

@@ -14,6 +14,7 @@ from hnkit.checks.report import Report
 from hnkit.checks.settings import VerifySettings
 from hnkit.checks.verify_map import has_kinks, map_report
 from hnkit.internal.stats import Estimate
+from hnkit.internal.workers import ALONE, Workers
 from hnkit.maps import Condition
 from hnkit.tilt import TiltedProblem, injected_gap, optimality_gap
 
@@ -25,6 +26,7 @@ def verify_backend(
     *,
     alpha: float | None = None,
     done: Done = lambda *_: None,
+    workers: Workers = ALONE,
 ) -> Report:
     """Measure a trained hypernetwork, prompt by prompt and overall; see `hnkit.verify_bound`.
 
@@ -34,6 +36,7 @@ def verify_backend(
         settings: the settings of the run.
         done: a function that is told of each part of the report when it is known.
         alpha: temperature it was trained at, for the optimality gap of a backend whose tilted law is measured.
+        workers: the processes that the samples are shared out over.
     """
     per_prompt = max(1, settings.samples_for(math.prod(backend.noise_shape)) // len(prompts))
     rows = [prompt for prompt in prompts for _ in range(per_prompt)]
@@ -42,7 +45,7 @@ def verify_backend(
     images = Condition(tuple(rows)).of_images(settings.seed, [*range(per_prompt)] * len(prompts))
     x = image_noise(backend, images)
     f = full.map_for(rows)
-    measured = settings.measured(backend.name, f, x, trained=True)
+    measured = settings.measured(backend.name, f, x, trained=True, workers=workers)
     measured.validate()
     measured = replace(measured, smooth=not has_kinks(network), injection=full.injection)
     away = None

@@ -25,6 +25,7 @@ from hnkit.errors import InputError
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import Estimate, rounded_up
+from hnkit.internal.workers import ALONE, Workers
 from hnkit.lipschitz.certify import certify_injective
 from hnkit.maps import NoiseMap
 from hnkit.output.verdict import verdict_card
@@ -37,14 +38,15 @@ def verify_map(
     *,
     name: str = "map",
     done: Done = lambda *_: None,
+    workers: Workers = ALONE,
 ) -> Report:
-    """Measure and check one map; see `hnkit.verify_bound`."""
+    """Measure and check one map; see `hnkit.verify_bound`. The samples are shared out over `workers`."""
     if not shape or any(size < 1 for size in shape):
         raise InputError(f"shape {shape}: give positive sizes, such as 3,16,16")
     samples = settings.samples_for(math.prod(shape))
     x = torch.randn(samples, *shape, dtype=torch.float64, generator=generator_for(settings.seed, "noise"))
     device, dtype = _home(f)
-    measured = settings.measured(name, f, x.to(device, dtype))
+    measured = settings.measured(name, f, x.to(device, dtype), workers=workers)
     measured.validate()
     measured = replace(measured, smooth=not has_kinks(f), injection=settings.injection)
     return map_report(measured, settings, {"map": name, "shape": list(shape)}, done=done)

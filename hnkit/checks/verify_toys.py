@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from hnkit.checks.settings import Say, VerifySettings
 from hnkit.errors import InputError
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.internal.seeds import generator_for
+from hnkit.internal.workers import ALONE, Workers, all_made
 from hnkit.output.page import Card
 from hnkit.output.verdict import verdict_card
 from hnkit.tilt import TiltedProblem
@@ -91,6 +93,7 @@ def verify_toys(
     references: Sequence[str] | None = None,
     say: Say = lambda _: None,
     done: Done = lambda *_: None,
+    workers: Workers = ALONE,
 ) -> Report:
     """Check every statement on closed-form problems, and on reference maps.
 
@@ -100,48 +103,33 @@ def verify_toys(
         references: names of the reference maps that are checked too; `None`: all.
         say: a function that is called with the name of each part when it begins.
         done: a function that is told of each part when it is known.
+        workers: the processes that the problems and maps are shared out over, one part each.
     """
     samples = settings.samples or TOY_SAMPLES
-    checks: list[Check] = []
-    figures: list[Quantity] = []
-    notes: list[tuple[str, str]] = []
-    maps: list[MeasuredMap] = []
+    subjects: list[_Subject] = []
     for name, (f, dim, shows) in reference_maps().items():
-        if references is not None and name not in references:
-            continue
-        say(name)
-        known_checks, known_figures = len(checks), len(figures)
-        x = torch.randn(samples, dim, dtype=torch.float64, generator=generator_for(settings.seed, f"maps/{name}"))
-        measured = replace(settings.measured(name, f, x), certifiable=True)
-        maps.append(measured)
-        notes.append((name, shows))
-        checks += MAP_CHECKS.run(measured, name)
-        checks += INJECTED_CHECKS.run(measured, name)
-        found, failed = map_quantities(measured, headlines=True)
-        figures += found
-        checks += failed
-        if settings.certify:
-            checks += certified_checks(measured)
-        done(name, checks[known_checks:], figures[known_figures:])
-    problems_measured = []
+        if references is None or name in references:
+            x = torch.randn(samples, dim, dtype=torch.float64, generator=generator_for(settings.seed, f"maps/{name}"))
+            subjects.append(_Subject(replace(settings.measured(name, f, x), certifiable=True), shows))
     for problem in problems:
-        say(problem.name)
-        known_checks, known_figures = len(checks), len(figures)
         known = MeasuredProblem(problem, samples, settings.seed)
-        problems_measured.append(known)
-        notes.append((problem.name, problem.statement))
         optimum = settings.measured(problem.name, known.optimum, known.x)
-        measured = replace(optimum, smooth=False, continuous=True)
-        maps.append(measured)
-        checks += TOY_CHECKS.run(known, problem.name)
-        checks += MAP_CHECKS.run(measured, problem.name)
-        checks += INJECTED_CHECKS.run(measured, problem.name)
-        for found, failed in (map_quantities(measured, headlines=True), problem_quantities(known)):
-            figures += found
-            checks += failed
-        if settings.certify:
-            checks += certified_checks(measured)
-        done(problem.name, checks[known_checks:], figures[known_figures:])
+        subjects.append(_Subject(replace(optimum, smooth=False, continuous=True), problem.statement, known))
+
+    def part(subject: _Subject) -> _Part:
+        say(subject.map.name)
+        found = _part(subject, settings)
+        done(subject.map.name, found.checks, found.figures)
+        return found
+
+    parts = all_made(subjects, workers, part)
+    for subject, found in zip(subjects, parts, strict=True):
+        subject.recall(found)
+    checks = [check for found in parts for check in found.checks]
+    figures = [figure for found in parts for figure in found.figures]
+    notes = [(subject.map.name, subject.shows) for subject in subjects]
+    maps = [subject.map for subject in subjects]
+    problems_measured = [subject.problem for subject in subjects if subject.problem is not None]
     names = [measured.name for measured in maps]
     plots, undrawn = reported("plots", names[-1], partial(toy_plots, maps, problems_measured)) if names else ([], ())
     cards, unread = reported("card", names[-1], lambda: [_card(maps, problems_measured, checks)]) if names else ([], ())
@@ -167,3 +155,52 @@ def _card(maps: Sequence[MeasuredMap], problems: Sequence[MeasuredProblem], chec
     if problems and "l2_gap" not in problems[0].problem.unavailable:
         known = replace(known, l2_gap=problems[0].ask("l2_gap"))
     return with_checks(verdict_card(known), checks)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A map with its noise, what it shows, and the problem whose optimum it is, if it is one."""
+
+    map: MeasuredMap
+    shows: str
+    problem: MeasuredProblem | None = None
+
+    def recall(self, part: _Part) -> None:
+        """Take what another process has measured on it as measured here."""
+        vars(self.map).update(part.measured)
+        if self.problem is not None:
+            vars(self.problem).update(part.known)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is found out about one subject: checks and figures, and the tensors that plots are drawn from."""
+
+    checks: list[Check]
+    figures: list[Quantity]
+    measured: dict[str, Any]
+    known: dict[str, Any]
+
+
+_DRAWN = (
+    "estimate", "error", "value", "half_square", "rows_or_none", "norms", "lower", "certificate", "l2_verdict",
+)  # fmt: skip
+"""What plots and card read of a map once it is measured."""
+
+
+def _part(subject: _Subject, settings: VerifySettings) -> _Part:
+    """Every check and every figure of one subject."""
+    measured, known = subject.map, subject.problem
+    checks: list[Check] = [] if known is None else [*TOY_CHECKS.run(known, measured.name)]
+    checks += MAP_CHECKS.run(measured, measured.name)
+    checks += INJECTED_CHECKS.run(measured, measured.name)
+    figures: list[Quantity] = []
+    readings = [map_quantities(measured, headlines=True), *([problem_quantities(known)] if known else [])]
+    for found, failed in readings:
+        figures += found
+        checks += failed
+    if settings.certify:
+        checks += certified_checks(measured)
+    drawn = {name: vars(measured)[name] for name in _DRAWN if name in vars(measured)}
+    noise = {} if known is None else {name: vars(known)[name] for name in ("tilted_noise",) if name in vars(known)}
+    return _Part(checks, figures, drawn, noise)

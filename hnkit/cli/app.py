@@ -52,7 +52,8 @@ class _Commands(PlainHelp, TyperGroup):
             if "--debug" in arguments:
                 traceback.print_exc()
             line, code = describe_error(error)
-            print(f"hnkit: {line}", file=sys.stderr)
+            if not (getattr(error, "everywhere", False) and os.environ.get("RANK", "0") != "0"):
+                print(f"hnkit: {line}", file=sys.stderr)
             if isinstance(error, BrokenPipeError):  # nobody reads stdout any more: keep the interpreter quiet about it
                 sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         sys.exit(code)

@@ -11,6 +11,7 @@ from hnkit.cli.folders import refuse_existing
 from hnkit.cli.options import WithBackend
 from hnkit.errors import InputError
 from hnkit.internal.values import setting
+from hnkit.internal.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from hnkit.checks.parts import Parts
@@ -106,10 +107,14 @@ def run(options: Options) -> int:
     """Measure and check what was named, write the run folder, print the report."""
     from hnkit.checks.view import report_view
     from hnkit.output import terminal
+    from hnkit.training.processes import evaluation_workers
 
     settings = options.settings()
     refuse_existing(options.out)
-    report, parts = verify(options, settings)
+    workers = evaluation_workers(options.backend, options.all_overrides(), vars(options))
+    report, parts = verify(options, settings, workers)
+    if workers.index:  # one of several processes writes and speaks
+        return 0 if report.ok else 1
     try:
         folder = parts.finish(report)
     except (OSError, InputError):  # what was measured is not lost with the disk
@@ -126,7 +131,7 @@ def run(options: Options) -> int:
     return 0 if report.ok else 1
 
 
-def verify(options: Options, settings: VerifySettings) -> tuple[Report, Parts]:
+def verify(options: Options, settings: VerifySettings, workers: Workers = ALONE) -> tuple[Report, Parts]:
     """The report on the map, the trained network or the toys that the options name, and what is written of it."""
     from hnkit.adapters import adapter_digests, default_prompts, load_trained, local_files_only, named_adapter
     from hnkit.checks.parts import Parts
@@ -140,9 +145,9 @@ def verify(options: Options, settings: VerifySettings) -> tuple[Report, Parts]:
 
     if options.map_path is not None:
         sizes = parse_shape(options.shape)
-        parts = Parts(options.out, provenance())
+        parts = Parts(options.out, provenance(), workers)
         name = options.map_path
-        return verify_map(load_map(name), sizes, settings, name=name, done=parts.done), parts
+        return verify_map(load_map(name), sizes, settings, name=name, done=parts.done, workers=workers), parts
     if options.backend is not None:
         if options.adapter is None:
             raise InputError(
@@ -155,13 +160,16 @@ def verify(options: Options, settings: VerifySettings) -> tuple[Report, Parts]:
         texts = default_prompts(loaded) if given is None else read_prompts(given, local_files_only=local)
         alpha = trained_alpha if options.alpha is None else options.alpha
         made_with = provenance(model=loaded.model_digest(), adapter=adapter_digests(adapter), prompts=texts)
-        parts = Parts(options.out, made_with)
-        return verify_backend(loaded, texts, settings, alpha=alpha, done=parts.done), parts
+        parts = Parts(options.out, made_with, workers)
+        return verify_backend(loaded, texts, settings, alpha=alpha, done=parts.done, workers=workers), parts
     problems = chosen_problems(options.toy, options.alpha)
     references = [name for name in reference_maps() if not options.toy or name in options.toy]
-    parts = Parts(options.out, provenance())
-    with terminal.steps(len(problems) + len(references)) as steps:
-        return verify_toys(problems, settings, references=references, say=steps.start, done=parts.done), parts
+    parts = Parts(options.out, provenance(), workers)
+    parts.share()
+    with terminal.steps(-(-(len(problems) + len(references)) // workers.count)) as steps:
+        say = steps.start if workers.index == 0 else (lambda _: None)
+        found = verify_toys(problems, settings, references=references, say=say, done=parts.done, workers=workers)
+    return found, parts
 
 
 def parse_shape(text: str | None) -> tuple[int, ...]:

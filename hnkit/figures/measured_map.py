@@ -6,8 +6,8 @@ many of the samples as `DENSE_ENTRIES` and `DENSE_PRODUCTS` allow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hnkit.errors import (
     ExpansiveMapError,
+    InputError,
     MissingDerivativeError,
     NonFiniteError,
     NotApplicable,
@@ -23,13 +24,15 @@ from hnkit.errors import (
 )
 from hnkit.injection import InjectedBound, NoiseInjection, injected_bound
 from hnkit.internal.seeds import generator_for
+from hnkit.internal.workers import ALONE, Workers, all_made
 from hnkit.jacobian import RowJacobian, check_finite, check_map, dense_jacobian, rows_per_pass
 from hnkit.kl.divergence import KLEstimate, Method, noise_kl
+from hnkit.kl.estimate import joined_estimates
 from hnkit.kl.verdict import L2Verdict, l2_verdict
 from hnkit.linalg.matrices import MatrixNumbers, bound_sides
 from hnkit.lipschitz.certify import certified_bounds
 from hnkit.lipschitz.local import LipschitzEstimate, lipschitz_lower, lipschitz_upper, local_lipschitz
-from hnkit.maps import NoiseMap, at_rows, chunked, working_type
+from hnkit.maps import NoiseMap, at_rows, chunked, selects_rows, working_type
 
 DENSE_DIM = 1024
 """Above so many dimensions a map is measured by stochastic methods unless told otherwise."""
@@ -42,6 +45,9 @@ DENSE_PRODUCTS = 2**14
 
 VERDICT_SAMPLES = 16
 """Samples from which it is told whether the L2 term is good enough: a handful of products each."""
+
+BLOCKS = 16
+"""Blocks of samples that `verify-bound` shares out over its processes; what each is depends on the samples alone."""
 
 _NORM_ERROR = 1e-3
 """Relative error of `local_lipschitz` that is allowed for where a norm is compared with 1."""
@@ -92,6 +98,8 @@ class MeasuredMap:
         probes: the generator of the probes of `noise_kl`; `None`: one derived from the seed.
         fallback: the method that takes over where `method` meets local norms that it cannot take; `None`: none.
         injection: how the map is deployed, where noise is injected; everything else is of `x + f(x)` without it.
+        workers: the processes that share out the samples; all of them ask for the same things in the same order.
+        blocks: how many blocks the samples are shared out in.
     """
 
     name: str
@@ -109,6 +117,8 @@ class MeasuredMap:
     probes: torch.Generator | None = None
     fallback: str | None = None
     injection: NoiseInjection | None = None
+    workers: Workers = ALONE
+    blocks: int = 1
 
     def validate(self) -> None:
         """Refuse a map that is no batch-first, row-wise, deterministic, differentiable, finite function."""
@@ -146,7 +156,33 @@ class MeasuredMap:
 
     def _kl(self, method: str, generator: torch.Generator) -> KLEstimate:
         named = cast("Method", method)
-        return noise_kl(self.f, self.x, method=named, generator=generator, check=False, **self.options)
+        if self.blocks == 1 or {"rel_error", "budget"} & self.options.keys():  # sizes that a pilot of all decides
+            return noise_kl(self.f, self.x, method=named, generator=generator, check=False, **self.options)
+
+        def one(f: NoiseMap, x: Tensor, index: Tensor) -> KLEstimate:
+            own = self.generator(f"kl/{int(index[0])}")
+            return noise_kl(f, x, method=named, generator=own, check=False, **self.options)
+
+        return joined_estimates(self._of_blocks(len(self.x), one), one_map=not selects_rows(self.f))
+
+    def _of_blocks(self, count: int, work: Callable[[NoiseMap, Tensor, Tensor], Any]) -> list[Any]:
+        """What `work` makes of each block of the first samples, each block by one of the processes.
+
+        `work` takes the map and the noise of its samples, and their numbers. An error that names a sample would name
+        it by its place in the block: the samples are then taken together.
+        """
+        index = torch.arange(count, device=self.x.device)
+        blocks = torch.split(index, max(1, -(-count // self.blocks)))
+
+        def one(part: Tensor) -> Any:
+            return _moved(work(*at_rows(self.f, self.x, part), part), torch.device("cpu"))
+
+        try:
+            return [_moved(made, self.x.device) for made in all_made(blocks, self.workers, one)]
+        except ExpansiveMapError:
+            raise
+        except InputError:
+            return [work(*self.first(count), index)]
 
     @property
     def stein(self) -> KLEstimate:
@@ -171,8 +207,11 @@ class MeasuredMap:
     @cached_property
     def change(self) -> Tensor:
         """The exact integrand in the change-of-variables form, computed as such, at the first samples."""
-        f, x = self.first(self.dense_count)
-        return noise_kl(f, x, method="exact", form="change-of-variables", check=False).per_sample
+
+        def one(f: NoiseMap, x: Tensor, _: Tensor) -> Tensor:
+            return noise_kl(f, x, method="exact", form="change-of-variables", check=False).per_sample
+
+        return torch.cat(self._of_blocks(self.dense_count, one))
 
     @cached_property
     def change_from_stein(self) -> Tensor:
@@ -188,8 +227,12 @@ class MeasuredMap:
     @cached_property
     def value(self) -> Tensor:
         """`f(x)`, `(n, *shape)`, in passes of bounded memory."""
+
+        def one(f: NoiseMap, x: Tensor, _: Tensor) -> Tensor:
+            return torch.cat([inner(points) for _, inner, points in chunked(f, x, self.pass_rows)])
+
         with torch.no_grad():
-            return torch.cat([f(x) for _, f, x in chunked(self.f, self.x, self.pass_rows)])
+            return torch.cat(self._of_blocks(len(self.x), one))
 
     @property
     def pass_rows(self) -> int:
@@ -235,22 +278,29 @@ class MeasuredMap:
         """`v . J' v` and `|J' v|^2` for one Rademacher probe per sample."""
         probes = torch.randint(0, 2, (len(self.x), self.dim), generator=self.generator("trace")).double() * 2 - 1
         probes = probes.to(self.x.device)
-        traces, squares = [], []
-        for index, f, x in chunked(self.f, self.x, self.pass_rows):
-            operator = RowJacobian(f, x, samples=index)
-            pulled = operator.vjp(probes[index])
-            traces.append((pulled * probes[index]).sum(1))
-            squares.append(pulled.square().sum(1))
-        return torch.cat(traces), torch.cat(squares)
+
+        def one(f: NoiseMap, x: Tensor, numbers: Tensor) -> Tensor:
+            parts = []
+            for index, inner, points in chunked(f, x, self.pass_rows):
+                operator, probe = RowJacobian(inner, points, samples=numbers[index]), probes[numbers[index]]
+                pulled = operator.vjp(probe)
+                parts.append(torch.stack([(pulled * probe).sum(1), pulled.square().sum(1)]))
+            return torch.cat(parts, 1)
+
+        traces, squares = torch.cat(self._of_blocks(len(self.x), one), 1)
+        return traces, squares
 
     @cached_property
     def rows_or_none(self) -> RowStatistics | None:
         """Statistics of the dense Jacobians of the first samples; `None` in too many dimensions."""
         if self.dim > DENSE_DIM:
             return None
-        samples = torch.arange(self.dense_count, device=self.x.device)
         width = max(1, 2**23 // self.dim**2)
-        parts = [_statistics(dense_jacobian(f, x)) for _, f, x in chunked(self.f, self.x, width, samples)]
+
+        def one(f: NoiseMap, x: Tensor, _: Tensor) -> list[RowStatistics]:
+            return [_statistics(dense_jacobian(inner, points)) for _, inner, points in chunked(f, x, width)]
+
+        parts = [part for block in self._of_blocks(self.dense_count, one) for part in block]
         return RowStatistics(**{name: _joined([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
     @property
@@ -267,8 +317,13 @@ class MeasuredMap:
         Raises:
             NotApplicable: the map has no `J v` products.
         """
+
+        def one(f: NoiseMap, x: Tensor, index: Tensor) -> Tensor:
+            whole = len(index) == len(self.x)
+            return local_lipschitz(f, x, generator=self.generator("norms" if whole else f"norms/{int(index[0])}"))
+
         try:
-            return local_lipschitz(self.f, self.x, generator=self.generator("norms"))
+            return torch.cat(self._of_blocks(len(self.x), one))
         except MissingDerivativeError as reason:
             raise NotApplicable(str(reason)) from None
 
@@ -309,6 +364,19 @@ class MeasuredMap:
             return certified_bounds(self.f if self.module is None else self.module).bounded
         except NotCertifiedError:
             return False
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The same on another device: a tensor, or what holds some."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(entry, device) for entry in value)
+    if isinstance(value, Mapping):
+        return {key: _moved(entry, device) for key, entry in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{entry.name: _moved(getattr(value, entry.name), device) for entry in fields(value)})
+    return value
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from hnkit.errors import InputError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -48,6 +50,29 @@ class _Alone:
 
 
 ALONE: Workers = _Alone()
+
+
+def all_made(items: Sequence[Item], workers: Workers, work: Callable[[Item], Result]) -> list[Result]:
+    """What `work` makes of every item, in their order and on all processes, each of which makes its share.
+
+    Raises:
+        InputError: that of the first item that has one, on all processes.
+    """
+    mine: dict[int, Any] = {}
+    for number, item in shared_out(items, workers):
+        try:
+            mine[number] = work(item)
+        except InputError as error:
+            if workers.count == 1:
+                raise
+            mine[number] = error
+            break
+    found = {number: made for parts in workers.gather(mine) for number, made in parts.items()}
+    for number in sorted(found):
+        if isinstance(found[number], InputError):
+            found[number].everywhere = True
+            raise found[number]
+    return [found[number] for number in range(len(items))]
 
 
 def shared_out(items: Sequence[Item], workers: Workers) -> list[tuple[int, Item]]:

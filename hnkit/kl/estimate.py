@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hnkit.internal.stats import Estimate, rounded_up
+from hnkit.internal.stats import Estimate, mean_and_stderr, rounded_up
 from hnkit.kl.control import controlled_mean
 from hnkit.kl.moments import Moments
 
@@ -185,3 +186,31 @@ class Folds:
         if self.negative == 0:
             return f"no fold in {self.samples} samples (in at most {rounded_up(self.upper, 2)} of them, 95%)"
         return f"orientation reversed at {self.negative} of {self.samples} samples; folded mass at most {self.folded}"
+
+
+def joined_estimates(parts: Sequence[KLEstimate], *, one_map: bool) -> KLEstimate:
+    """One estimate from those of successive samples, made by one method.
+
+    Args:
+        parts: at least one.
+        one_map: whether all samples are of one map, so that a change of orientation between them means a fold.
+    """
+    sums, largest = ("num_jvp", "num_vjp"), ("probes", "steps")
+    found: dict[str, Any] = {}
+    for name in (field.name for field in fields(Moments)):
+        values = [getattr(part.parts, name) for part in parts]
+        if name in sums or name in largest:
+            found[name] = sum(values) if name in sums else max(values)
+        else:
+            found[name] = None if any(value is None for value in values) else torch.cat(values)
+    moments, per_sample = Moments(**found), torch.cat([part.per_sample for part in parts])
+    value, stderr = mean_and_stderr(per_sample)
+    bound = None if any(part.bias_bound is None for part in parts) else float(moments.bound.mean())
+    sign, injective = moments.sign, parts[0].injective
+    folds = one_map and sign is not None and bool((sign > 0).any()) and bool((sign < 0).any())
+    if folds or any(part.injective == "violated" for part in parts):
+        injective = "violated"
+    return replace(
+        parts[0], value=value, stderr=stderr, bias_bound=bound, per_sample=per_sample, parts=moments,
+        injective=injective, finite_variance=all(part.finite_variance for part in parts),
+    )  # fmt: skip

@@ -73,9 +73,13 @@ class Processes:
                 outcome[0] = work()
             except InputError as error:
                 outcome[1] = str(error)
+            except Exception:
+                outcome[1] = "the main process has ended with an error of its own"
+                torch.distributed.broadcast_object_list(outcome, src=0)
+                raise
         torch.distributed.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
-            raise InputError(outcome[1])
+            raise _said_once(outcome[1])
         result: Result = outcome[0]
         return result
 
@@ -103,7 +107,7 @@ class Processes:
             for name in dict.fromkeys([*everyone[0], *theirs]):
                 first, other = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
                 if first != other:
-                    raise InputError(
+                    raise _said_once(
                         f"process {index} has {name} = {other} where process 0 has {first}: start all processes with "
                         "the same settings and the same versions"
                     )
@@ -144,6 +148,13 @@ def evaluation_workers(backend: str | None, overrides: Sequence[str], settings: 
     facts = {name: repr(value) for name, value in settings.items()}
     processes.require_same({"--backend": repr(backend), "--set": repr(tuple(overrides)), **facts, **versions()})
     return processes
+
+
+def _said_once(message: str) -> InputError:
+    """Bad input that all processes know of: one of them says it."""
+    error = InputError(message)
+    error.everywhere = True
+    return error
 
 
 class Heartbeat:

@@ -26,13 +26,30 @@ def place(tmp_path_factory) -> Path:
     backend.save_adapter(folder / "adapter")
     prompts, _ = backend.prompts()
     (folder / "prompts.txt").write_text("\n".join(prompts[:3]) + "\n")
+    (folder / "one.txt").write_text(prompts[0] + "\n")
+    (folder / "mymap.py").write_text(MAP)
     return folder
+
+
+MAP = """
+import os
+import torch
+
+def f(x):
+    return 0.3 * torch.tanh(x.roll(1, -1)) + 0.1 * x
+
+def killed(x):
+    if os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), 9)
+    return f(x)
+"""
+"""Maps of a user's own; the second ends one of several processes."""
 
 
 def hnkit(place: Path, processes: int, *arguments: str, status: int = 0) -> str:
     """What a command prints, by one process or by several of torchrun's."""
     start = ("-m", "hnkit") if processes == 1 else (*TORCHRUN, str(processes), "-m", "hnkit")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(place)}
     done = subprocess.run(
         [sys.executable, *start, *arguments], cwd=place, capture_output=True, text=True, env=environment, timeout=300
     )
@@ -64,11 +81,63 @@ def test_generate_writes_the_same_files_whoever_writes_them(place):
 
 
 @pytest.mark.slow
+def test_more_processes_than_prompts_and_another_number_of_them_write_the_same_files(place):
+    for name, prompts in (("three", "prompts.txt"), ("single", "one.txt")):
+        command = ("generate", *COMMON[:-1], prompts, "--count", "2")
+        hnkit(place, 1, *command, "--out", f"{name}-1")
+        hnkit(place, 4, *command, "--out", f"{name}-4")  # with prompts for three, or one, of them
+        assert files(place / f"{name}-1") == files(place / f"{name}-4")
+    (place / "three-4" / "prompt-001" / "prompt.txt").unlink()
+    hnkit(place, 1, "generate", "--resume", "three-4")
+    assert files(place / "three-1") == files(place / "three-4")
+
+
+@pytest.mark.slow
 def test_the_frontier_of_rewards_has_the_same_figures(place):
     command = ("frontier", *COMMON, "--reward", "redness=1", "--base-samples", "8", "--samples", "2", "--json")
-    one, two = (json.loads(hnkit(place, n, *command, "--out", f"frontier-{n}")) for n in (1, 2))
-    assert one.pop("run_folder") != two.pop("run_folder")
-    assert one == two
+    one, *others = (json.loads(hnkit(place, n, *command, "--out", f"frontier-{n}")) for n in (1, 2, 4))
+    one.pop("run_folder")
+    for other in others:
+        other.pop("run_folder")
+        assert one == other
+
+
+VERIFIED = {
+    "map": ("--map", "mymap:f", "--shape", "6", "--samples", "40"),  # in 14 blocks, of which two processes take seven
+    "arnoldi": ("--map", "mymap:f", "--shape", "6", "--samples", "24", "--method", "arnoldi", "--probes", "2"),
+    "error": ("--map", "mymap:f", "--shape", "6", "--samples", "24", "--method", "lanczos", "--rel-error", "0.2"),
+    "injected": ("--map", "mymap:f", "--shape", "6", "--samples", "24", "--injection", "0.5"),
+    "toys": ("--toy", "linear-gaussian", "--toy", "one-dimensional", "--toy", "rotation", "--samples", "64"),
+    "backend": (*COMMON, "--samples", "24"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts"),
+    [
+        ("map", (2,)),
+        *(pytest.param(kind, (2, 4), marks=pytest.mark.slow) for kind in VERIFIED if kind != "map"),
+        pytest.param("map", (4, 17), marks=pytest.mark.slow),  # 17: more than there are blocks
+    ],
+)
+def test_verify_bound_has_the_same_figures_and_plots(kind, counts, place):
+    out = f"verify-{kind}-{counts[0]}"
+    command = ("verify-bound", *VERIFIED[kind], "--json", "--out")
+    one = json.loads(hnkit(place, 1, *command, f"{out}-alone"))
+    alone = files(place / f"{out}-alone")
+    for count in counts:
+        found = json.loads(hnkit(place, count, *command, f"{out}-of-{count}"))  # one document, from one process
+        assert found | {"run_folder": 0} == one | {"run_folder": 0}
+        shared = files(place / f"{out}-of-{count}")
+        assert shared.keys() == alone.keys()
+        assert all(shared[name] == alone[name] for name in alone if name.endswith((".png", "report.json")))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_run_and_leaves_what_is_known(place):
+    error = hnkit(place, 2, "verify-bound", "--map", "mymap:killed", "--shape", "6", "--out", "killed", status=1)
+    assert "Signal 9" in error or "SIGKILL" in error
+    assert not (place / "killed" / "report.json").exists()
 
 
 @pytest.mark.slow
@@ -77,8 +146,8 @@ def test_compare_has_the_same_figures_and_goes_on_by_any_number(place):
                "--set", "compare.best_of=2", "--set", "compare.ranks=[]", "--set", "compare.losses=[]",
                "--set", "compare.diversity_seeds=2", "--set", "compare.measure_samples=2",
                "--set", "compare.batch=2", "--set", "compare.steps=[1]")  # fmt: skip
-    one, two = (json.loads(hnkit(place, n, *command, "--out", f"compare-{n}")) for n in (1, 2))
-    assert untimed(one) == untimed(two)
+    one, two, four = (json.loads(hnkit(place, n, *command, "--out", f"compare-{n}")) for n in (1, 2, 4))
+    assert untimed(one) == untimed(two) == untimed(four)
     parts = sorted((place / "compare-2" / "parts").glob("base-*.json"))
     parts[0].unlink()
     before = parts[1].stat().st_mtime_ns
@@ -98,16 +167,35 @@ DIFFERENT = """
 import os, sys
 from hnkit.cli.app import main
 count = 1 + int(os.environ["RANK"])
-sys.argv[1:] = ["generate", "--backend", "digits", "--count", str(count), "--out", "no"]
+{words}
 main()
+"""
+OF_GENERATE = 'sys.argv[1:] = ["generate", "--backend", "digits", "--count", str(count), "--out", "no"]'
+OF_VERIFY = 'sys.argv[1:] = ["verify-bound", "--toy", "rotation", "--seed", str(count), "--out", "no"]'
+OF_VERSIONS = """
+import hnkit.training.processes as processes
+known = processes.versions()
+processes.versions = lambda: known | {"torch": f"{count}.0"}
+sys.argv[1:] = ["verify-bound", "--toy", "rotation", "--out", "no"]
 """
 
 
-def test_processes_that_were_given_different_settings_are_refused_in_one_line(place):
-    (place / "differ.py").write_text(DIFFERENT)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (OF_GENERATE, "process 1 has settings = "),
+        pytest.param(OF_VERIFY, "process 1 has seed = 2 where process 0 has 1", marks=pytest.mark.slow),
+        pytest.param(OF_VERSIONS, "process 1 has torch = 2.0 where process 0 has 1.0", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_that_differ_are_refused_in_one_line(words, said, place):
+    (place / "differ.py").write_text(DIFFERENT.replace("{words}", words))
     error = subprocess.run(
         [sys.executable, *TORCHRUN, "2", "differ.py"], cwd=place, capture_output=True, text=True, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     ).stderr  # fmt: skip
-    assert "start all processes with the same settings" in error
+    lines = [line for line in error.splitlines() if line.startswith("hnkit:")]
+    assert len(lines) == 1  # of all processes together
+    assert said in lines[0]
+    assert "start all processes with the same settings and the same versions" in lines[0]
     assert not (place / "no").exists()
