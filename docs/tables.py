@@ -369,6 +369,27 @@ def plans() -> str:
     return to_markdown(Table(headers, tuple(rows), caption))
 
 
+def shared_out() -> str:
+    """What evaluation by two processes costs against one."""
+    rows: list[tuple[Cell, ...]] = [
+        (
+            name,
+            f"{case['seconds']['1']:.0f} s",
+            f"{case['seconds']['2']:.0f} s",
+            f"{case['loading']:.0f} s",
+            f"{case['ratio']:.2f}",
+            f"{case['ratio_without_loading']:.2f}",
+        )
+        for name, case in _document("shared-out")["cases"].items()
+    ]
+    caption = (
+        "On the bundled miniature, `python benchmarks/shared_out.py`: CPU time on one thread, of the process that "
+        "needs most. Loading is done by every process; 0.5 is what two processes could reach at best."
+    )
+    headers = ("command", "one process", "two processes", "of it loading", "ratio", "ratio without loading")
+    return to_markdown(Table(headers, tuple(rows), caption))
+
+
 def _on_card(found: dict[str, Any]) -> str:
     """One cell: whether a step fits, by which options, and the pace."""
     if found["fits"]:
@@ -446,6 +467,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "item-e": item_e,
     "kills": kills,
     "plans": plans,
+    "shared-out": shared_out,
     "device-steps": lambda: _on_a_card("steps"),
     "device-rest": lambda: _on_a_card("rest"),
     "compare-lead": compare_lead,

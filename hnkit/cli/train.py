@@ -90,6 +90,8 @@ def _plan(config: RunConfig, options: Options) -> int:
 
     if options.out is not None:
         raise InputError(f"--out {options.out} with --plan: a plan is printed, nothing is written; leave it out")
+    if os.environ.get("RANK", "0") != "0":  # all processes have the same plan, and one of them says it
+        return 0
     plan = plan_training(
         config,
         find_card(CARD if options.card is None else options.card),

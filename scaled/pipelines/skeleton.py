@@ -117,7 +117,7 @@ def _read_configs(folder: Path) -> tuple[str, dict[str, dict[str, Any]]]:
                     found = json.loads((folder / name / file).read_text(encoding="utf-8"))
                     configs[name] = {"_class_name": entry[1], **found}  # transformers' files do not name it
         return str(index["_class_name"]), configs
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} is not a readable model ({reason_of(error)}): give diffusers' format") from error
 
 
@@ -141,7 +141,7 @@ def _pipeline(backend: str, family: Family | None, options: PipelineOptions) -> 
         absent = {name: None for name in pipeline._get_signature_keys(pipeline)[0] if name not in parts}
         pipe = pipeline(**(absent | parts | left_out(pipeline)))
         encoders = encoders_size(configs, DTYPES[options.dtype])
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever the libraries' classes raise where a value is missing or nonsense
         raise InputError(
             f"no plan for {options.model_id!r}: its configuration is damaged ({reason_of(error)})"
         ) from error

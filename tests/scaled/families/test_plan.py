@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
+from hnkit import InputError
 from hnkit.backend import backend_factory
+from hnkit.cli.app import app
 from hnkit.config import RewardSpec, resolve_config
 from hnkit.scaled.backends import BACKENDS
 from hnkit.scaled.pipelines.loading import load_pipeline
@@ -147,3 +150,59 @@ def test_prompts_are_encoded_beside_what_is_loaded_by_then_and_must_fit_too(fold
 def test_every_backend_of_a_published_model_has_its_sizes():
     named = {factory.options().model_id for factory in BACKENDS.values() if factory.name != "digits"} - {""}
     assert named == set(PUBLISHED_MODELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "line"),
+    [
+        ("ChromaPipeline", {}, "no plan for a ChromaPipeline: plans are made of SanaSprintPipeline, "),
+        ("QwenImagePipeline", {"timesteps": (999,)}, "QwenImagePipeline takes no timesteps: leave them out"),
+        ("StableDiffusionXLPipeline", {"scheduler": "Nonsense"}, "diffusers has no scheduler of that name"),
+        ("StableDiffusionXLPipeline", {"size": 7}, r"refused a call with .*divisible by 8"),
+        ("StableDiffusionXLPipeline", {"guidance": 5.0}, r"encodes|classifier-free guidance|entries for"),
+    ],
+)
+def test_an_option_that_the_base_lacks_and_a_base_that_cannot_be_followed_are_one_line(name, changes, line, folder):
+    config = planned(name, folder)
+    with pytest.raises(InputError, match=line) as refused:
+        plan_training(replace(config, options=replace(config.options, **changes)), find_card("h100"))
+    assert "\n" not in str(refused.value)
+
+
+DAMAGES = {
+    "vae/config.json": None,
+    "unet/config.json": "{",
+    "text_encoder/config.json": '{"hidden_size": "wide"}',
+    "scheduler/scheduler_config.json": "[]",
+    "model_index.json": "[]",
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGES)
+def test_a_damaged_configuration_is_one_line(damaged, folder, tmp_path):
+    model, text = tmp_path / "model", DAMAGES[damaged]
+    shutil.copytree(folder("StableDiffusionXLPipeline"), model)
+    config = planned("StableDiffusionXLPipeline", lambda _: model)
+    (model / damaged).unlink() if text is None else (model / damaged).write_text(text)
+    with pytest.raises(InputError, match=r"its configuration is damaged|is not a readable model") as refused:
+        plan_training(config, find_card("h100"))
+    assert "\n" not in str(refused.value)
+
+
+def test_one_of_several_processes_says_the_plan_and_needs_no_weights(folder, tmp_path, monkeypatch, capsys):
+    model = shutil.copytree(
+        folder("ZImagePipeline"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*")
+    )
+    options = settings("ZImagePipeline", model)
+    words = [word for key, value in options.items() for word in ("--set", f"backend.{key}={json.dumps(value)}")]
+    command = ["train", "--backend", "diffusers", "--reward", "redness=1", "--plan", "--json", "--batch", "2", *words]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    printed = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            app(command)
+        assert ended.value.code == 0
+        printed.append(capsys.readouterr().out)
+    assert json.loads(printed[0])["processes"] == 2
+    assert not printed[1]
