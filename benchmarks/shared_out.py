@@ -51,7 +51,7 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "verify-bound, a map": ("verify-bound", "--map", "mymap:f", "--shape", "96", "--samples", "256"),
     "verify-bound, toys": ("verify-bound",),
-    "verify-bound, a network": ("verify-bound", *COMMON, "--samples", "32"),
+    "verify-bound, a network": ("verify-bound", *COMMON, "--samples", "16"),
 }  # fmt: skip
 EMPTY = ("generate", "--backend", "digits", "--adapter", "bundled", "--prompt", "no digit", "--out", "empty")
 """What loads all and is then refused."""

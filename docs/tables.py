@@ -363,8 +363,9 @@ def plans() -> str:
         "card are kept free. While prompts are encoded, before the first step, the text encoders lie beside network, "
         "decoder and rewards; then they leave the card. "
         f"Steps per hour are at {document['share']:.0%} of the card's roofline, an assumption. Where a step does not "
-        "fit, the quickest options that make it fit, or the least that all of them need. Sizes are read in public "
-        "repositories that quote the models' configurations, and hold to the published number of parameters."
+        "fit, the quickest that make it fit of the options that recompute (`vae_checkpointing`, "
+        "`generator_checkpointing`, `hypernetwork_checkpointing`), or the least that they need. Sizes are read in "
+        "public repositories that quote the models' configurations, and hold to the published number of parameters."
     )
     return to_markdown(Table(headers, tuple(rows), caption))
 

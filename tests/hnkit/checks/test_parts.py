@@ -39,7 +39,7 @@ def test_what_is_known_stays_and_is_marked_where_the_rest_is_missing(tmp_path, c
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hnkit.checks.verify_toys, "MeasuredProblem", interrupted)
+    monkeypatch.setattr(hnkit.checks.verify_toys, "problem_quantities", interrupted)
     out = tmp_path / "run"
     assert run(capsys, *COMMAND, "--out", out)[0] == 130
     assert json.loads((out / UNFINISHED).read_text()) == {"finished": False, "parts": ["rotation"]}
