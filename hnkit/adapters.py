@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import fields
@@ -10,7 +12,16 @@ from pathlib import Path
 import torch
 
 from hnkit.backend import BackendBase, BundlesAdapter, RecordsOptions, backend_factory, completed
-from hnkit.config import CONFIG_FILE, RunConfig, make_options, parse_options, resolve_config
+from hnkit.config import (
+    CONFIG_FILE,
+    PERMISSIONS,
+    PLACES,
+    RunConfig,
+    make_options,
+    parse_options,
+    read_tables,
+    resolve_config,
+)
 from hnkit.errors import InputError
 from hnkit.internal.files import file_digest
 from hnkit.internal.folders import adapter_folder
@@ -43,9 +54,24 @@ def named_adapter(name: str, adapter: str | Path | None) -> Path | None:
 
 
 def adapter_digests(adapter: str | Path | None) -> dict[str, str]:
-    """SHA-256 of each of an adapter's files by name; of none where there is no adapter."""
-    files = [] if adapter is None else sorted(adapter_folder(adapter).glob("*"))
-    return {path.name: file_digest(path) for path in files if path.is_file()}
+    """SHA-256 of each of an adapter's files by name, and of its run's options of the backend where it has a run.
+
+    Options that say where something lies, or give leave, are left out: what was moved is the same. Of no adapter, none.
+    """
+    if adapter is None:
+        return {}
+    found = {path.name: file_digest(path) for path in sorted(adapter_folder(adapter).glob("*")) if path.is_file()}
+    if (run := _run_of(Path(adapter))) is not None:
+        options = read_tables(run / CONFIG_FILE).get("backend", {})
+        kept = [key for key in sorted(options) if f"backend.{key}" not in PLACES and key not in PERMISSIONS]
+        said = json.dumps({key: str(options[key]) for key in kept})
+        found[f"{CONFIG_FILE} [backend]"] = hashlib.sha256(said.encode()).hexdigest()
+    return found
+
+
+def _run_of(adapter: Path) -> Path | None:
+    """The folder of the run that an adapter is of, where it has one."""
+    return next((folder for folder in (adapter, adapter.parent) if (folder / CONFIG_FILE).is_file()), None)
 
 
 def load_trained(
@@ -75,7 +101,7 @@ def load_trained(
     if not adapter.is_dir():
         raise InputError(f"--adapter {adapter} is not a folder: name the folder of a trained adapter, or its run")
     weights = adapter_folder(adapter)
-    run = next((folder for folder in (adapter, adapter.parent) if (folder / CONFIG_FILE).is_file()), None)
+    run = _run_of(adapter)
     config: RunConfig | None = None
     if run is not None:
         config = resolve_config(resume=run, overrides=overrides, training=False)

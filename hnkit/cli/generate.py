@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,6 @@ class Options(WithBackend):
             return
         others = split_model(split_permissions(self.overrides)[1])[1]
         given: dict[str, Any] = {
-            "--adapter": self.adapter,
             "--prompts": self.prompts,
             "--prompt": self.prompt,
             "--set": others,
@@ -71,6 +70,8 @@ def run(options: Options) -> int:
     folder, plan, backend = resumed(options) if options.resume is not None else begun(options, workers)
     with run_lock(folder) if workers.index == 0 else contextlib.nullcontext():
         workers.on_main(lambda: sweep_temporaries(folder))
+        if options.resume is not None:
+            workers.on_main(lambda: plan.write(folder))  # what was moved has been found
         record = provenance(model=plan.model, adapter=plan.adapter_files or None, prompts=plan.prompts)
         try:
             with resumable("hnkit", "generate", "--resume", str(folder)):
@@ -142,8 +143,8 @@ def begun(options: Options, workers: Workers = ALONE) -> tuple[Path, GeneratePla
 
 
 def resumed(options: Options) -> tuple[Path, GeneratePlan, BackendBase]:
-    """The run to go on with, whose adapter and model must be what they were."""
-    from hnkit.adapters import adapter_digests, load_trained
+    """The run to go on with, whose adapter and model must be what they were, wherever they lie now."""
+    from hnkit.adapters import adapter_digests, load_trained, named_adapter
     from hnkit.generate import PLAN, GeneratePlan
     from hnkit.internal.folders import require_resumable
 
@@ -152,9 +153,14 @@ def resumed(options: Options) -> tuple[Path, GeneratePlan, BackendBase]:
     plan = GeneratePlan.read(folder)
     if options.backend not in (None, plan.backend):
         raise InputError(f"--resume {folder} has backend {plan.backend!r}, not {options.backend!r}")
+    if options.adapter is not None:
+        if plan.adapter is None:
+            raise InputError(f"--adapter with --resume {folder}: its images are made without one: leave the flag out")
+        plan = replace(plan, adapter=str((named_adapter(plan.backend, options.adapter) or options.adapter).resolve()))
     if adapter_digests(plan.adapter) != plan.adapter_files:
         raise InputError(
-            f"--resume {folder}: its adapter {plan.adapter} is gone or has changed since: restore it, or start anew"
+            f"--resume {folder}: its adapter {plan.adapter} is gone or has changed since: restore it, name where it "
+            "lies now with --adapter DIR, or start anew"
         )
     adapter = None if plan.adapter is None else Path(plan.adapter)
     given = options.all_overrides()
@@ -163,7 +169,9 @@ def resumed(options: Options) -> tuple[Path, GeneratePlan, BackendBase]:
             f"--resume {folder} with {moved[-1]}: backend {plan.backend!r} does not know its models by their "
             "content, and another one would not be noticed: leave it out, or start anew"
         )
-    backend, _ = load_trained(plan.backend, adapter, [*plan.overrides, *given])
+    if moved := split_model(given)[0]:
+        plan = replace(plan, overrides=(*split_model(plan.overrides)[1], *moved))
+    backend, _ = load_trained(plan.backend, adapter, [*plan.overrides, *split_permissions(given)[0]])
     if backend.model_digest() != plan.model:
         raise InputError(
             f"--resume {folder}: the base model has changed since (SHA-256 {str(plan.model)[:12]}... then, "

@@ -10,7 +10,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
     Raises:
         OSError: the folder is missing, read-only or full; `path` is then untouched and the temporary file removed.
+        InputError: what `before_writes` was given refuses.
     """
+    for check in _CHECKS:
+        check(path)
     data = content.encode() if isinstance(content, str) else content
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
@@ -44,6 +47,19 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+_CHECKS: list[Callable[[Path], None]] = []
+
+
+@contextlib.contextmanager
+def before_writes(check: Callable[[Path], None]) -> Iterator[None]:
+    """Inside, `atomic_write` asks `check` of every path first, which raises where nothing may be written any more."""
+    _CHECKS.append(check)
+    try:
+        yield
+    finally:
+        _CHECKS.remove(check)
 
 
 def write_json(path: Path, document: Mapping[str, Any] | list[Any]) -> None:

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 from hnkit.errors import InputError
-from hnkit.internal.files import TEMPORARY, atomic_write, require_run_folder
+from hnkit.internal.files import TEMPORARY, atomic_write, before_writes, require_run_folder
 from hnkit.internal.values import printable
 
 LOCK, HOLDER = ".lock", ".lock-holder"
@@ -139,6 +139,11 @@ class FolderIdentity:
         status = path.stat()
         return cls(path, status.st_dev, status.st_ino)
 
+    def check_for(self, path: Path) -> None:
+        """Refuse to write a file inside once the folder is another one; see `check`."""
+        if path.absolute().is_relative_to(self.path.absolute()):
+            self.check()
+
     def check(self) -> None:
         """Refuse to go on once the folder is another one.
 
@@ -162,9 +167,14 @@ class FolderIdentity:
 def run_lock(run: Path) -> Iterator[None]:
     """Hold the run folder for this process; the system releases it however the process ends.
 
+    Inside, nothing is written once the folder has been removed, renamed or replaced: the lock is that of the folder
+    that was opened, and another run's may lie under its name by then.
+
     Raises:
         InputError: another process holds it; the message says which.
     """
+    require_plain(run, (LOCK, HOLDER))  # opening a lock through a link would empty what it points to
+    identity = FolderIdentity.of(run)
     try:
         lock = FileLock(run / LOCK, timeout=0).acquire()
     except Timeout:
@@ -177,9 +187,11 @@ def run_lock(run: Path) -> Iterator[None]:
         me = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         atomic_write(run / HOLDER, json.dumps(me) + "\n")
         try:
-            yield
+            with before_writes(identity.check_for):
+                yield
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, InputError):
+                identity.check()
                 (run / HOLDER).unlink()
 
 

@@ -114,12 +114,12 @@ class Comparison:
             folder = Path(resume)
             require_resumable(folder, "compare")
             workers = evaluation_workers(backend, overrides, given)
-            settings = read_plan(folder, backend)
+            settings = read_plan(folder, backend, adapter)
             require_same(
-                folder, settings, methods=methods, adapter=adapter, prompts=prompts, seeds=seeds, quick=quick,
-                overrides=overrides,
-            )  # fmt: skip
-            session = _Session(gone_on_with(settings, overrides), workers)
+                folder, settings, methods=methods, prompts=prompts, seeds=seeds, quick=quick, overrides=overrides
+            )
+            settings = gone_on_with(settings, overrides)
+            session = _Session(settings, workers)
             if (now := session.base.model_digest()) != settings.model:
                 raise InputError(
                     f"--resume {folder}: the base model has changed since (SHA-256 {str(settings.model)[:12]}... then, "
@@ -155,6 +155,7 @@ class Comparison:
 
         def entered() -> None:
             sweep_temporaries(folder)
+            write_sealed(folder / PLAN, settings.to_json())  # what was moved has been found
             record_provenance(folder, record)
 
         lock = run_lock(folder) if workers.index == 0 else contextlib.nullcontext()

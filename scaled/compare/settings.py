@@ -87,8 +87,12 @@ def _toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def read_plan(folder: Path, backend: str) -> Settings:
-    """The settings of a comparison that was begun; `InputError` if they, or its adapter, are not what was written."""
+def read_plan(folder: Path, backend: str, adapter: str | Path | None = None) -> Settings:
+    """The settings of a comparison that was begun, with its adapter where it lies now, if that is named.
+
+    Raises:
+        InputError: the settings, or the adapter, are not what was written.
+    """
     try:
         document = read_sealed(folder / PLAN)
         settings = Settings(
@@ -114,10 +118,14 @@ def read_plan(folder: Path, backend: str) -> Settings:
         raise InputError(f"--resume {folder}: its {PLAN} has {lifting[0]!r}: only your own flag may allow that")
     if settings.backend != backend:
         raise InputError(f"--resume {folder} compares backend {settings.backend!r}, not {backend!r}")
+    if adapter is not None and settings.adapter is None:
+        raise InputError(f"--resume {folder} with --adapter {adapter}: it trains its own: leave the flag out")
+    if adapter is not None:
+        settings = replace(settings, adapter=str(Path(adapter).resolve()))
     if settings.adapter is not None and adapter_digests(settings.adapter) != settings.adapter_files:
         raise InputError(
-            f"--resume {folder}: its adapter {settings.adapter} is gone or has changed since: restore it, or compare "
-            f"the new one in a new folder"
+            f"--resume {folder}: its adapter {settings.adapter} is gone or has changed since: restore it, name where "
+            f"it lies now with --adapter DIR, or compare the new one in a new folder"
         )
     return settings
 
@@ -135,7 +143,6 @@ def require_same(
     settings: Settings,
     *,
     methods: Sequence[str] | None,
-    adapter: str | Path | None,
     prompts: Sequence[str] | None,
     seeds: int | None,
     quick: bool,
@@ -151,8 +158,6 @@ def require_same(
         asked["--seeds"] = mine.seeds, plan.seeds
     if quick:
         asked["--quick"] = quick, settings.quick
-    if adapter is not None:
-        asked["--adapter"] = str(Path(adapter).resolve()), settings.adapter
     if prompts is not None:
         asked["--prompts"] = tuple(prompts[: plan.prompts] if plan.prompts else prompts), settings.prompts
     for override in overrides:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,51 @@ def test_a_model_of_unknown_content_is_not_replaced_on_resume(here, capsys):
         code, _, err = run(capsys, "generate", "--resume", "run", *flags)
         assert code == 2
         assert "does not know its models by their content" in err
+
+
+def test_an_adapter_that_was_moved_is_named_once_and_known_by_its_content(here, capsys):
+    assert run(capsys, *COMMAND, "--out", "run")[0] == 0
+    whole = files(here / "run")
+    (here / "mine").rename(here / "moved")
+    next((here / "run").rglob("prompt-001/prompt.txt")).unlink()
+    code, _, err = run(capsys, "generate", "--resume", "run")
+    assert (code, "name where it lies now with --adapter DIR" in err) == (2, True), err
+    assert run(capsys, "generate", "--resume", "run", "--adapter", "moved")[0] == 0
+    changed = {name for name, content in files(here / "run").items() if content != whole.get(name)}
+    assert changed <= {PLAN}
+    (here / "run" / "prompt-000" / "prompt.txt").unlink()
+    assert run(capsys, "generate", "--resume", "run")[0] == 0
+    (here / "other").mkdir()
+    (here / "other" / "adapter.safetensors").write_bytes(b"other")
+    code, _, err = run(capsys, "generate", "--resume", "run", "--adapter", "other")
+    assert (code, "has changed since" in err) == (2, True), err
+    assert run(capsys, "generate", "--backend", "fake", "--prompt", "a cat", "--out", "base")[0] == 0
+    code, _, err = run(capsys, "generate", "--resume", "base", "--adapter", "moved")
+    assert (code, "its images are made without one" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_folder_that_is_removed_or_replaced_under_a_run_is_left_alone(replaced, here, capsys, monkeypatch):
+    assert run(capsys, *COMMAND, "--out", "other")[0] == 0
+    other = files(here / "other")
+    plain, writes = hnkit.generate.atomic_write, iter(range(100))
+
+    def write(path, content):
+        if next(writes) == 3:
+            (here / "run").rename(here / "away")
+            if replaced:
+                (here / "other").rename(here / "run")
+        plain(path, content)
+
+    monkeypatch.setattr(hnkit.generate, "atomic_write", write)
+    code, _, err = run(capsys, *COMMAND, "--out", "run")
+    assert (code, "is no longer the folder that this run writes to" in err) == (2, True), err
+    assert (files(here / "run") if replaced else (here / "run").exists()) == (other if replaced else False)
+    monkeypatch.setattr(hnkit.generate, "atomic_write", plain)
+    shutil.rmtree(here / "run", ignore_errors=True)
+    (here / "away").rename(here / "run")
+    assert run(capsys, "generate", "--resume", "run")[0] == 0
+    assert files(here / "run") == other
 
 
 def test_links_in_a_run_folder_are_not_followed(here, capsys):

@@ -135,7 +135,7 @@ def test_resumption_accepts_the_flags_it_was_begun_with(finished, overrides):
     out, _ = finished
     settings = run_module.read_plan(out, "sana")
     same = {"methods": settings.plan.methods, "prompts": PROMPTS, "seeds": 2, "overrides": overrides}
-    run_module.require_same(out, settings, adapter=None, quick=False, **same)
+    run_module.require_same(out, settings, quick=False, **same)
 
 
 def test_a_plan_cannot_switch_downloads_on(overrides, tmp_path):
@@ -211,6 +211,13 @@ def test_parts_made_with_another_adapter_are_not_mixed_in(finished, overrides, t
     )
     again = COMPARISON("sana", resume=run)
     assert again["table_1"] == document["table_1"]
+    adapter = adapter.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="name where it lies now with --adapter DIR"):
+        COMPARISON("sana", resume=run)
+    for again in (COMPARISON("sana", resume=run, adapter=adapter), COMPARISON("sana", resume=run)):
+        assert again["table_1"] == document["table_1"]
+    with pytest.raises(InputError, match="it trains its own"):
+        COMPARISON("sana", resume=finished[0], adapter=adapter)
     weights = next(adapter.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x3f")
     with pytest.raises(InputError, match="is gone or has changed since"):
@@ -254,6 +261,7 @@ def test_a_comparison_goes_on_with_a_model_that_was_moved(overrides, checkpoint,
     again = COMPARISON("sana", resume=run, overrides=[f"backend.model_id={moved}"])
     assert [row["scores"] for row in again["table_1"]] == [row["scores"] for row in document["table_1"]]
     assert again["config"]["backend"]["model_id"] == str(moved)
+    assert COMPARISON("sana", resume=run)["table_1"] == again["table_1"]  # it is found from now on
     with pytest.raises(InputError, match="base model has changed since"):
         COMPARISON("sana", resume=run, overrides=[f"backend.model_id={checkpoint('sana', 1)}"])
 
