@@ -69,19 +69,20 @@ ALL = {"vae_checkpointing": True, "generator_checkpointing": True, "hypernetwork
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 DECODER = {"vae_checkpointing": True}
 HALF = {**DECODER, "lora_autocast": True}
+STORED = Case({**HALF, "quantize": "fp8"}, (1,), plain=False)
 CASES = (
     Case(),
     Case(DECODER),
-    Case(HALF),
-    Case({**DECODER, "generator_checkpointing": True}),
-    Case(ALL),
+    Case(HALF, plain=False),
+    Case(ALL, plain=False),
     Case({**ALL, "lora_autocast": True}, plain=False),
-    Case({**DECODER, "lora_layers": ATTENTION}, plain=False),
+    Case({**DECODER, "generator_checkpointing": True}, plain=False),
+    Case({**DECODER, "lora_layers": ATTENTION}, (1,), plain=False),
     Case({**DECODER, "vae_slicing": True}, (3,), plain=False),
     Case(HALF, (1,), plain=False, rewards={}),
     Case(HALF, (1,), plain=False, rewards={"dtype": "bfloat16"}),
     Case(HALF, (1,), plain=False, rewards={"dtype": "bfloat16", "offload": True}),
-    Case({**HALF, "quantize": "fp8"}, (1,), plain=False),
+    STORED,
 )
 """Each memory option, the plainest first; what is stored in 8 bits stays so, and comes last."""
 
