@@ -8,6 +8,7 @@ import torch
 
 from hnkit import Estimate, noise_kl
 from hnkit.kl import Arnoldi
+from hnkit.kl.estimate import joined_estimates
 from tests.hnkit.functions import Linear, network, noise, seeded
 from tests.hnkit.operator_zoo import matrix
 
@@ -89,3 +90,30 @@ def test_the_fourth_verdict() -> None:
     assert (folded.injective, folded.injectivity) == ("violated", "violated")
     sure = noise_kl(torch.nn.Tanhshrink(), noise(5, 3))
     assert (sure.injective, sure.injectivity) == ("certified", "certified")
+
+
+def test_an_estimate_of_blocks_is_that_of_all_samples():
+    x = torch.randn(10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def f(x):
+        return 0.3 * torch.tanh(x.roll(1, -1)) + 0.1 * x
+
+    whole = noise_kl(f, x)
+    joined = joined_estimates([noise_kl(f, part) for part in x.split(3)], one_map=True)
+    assert joined.value == pytest.approx(whole.value, rel=1e-12)
+    assert joined.stderr == pytest.approx(whole.stderr, rel=1e-12)
+    assert (joined.bias_bound, joined.injective, joined.method) == (whole.bias_bound, whole.injective, whole.method)
+    assert (joined.num_vjp, joined.num_jvp) == (whole.num_vjp, whole.num_jvp)
+    assert torch.allclose(joined.per_sample, whole.per_sample, rtol=1e-12)
+    assert torch.allclose(joined.parts.alignment, whole.parts.alignment, rtol=1e-12)
+
+
+def test_a_fold_between_blocks_is_seen_in_one_map_alone():
+    def f(x):  # x + f(x) = x^2 / 2 folds at 0
+        return x.square() / 2 - x
+
+    x = torch.tensor([[1.0], [2.0], [-1.0], [-2.0]], dtype=torch.float64)
+    blocks = [noise_kl(f, part) for part in x.split(2)]
+    assert {block.injective for block in blocks} == {"unknown"}
+    assert joined_estimates(blocks, one_map=True).injective == "violated"
+    assert joined_estimates(blocks, one_map=False).injective == "unknown"
