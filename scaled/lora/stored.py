@@ -95,7 +95,7 @@ class _Product(torch.autograd.Function):
         return pushed
 
 
-class StoredLinear(_Stored, nn.Linear):
+class StoredLinear(_Stored, nn.Linear):  # type: ignore[misc]  # its weight is no parameter
     """A linear layer in few bits."""
 
     def run(self, input: Tensor, bias: Tensor | None) -> Tensor:
@@ -107,7 +107,7 @@ class StoredLinear(_Stored, nn.Linear):
         return gradient.matmul(self.weight.to(gradient.dtype)).reshape(shape)
 
 
-class StoredConv2d(_Stored, nn.Conv2d):
+class StoredConv2d(_Stored, nn.Conv2d):  # type: ignore[misc]  # its weight is no parameter
     """A convolution in few bits."""
 
     def run(self, input: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,7 +117,9 @@ class StoredConv2d(_Stored, nn.Conv2d):
     def pull(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """See `_Stored`."""
         weight = self.weight.to(gradient.dtype)
-        return conv2d_input(shape, weight, gradient, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[no-untyped-call]
+        places = (self.stride, self.padding, self.dilation, self.groups)
+        pulled: Tensor = conv2d_input(shape, weight, gradient, *places)  # type: ignore[no-untyped-call]
+        return pulled
 
 
 _STORED: dict[type[nn.Module], type[_Stored]] = {nn.Linear: StoredLinear, nn.Conv2d: StoredConv2d}

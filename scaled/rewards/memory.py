@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from hnkit.backend import Reward
 
+Scorer = TypeVar("Scorer", bound=nn.Module)
 Precision = Literal["float32", "bfloat16"]
 PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What a reward's network computes in. What comes of it (cosines, the last layers of a head) is float32 always: an HPS
@@ -83,7 +84,7 @@ class _AtOnce(torch.autograd.Function):
         return gradient * gradients[0].view(-1, *[1] * (gradient.dim() - 1)), None, None
 
 
-def placed(reward: Any, device: str, offload: bool) -> Any:
+def placed(reward: Scorer, device: str, offload: bool) -> Scorer | OffCard:
     """A reward on its device, or on the CPU in the wrapper that takes it there."""
     if not offload:
         return reward.to(device)
@@ -91,4 +92,4 @@ def placed(reward: Any, device: str, offload: bool) -> Any:
     if torch.device(device).type == "cuda":  # from pinned memory a copy is several times as fast
         for tensor in (*reward.parameters(), *reward.buffers()):
             tensor.data = tensor.data.pin_memory()
-    return OffCard(reward, torch.device(device))
+    return OffCard(cast(Reward, reward), torch.device(device))
