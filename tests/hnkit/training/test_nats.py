@@ -79,9 +79,11 @@ def test_a_shift_is_as_efficient_as_any_law():
     values = torch.tensor([method["efficiency"] for method in found], dtype=torch.float64)
     radius = norm.isf(FALSE_ALARM / 2) * float(values.std()) / math.sqrt(len(values))
     assert abs(float(values.mean()) - 1) < radius
-    # the spread of 40 replicates over the mean error bar, chi-square of 39 degrees of freedom
+    # error bars are made for an interval that covers with 95%: they may be wide, for few prompts, and not narrow
+    covered = sum(abs(method["efficiency"] - 1) <= 1.96 * method["efficiency_stderr"] for method in found)
+    assert covered >= binom.isf(1 - FALSE_ALARM, len(found), 0.95)
     ratio = float(values.std()) / (sum(method["efficiency_stderr"] for method in found) / len(found))
-    assert 0.6 < ratio < 1.6
+    assert 0.2 < ratio < 1.2
 
 
 @pytest.mark.parametrize("alpha", [1 / SHIFT, 1.0])

@@ -15,6 +15,7 @@ import torch
 from hnkit.backend import image_noise
 from hnkit.frontier import Frontier
 from hnkit.injection import NoiseInjection
+from hnkit.internal.stats import rounded_down
 from hnkit.kl import noise_kl
 from hnkit.scaled.compare.baselines import Cost
 from hnkit.scaled.compare.evaluation import Evaluation, Row
@@ -33,7 +34,7 @@ def evaluation(
             pool = torch.randn(candidates, generator=generator).tolist()
             reward = max(pool) if pool else shift + float(torch.randn((), generator=generator))
             rows.append(Row(f"p{prompt}", image, "", {"reward": reward}, pool))
-    return Evaluation(name, 1, tuple(rows), Cost())
+    return Evaluation(name, 1, tuple(rows), Cost(), 0.0)
 
 
 def figures(kl: float, method: str = "exact") -> dict[str, object]:
@@ -90,7 +91,7 @@ def test_the_gap_is_that_of_the_prompts_that_were_measured():
         document = frontier_part(pool, [ours], pool, {}, {"hypernoise": kl}, {"hypernoise": alpha})
         assert document["methods"]["hypernoise"]["gap"]["lower"] == gap.lower
         table = frontier_table({"frontier": document})
-        assert table.rows[0][-1] == f"at least {gap.lower:.3g}"
+        assert table.rows[0][-1] == f"at least {rounded_down(gap.lower, 3)}"
         assert "95% probability" in table.caption
 
 
@@ -136,7 +137,7 @@ def test_too_few_samples_or_a_constant_reward_are_said():
     document = frontier_part(base, [], None, {}, {}, {})
     assert document["frontier"] == []
     assert "give a vector of 8 or more" in document["remark"]
-    flat = Evaluation("base", 1, tuple(Row("p", k, "", {"reward": 1.0}) for k in range(20)), Cost())
+    flat = Evaluation("base", 1, tuple(Row("p", k, "", {"reward": 1.0}) for k in range(20)), Cost(), 0.0)
     assert "constant" in frontier_part(flat, [], None, {}, {}, {})["remark"]
     assert not frontier_table({"frontier": document}).rows
 
