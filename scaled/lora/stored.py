@@ -95,7 +95,7 @@ class _Product(torch.autograd.Function):
         return pushed
 
 
-class StoredLinear(_Stored, nn.Linear):  # type: ignore[misc]  # its weight is no parameter
+class StoredLinear(_Stored, nn.Linear):  # type: ignore[misc, override]  # its weight is no parameter
     """A linear layer in few bits."""
 
     def run(self, input: Tensor, bias: Tensor | None) -> Tensor:
@@ -107,12 +107,13 @@ class StoredLinear(_Stored, nn.Linear):  # type: ignore[misc]  # its weight is n
         return gradient.matmul(self.weight.to(gradient.dtype)).reshape(shape)
 
 
-class StoredConv2d(_Stored, nn.Conv2d):  # type: ignore[misc]  # its weight is no parameter
+class StoredConv2d(_Stored, nn.Conv2d):  # type: ignore[misc, override]  # its weight is no parameter
     """A convolution in few bits."""
 
     def run(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """See `_Stored`."""
-        return self._conv_forward(input, self.weight, bias)
+        output: Tensor = self._conv_forward(input, self.weight, bias)
+        return output
 
     def pull(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """See `_Stored`."""

@@ -72,7 +72,8 @@ class _CastConv2d(nn.Conv2d):
     """A convolution that computes in the type of its input, whatever the type of its weights."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.weight.to(input.dtype), None)
+        output: Tensor = self._conv_forward(input, self.weight.to(input.dtype), None)
+        return output
 
 
 _ZERO_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ZeroLinear, nn.Conv2d: ZeroConv2d}
