@@ -34,7 +34,7 @@ def steps(document: Document) -> str:
     measured = {(row["options"], row["step"], row["batch"]): row for row in document["steps"]["rows"]}
     batches = sorted({batch for _, _, batch in measured})
     rows = []
-    for name in dict.fromkeys(options for options, _, _ in measured):
+    for name in dict.fromkeys([*(options for options, _, _ in measured), *planned]):
         cells: list[Cell] = [_options(name), f"{planned[name]:.1f}" if name in planned else "-"]
         for batch in batches:
             ours, plain = (measured.get((name, step, batch)) for step in ("hnkit", "plain"))
@@ -47,7 +47,7 @@ def steps(document: Document) -> str:
     caption = (
         f"Measured on: {document['machine']}, torch {document['torch']}. SANA-Sprint 0.6B at its published size with "
         "random weights, 1024 px, bfloat16, LoRA of rank 128, reward `redness`, median of 3 steps. The plain loop is "
-        "the same step written down without pipeline, loss or backend, on the same twin."
+        "the same step written down without pipeline, loss or backend, on the same twin. A dash: not measured."
     )
     return to_markdown(Table(tuple(headers), tuple(rows), caption))
 
