@@ -1,9 +1,9 @@
-"""Write requirements.lock: the pins of constraints.txt and the build tool, each with the SHA-256 of its file.
+"""Write requirements.lock: the pins of constraints.txt and the build tools, each with the SHA-256 of its file.
 
     python docs/lock.py        write it anew, after constraints.txt has changed
     python docs/lock.py --check   say what is not in it, or has another version; no network
 
-pip itself finds the files, so this is run on the platform that the lock is for. It is installed by `nox -s locked`.
+pip itself finds the files, so this is run on the platform that the lock is for. `nox -s tests` installs it there.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PINS, LOCK = ROOT / "constraints.txt", ROOT / "requirements.lock"
-BUILD = "setuptools==81.0.0"
-"""What builds hnkit itself."""
+BUILD = ("pip==26.3", "setuptools==81.0.0", "wheel==0.48.0")
+"""What installs the others and builds hnkit itself."""
 HEAD = """\
-# Every package of the test run and the build tool, with the SHA-256 of its file: {where}.
-# Written by docs/lock.py from constraints.txt, installed by `nox -s locked` with --require-hashes.
+# Every package of the test run and the build tools, with the SHA-256 of its file: {where}.
+# torch's is that of its build for CPUs ({torch}). Written by docs/lock.py from constraints.txt, installed by
+# `nox -s tests` with --require-hashes where it fits; elsewhere the tests run on the versions of constraints.txt.
 """
 
 
 def wanted() -> list[str]:
     """The pins, one a line."""
     lines = [line.strip() for line in PINS.read_text(encoding="utf-8").splitlines()]
-    return [*(line for line in lines if line and not line.startswith("#")), BUILD]
+    return [*(line for line in lines if line and not line.startswith("#")), *BUILD]
 
 
 def found() -> list[tuple[str, str, str]]:
@@ -75,12 +76,14 @@ def main() -> None:
         print("\n".join(wrong) or f"{LOCK.name} has all {len(locked())} pins")
         raise SystemExit(bool(wrong))
     where = f"{platform.python_implementation()} {'.'.join(platform.python_version_tuple()[:2])}, {platform.machine()}"
+    entries = sorted(found(), key=lambda entry: canonical(entry[0]))
+    torch = next(version for name, version, _ in entries if name == "torch")
     lines = [
         # a local version (torch's +cpu) is that of the file; the pin is the public one, which accepts it
         f"{name}=={version.partition('+')[0]} --hash=sha256:{digest}\n"
-        for name, version, digest in sorted(found(), key=lambda entry: canonical(entry[0]))
+        for name, version, digest in entries
     ]
-    LOCK.write_text(HEAD.format(where=f"{platform.system()}, {where}") + "".join(lines))
+    LOCK.write_text(HEAD.format(where=f"{platform.system()}, {where}", torch=torch) + "".join(lines))
     print(f"{len(lines)} packages in {LOCK.name}")
 
 
