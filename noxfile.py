@@ -86,12 +86,17 @@ def _install_prover(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """The main job: check the theory on every toy, train on the miniature, compare its finished adapter."""
+    """The main job: check the theory on every toy, show the finished adapter, train another, compare the finished."""
     _install(session, "scaled,certify")
     out = Path(session.posargs[0] if session.posargs else "runs/demo")
     if out.exists():
         session.error(f"{out} exists already and is never overwritten: nox -s demo -- NEW_FOLDER")
     session.run("hnkit", "verify-bound", "--out", str(out / "verify"))
+    shown = ("a red three", "a blue seven and a green one", "two fives", "a cyan zero")
+    prompts = [word for prompt in shown for word in ("--prompt", prompt)]
+    session.run(
+        "hnkit", "generate", "--backend", "digits", "--adapter", "bundled", *prompts, "--out", str(out / "images"),
+    )  # fmt: skip
     session.run("hnkit", "train", "--backend", "digits", "--out", str(out / "train"))
     session.run(
         "hnkit", "compare", "--backend", "digits", "--quick", "--adapter", "bundled", "--out", str(out / "compare"),

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from hnkit.config import (
 from hnkit.errors import InputError
 from hnkit.internal.files import file_digest
 from hnkit.internal.folders import adapter_folder
+from hnkit.output.terminal import waiting
 
 __all__ = ["adapter_folder", "default_prompts", "load_trained", "local_files_only", "named_adapter"]
 
@@ -97,7 +99,7 @@ def load_trained(
             raise InputError(f"--set {override}: only backend.KEY=VALUE applies here")
     adapter = named_adapter(name, adapter)
     if adapter is None:
-        return completed(factory.load(resolve_config(backend=name, overrides=overrides).options)), None
+        return load_backend(factory, resolve_config(backend=name, overrides=overrides).options), None
     if not adapter.is_dir():
         raise InputError(f"--adapter {adapter} is not a folder: name the folder of a trained adapter, or its run")
     weights = adapter_folder(adapter)
@@ -117,12 +119,18 @@ def load_trained(
         value = getattr(options, item.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"--adapter {adapter} has {item.name} = {value}: give --set backend.{item.name}=VALUE")
-    backend = completed(factory.load(options))
+    backend = load_backend(factory, options)
     backend.load_adapter(weights)
     if config is None:
         return backend, None
     dim = torch.Size(backend.noise_shape).numel()
     return backend, config.train.alpha / (dim if config.train.reduction == "mean" else 1)
+
+
+def load_backend(factory: Any, options: Any) -> BackendBase:
+    """The backend of a factory with these options, completed; a terminal shows that it is being loaded."""
+    with waiting(f"loading {factory.name}"):
+        return completed(factory.load(options))
 
 
 def local_files_only(name: str, overrides: Sequence[str]) -> bool:

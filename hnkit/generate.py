@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -110,6 +110,7 @@ def generate_pairs(
     records: Records | None = None,
     workers: Workers = ALONE,
     card: Card | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write base and steered images side by side, and what was done.
 
@@ -126,6 +127,7 @@ def generate_pairs(
             scorer's layout.
         workers: the processes that the prompts are shared out over; they see the same folder.
         card: what is known of the adapter, at the head of the page; `None`: nothing.
+        say: a function that is told of each prompt when it begins.
 
     Returns:
         What `report.json` holds.
@@ -143,6 +145,7 @@ def generate_pairs(
         place = prompt_folder(folder, number)
         if place.is_symlink():
             raise InputError(f"{place} is a link, and links are not followed: name the folder of a run itself")
+        say(_shortened(prompt, 60))
         if (place / "prompt.txt").is_file():
             continue
         place.mkdir(exist_ok=True)

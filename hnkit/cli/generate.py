@@ -76,10 +76,11 @@ def run(options: Options) -> int:
         try:
             with resumable("hnkit", "generate", "--resume", str(folder)):
                 workers.on_main(lambda: record_provenance(folder, record))
-                document = generate_pairs(
-                    backend, plan.prompts, plan.settings, folder, steered=plan.adapter is not None,
-                    records=plan.records, workers=workers, card=recorded_card(plan),
-                )  # fmt: skip
+                with terminal.steps(len(plan.prompts)) as shown:
+                    document = generate_pairs(
+                        backend, plan.prompts, plan.settings, folder, steered=plan.adapter is not None,
+                        records=plan.records, workers=workers, card=recorded_card(plan), say=shown.start,
+                    )  # fmt: skip
         except InputError:
             if options.as_json and workers.index == 0:  # what is done is not lost with the disk
                 terminal.print_json(unfinished(folder, plan))

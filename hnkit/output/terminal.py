@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.errors import LiveError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
 from rich.table import Table
@@ -73,6 +75,20 @@ def steps(total: int) -> Iterator[Steps]:
     columns = (TextColumn("{task.description:<24}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=screen, transient=True) as progress:
         yield Steps(total, progress)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show on a terminal that `what` goes on while inside; nothing elsewhere, nor beside another live display."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield
+        return
+    status = screen.status(Text(f"{what} ..."))
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(LiveError):
+            stack.enter_context(status)
+        yield
 
 
 @dataclass(frozen=True)

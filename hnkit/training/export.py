@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hnkit.adapters import load_backend
 from hnkit.backend import BackendBase, backend_factory, completed
 from hnkit.config import CONFIG_FILE, RunConfig, config_toml, resolve_config
 from hnkit.errors import InputError
@@ -50,7 +51,7 @@ def export_adapter(
             raise InputError(f"--set {override}: only backend.KEY=VALUE applies here")
     run, folder, found = _read(Path(checkpoint))
     config = resolve_config(resume=run, overrides=overrides, training=False)
-    backend = completed(backend_factory(config.backend).load(config.options))
+    backend = load_backend(backend_factory(config.backend), config.options)
     trained = completed(backend.direct()) if config.train.objective == "direct" and backend.direct else backend
     with written_here(run):
         require_same_model(found.state, config, backend.model_digest())

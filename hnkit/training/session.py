@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hnkit.adapters import load_backend
 from hnkit.backend import BackendBase, backend_factory, completed
 from hnkit.config import RunConfig
 from hnkit.errors import ExpansiveMapError, InputError, NonFiniteError
@@ -70,7 +71,7 @@ class Session:
                 f"train.batch = {settings.batch} over {processes.count} processes x train.accumulate = "
                 f"{settings.accumulate} leaves a remainder: give a multiple of {shards}"
             )
-        backend = completed(backend_factory(config.backend).load(config.options))
+        backend = load_backend(backend_factory(config.backend), config.options)
         self.base = backend
         if settings.objective == "direct":
             if backend.direct is None:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hnkit.adapters import adapter_digests
-from hnkit.backend import Backend, Reward, backend_factory, completed
+from hnkit.adapters import adapter_digests, load_backend
+from hnkit.backend import Backend, Reward, backend_factory
 from hnkit.errors import InputError
 from hnkit.internal.files import (
     atomic_write,
@@ -174,7 +174,7 @@ class _Session:
         self.settings, self.plan, self.workers = settings, settings.plan, workers
         config = settings.configuration
         self.config = config
-        self.base = completed(backend_factory(settings.backend).load(config.options))
+        self.base = load_backend(backend_factory(settings.backend), config.options)
         self.device = next(self.base.hypernetwork.parameters()).device
         local: bool = getattr(config.options, "local_files_only", True)
         rewards = load_rewards(config.rewards, self.base.default_reward, self.device, local_files_only=local)

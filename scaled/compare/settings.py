@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hnkit.adapters import BUNDLED, adapter_digests
-from hnkit.backend import BackendBase, BundlesAdapter, backend_factory, completed
+from hnkit.adapters import BUNDLED, adapter_digests, load_backend
+from hnkit.backend import BackendBase, BundlesAdapter, backend_factory
 from hnkit.config import CONFIG_FILE, RunConfig, read_tables, resolve_config, split_model, split_permissions
 from hnkit.errors import InputError
 from hnkit.internal.files import read_sealed
@@ -178,7 +178,7 @@ def require_same(
 def chosen_prompts(config: RunConfig, prompts: Sequence[str] | None, plan: Plan) -> list[str]:
     """The prompts of a comparison: those given, else the backend's held-out ones, in turn from each category."""
     if prompts is None:
-        found = default_prompts(completed(backend_factory(config.backend).load(config.options)), plan)
+        found = default_prompts(load_backend(backend_factory(config.backend), config.options), plan)
         if found is None:
             raise InputError(f"backend {config.backend!r} has no prompts of its own: give --prompts FILE")
         return found
