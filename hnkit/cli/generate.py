@@ -76,7 +76,7 @@ def run(options: Options) -> int:
         try:
             with resumable("hnkit", "generate", "--resume", str(folder)):
                 workers.on_main(lambda: record_provenance(folder, record))
-                with terminal.steps(len(plan.prompts)) as shown:
+                with terminal.steps(len(plan.prompts), lines=False) as shown:
                     document = generate_pairs(
                         backend, plan.prompts, plan.settings, folder, steered=plan.adapter is not None,
                         records=plan.records, workers=workers, card=recorded_card(plan), say=shown.start,

@@ -64,10 +64,12 @@ def _sentence(document: Mapping[str, Any], ranked: Sequence[tuple[str, Mapping[s
             "weighed: give its nats (the column nats), or more base samples."
         )
     low = best["efficiency"] < LEAST_EFFICIENCY
-    found = f"{name} makes most of its nats" if len(ranked) > 1 else f"{name} gains {share(best)} of what its nats buy"
+    found = f"{name} gains {share(best)} of what its nats buy"
+    if len(ranked) > 1:
+        found = f"{name} makes the most of its nats"
     alpha = fitting_temperature(best["nats"], document["frontier"])
     fits = "" if alpha is None else f"; its nats are those of the temperature alpha = {format_number(alpha, 2)}"
-    do = "there is more to have at the same price, so train longer" if low else "it is worth its nats"
+    do = "there is more to have at the same price, so train longer" if low else "the gain is worth its nats"
     return f"{found}: {do}{fits}."
 
 

@@ -50,8 +50,8 @@ def print_json(document: Mapping[str, Any]) -> None:
 class Steps:
     """Progress over named steps: a bar on a terminal, a plain line per step elsewhere, always on stderr."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._progress = progress
+    def __init__(self, total: int, progress: Progress | None, *, lines: bool = True) -> None:
+        self._progress, self._lines = progress, lines
         self._done = 0
         self._total = total
         self._task = progress.add_task("", total=total) if progress else None
@@ -60,17 +60,17 @@ class Steps:
         """Say that the step `name` begins; the one before it is done."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=name, completed=self._done)
-        else:
+        elif self._lines:
             print(f"[{self._done + 1}/{self._total}] {printable(name)}", file=sys.stderr, flush=True)
         self._done += 1
 
 
 @contextmanager
-def steps(total: int) -> Iterator[Steps]:
-    """Show progress over `total` steps while inside."""
+def steps(total: int, *, lines: bool = True) -> Iterator[Steps]:
+    """Show progress over `total` steps while inside; of thousands, give `lines=False`: a bar, or nothing at all."""
     screen = console(stderr=True)
     if not screen.is_terminal:
-        yield Steps(total, None)
+        yield Steps(total, None, lines=lines)
         return
     columns = (TextColumn("{task.description:<24}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=screen, transient=True) as progress:

@@ -45,3 +45,12 @@ def test_a_file_sees_lines_for_steps_and_nothing_for_waiting(capsys):
     with terminal.waiting("loading sana"), terminal.steps(1) as shown:
         shown.start("a red three")
     assert capsys.readouterr().err == "[1/1] a red three\n"
+    with terminal.steps(1, lines=False) as shown:
+        shown.start("a red three")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_counts_images_on_a_terminal(screen):
+    with terminal.steps(2, lines=False) as shown:
+        shown.start("a red three")
+    assert "a red three" in screen.getvalue()

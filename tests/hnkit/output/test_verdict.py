@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from hnkit.figures import measure
-from hnkit.frontier import frontier_document, methods_on_frontier
+from hnkit.frontier import frontier_document, methods_on_frontier, no_frontier
+from hnkit.frontier import page as frontier_page
 from hnkit.frontier.table import Rewards
 from hnkit.injection import NoiseInjection
 from hnkit.internal.stats import Estimate
@@ -191,6 +192,33 @@ def test_the_temperature_of_a_gaussian_frontier_is_the_closed_form():
     for beta in (0.3, 0.7, 1.2):
         assert with_gain(beta, beta).fitting_alpha == pytest.approx(1 / beta, rel=0.05)
     assert fitting_temperature(1e9, [{"nats": 0.1, "beta": 1.0}, {"nats": 0.2, "beta": 1.5}]) is None
+
+
+def table_document(**methods: tuple[float, float | None]) -> dict:
+    """The document of a table of Gaussian rewards, whose methods gain so much for so many nats."""
+    base = {f"{n}": torch.randn(400, generator=seeded(n), dtype=torch.float64) for n in range(20)}
+    table = {"base": Rewards(base)}
+    for name, (gain, nats) in methods.items():
+        table[name] = Rewards({prompt: rewards + gain for prompt, rewards in base.items()}, nats)
+    return json.loads(json.dumps(frontier_document(*methods_on_frontier(table))))
+
+
+def test_a_table_of_rewards_has_a_card_of_its_methods():
+    """The one that makes the most of its nats leads, with the temperature of them; unknown nats are said to be so."""
+    card = frontier_page.card(table_document(bad=(0.05, 0.245), good=(0.7, 0.245), unknown=(0.5, None)))
+    assert [line.label for line in card.lines] == ["good", "bad", "unknown"]
+    assert "of what they buy" in card.lines[0].value
+    assert "at least" in card.lines[2].value
+    assert card.sentence.startswith("good makes the most of its nats: the gain is worth its nats")
+    assert f"alpha = {1 / 0.7:.2g}" in card.sentence
+    wasteful = frontier_page.card(table_document(bad=(0.05, 0.245))).sentence
+    assert wasteful.startswith("bad gains ")
+    assert "train longer" in wasteful
+    assert "give its nats" in frontier_page.card(table_document(unknown=(0.5, None))).sentence
+    assert "no method beside the base" in frontier_page.card(table_document()).sentence
+    assert frontier_page.card(no_frontier("No frontier: constant.")).sentence == "No frontier: constant."
+    many = frontier_page.card(table_document(**{f"m{n}": (0.1 * n, 0.2) for n in range(8)}))
+    assert many.lines[-1].value == "and 3 more, in the table"
 
 
 def printed(card: Card, width: int = 80) -> str:
