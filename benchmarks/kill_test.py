@@ -88,14 +88,14 @@ class Command:
     Attributes:
         name: its name.
         start: its arguments, but for `--out`.
-        resume: the arguments of going on, but for the folder; `None`: it is run again.
+        resume: the arguments of going on, but for the folder.
         begun: the file whose presence means that a folder can be gone on with.
         rewards: whether it calls any.
     """
 
     name: str
     start: tuple[str, ...]
-    resume: tuple[str, ...] | None
+    resume: tuple[str, ...]
     begun: str
     rewards: bool = False
 
@@ -117,7 +117,7 @@ def command(name: str, backend: str, overrides: list[str]) -> Command:
         start = ("compare", "--backend", "digits", "--methods", "base,hypernoise,best-of-n", "--seeds", "2", *flags)
         return Command(name, start, ("compare", "--backend", "digits", "--resume"), "plan.json", True)
     start = ("verify-bound", "--toy", "linear-gaussian", "--toy", "rotation", "--samples", "128")
-    return Command(name, start, None, "report.html")
+    return Command(name, start, ("verify-bound", "--resume"), "verify.json")
 
 
 def modules(name: str, backend: str) -> list[str]:
@@ -380,12 +380,10 @@ def attempt(
     command: Command, whole: Reference, folder: Path, log: Path, dice: random.Random, found: Killed, *, quiet: bool
 ) -> int:
     """Start or go on with the run in `folder`, and disturb it unless `quiet`; returns its exit code."""
-    begun = command.resume is not None and (folder / command.begun).exists()
+    begun = (folder / command.begun).exists()
     if not begun:
-        if command.resume is None and (folder / command.begun).exists() and not (folder / "unfinished.json").exists():
-            raise Failed("it was killed and looks finished")
         shutil.rmtree(folder, ignore_errors=True)
-    arguments = [*(command.resume or ()), str(folder)] if begun else [*command.start, "--out", str(folder)]
+    arguments = [*command.resume, str(folder)] if begun else [*command.start, "--out", str(folder)]
     signum = dice.choice(SIGNALS)
     kinds = {"write": 10, "time": 6, "anew": 2, TERMINAL: 3, REWARD: 4 * command.rewards}
     kind = "quiet" if quiet else dice.choices([*kinds], [*kinds.values()])[0]

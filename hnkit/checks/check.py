@@ -12,9 +12,11 @@ import math
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from hnkit.errors import NotApplicable as NotApplicable
+from hnkit.internal.kept import Keep, not_kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,9 +184,12 @@ class Registry:
 
         return register
 
-    def run(self, subject: Any, group: str) -> tuple[Check, ...]:
-        """Every check of the registry on one subject."""
-        return tuple(statement.check(subject, group) for statement in self.statements.values())
+    def run(self, subject: Any, group: str, keep: Keep = not_kept) -> tuple[Check, ...]:
+        """Every check of the registry on one subject; those that `keep` knows are not made again."""
+        return tuple(
+            keep(f"check {statement.name}", partial(statement.check, subject, group))
+            for statement in self.statements.values()
+        )
 
 
 def one_line(error: Exception) -> str:

@@ -1,47 +1,73 @@
-"""What a run of `verify-bound` has found out so far, on the disk as soon as it is known."""
+"""What a run of `verify-bound` has found out so far: on the disk as soon as it is known, and taken up from there."""
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 from hnkit.checks.check import Check
 from hnkit.checks.quantities import Quantity
-from hnkit.checks.report import Report, finite_numbers
+from hnkit.checks.report import Report
 from hnkit.errors import InputError
-from hnkit.internal.files import new_run_folder, write_json
-from hnkit.internal.provenance import record_provenance
+from hnkit.figures.measured_map import RowStatistics
+from hnkit.internal.files import new_run_folder, read_sealed, resumable, write_json, write_sealed
+from hnkit.internal.folders import run_lock, sweep_temporaries
+from hnkit.internal.kept import from_document, to_document
+from hnkit.internal.provenance import record_provenance, recorded_provenance
+from hnkit.internal.stats import Estimate
 from hnkit.internal.workers import ALONE, Workers
+from hnkit.kl.estimate import KLEstimate
+from hnkit.kl.moments import Moments
+from hnkit.kl.verdict import L2Verdict
+from hnkit.lipschitz.local import LipschitzEstimate
 
-UNFINISHED, PARTS = "unfinished.json", "parts"
-"""The mark of a folder whose run has not ended, and where its parts are."""
+UNFINISHED, PARTS, PLAN = "unfinished.json", "parts", "verify.json"
+"""The mark of a folder whose run has not ended, where its parts are, and what it was asked."""
+RECORDS: Mapping[str, type[Any]] = {
+    record.__name__: record
+    for record in (Check, Quantity, Estimate, KLEstimate, Moments, RowStatistics, LipschitzEstimate, L2Verdict)
+}
+"""What parts are made of."""
 
-Done = Callable[[str, Sequence[Check], Sequence[Quantity]], None]
-"""`done(part, checks, figures)`: told of each part of a run when it is known."""
+T = TypeVar("T")
 
 
 class Parts:
     """The folder of a run, made with its first part; while it has `unfinished.json`, the run has not ended.
 
-    A part that cannot be written, on a full disk, does not end the run: `finish` says so when all is measured.
+    A part that cannot be written, on a full disk, does not end the run: `finish` says so when all is measured. Inside a
+    `with`, the folder is this process's, and whatever ends the run says how it is gone on with.
 
     Of several processes the main one makes the folder and writes the report; parts are written by each, once the folder
-    is shared.
+    is shared, and taken up by one process alone.
 
     Args:
         out: the folder that the user asked for, or `None`.
         record: what the run is made with.
+        plan: what it was asked, for the run that goes on with it.
+        again: the flags of the run that goes on with it, besides `--resume`.
         workers: the processes of the run.
     """
 
-    def __init__(self, out: Path | None, record: Mapping[str, Any], workers: Workers = ALONE) -> None:
-        self._out, self._record, self._workers = out, record, workers
+    def __init__(
+        self,
+        out: Path | None,
+        record: Mapping[str, Any],
+        plan: Mapping[str, Any],
+        again: Sequence[str] = (),
+        workers: Workers = ALONE,
+    ) -> None:
+        self._out, self._record, self._plan, self._again, self._workers = out, record, plan, again, workers
         self.folder: Path | None = None
+        self._known: dict[str, Path] = {}
         self._names: list[str] = []
         self._problem: OSError | InputError | None = None
+        self._stack = contextlib.ExitStack()
 
     def share(self) -> None:
         """Make the folder now, for all processes, which come here together; one process makes it with its first part.
@@ -52,22 +78,59 @@ class Parts:
         if self._workers.count > 1:
             self.folder = self._workers.on_main(self._begun)
 
-    def done(self, name: str, checks: Sequence[Check], figures: Sequence[Quantity]) -> None:
-        """Write one part; a process that has no folder leaves it to the main one, which finds out the same."""
-        main = self._workers.index == 0
-        if self._problem is not None or not (main or self.folder):
-            return
+    def take_up(self, folder: Path) -> bool:
+        """Go on in the folder of a run that was begun; whether its parts are taken up.
+
+        Those that other code or other versions have made are not: they are made again.
+
+        Raises:
+            InputError: another process holds the folder.
+            OSError: it cannot be written.
+        """
+        self._enter(folder)
+        sweep_temporaries(folder)
+        before = recorded_provenance(folder)
+        same = before[-1] == self._record if before else not any((folder / PARTS).glob("*"))
+        self._known = _parts_of(folder) if same else {}
+        if not same:
+            for path in (folder / PARTS).glob("*.json"):
+                path.unlink()
+        write_json(folder / UNFINISHED, {"finished": False, "parts": []})
+        write_sealed(folder / PLAN, self._plan)  # what was moved has been found
+        record_provenance(folder, self._record)
+        (folder / PARTS).mkdir(exist_ok=True)
+        return same
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        return self._stack.__exit__(kind, error, trace)
+
+    def keep(self, name: str, make: Callable[[], T], /) -> T:
+        """The part of that name as an earlier run has left it, or else as it is made now, and written."""
+        if (path := self._known.get(name)) is not None:
+            with contextlib.suppress(OSError, ValueError):
+                found: T = from_document(read_sealed(path)["value"], RECORDS)
+                self._tell(name)
+                return found
+        made = make()
+        if self._problem is None and (self._workers.index == 0 or self.folder):
+            try:
+                folder = self._begun()
+                path = folder / PARTS / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+                write_sealed(path, {"part": name, "value": to_document(made)})
+                self._tell(name)
+            except (OSError, InputError) as problem:
+                self._problem = problem
+        return made
+
+    def _tell(self, name: str) -> None:
         self._names.append(name)
-        try:
-            folder = self._begun()
-            part = {"part": name, "checks": [asdict(check) for check in checks],
-                    "figures": [asdict(figure) for figure in figures]}  # fmt: skip
-            number = f"{len(self._names):03d}" + (f"-{self._workers.index}" if self._workers.count > 1 else "")
-            write_json(folder / PARTS / f"{number}.json", finite_numbers(part))
-            if main:
-                write_json(folder / UNFINISHED, {"finished": False, "parts": self._names})
-        except (OSError, InputError) as problem:
-            self._problem = problem
+        if self.folder is not None and self._workers.index == 0:
+            write_json(self.folder / UNFINISHED, {"finished": False, "parts": self._names})
 
     def finish(self, report: Report) -> Path:
         """Write the report, and then take the mark and the parts away.
@@ -86,8 +149,26 @@ class Parts:
 
     def _begun(self) -> Path:
         if self.folder is None:
-            self.folder = new_run_folder(self._out, "verify")
-            write_json(self.folder / UNFINISHED, {"finished": False, "parts": []})
-            record_provenance(self.folder, self._record)
-            (self.folder / PARTS).mkdir()
+            folder = new_run_folder(self._out, "verify")
+            write_json(folder / UNFINISHED, {"finished": False, "parts": []})
+            write_sealed(folder / PLAN, self._plan)
+            record_provenance(folder, self._record)
+            (folder / PARTS).mkdir()
+            self._enter(folder)
+        assert self.folder is not None
         return self.folder
+
+    def _enter(self, folder: Path) -> None:
+        self._stack.enter_context(run_lock(folder))
+        again = ("hnkit", "verify-bound", *self._again, "--resume", str(folder))
+        self._stack.enter_context(resumable(*again))
+        self.folder = folder
+
+
+def _parts_of(folder: Path) -> dict[str, Path]:
+    """The parts of a folder by name; one that is damaged is none."""
+    found: dict[str, Path] = {}
+    for path in sorted((folder / PARTS).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            found[str(read_sealed(path)["part"])] = path
+    return found

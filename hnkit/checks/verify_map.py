@@ -16,13 +16,13 @@ from hnkit.checks.check import reported
 from hnkit.checks.injected import INJECTED_CHECKS
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import certified_checks
-from hnkit.checks.parts import Done
 from hnkit.checks.plots import map_plots
 from hnkit.checks.quantities import Quantity, map_quantities
 from hnkit.checks.report import Report
 from hnkit.checks.settings import VerifySettings
 from hnkit.errors import InputError
 from hnkit.figures.measured_map import MeasuredMap
+from hnkit.internal.kept import Keep, not_kept
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import Estimate, rounded_up
 from hnkit.internal.workers import ALONE, Workers
@@ -37,10 +37,13 @@ def verify_map(
     settings: VerifySettings,
     *,
     name: str = "map",
-    done: Done = lambda *_: None,
+    keep: Keep = not_kept,
     workers: Workers = ALONE,
 ) -> Report:
-    """Measure and check one map; see `hnkit.verify_bound`. The samples are shared out over `workers`."""
+    """Measure and check one map; see `hnkit.verify_bound`.
+
+    The samples are shared out over `workers`; parts that `keep` knows are taken from it, the others are left to it.
+    """
     if not shape or any(size < 1 for size in shape):
         raise InputError(f"shape {shape}: give positive sizes, such as 3,16,16")
     samples = settings.samples_for(math.prod(shape))
@@ -48,8 +51,8 @@ def verify_map(
     device, dtype = _home(f)
     measured = settings.measured(name, f, x.to(device, dtype), workers=workers)
     measured.validate()
-    measured = replace(measured, smooth=not has_kinks(f), injection=settings.injection)
-    return map_report(measured, settings, {"map": name, "shape": list(shape)}, done=done)
+    measured = replace(measured, smooth=not has_kinks(f), injection=settings.injection, keep=keep)
+    return map_report(measured, settings, {"map": name, "shape": list(shape)})
 
 
 def map_report(
@@ -57,27 +60,23 @@ def map_report(
     settings: VerifySettings,
     config: Mapping[str, Any],
     extra: Sequence[Quantity] = (),
-    done: Done = lambda *_: None,
     gap: Estimate | None = None,
 ) -> Report:
     """The report on one measured map: its checks, its figures and those in `extra`, its plots.
 
-    `done` is told of the KL, of the checks and of the figures when they are known; `gap` is the distance from a known
-    target, for the card.
+    `gap` is the distance from a known target, for the card.
 
     Raises:
         InputError: its KL cannot be estimated by the method.
     """
-    kl = measured.estimate  # a KL that cannot be estimated is bad input: one line, and no report
-    done("the KL", (), (Quantity("KL", kl.value, measured.name, kl.stderr, kl.bias_bound), *extra))
-    checks = [*MAP_CHECKS.run(measured, measured.name), *INJECTED_CHECKS.run(measured, measured.name)]
-    done("the checks", checks, ())
-    figures, unread = map_quantities(measured)
-    done("the figures", unread, figures)
+    _ = measured.estimate  # a KL that cannot be estimated is bad input: one line, and no report
+    name, keep = measured.name, measured.keep
+    checks = [*MAP_CHECKS.run(measured, name, keep), *INJECTED_CHECKS.run(measured, name, keep)]
+    figures, unread = keep("figures", lambda: map_quantities(measured))
     plots, undrawn = reported("plots", measured.name, partial(map_plots, measured))
     checks += [*unread, *undrawn]
     if settings.certify:
-        checks += certified_checks(measured)
+        checks += keep("enclosures", lambda: certified_checks(measured))
     notes = [*l2_verdict(measured), *deployment(measured), *invertibility(measured)]
     known = replace(map_figures(measured), gap=gap, failing=failing(checks))
     return Report(

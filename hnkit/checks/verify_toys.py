@@ -16,7 +16,6 @@ from hnkit.checks.injected import INJECTED_CHECKS
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import certified_checks
 from hnkit.checks.measured_problem import MeasuredProblem
-from hnkit.checks.parts import Done
 from hnkit.checks.plots import toy_plots
 from hnkit.checks.problems import TOY_CHECKS
 from hnkit.checks.quantities import Quantity, map_quantities, problem_quantities
@@ -25,6 +24,7 @@ from hnkit.checks.report import Report
 from hnkit.checks.settings import Say, VerifySettings
 from hnkit.errors import InputError
 from hnkit.figures.measured_map import MeasuredMap
+from hnkit.internal.kept import Keep, not_kept
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.workers import ALONE, Workers, all_made
 from hnkit.output.page import Card
@@ -92,7 +92,7 @@ def verify_toys(
     *,
     references: Sequence[str] | None = None,
     say: Say = lambda _: None,
-    done: Done = lambda *_: None,
+    keep: Keep = not_kept,
     workers: Workers = ALONE,
 ) -> Report:
     """Check every statement on closed-form problems, and on reference maps.
@@ -102,7 +102,7 @@ def verify_toys(
         settings: the settings of the run.
         references: names of the reference maps that are checked too; `None`: all.
         say: a function that is called with the name of each part when it begins.
-        done: a function that is told of each part when it is known.
+        keep: parts that it knows are taken from it, the others are left to it.
         workers: the processes that the problems and maps are shared out over, one part each.
     """
     samples = settings.samples or TOY_SAMPLES
@@ -118,9 +118,7 @@ def verify_toys(
 
     def part(subject: _Subject) -> _Part:
         say(subject.map.name)
-        found = _part(subject, settings)
-        done(subject.map.name, found.checks, found.figures)
-        return found
+        return _Part(*keep(subject.map.name, lambda: tuple(vars(_part(subject, settings)).values())))
 
     parts = all_made(subjects, workers, part)
     for subject, found in zip(subjects, parts, strict=True):

@@ -23,6 +23,7 @@ from hnkit.errors import (
     NotCertifiedError,
 )
 from hnkit.injection import InjectedBound, NoiseInjection, injected_bound
+from hnkit.internal.kept import Keep, kept_property, not_kept
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.workers import ALONE, Workers, all_made
 from hnkit.jacobian import RowJacobian, check_finite, check_map, dense_jacobian, rows_per_pass
@@ -100,6 +101,7 @@ class MeasuredMap:
         injection: how the map is deployed, where noise is injected; everything else is of `x + f(x)` without it.
         workers: the processes that share out the samples; all of them ask for the same things in the same order.
         blocks: how many blocks the samples are shared out in.
+        keep: what is dear to compute is taken from here, if it is known there, and left here.
     """
 
     name: str
@@ -119,6 +121,7 @@ class MeasuredMap:
     injection: NoiseInjection | None = None
     workers: Workers = ALONE
     blocks: int = 1
+    keep: Keep = not_kept
 
     def validate(self) -> None:
         """Refuse a map that is no batch-first, row-wise, deterministic, differentiable, finite function."""
@@ -145,14 +148,19 @@ class MeasuredMap:
         Raises:
             ExpansiveMapError: the method needs local norms below 1, and met others.
         """
+        found = self._estimate
+        self.method = found.method
+        return found
+
+    @kept_property
+    def _estimate(self) -> KLEstimate:
         generator = self.probes or self.generator("kl")
         try:
             return self._kl(self.method, generator)
         except ExpansiveMapError:
             if self.fallback is None:
                 raise
-            self.method = self.fallback
-            return self._kl(self.method, generator)
+            return self._kl(self.fallback, generator)
 
     def _kl(self, method: str, generator: torch.Generator) -> KLEstimate:
         named = cast("Method", method)
@@ -204,7 +212,7 @@ class MeasuredMap:
         products = DENSE_PRODUCTS if self.dim <= 16 else DENSE_PRODUCTS // 4
         return min(len(self.x), max(1, min(DENSE_ENTRIES // self.dim, products) // self.dim))
 
-    @cached_property
+    @kept_property
     def change(self) -> Tensor:
         """The exact integrand in the change-of-variables form, computed as such, at the first samples."""
 
@@ -273,7 +281,7 @@ class MeasuredMap:
         """An unbiased estimate of `|J(x)|_F^2` per sample, from one probe each."""
         return self._probed[1]
 
-    @cached_property
+    @kept_property
     def _probed(self) -> tuple[Tensor, Tensor]:
         """`v . J' v` and `|J' v|^2` for one Rademacher probe per sample."""
         probes = torch.randint(0, 2, (len(self.x), self.dim), generator=self.generator("trace")).double() * 2 - 1
@@ -290,7 +298,7 @@ class MeasuredMap:
         traces, squares = torch.cat(self._of_blocks(len(self.x), one), 1)
         return traces, squares
 
-    @cached_property
+    @kept_property
     def rows_or_none(self) -> RowStatistics | None:
         """Statistics of the dense Jacobians of the first samples; `None` in too many dimensions."""
         if self.dim > DENSE_DIM:
@@ -310,7 +318,7 @@ class MeasuredMap:
             raise NotApplicable(f"needs dense Jacobians: d = {self.dim} is above {DENSE_DIM}")
         return self.rows_or_none
 
-    @cached_property
+    @kept_property
     def norms(self) -> Tensor:
         """`|J(x)|_2` per sample, by Golub-Kahan bidiagonalisation, `(n,)`.
 
@@ -327,7 +335,7 @@ class MeasuredMap:
         except MissingDerivativeError as reason:
             raise NotApplicable(str(reason)) from None
 
-    @cached_property
+    @kept_property
     def lower(self) -> LipschitzEstimate:
         """The ascended Lipschitz estimate, a lower bound of the constant; the sampled one of a map without ascent."""
         start = self.norms.topk(min(len(self.x), 4)).indices
@@ -345,7 +353,7 @@ class MeasuredMap:
         except NotCertifiedError as reason:
             return str(reason)
 
-    @cached_property
+    @kept_property
     def l2_verdict(self) -> L2Verdict | None:
         """Whether the L2 term is good enough, from the first samples; `None` where one sample is all there is."""
         if len(self.x) < 2:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import shlex
 
 import pytest
+import torch
 
 import hnkit.checks.parts
 import hnkit.checks.verify_toys
-from hnkit.checks.parts import UNFINISHED
+from hnkit import noise_kl
+from hnkit.checks.parts import RECORDS, UNFINISHED, Parts
 from hnkit.cli import app as cli
+from hnkit.internal.files import read_sealed
+from hnkit.internal.kept import from_document, to_document
 from hnkit.internal.provenance import recorded_provenance
 from hnkit.internal.versions import code_digest
 
@@ -43,9 +49,9 @@ def test_what_is_known_stays_and_is_marked_where_the_rest_is_missing(tmp_path, c
     out = tmp_path / "run"
     assert run(capsys, *COMMAND, "--out", out)[0] == 130
     assert json.loads((out / UNFINISHED).read_text()) == {"finished": False, "parts": ["rotation"]}
-    part = json.loads((out / "parts" / "001.json").read_text())
-    assert {check["group"] for check in part["checks"]} == {"rotation"}
-    assert part["figures"]
+    checks, figures, *_ = from_document(read_sealed(out / "parts" / "rotation.json")["value"], RECORDS)
+    assert {check.group for check in checks} == {"rotation"}
+    assert figures
     assert not (out / "report.json").exists()
 
 
@@ -72,11 +78,142 @@ def test_a_disk_that_fills_up_at_any_write_leaves_the_document_on_stdout(full_at
     assert not (out / "report.html").exists()
 
 
-def test_a_map_is_written_in_parts(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hnkit.checks.verify_map.map_quantities", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+MAP = ("verify-bound", "--map", "torch:sin", "--shape", "2", "--samples", "8")
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch):
+    """Interrupts a run where it would write its n-th part."""
+
+    def at(count):
+        plain, calls = hnkit.checks.parts.write_sealed, iter(range(1, 10**6))
+
+        def write(path, content):
+            if next(calls) == count + 1:  # the first is the plan
+                raise KeyboardInterrupt
+            plain(path, content)
+
+        monkeypatch.setattr(hnkit.checks.parts, "write_sealed", write)
+
+    yield at
+    monkeypatch.undo()
+
+
+def content(folder):
+    """The files of a run folder; of times and processes none is written."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("count", [1, 5, 21])
+def test_a_map_is_written_in_parts_and_gone_on_with_to_the_bit(count, tmp_path, capsys, monkeypatch, interrupted_at):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert run(capsys, *MAP, "--out", whole)[0] == 0
+    interrupted_at(count)
+    code, _, err = run(capsys, *MAP, "--out", out)
+    assert code == 130
+    printed = shlex.split(err.strip().splitlines()[-1].partition("go on with hnkit ")[2])
+    assert len(json.loads((out / UNFINISHED).read_text())["parts"]) == count - 1
+    monkeypatch.undo()
+    known = {path.name for path in (out / "parts").iterdir()}
+    made = parts_made(monkeypatch)
+    assert run(capsys, *printed)[0] == 0
+    assert content(out) == content(whole)
+    assert not known & {f"{name.replace(' ', '-').strip('_')}.json" for name in made}
+    assert run(capsys, *printed)[1].startswith(f"{out} is finished, nothing to do")
+
+
+def test_toys_are_gone_on_with_to_the_bit(tmp_path, capsys, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert run(capsys, *COMMAND, "--out", whole)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(hnkit.checks.verify_toys, "problem_quantities", _interrupted)
+        assert run(capsys, *COMMAND, "--out", out)[0] == 130
+    made = parts_made(monkeypatch)
+    assert run(capsys, "verify-bound", "--resume", out)[0] == 0
+    assert made == ["linear-gaussian"]
+    assert content(out) == content(whole)
+
+
+def parts_made(monkeypatch):
+    """The names of the parts that are made from now on, not taken up."""
+    made, plain = [], Parts.keep
+
+    def keep(parts, name, make):
+        return plain(parts, name, lambda: (made.append(name), make())[1])
+
+    monkeypatch.setattr(Parts, "keep", keep)
+    return made
+
+
+def _interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_damaged_part_and_parts_of_other_code_are_made_again(tmp_path, capsys, monkeypatch, interrupted_at):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert run(capsys, *MAP, "--out", whole)[0] == 0
+    interrupted_at(21)
+    assert run(capsys, *MAP, "--out", out)[0] == 130
+    monkeypatch.undo()
+    path = out / "parts" / "estimate.json"
+    path.write_text(path.read_text().replace("0.", "1.", 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("hnkit.internal.provenance.code_digest", lambda: "0" * 64)
+        patch.setattr(hnkit.checks.parts, "write_json", _interrupted)
+        assert run(capsys, *MAP[:3], "--resume", out)[0] == 130
+        assert not list((out / "parts").iterdir())
+    assert run(capsys, *MAP[:3], "--resume", out)[0] == 0
+    assert content(out).keys() == content(whole).keys()
+    assert content(out)["report.json"] == content(whole)["report.json"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "add --map torch:sin, for no file may say what is imported"),
+        (("--map", "torch:cos"), "it verifies torch:sin"),
+        (("--map", "torch:sin", "--backend", "toy"), "it verifies something else"),
+        (("--map", "torch:sin", "--samples", "9"), "--samples with --resume"),
+        (("--map", "torch:sin", "--adapter", "x"), "it has none"),
+    ],
+)
+def test_a_resumed_run_keeps_its_settings(flags, said, tmp_path, capsys, monkeypatch, interrupted_at):
     out = tmp_path / "run"
-    assert run(capsys, "verify-bound", "--map", "torch:sin", "--shape", "2", "--samples", "8", "--out", out)[0] == 130
-    assert json.loads((out / UNFINISHED).read_text())["parts"] == ["the KL", "the checks"]
-    (figure,) = json.loads((out / "parts" / "001.json").read_text())["figures"]
-    assert figure["name"] == "KL"
-    assert figure["value"] > 0
+    interrupted_at(3)
+    assert run(capsys, *MAP, "--out", out)[0] == 130
+    monkeypatch.undo()
+    before = content(out)
+    code, _, err = run(capsys, "verify-bound", "--resume", out, *flags)
+    assert (code, said in err) == (2, True), err
+    assert content(out) == before
+
+
+def test_code_of_a_map_that_has_changed_is_refused(tmp_path, capsys, monkeypatch, interrupted_at):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "map_of_mine.py"
+    source.write_text("import torch\ndef f(x):\n    return 0.3 * torch.sin(x)\n")
+    interrupted_at(3)
+    command = ("verify-bound", "--map", "map_of_mine:f", "--shape", "2", "--samples", "8")
+    assert run(capsys, *command, "--out", "run")[0] == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    source.write_text(source.read_text().replace("0.3", "0.4"))
+    code, _, err = run(capsys, *command[:3], "--resume", "run")
+    assert (code, "the code of its map has changed" in err) == (2, True), err
+
+
+def test_figures_are_kept_to_the_bit():
+    estimate = noise_kl(lambda x: 0.3 * x, torch.randn(5, 3).double(), method="exact")
+    for value in (
+        estimate, (math.nan, -math.inf, 0.1, None, True, "x"), {"a": [1, (2.5,)]}, torch.tensor(3, dtype=torch.int32),
+        torch.tensor([[1e-45, math.inf], [math.nan, -0.0]]), torch.randn(3).bfloat16(), torch.zeros(0, 4),
+    ):  # fmt: skip
+        document = json.loads(json.dumps(to_document(value), allow_nan=False))
+        again = from_document(document, RECORDS)
+        assert type(again) is type(value)
+        assert repr(to_document(again)) == repr(to_document(value))
+    for wrong in ({}, {"": "Check"}, {"": "os"}, {"": "tensor", "type": "save", "value": [1], "shape": [1]}, [3]):
+        with pytest.raises(ValueError, match="does not hold what was kept"):
+            from_document(wrong, RECORDS)
+    with pytest.raises(TypeError, match="kept in no file"):
+        to_document(object())

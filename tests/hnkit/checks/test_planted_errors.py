@@ -254,6 +254,7 @@ def functions():
 NO_FIGURES = {
     "generator_for", "rows_per_pass", "chunked", "slices", "check_map", "check_finite", "working_type",
     "rounded_up",  # words
+    "not_kept",
 }  # fmt: skip
 METHODS = [
     (jacobian.RowJacobian, "jvp"), (jacobian.RowJacobian, "vjp"), (loss.NoiseLoss, "__call__"),

@@ -233,7 +233,8 @@ def test_map_report(here, capsys):
     saved = json.loads((here / "run" / "report.json").read_text())
     assert saved == {key: value for key, value in document.items() if key != "run_folder"}
     assert sorted(path.name for path in (here / "run").iterdir()) == sorted(
-        [".hnkit-run", "config.json", "provenance.json", "report.json", "report.html", *document["plots"]]
+        [".hnkit-run", ".lock", "config.json", "provenance.json", "report.json", "report.html", "verify.json"]
+        + document["plots"]
     )
 
 
@@ -495,7 +496,7 @@ def test_every_error_becomes_one_line(error, code, words, monkeypatch, capsys):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("hnkit.cli.verify_bound.verify", fail)
+    monkeypatch.setattr("hnkit.cli.verify_bound.loaded_subject", fail)
     found, out, err = run(capsys, "verify-bound")
     assert found == code
     assert out == ""
