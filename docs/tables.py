@@ -132,7 +132,8 @@ def _compare_table(name: str) -> Callable[[], str]:
     def table() -> str:
         from hnkit.scaled.compare.page import all_tables
 
-        return to_markdown(all_tables(_document("compare"))[name])
+        # the losses beside each other are of a run of their own
+        return to_markdown(all_tables(_document("compare-losses" if name == "losses" else "compare"))[name])
 
     return table
 
@@ -491,7 +492,7 @@ def rewritten(text: str) -> str:
     return BLOCK.sub(lambda match: match[1] + BLOCKS[match["name"]]() + match[3], text)
 
 
-PICTURES = {"gain-against-cost": "compare", "reward-against-quality": "compare", "kl-along-training": "compare"}
+PICTURES = {"gain-against-cost": "compare", "reward-against-quality": "compare", "kl-along-training": "compare-losses"}
 """Pictures in docs/results/ that are drawn from a document there."""
 _SOURCE = "drawn from"
 
