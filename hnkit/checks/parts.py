@@ -106,7 +106,7 @@ class Parts:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
+    ) -> bool | None:
         return self._stack.__exit__(kind, error, trace)
 
     def keep(self, name: str, make: Callable[[], T], /) -> T:

@@ -172,7 +172,7 @@ def run(options: Options) -> int:
         if workers.index:  # one of several processes writes and speaks
             return 0 if report.ok else 1
         try:
-            folder = parts.finish(report)
+            written = parts.finish(report)
         except (OSError, InputError):  # what was measured is not lost with the disk
             if options.as_json:
                 terminal.print_json({**report.to_json(), "run_folder": None})
@@ -180,10 +180,10 @@ def run(options: Options) -> int:
                 terminal.console().print(report_view(report, verbose=options.verbose))
             raise
     if options.as_json:
-        terminal.print_json({**report.to_json(), "run_folder": str(folder)})
+        terminal.print_json({**report.to_json(), "run_folder": str(written)})
     else:
         terminal.console().print(report_view(report, verbose=options.verbose))
-        print(f"report: {folder / 'report.html'}")
+        print(f"report: {written / 'report.html'}")
     return 0 if report.ok else 1
 
 

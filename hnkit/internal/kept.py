@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,13 +34,15 @@ def not_kept(_: str, make: Callable[[], T], /) -> T:
 class kept_property(cached_property[T]):  # noqa: N801 - as the class it extends
     """A `cached_property` of an object whose `keep` may know the value from before, under the property's name."""
 
-    def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
-        """The value; afterwards it is the instance's own."""
-        if instance is None:
-            return self
-        assert self.attrname is not None
-        instance.__dict__[self.attrname] = instance.keep(self.attrname, lambda: self.func(instance))
-        return instance.__dict__[self.attrname]
+    if not TYPE_CHECKING:  # to a type checker it is what it extends
+
+        def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
+            """The value; afterwards it is the instance's own."""
+            if instance is None:
+                return self
+            assert self.attrname is not None
+            instance.__dict__[self.attrname] = instance.keep(self.attrname, lambda: self.func(instance))
+            return instance.__dict__[self.attrname]
 
 
 def to_document(value: Any) -> Any:
