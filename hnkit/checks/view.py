@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -90,7 +91,8 @@ def check_lines(check: Check) -> Group:
 
         exactly = not check.tolerance and check.measured == check.expected
         # of what is bounded by it an upper bound is rounded up and a lower one down
-        directed = {"<=": rounded_up, ">=": rounded_down}.get(check.relation)
+        roundings: dict[str, Callable[[float], str]] = {"<=": rounded_up, ">=": rounded_down}
+        directed = roundings.get(check.relation)
         expected = format_number(check.expected)
         if directed is not None and check.expected is not None and math.isfinite(check.expected):
             expected = directed(check.expected)

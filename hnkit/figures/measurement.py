@@ -156,7 +156,7 @@ def measure(
         local_norm_note=note,
         mean_shift_share=mean_shift_share(measured.value.double().flatten(1).cpu(), prompts),
         injective=estimate.injective,
-        folds=estimate.folds and (estimate.folds.negative, estimate.folds.samples),
+        folds=None if estimate.folds is None else (estimate.folds.negative, estimate.folds.samples),
         num_jvp=estimate.num_jvp,
         num_vjp=estimate.num_vjp,
         gap=gap,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hnkit.maps import slices
+
 _ENTRIES = 2**22
 """Entries of a table of samples by temperatures that are held at a time, at most."""
 
@@ -36,7 +38,7 @@ class Cumulant:
 def cumulant(r: Tensor, betas: Tensor) -> Cumulant:
     """The cumulant of the rewards `(n,)` of one prompt at `(betas,)`, n >= 2; memory is bounded, whatever n is."""
     rows = max(1, _ENTRIES // len(r))
-    parts = [_cumulant(r, part) for part in betas.split(rows)]
+    parts = [_cumulant(r, part) for part in _cut(betas, rows)]
     return Cumulant(*(torch.cat(list(column)) for column in zip(*parts, strict=True)))
 
 
@@ -62,7 +64,7 @@ def effective_samples(samples: Sequence[Tensor], betas: Tensor) -> Tensor:
     for r in samples:
         u = r - r.max()
         parts = []
-        for part in betas.split(max(1, _ENTRIES // len(u))):
+        for part in _cut(betas, max(1, _ENTRIES // len(u))):
             w = (part[:, None] * u).exp()
             parts.append(w.square().sum(1) / w.sum(1).square())
         concentration += torch.cat(parts) / len(samples)
@@ -99,14 +101,19 @@ def tail_index(samples: Sequence[Tensor], betas: Tensor) -> Tensor:
     normalisers = torch.stack([_log_mean(u, betas) for u in centred])
     wide = max(1, _ENTRIES // sum(len(top) for top in tops))
     found = []
-    for part, logs_of_means in zip(betas.split(wide), normalisers.split(wide, 1), strict=True):
-        logs = torch.cat([part[:, None] * top - z[:, None] for top, z in zip(tops, logs_of_means, strict=True)], 1)
+    for part, logs_of_means in zip(_cut(betas, wide), _cut(normalisers.mT, wide), strict=True):
+        logs = torch.cat([part[:, None] * top - z[:, None] for top, z in zip(tops, logs_of_means.mT, strict=True)], 1)
         top = logs.topk(largest + 1, dim=1).values
         found.append(top[:, :-1].mean(1) - top[:, -1])
     return torch.cat(found)
 
 
+def _cut(values: Tensor, width: int) -> list[Tensor]:
+    """Parts of at most `width` rows."""
+    return [values[part] for part in slices(len(values), width)]
+
+
 def _log_mean(u: Tensor, betas: Tensor) -> Tensor:
     """`log E exp(beta u)` at `(betas,)`."""
-    parts = [(part[:, None] * u).logsumexp(1) for part in betas.split(max(1, _ENTRIES // len(u)))]
+    parts = [(part[:, None] * u).logsumexp(1) for part in _cut(betas, max(1, _ENTRIES // len(u)))]
     return torch.cat(parts) - math.log(len(u))

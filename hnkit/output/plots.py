@@ -134,7 +134,8 @@ def error_against_lipschitz(
 
 def _mark_own(axes: Axes, own: float, end: float) -> None:
     """A line at the map's own L, or an arrow to where it is beyond the axis."""
-    text, place = f"this map: L = {own:.3g}", {"textcoords": "offset points", "color": INK, "fontsize": 9.5}
+    text = f"this map: L = {own:.3g}"
+    place: dict[str, Any] = {"textcoords": "offset points", "color": INK, "fontsize": 9.5}
     top = axes.transAxes
     if own < end:
         axes.axvline(own, color=INK, linewidth=1.1, linestyle=(0, (1, 1)))

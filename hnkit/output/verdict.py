@@ -154,7 +154,7 @@ def with_frontier(
     gap = method.get("gap")
     nats = method["nats"]
     at_most = bool(method.get("nats_at_most"))
-    known = {}
+    known: dict[str, Any] = {}
     if figures.kl is None and figures.bound is None and nats is not None:
         spent = Estimate(nats, 0.0 if method["nats_stderr"] is None else method["nats_stderr"])
         known = {"bound" if at_most else "kl": spent}

@@ -67,12 +67,16 @@ def card(document: Document) -> Card:
         methods = {network_label(name): method for name, method in frontier["methods"].items()}
         return frontier_card({**frontier, "methods": methods})
     gains = next(row["gain"] for row in document["table_1"] if row["method"] == "hypernoise")
+    scores: dict[str, Any] = {
+        key: Estimate(gains[name]["value"], or_nan(gains[name]["stderr"]))
+        for key, name in (("gain", "reward"), ("judge", "judge"))
+        if name in gains
+    }
     known = replace(
         figures_of(document["l2"][0] if document["l2"] else None),
         dim=math.prod(document["noise_shape"]) if "noise_shape" in document else None,
-        **{key: Estimate(gains[name]["value"], or_nan(gains[name]["stderr"]))
-           for key, name in (("gain", "reward"), ("judge", "judge")) if name in gains},
-    )  # fmt: skip
+        **scores,
+    )
     method = frontier["methods"].get("hypernoise")
     return verdict_card(known if method is None else with_frontier(known, method, frontier["frontier"]))
 

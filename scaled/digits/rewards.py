@@ -18,6 +18,7 @@ from hnkit.errors import InputError
 from hnkit.scaled.digits.checkpoint import CANVAS, CLIP_FOLDER, LEGIBILITY_FILE, verified_folder
 from hnkit.scaled.digits.scenes import CELL, CELLS, MIN_CONTRAST, split_cells
 from hnkit.scaled.rewards.clip import ClipReward, clipscore
+from hnkit.scaled.rewards.memory import OffCard
 
 PRESENCE_THRESHOLD = 0.35
 PRESENCE_WIDTH = 0.05
@@ -128,7 +129,7 @@ def legibility(folder: str | Path | None = None, *, device: str = "cpu") -> Legi
     return Legibility(classifier.to(device))
 
 
-def scorer(folder: str | Path | None = None, *, weight: float = 1.0, device: str = "cpu") -> ClipReward:
+def scorer(folder: str | Path | None = None, *, weight: float = 1.0, device: str = "cpu") -> ClipReward | OffCard:
     """The bundled contrastive scorer: CLIPScore by a small CLIP trained on scenes and sentences.
 
     Args:

@@ -134,9 +134,9 @@ def resolved(pipe: Any, family: Family, options: PipelineOptions) -> PipelineOpt
 def _own_sides(pipe: Any, network: str) -> tuple[int, int]:
     """Height and width of the images that the pipeline makes where a caller says nothing."""
     parameters = inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
-    defaults = [parameters[name].default if name in parameters else None for name in ("height", "width")]
-    if all(isinstance(side, int) for side in defaults):
-        return defaults[0], defaults[1]
+    height, width = (parameters[name].default if name in parameters else None for name in ("height", "width"))
+    if isinstance(height, int) and isinstance(width, int):
+        return height, width
     found = getattr(pipe, "default_sample_size", None) or getattr(pipe, network).config.get("sample_size")
     sides = [found, found] if isinstance(found, int) else found
     if not (isinstance(sides, list | tuple) and len(sides) == 2 and all(isinstance(side, int) for side in sides)):

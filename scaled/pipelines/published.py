@@ -195,7 +195,8 @@ _QWEN: Config = {
     "axes_dims_rope": [16, 56, 56],
 }
 
-_SANA_LARGE: Config = _SANA | {
+_SANA_LARGE: Config = {
+    **_SANA,
     "num_attention_heads": 70,
     "num_layers": 20,
     "num_cross_attention_heads": 20,

@@ -86,7 +86,8 @@ def find_last_layer(network: nn.Module, first_step: FirstStep, condition: Condit
 def small_size(first_step: FirstStep) -> tuple[int, int]:
     """Height and width of the images that the checks are made on."""
     if first_step.family.own_size:
-        return first_step.options.sides
+        sides: tuple[int, int] = first_step.options.sides
+        return sides
     most = _SIDES * first_step.family.side_multiple(first_step.pipe)
     height, width = first_step.options.sides
     return min(height, most), min(width, most)
