@@ -457,10 +457,10 @@ def _contracting(measured: MeasuredMap) -> tuple[RowStatistics, Tensor]:
 def _contraction(measured: MeasuredMap) -> float:
     constant = measured.certified_constant
     if constant is None:
-        constant = measured.lower.value
-        if constant >= 1:
-            raise NotApplicable(f"the ascended norm {constant:.4g} shows that L is not below 1")
-        return constant
+        seen: float = measured.lower.value
+        if seen >= 1:
+            raise NotApplicable(f"the ascended norm {seen:.4g} shows that L is not below 1")
+        return seen
     if constant >= 1:
         raise NotApplicable(f"certified L = {rounded_up(constant)} is not below 1")
     return constant

@@ -182,7 +182,8 @@ def local_norm_max(measured: MeasuredMap) -> float:
 @figure("lipschitz_lower", "Lipschitz, ascended", "a lower bound of L", unit="", side="lower")
 def lipschitz_lower(measured: MeasuredMap) -> float:
     """After gradient ascent on x."""
-    return measured.lower.value
+    value: float = measured.lower.value
+    return value
 
 
 @figure("lipschitz_certified", "Lipschitz, certified", "an upper bound of L", unit="", side="upper")
@@ -267,9 +268,10 @@ def _theorem7(measured: MeasuredMap, constant: float) -> float:
 
 
 def _norms_below_one(measured: MeasuredMap) -> Tensor:
-    if float(measured.norms.max()) >= 1:
+    norms: Tensor = measured.norms
+    if float(norms.max()) >= 1:
         raise NotApplicable("a local norm is not below 1")
-    return measured.norms
+    return norms
 
 
 def _where_it_holds(measured: MeasuredMap, name: str) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from hnkit import Estimate, noise_kl
 from hnkit.kl import Arnoldi
+from hnkit.internal.stats import rounded_up
 from hnkit.kl.estimate import joined_estimates
 from tests.hnkit.functions import Linear, network, noise, seeded
 from tests.hnkit.operator_zoo import matrix
@@ -15,7 +16,10 @@ from tests.hnkit.operator_zoo import matrix
 
 def test_printing() -> None:
     estimate = noise_kl(Linear(matrix("symmetric", 0.6, 6)), noise(4, 6), method="arnoldi", steps=3, lipschitz=0.6)
-    assert str(estimate) == f"{Estimate(estimate.value, estimate.stderr)} nats (bias at most {estimate.bias_bound:.2g})"
+    assert (
+        str(estimate)
+        == f"{Estimate(estimate.value, estimate.stderr)} nats (bias at most {rounded_up(estimate.bias_bound, 2)})"
+    )
     assert str(dataclasses.replace(estimate, value=1.0, stderr=0.25, bias_bound=0.0)) == "1.00 ± 0.25 nats"
     unproved = dataclasses.replace(estimate, bias_bound=None)
     assert str(unproved).endswith(f" nats (truncation about {estimate.bias_estimate:.2g})")
