@@ -31,10 +31,12 @@ def not_kept(_: str, make: Callable[[], T], /) -> T:
     return make()
 
 
-class kept_property(cached_property[T]):  # noqa: N801 - as the class it extends
-    """A `cached_property` of an object whose `keep` may know the value from before, under the property's name."""
+if TYPE_CHECKING:
+    kept_property = cached_property
+else:
 
-    if not TYPE_CHECKING:  # to a type checker it is what it extends
+    class kept_property(cached_property):  # noqa: N801 - as the class it extends
+        """A `cached_property` of an object whose `keep` may know the value from before, under the property's name."""
 
         def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
             """The value; afterwards it is the instance's own."""
