@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hnkit import Estimate, noise_kl
-from hnkit.kl import Arnoldi
 from hnkit.internal.stats import rounded_up
+from hnkit.kl import Arnoldi
 from hnkit.kl.estimate import joined_estimates
 from tests.hnkit.functions import Linear, network, noise, seeded
 from tests.hnkit.operator_zoo import matrix
