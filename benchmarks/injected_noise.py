@@ -5,7 +5,7 @@ and with four, by the gradient through reward and generator; and by the score fu
 no gradient. Four draws are taken at the same number of reward calls and at four times as many. Gains are on held-out
 prompts.
 
-    python benchmarks/injected_noise.py                 all runs, about five minutes of one core
+    python benchmarks/injected_noise.py                 all runs, half an hour of one core
     python benchmarks/injected_noise.py --only l2       one of them
 
 Writes docs/results/injected-noise.json, from which `python docs/tables.py` makes the tables of docs/training.md.
@@ -31,7 +31,7 @@ from hnkit.config import resolve_config
 from hnkit.training.run import train
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results" / "injected-noise.json"
-BATCH, STEPS, SHARE = 16, 240, 0.5
+BATCH, STEPS, SHARE = 32, 400, 0.5
 COMMON = {
     "steps": STEPS,
     "batch": BATCH,

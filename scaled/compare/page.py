@@ -91,7 +91,7 @@ def printed_table(document: Document) -> Table:
 
 
 def lead(document: Document) -> str:
-    """What came out, in two sentences, as it is."""
+    """The advice on the L2 term, and what came out, in two sentences, as it is."""
     rows = {row["method"]: row for row in document["table_1"]}
     if "hypernoise" not in rows:
         return ""
@@ -123,7 +123,8 @@ def lead(document: Document) -> str:
             if share is not None
             else ""
         )
-    return sentence
+    advice = (document["l2"][0].get("l2_verdict") or {}).get("text") if document["l2"] else None
+    return " ".join(filter(None, (advice, sentence.strip())))
 
 
 def all_tables(document: Document) -> dict[str, Table]:
@@ -172,6 +173,8 @@ def _methods_table(document: Document, rows: Sequence[Row]) -> Table:
         "function evaluations, counts forward passes of generator and hypernetwork for an image; seconds were measured "
         "in this run, batched."
     )
+    if categories:
+        caption += f" {label_of(score).capitalize()} and its gain weigh the {len(categories)} kinds of prompt equally."
     return Table(("method", label_of(score), "gain", "s/image", "NFE", *categories), tuple(body), caption)
 
 
@@ -368,8 +371,8 @@ def _power_table(document: Document) -> Table:
 
 def _sections(document: Document, tables: Mapping[str, Table], pictures: Mapping[str, Picture]) -> list[Section]:
     titles = (
+        ("Reward per nat", (), ("frontier",), ("frontier",)),
         ("What a noise hypernetwork buys", ("table-1",), ("gain-against-cost", "grid"), ("scores", "power")),
-        ("Reward per nat", ("frontier",), ("frontier",), ()),
         ("More sampler steps", ("steps",), (), ()),
         ("Reward against quality", (), ("reward-against-quality",), ()),
         ("Diversity", ("diversity",), (), ()),
@@ -382,7 +385,7 @@ def _sections(document: Document, tables: Mapping[str, Table], pictures: Mapping
         blocks: list[Any] = [tables[table] for table in wanted if table in tables]
         blocks += [pictures[name] for name in names if name in pictures]
         blocks += [tables[table] for table in below if table in tables]
-        if "frontier" in wanted and "remark" in (document.get("frontier") or {}):
+        if "frontier" in below and "remark" in (document.get("frontier") or {}):
             blocks.append(Text(document["frontier"]["remark"]))
         if blocks:
             sections.append(Section(title, tuple(blocks)))

@@ -54,9 +54,9 @@ def test_functions_instances_classes_and_factories_are_rewards(name, sign, here)
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("one", r"takes \(images\): give a function of \(images, prompts\)"),
-        ("three", r"takes \(images, prompts, extra\): give"),
-        ("Wrong", r"takes \(images\): give"),
+        ("one", r"takes \(images\): a reward is a function of \(images, prompts\)"),
+        ("three", r"takes \(images, prompts, extra\): a reward is"),
+        ("Wrong", r"takes \(images\): a reward is"),
         ("Needs", "calling it failed .*path"),
         ("number", "is a int: give a function"),
         ("absent", r"myscores.py\) has no absent"),

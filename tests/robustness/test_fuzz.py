@@ -24,6 +24,7 @@ from hnkit.cli import app as cli
 from hnkit.cli.verify_bound import parse_shape
 from hnkit.config import CONFIG_FILE, RunConfig, parse_reward_flag, resolve_config
 from hnkit.internal.files import file_digest, write_sealed
+from hnkit.output.verdict import VERDICT_FILE
 from hnkit.prompts import read_prompts
 from hnkit.scaled.compare.evaluation import _read, read_part
 from hnkit.scaled.compare.networks import _records
@@ -428,7 +429,9 @@ def require_refused(backend: Any, folder: Path) -> None:
 def test_damaged_adapters_are_refused(name, damage, which, adapters, tmp_path_factory):
     backend, folder = adapters[name]
     copy = tmp_path_factory.mktemp("adapter")
-    files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors"})
+    # verdict.json is for people: what it says is shown, and nothing is made of it
+    kept = {path for path in folder.iterdir() if path.suffix in {".json", ".safetensors"}}
+    files = sorted(path for path in kept if path.name != VERDICT_FILE)
     assert len(files) == 2
     for path in files:
         (copy / path.name).write_bytes(path.read_bytes())

@@ -41,37 +41,32 @@ SANA_SPRINT = Family(
 STABLE_DIFFUSION = Family(pipeline_class="StableDiffusionPipeline", last_layer="conv_out")
 FLUX = Family(pipeline_class="FluxPipeline", conditioning={"max_sequence_length": int}, last_layer="proj_out")
 
-FAMILIES: dict[str, Family] = {
-    family.pipeline_class: family
-    for family in (
-        SANA_SPRINT,
-        STABLE_DIFFUSION,
-        FLUX,
-        Family(pipeline_class="StableDiffusionXLPipeline", last_layer="conv_out"),
-        Family(pipeline_class="StableDiffusion3Pipeline", last_layer="proj_out"),
-        Family(pipeline_class="Flux2KleinPipeline", last_layer="proj_out"),
-        Family(pipeline_class="ZImagePipeline", last_layer="all_final_layer.2-1.linear"),
-        Family(
-            pipeline_class="QwenImagePipeline", guidance="true_cfg_scale", last_layer="proj_out"
-        ),  # no other is read
-        Family(  # guidance is embedded, as it was distilled
-            pipeline_class="LatentConsistencyModelPipeline", guidance_scale=8.5, last_layer="conv_out"
-        ),
-        Family(
-            pipeline_class="PixArtAlphaPipeline",
-            embeddings=("prompt_embeds", "prompt_attention_mask"),
-            last_layer="proj_out",
-        ),
-        Family(pipeline_class="PixArtSigmaPipeline", embeddings=("prompt_embeds", "prompt_attention_mask")),
-        # The mixture of experts runs under no_grad outside of training mode; in it, its sum has another order.
-        Family(pipeline_class="HiDreamImagePipeline", training=("MOEFeedForwardSwiGLU",), own_size=True),
-        Family(pipeline_class="HunyuanImagePipeline", guidance="distilled_guidance_scale", guidance_scale=3.25),
-        # Its guidance_scale is for guidance-distilled networks, and the class says so at every call of another.
-        Family(pipeline_class="QwenImagePipeline", guidance="true_cfg_scale", guidance_scale=1.0),
-        Family(pipeline_class="SanaPipeline", multiple=32, arguments={"complex_human_instruction": None}),
-        Family(pipeline_class="WanPipeline", arguments={"num_frames": 1}),
-    )
-}
+_RECORDS = (
+    SANA_SPRINT,
+    STABLE_DIFFUSION,
+    FLUX,
+    Family(pipeline_class="StableDiffusionXLPipeline", last_layer="conv_out"),
+    Family(pipeline_class="StableDiffusion3Pipeline", last_layer="proj_out"),
+    Family(pipeline_class="Flux2KleinPipeline", last_layer="proj_out"),
+    Family(pipeline_class="ZImagePipeline", last_layer="all_final_layer.2-1.linear"),
+    Family(  # guidance is embedded, as it was distilled
+        pipeline_class="LatentConsistencyModelPipeline", guidance_scale=8.5, last_layer="conv_out"
+    ),
+    Family(
+        pipeline_class="PixArtAlphaPipeline",
+        embeddings=("prompt_embeds", "prompt_attention_mask"),
+        last_layer="proj_out",
+    ),
+    Family(pipeline_class="PixArtSigmaPipeline", embeddings=("prompt_embeds", "prompt_attention_mask")),
+    # The mixture of experts runs under no_grad outside of training mode; in it, its sum has another order.
+    Family(pipeline_class="HiDreamImagePipeline", training=("MOEFeedForwardSwiGLU",), own_size=True),
+    Family(pipeline_class="HunyuanImagePipeline", guidance="distilled_guidance_scale", guidance_scale=3.25),
+    # Its guidance_scale is for guidance-distilled networks, and the class says so at every call of another.
+    Family(pipeline_class="QwenImagePipeline", guidance="true_cfg_scale", guidance_scale=1.0, last_layer="proj_out"),
+    Family(pipeline_class="SanaPipeline", multiple=32, arguments={"complex_human_instruction": None}),
+    Family(pipeline_class="WanPipeline", arguments={"num_frames": 1}),
+)
+FAMILIES: dict[str, Family] = {family.pipeline_class: family for family in _RECORDS}
 
 
 def family_of(pipeline_class: str) -> Family:

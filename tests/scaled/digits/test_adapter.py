@@ -80,7 +80,7 @@ def test_its_figures_hold_on_other_noises(steered):
     """Reward, legibility, L2 term and KL integrand on noises that the card's figures are not from."""
     backend, _ = steered
     claimed, texts = figures(), list(eval_prompts())
-    found = stage.held_out_figures(backend, texts[::4], images=2, kl_images=1, base_images=8, seed=1)
+    found = stage.held_out_figures(backend, texts[::4], images=2, kl_images=1, base_images=24, seed=1)
     for name in ("reward_gain", "legibility_gain", "judge_gain"):
         (value, error), (said, uncertain) = found[name], claimed[name]
         assert abs(value - said) < Z * math.hypot(error, uncertain), name

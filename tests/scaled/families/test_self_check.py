@@ -171,18 +171,28 @@ def test_a_second_noise_is_refused(load):
             find_layout(call)
 
 
-def test_a_network_without_a_linear_last_layer(load, monkeypatch):
-    network = diffusers.SD3Transformer2DModel
+def test_a_class_has_one_record():
+    assert len(table.FAMILIES) == len(table._RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "network", "words"),
+    [
+        ("CogView4Pipeline", "CogView4Transformer2DModel", "self-check 'last layer': the output of CogView4T"),
+        # whose record names its last layer
+        ("StableDiffusion3Pipeline", "SD3Transformer2DModel", "self-check 'f = 0'"),
+    ],
+)
+def test_a_network_without_a_linear_last_layer(pipeline, network, words, load, monkeypatch):
+    network = getattr(diffusers, network)
     forward = network.forward
 
     def squashed(*args, **kwargs):
         return (forward(*args, **kwargs)[0].cos(),)
 
     monkeypatch.setattr(network, "forward", squashed)
-    with pytest.raises(
-        InputError, match=r"self-check 'last layer': the output of SD3Transformer2DModel does not end in"
-    ):
-        load("StableDiffusion3Pipeline")
+    with pytest.raises(InputError, match=words):
+        load(pipeline, self_check=True)
 
 
 def test_classifier_free_guidance_is_refused(load):
