@@ -276,7 +276,8 @@ def injected_noise() -> str:
         )
         gain = format_estimate(run["gain"], run["gain_stderr"])
         used = "yes" if run["gradient_of_the_reward"] else "no"
-        rows.append((run["name"], used, f"{run['reward_calls']:,}", gain, nats, f"{run['cpu_seconds']} s"))
+        length = f" ({run['settings']['steps']} steps)" if "steps" in run["settings"] else ""
+        rows.append((run["name"] + length, used, f"{run['reward_calls']:,}", gain, nats, f"{run['cpu_seconds']} s"))
     gains = {run["name"]: run["gain"] for run in document["runs"]}
     draws = gains.get("injected, 4 draws, four times the calls")
     images = document["runs"][0]["images"]
