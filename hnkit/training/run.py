@@ -232,7 +232,9 @@ def _run(
                 with session.averaged():
                     report = finish_run(session.config, recorder.evaluator, folder, recorder.ending())
             processes.on_main(lambda: None)  # the others wait for the report
+        stop.over()
     except Stopped as stopped:
+        stop.over()
         done = f"at step {session.step} after a checkpoint" if session.step else "before the first step"
         view.say(f"stopped {done}; go on with {resume_command(session.config, folder)}")
         return TrainResult(folder, session.step, False, stopped.exit_code, session.skipped, {})

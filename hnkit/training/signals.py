@@ -95,6 +95,10 @@ class StopSignals:
         finally:
             self._deferred -= 1
 
+    def over(self) -> None:
+        """The run has ended, one way or the other: from here on no signal raises."""
+        self._masked += 1
+
     @contextlib.contextmanager
     def masked(self) -> Iterator[None]:
         """Inside, no signal raises; for the moments in which the state of the run changes or is written."""

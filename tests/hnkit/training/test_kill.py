@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+from hnkit.config import resolve_config
+from hnkit.training.run import train
+from hnkit.training.view import TrainView
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "kill_test.py"
 
@@ -24,3 +30,19 @@ def test_killed_runs_end_bit_identical(tmp_path):
     document = json.loads(report.read_text())
     assert document["finished"]
     assert sum(document["commands"]["train"]["kills"].values()) == 6
+
+
+def test_a_signal_after_the_end_finds_a_finished_run(tmp_path, monkeypatch):
+    said = TrainView.say
+
+    def say(view, text, *args, **kwargs):
+        said(view, text, *args, **kwargs)
+        if text.startswith("finished:"):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(TrainView, "say", say)
+    overrides = ["train.steps=2", "train.batch=4", "train.measure_samples=2", "train.validate_samples=4"]
+    result = train(resolve_config(backend="toy", overrides=overrides), out=tmp_path / "run")
+    assert result.finished
+    assert result.exit_code == 0
