@@ -184,6 +184,7 @@ def test_the_notebook_runs_and_shows_what_is_stored(notebook):
     stored, now = nbformat.read(notebook.NOTEBOOK, as_version=4), notebook.executed()
     nbformat.validate(stored)
     assert notebook.texts(now) == notebook.texts(stored)
+    assert all(output.get("name") != "stderr" for cell in stored.cells for output in cell.get("outputs", []))
     kinds = [[output.output_type for output in cell.get("outputs", [])] for cell in stored.cells]
     assert [[o.output_type for o in cell.get("outputs", [])] for cell in now.cells] == kinds
     assert sum(len(found) for found in kinds) >= 6
