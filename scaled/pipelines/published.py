@@ -322,6 +322,15 @@ _XL: Mapping[str, Config] = {
     "unet": _UNET_XL, "vae": _kl(4, 0.13025), "scheduler": _EULER, "text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G,
 }  # fmt: skip
 
+_SDXL = PublishedModel(
+    "StableDiffusionXLPipeline",
+    _XL,
+    "unet",
+    2.567e9,
+    0.818e9,
+    "unet/config.json of Stable Diffusion XL, as quoted in public repositories",
+)
+
 PUBLISHED_MODELS: dict[str, PublishedModel] = {
     "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers": PublishedModel(
         "SanaSprintPipeline",
@@ -355,22 +364,8 @@ PUBLISHED_MODELS: dict[str, PublishedModel] = {
         0.123e9,
         "unet/config.json of Stable Diffusion 1.5, which it is distilled from, with an embedding of the guidance",
     ),
-    "stabilityai/sdxl-turbo": PublishedModel(
-        "StableDiffusionXLPipeline",
-        _XL,
-        "unet",
-        2.567e9,
-        0.818e9,
-        "unet/config.json of Stable Diffusion XL, as quoted in public repositories",
-    ),
-    "stabilityai/stable-diffusion-xl-base-1.0": PublishedModel(
-        "StableDiffusionXLPipeline",
-        _XL,
-        "unet",
-        2.567e9,
-        0.818e9,
-        "unet/config.json of Stable Diffusion XL, as quoted in public repositories",
-    ),
+    "stabilityai/sdxl-turbo": _SDXL,
+    "stabilityai/stable-diffusion-xl-base-1.0": _SDXL,
     "PixArt-alpha/PixArt-LCM-XL-2-1024-MS": PublishedModel(
         "PixArtAlphaPipeline",
         {"transformer": _PIXART, "vae": _kl(4, 0.13025), "scheduler": _LCM, "text_encoder": _T5_XXL},
