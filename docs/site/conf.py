@@ -38,6 +38,7 @@ python_maximum_signature_line_length = 100
 
 html_math_renderer = "mathml"  # what browsers show by themselves: the site needs no network
 
+smartquotes_action = "qe"  # dashes are written as meant: --kl is a flag
 html_theme = "furo"
 html_title = f"hnkit {release}"
 html_static_path = ["_static"]

@@ -94,8 +94,8 @@ _NUMBER = r"([\d.]+(?:e[-+]?\d+)?)"
 
 def _ratio_in_words(text: str) -> float:
     """`E tr(J^2) / E|f|^2` as the words say it; NaN where it does not."""
-    found = re.search(r"tr\(J²\) is (\S+)(?: ± \S+)? percent of \|f\|²", text)
-    return float(found[1]) / 100 if found else math.nan
+    found = re.search(r"tr\(J²\) is (\S+)(?: ± \S+)? (percent of|times) \|f\|²", text)
+    return float(found[1]) / (100 if found[2] == "percent of" else 1) if found else math.nan
 
 
 def _claimed(text: str) -> tuple[float, float]:

@@ -26,6 +26,9 @@ TOLERANCE = 0.1
 PROBES = 4
 """Probes per sample, three transposed products each."""
 
+PERCENT_BELOW = 3
+"""Ratio from which words say "47 times" instead of "4,700 percent of"."""
+
 _EXACT_UP_TO = 512
 """Dimension up to which d products per sample are cheap enough to be advised."""
 _NORM_TOLERANCE = 0.02
@@ -93,8 +96,10 @@ class L2Verdict:
         if math.isnan(self.ratio.value):
             return "f vanishes at every sample"
         known = self.ratio.value == 0 and self.ratio.stderr == 0
-        ratio = "0" if known else rounded_to_error(100 * self.ratio.value, 100 * self.ratio.stderr)
-        base = f"tr(J²) is {ratio} percent of |f|²"
+        percent = abs(self.ratio.value) < PERCENT_BELOW
+        scale = 100 if percent else 1
+        ratio = "0" if known else rounded_to_error(scale * self.ratio.value, scale * self.ratio.stderr)
+        base = f"tr(J²) is {ratio} {'percent of' if percent else 'times'} |f|²"
         if math.isfinite(self.remainder):
             return f"{base}, and what lies beyond the third order at most {_percent(self.remainder)} of |f|²/2"
         if math.isnan(self.local_norm):
@@ -111,7 +116,9 @@ class L2Verdict:
         if self.good:
             return f"the L2 term is within {_percent(self.within)} of the KL (95%): {self.reason}"
         verb = "overcounts" if self.missed < 0 else "misses"
-        if math.isnan(self.missed):
+        if math.isnan(self.missed) and self.local_norm >= 1:
+            size = "cannot be judged by the third order"  # a divergent series: its sign means nothing
+        elif math.isnan(self.missed):
             size = "is far above the KL to third order"
         elif math.isfinite(self.within) and self.lower * self.upper > 0:
             near, far = sorted((abs(self.lower), abs(self.upper)))

@@ -91,7 +91,7 @@ def printed_table(document: Document) -> Table:
 
 
 def lead(document: Document) -> str:
-    """The advice on the L2 term, and what came out, in two sentences, as it is."""
+    """What came out, as it is, and the advice on the L2 term, in a few sentences."""
     rows = {row["method"]: row for row in document["table_1"]}
     if "hypernoise" not in rows:
         return ""
@@ -124,7 +124,7 @@ def lead(document: Document) -> str:
             else ""
         )
     advice = (document["l2"][0].get("l2_verdict") or {}).get("text") if document["l2"] else None
-    return " ".join(filter(None, (advice, sentence.strip())))
+    return " ".join(filter(None, (sentence.strip(), advice)))
 
 
 def all_tables(document: Document) -> dict[str, Table]:
@@ -162,7 +162,7 @@ def _methods_table(document: Document, rows: Sequence[Row]) -> Table:
                 NAMES.get(row["method"], row["method"]),
                 figure_text(row["scores"][score]),
                 "–" if row["method"] == "base" else figure_text(row["gain"][score]),
-                row["seconds_per_image"],
+                format_number(row["seconds_per_image"], 2),
                 evaluations,
                 *(format_number(row["categories"][name]["value"], 2) for name in categories),
             )

@@ -101,7 +101,7 @@ def test_every_table_is_filled(finished):
     assert "No frontier of reward per nat: prompt 0: base samples of shape (4,)" in page
     assert page.count("data:image/png;base64") >= 3
     assert json.loads((out / "report.json").read_text())["table_1"] == json.loads(json.dumps(document["table_1"]))
-    assert lead(document).startswith(document["l2"][0]["l2_verdict"]["text"])
+    assert lead(document).endswith(document["l2"][0]["l2_verdict"]["text"])
     assert (out / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -32,8 +32,8 @@ def document(A: Tensor) -> dict[str, object]:
 
 
 def line(A: Tensor) -> str:
-    """The first sentence, which ends before the figures of the L2 term."""
-    return lead(document(A)).partition(" Its L2 term is ")[0]
+    """The last sentence, which follows the figures of the L2 term."""
+    return lead(document(A)).partition(" what it stands for. ")[2]
 
 
 def judge(word: str) -> None:
