@@ -23,7 +23,7 @@ class Options(WithBackend):
 
     Attributes:
         methods: some of base, hypernoise, direct, best-of-2, best-of-4, best-of-n, reno, prompt-optimisation;
-            default: all.
+            default: all, the last where `compare.proposer` or the backend has a proposer.
         adapter: trained adapter, the run folder that holds it, or `bundled`; default: one is trained here.
         prompts: .txt, .json, .jsonl, .csv:COLUMN, a folder of .txt, hf:NAME; default: the backend's held-out ones.
         seeds: noise seeds per prompt; default: 4, and 2 with --quick.

@@ -97,7 +97,7 @@ class Comparison:
 
         Args:
             backend: name of the installed backend.
-            methods: the methods of table 1; `None`: all.
+            methods: the methods of table 1; `None`: all, but prompt optimisation only where there is a proposer.
             adapter: a trained hypernetwork; `None`: one is trained here with the backend's preset.
             prompts: to evaluate on; `None`: the backend's own held-out prompts.
             seeds: noises per prompt.
@@ -141,8 +141,8 @@ class Comparison:
             where = None if adapter is None else str(Path(adapter).resolve())
             settings = Settings(backend, plan, where, files, tuple(chosen), tuple(others), quick)
             # what is missing or cannot be used is refused before a folder is made
-            session = _Session(settings, workers)
-            settings = replace(settings, model=session.base.model_digest())
+            session = _Session(settings, workers, all_methods=methods is None)
+            settings = replace(session.settings, model=session.base.model_digest())
             session.settings = settings
 
             def made() -> Path:
@@ -170,11 +170,14 @@ class _Session:
 
     folder: Path
 
-    def __init__(self, settings: Settings, workers: Workers) -> None:
-        self.settings, self.plan, self.workers = settings, settings.plan, workers
+    def __init__(self, settings: Settings, workers: Workers, *, all_methods: bool = False) -> None:
         config = settings.configuration
         self.config = config
         self.base = load_backend(backend_factory(settings.backend), config.options)
+        if all_methods and not settings.plan.proposer and self.base.propose is None:
+            offered = tuple(name for name in settings.plan.methods if name != "prompt-optimisation")
+            settings = replace(settings, plan=replace(settings.plan, methods=offered))
+        self.settings, self.plan, self.workers = settings, settings.plan, workers
         self.device = next(self.base.hypernetwork.parameters()).device
         local: bool = getattr(config.options, "local_files_only", True)
         rewards = load_rewards(config.rewards, self.base.default_reward, self.device, local_files_only=local)

@@ -199,6 +199,11 @@ class PipelineBackend(BackendBase):
                 mine = [generator[i] for i in rows.tolist()] if isinstance(generator, list) else generator
                 x = noise if whole else noise[rows.to(noise.device)]
                 images = call.run(latents=layout.pack(x), generator=mine)[0]
+                if images.ndim == 5 and images.shape[1] != 1:
+                    raise InputError(
+                        f"{type(self.pipeline).__name__} makes {images.shape[1]} frames where one is asked for: "
+                        "hypernetworks are trained on images"
+                    )
                 parts.append((images if images.ndim == 4 else images[:, 0]).float())  # the only frame of a video
                 order.append(rows)
         return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.argsort(torch.cat(order)).to(noise.device)]
@@ -384,7 +389,7 @@ class PipelineBackend(BackendBase):
             raise InputError(
                 f"model {self.options.model_id!r}: its {type(self.pipeline).__name__} cannot be run on images of "
                 f"{_by(self.options.sides)}: {type(error).__name__}: {reason_of(error)}: give the backend.size that it "
-                "was made for"
+                "was made for; if that is it, no hypernetwork can be made of this class"
             ) from error
 
     def _require_size(self) -> None:

@@ -20,8 +20,18 @@ from hnkit.errors import InputError
 from hnkit.internal.values import reason_of
 from hnkit.scaled.pipelines.families.family import Family
 
-SHARED: Mapping[str, Any] = {"return_dict": False, "use_resolution_binning": False, "true_cfg_scale": 1.0}
-"""Arguments that are passed wherever a pipeline takes them."""
+AS_WRITTEN: Mapping[str, Any] = {"use_pe": False, "enable_prompt_rewrite": False}
+"""Arguments without which a language model of the pipeline writes every prompt anew, and otherwise each time."""
+SHARED: Mapping[str, Any] = {
+    "return_dict": False,
+    "use_resolution_binning": False,
+    "true_cfg_scale": 1.0,
+    "pag_scale": 0.0,  # perturbed attention is guidance, too
+    "num_frames": 1,
+    "frames": 1,
+    **AS_WRITTEN,
+}
+"""Arguments that are passed wherever a pipeline takes them: one image, one pass through the network."""
 
 
 class StandIn:
@@ -113,7 +123,7 @@ def text_arguments(family: Family, pipe: Any, options: Any) -> dict[str, Any]:
     """Those arguments of a call by which prompts reach f as they did in training."""
     asked = {"max_sequence_length": options.max_sequence_length} if options.max_sequence_length else {}
     varying = family.varying(options, options.schedule or 1)
-    asked |= {name: varying[name] for name in family.text_arguments}
+    asked |= {**AS_WRITTEN, **{name: varying[name] for name in family.text_arguments}}
     return accepted_by(pipe, asked)
 
 
@@ -198,6 +208,12 @@ class PipelineCall:
             said = ("num_inference_steps", "timesteps", "sigmas", "height", "width")
             given = ", ".join(f"{name} {self.arguments[name]}" for name in said if name in self.arguments)
             cure = ": give the backend.size that the model was made for" if isinstance(error, LookupError) else ""
+            own = next((name for name in ("timesteps", "sigmas") if name in self.arguments), None)
+            if own and "custom" in str(error):  # the library's line is long, and names no way out
+                raise InputError(
+                    f"backend.{own} {list(self.arguments[own])}: {type(pipe.scheduler).__name__} takes none from "
+                    "outside: name another by backend.scheduler (LCMScheduler, EulerDiscreteScheduler take timesteps)"
+                ) from error
             raise InputError(f"{self._who} refused a call with {given}: {reason_of(error)}{cure}") from error
 
     def _replay(self, texts: Sequence[Any]) -> Callable[..., Any]:

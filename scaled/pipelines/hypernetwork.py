@@ -97,16 +97,27 @@ class FirstStep:
         """What `network` makes of the inputs of the first step, in the layout of the noise, rows in their order."""
         layout = self.layout(size, condition)
         if self.texts is None or isinstance(condition, GivenTexts):
-            return layout.read(self.raw(network, noise, condition, guidance, size))
+            return self._read(layout, self.raw(network, noise, condition, guidance, size), len(noise))
         parts, order = [], []
         for rows in self.texts.groups(condition.tensors):
             part = condition if len(rows) == len(condition) else condition.select(rows)
             x = noise if len(rows) == len(condition) else noise[rows.to(noise.device)]
-            parts.append(layout.read(self.raw(network, x, part, guidance, size)))
+            parts.append(self._read(layout, self.raw(network, x, part, guidance, size), len(x)))
             order.append(rows)
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts)[torch.argsort(torch.cat(order)).to(noise.device)]
+
+    def _read(self, layout: Layout, output: Any, rows: int) -> Tensor:
+        """The output in the layout of the noise; of rows in a list, `find_layout` sees the first."""
+        found = layout.read(output)
+        if len(found) != rows:
+            raise InputError(
+                f"self-check 'layout': {type(self.pipe).__name__} gives its network {len(found)} rows for {rows}: if "
+                "that is classifier-free guidance, set backend.guidance to a value without it (1, or 0); else no "
+                "hypernetwork can be made of it"
+            )
+        return found
 
     def raw(
         self, network: Any, noise: Tensor, condition: Condition | GivenTexts, guidance: float, size: tuple[int, int]

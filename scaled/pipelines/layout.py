@@ -111,7 +111,7 @@ def find_layout(call: PipelineCall) -> Layout:
         return found
 
     who = type(call.pipe).__name__
-    blank = entries(None)
+    blank = entries(None) if hasattr(call.pipe, "prepare_latents") else []
     if not drawn:
         raise InputError(f"self-check 'layout': {who} draws no noise in prepare_latents: it cannot be steered")
     if len(drawn) > 1:
@@ -131,8 +131,9 @@ def find_layout(call: PipelineCall) -> Layout:
         row = slice(0, 1)
     if ones[place][row].numel() != size:
         raise InputError(
-            f"self-check 'layout': {who} gives its network {ones[place].numel()} entries for {size} of noise: set "
-            "backend.guidance to a value without classifier-free guidance (1, or 0)"
+            f"self-check 'layout': {who} gives its network {ones[place].numel()} entries for {size} of noise: if "
+            "that is classifier-free guidance, set backend.guidance to a value without it (1, or 0); else no "
+            "hypernetwork can be made of it"
         )
     order = _read_marks(who, size, lambda values: entries(values)[place][row])
     device = blank[place].device

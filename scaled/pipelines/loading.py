@@ -43,6 +43,7 @@ def load_pipeline(backend: str, family: Family | None, options: PipelineOptions)
     import diffusers.utils.logging
     import transformers.utils.logging
 
+    _said_once()
     folder = find_model(options.model_id, options.local_files_only)
     found = _class_name(folder)
     if family is not None and found != family.pipeline_class:
@@ -51,7 +52,6 @@ def load_pipeline(backend: str, family: Family | None, options: PipelineOptions)
     kind = getattr(diffusers, found, None)
     if kind is None or not hasattr(kind, "encode_prompt"):
         raise InputError(f"{folder} holds a {found}: noise hypernetworks are for text-to-image pipelines of diffusers")
-    _said_once()
     bars = without_bars(diffusers.utils.logging, transformers.utils.logging)
     try:
         with bars, torch.random.fork_rng(devices=[]):  # models draw initial weights before the real ones are read
@@ -73,6 +73,7 @@ def load_pipeline(backend: str, family: Family | None, options: PipelineOptions)
     parts.exchange_network(pipe, name, options)
     parts.fuse_lora(pipe, name, options)
     parts.exchange_scheduler(pipe, options)
+    parts.require_schedule(pipe.scheduler, options)
     options = resolved(pipe, family, options)
     device = find_device(options.device)
     memory.apply_storage(getattr(pipe, name), options)
@@ -107,10 +108,18 @@ class _Once(logging.Filter):
         return fresh
 
 
+class _NoImages(logging.Filter):
+    """Drops what transformers says of image processors without torchvision: no image goes through one here."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "requires torchvision" not in record.getMessage()
+
+
 def _said_once() -> None:
-    for handler in logging.getLogger("diffusers").handlers:
-        if not any(isinstance(found, _Once) for found in handler.filters):
-            handler.addFilter(_Once())
+    for library, kind in (("diffusers", _Once), ("transformers", _NoImages)):
+        for handler in logging.getLogger(library).handlers:
+            if not any(isinstance(found, kind) for found in handler.filters):
+                handler.addFilter(kind())
 
 
 def left_out(kind: type) -> dict[str, Any]:
@@ -154,6 +163,13 @@ def find_model(model_id: str, local_files_only: bool = True) -> Path:
     folder = local_folder(model_id)
     if folder is not None:
         return folder
+    if model_id.endswith((".safetensors", ".ckpt", ".gguf")):
+        raise InputError(
+            f"backend.model_id {model_id!r} is a single file: store it as a folder once, by "
+            "PIPELINE_CLASS.from_single_file(FILE).save_pretrained(FOLDER) of diffusers, and give that"
+        )
+    if model_id.startswith(("/", "./", "../", "~")):
+        raise InputError(f"backend.model_id: {model_id!r} is not a local folder: give one in diffusers' format")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,6 +90,12 @@ class PipelineOptions:
                 raise InputError(f"backend.{name} {getattr(self, name)}: it is 1 or more, 0 for the pipeline's own")
         if self.timesteps and self.sigmas:
             raise InputError("backend.timesteps and backend.sigmas are both given: one of them is the schedule")
+        for name, least in (("timesteps", "0 or more"), ("sigmas", "above 0")):
+            given: tuple[float, ...] = getattr(self, name)
+            if not all(math.isfinite(value) and (value > 0 or (value == 0 and name == "timesteps")) for value in given):
+                raise InputError(f"backend.{name} {list(given)}: each of them is a finite number, {least}")
+            if not all(one > next_one for one, next_one in itertools.pairwise(given)):
+                raise InputError(f"backend.{name} {list(given)}: from noise to image, each is below the one before")
         if bad := [entry for entry in self.scheduler_config if "=" not in entry]:
             raise InputError(f"backend.scheduler_config {bad[0]!r}: write NAME=VALUE")
         if not 0 <= self.seed < 2**63:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def fuse_lora(pipe: Any, name: str, options: PipelineOptions) -> None:
     path = _one_file(options.lora, options, "backend.lora")
     try:
         weights = load_file(path)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _unsaid():
             pipe.load_lora_weights(dict(weights))
         layers = {key.rsplit(".lora_", 1)[0] for key, _ in network.named_parameters() if ".lora_" in key}
         _require_all(options.lora, weights, layers, name)
@@ -107,6 +109,20 @@ def exchange_scheduler(pipe: Any, options: PipelineOptions) -> None:
         pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)  # type: ignore[attr-defined]
     except _UNREADABLE as error:
         raise InputError(f"backend.scheduler {kind.__name__} refuses these settings: {reason_of(error)}") from error
+
+
+def require_schedule(scheduler: Any, options: PipelineOptions) -> None:
+    """Refuse a schedule that starts at more noise than the scheduler knows.
+
+    Raises:
+        InputError: it does.
+    """
+    last = int(scheduler.config.get("num_train_timesteps", 1000)) - 1
+    who = type(scheduler).__name__
+    if options.timesteps and options.timesteps[0] > last:
+        raise InputError(f"backend.timesteps {list(options.timesteps)}: those of {who} are 0 to {last}")
+    if options.sigmas and options.sigmas[0] > 1 and "FlowMatch" in who:
+        raise InputError(f"backend.sigmas {list(options.sigmas)}: those of {who} are at most 1, which is noise alone")
 
 
 def scheduler_settings(options: PipelineOptions) -> dict[str, Any]:
@@ -164,6 +180,19 @@ def _one_file(source: str, options: PipelineOptions, what: str) -> Path:
     raise InputError(
         f"{what}: {source!r} is no safetensors file, no folder with one, and no OWNER/NAME/FILE.safetensors of the hub"
     )
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Inside, diffusers logs nothing: what fails is raised as well, and is said in one line."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _require_all(source: str, weights: Any, layers: set[str], name: str) -> None:

@@ -129,6 +129,7 @@ class Checks:
             self._gradient("f", self._f, [self.noise], "its noise")
             self._gradient("f", lambda: self._f(self.noise), self.trained, "its weights")
         self._rows("the generator", self._images)
+        self._paints()
         noise = self.noise.clone().requires_grad_()
         self._recomputed("the generator", self.backend.network, lambda: self._images(noise), [noise])
         self._gradient("the generator", self._images, [self.noise], "its noise")
@@ -142,6 +143,13 @@ class Checks:
         """Some networks have positions for images up to a size, which the small images of the checks do not reach."""
         one = self.condition.select(torch.tensor([0]))
         self.backend.hypernetwork(torch.zeros(1, *self.backend.noise_shape, device=self.backend.device), one)
+
+    def _paints(self) -> None:
+        with torch.no_grad():
+            found = tuple(self._images(self.noise).shape[-2:])
+        if found != tuple(self.size):
+            reason = f"{found[0]} x {found[1]} pixels where {self.size[0]} x {self.size[1]} are asked for"
+            self._fail("image size", reason, "no hypernetwork can be made of it at this backend.size")
 
     def _images(self, noise: Tensor, rows: Sequence[int] = (0, 1)) -> Tensor:
         condition = self.condition.select(torch.tensor(rows))

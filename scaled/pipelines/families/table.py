@@ -64,7 +64,6 @@ _RECORDS = (
     # Its guidance_scale is for guidance-distilled networks, and the class says so at every call of another.
     Family(pipeline_class="QwenImagePipeline", guidance="true_cfg_scale", guidance_scale=1.0, last_layer="proj_out"),
     Family(pipeline_class="SanaPipeline", multiple=32, arguments={"complex_human_instruction": None}),
-    Family(pipeline_class="WanPipeline", arguments={"num_frames": 1}),
 )
 FAMILIES: dict[str, Family] = {family.pipeline_class: family for family in _RECORDS}
 

@@ -25,8 +25,8 @@ from hnkit.scaled.compare import run as run_module
 from hnkit.scaled.compare.baselines import Base, BestOfN
 from hnkit.scaled.compare.evaluation import Job, Row, Scorer
 from hnkit.scaled.compare.page import all_tables, lead, to_csv
-from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
-from hnkit.scaled.compare.settings import Settings, configuration, reproducing_command
+from hnkit.scaled.compare.plan import METHODS, Plan, make_plan, plan_from_json
+from hnkit.scaled.compare.settings import Settings, configuration, read_plan, reproducing_command
 from hnkit.scaled.compare.tables import by_category, category_mean, estimate
 from tests.scaled import tiny
 from tests.scaled.conftest import redness
@@ -275,6 +275,13 @@ def test_a_proposer_is_looked_for_before_anything_is_made(chosen, message, overr
     with pytest.raises(InputError, match=message):
         COMPARISON("sana", methods=methods, prompts=PROMPTS, overrides=[*overrides, *chosen], out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_by_default_prompts_are_optimised_only_where_something_writes_them(overrides, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module._Session, "run", lambda *_: {})
+    COMPARISON("sana", prompts=PROMPTS[:1], seeds=1, overrides=overrides, out=tmp_path / "run")
+    assert read_plan(tmp_path / "run", "sana").plan.methods == METHODS[:-1]
+    assert METHODS[-1] == "prompt-optimisation"
 
 
 def test_a_damaged_plan_is_refused(finished, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from hnkit import InputError
+from hnkit.scaled.pipelines.calls import PipelineCall
 from hnkit.scaled.pipelines.conditions import find_text_layout
 from hnkit.scaled.pipelines.families import table
 from hnkit.scaled.pipelines.layout import find_layout
@@ -114,6 +115,21 @@ def test_rows_that_mix_are_refused(load, monkeypatch):
     assert "self-check 'rows of f': StableDiffusion3Pipeline: a row alone differs" in refused(
         load, "StableDiffusion3Pipeline"
     )
+
+
+def test_images_of_another_size_are_refused(load, monkeypatch):
+    from hnkit.scaled.pipelines.backend import PipelineBackend
+
+    sample = PipelineBackend.sample
+    monkeypatch.setattr(PipelineBackend, "sample", lambda self, *a, **k: sample(self, *a, **k)[..., 2:, :])
+    message = refused(load, "StableDiffusion3Pipeline")
+    assert "self-check 'image size': StableDiffusion3Pipeline: 14 x 16 pixels where 16 x 16 are asked for" in message
+
+
+def test_noise_that_is_drawn_in_the_call_itself_is_refused():
+    """ERNIE-Image has no method that draws it."""
+    with pytest.raises(InputError, match="object draws no noise in prepare_latents: it cannot be steered"):
+        find_layout(PipelineCall(object(), "transformer", {}))
 
 
 def test_texts_of_which_no_condition_can_be_made():
