@@ -186,7 +186,8 @@ def _report(
         Section("Prompts", (Table(("folder", "prompt"), rows_),)),
         Section("Settings", (Table(("setting", "value"), chosen),)),
     ]
-    write_html(folder / "report.html", f"hnkit generate: {backend.name}", sections, card=card)
+    lead = "" if card is None else "This is the adapter's verdict, as its training measured it; the images are new."
+    write_html(folder / "report.html", f"hnkit generate: {backend.name}", sections, lead=lead, card=card)
     write_json(folder / "report.json", document)
     return document
 

@@ -50,10 +50,15 @@ def _read(key: str, measured: MeasuredMap) -> Estimate | None:
 
 def counted(checks: Sequence[Check]) -> CardLine:
     """How many checks reached which verdict."""
-    words = (("holds", "hold"), ("fails", "fail"), ("not applicable", "do not apply"), ("not certified", "unproved"))
+    words = (
+        ("holds", "hold"),
+        ("fails", "fail"),
+        ("not applicable", "do not apply"),
+        ("not certified", "not certified"),
+    )
     verdicts = [check.verdict for check in checks]
     counts = [f"{verdicts.count(verdict)} {word}" for verdict, word in words if verdict in verdicts]
-    note = "one that does not apply lacks a hypothesis, which it names; an unproved one holds for the estimate"
+    note = "one that does not apply lacks a hypothesis, which it names; one not certified holds for the estimate"
     return CardLine("checks", ", ".join(counts) or "none", note, "bad" if "fails" in verdicts else "good")
 
 
@@ -106,4 +111,4 @@ def _norms(found: dict[str, RunFigures]) -> CardLine | None:
         return None
     most = max(norms, key=lambda name: norms[name])
     note = "the most that a map stretches a small difference between two noises"
-    return CardLine("local norm", f"{format_number(norms[most], 3)} at most seen ({most})", note)
+    return CardLine("local norm", f"{format_number(norms[most], 3)} the largest seen ({most})", note)

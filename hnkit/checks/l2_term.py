@@ -11,7 +11,7 @@ from hnkit.checks.check import Finding, confidence_radius, worst
 from hnkit.errors import NotApplicable
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.jacobian import dense_jacobian
-from hnkit.kl.verdict import PROBES
+from hnkit.kl.verdict import PERCENT_BELOW, PROBES
 
 _ROUNDED = 0.06
 """Figures in words have two digits or more; a share that is rounded outward to two is off by a twentieth at most."""
@@ -52,11 +52,16 @@ def l2_verdict(measured: MeasuredMap) -> Finding:
         "rough words": _beyond(third, *_excess(*_roughly(text)), radius_third),
         "advice": 0.0 if (verdict.advice == "l2") == verdict.good and _advised(text) == verdict.advice else math.inf,
     }
-    note = f"tr(J²) is {100 * second:.3g}% of |f|², E(J) {100 * error:.3g}% of |f|²/2 at {count} samples"
+    note = f"tr(J²) is {_times(second)} |f|², E(J) {_times(error)} |f|²/2 at {count} samples"
     found = worst(*deviations.values())
     if not found <= 1:
         note += f"; off: {', '.join(name for name, value in deviations.items() if not value <= 1)}"
     return Finding(found, 1.0, 0.0, "<=", note)
+
+
+def _times(ratio: float) -> str:
+    """A ratio in words, in percent where it is small."""
+    return f"{ratio:.3g} times" if abs(ratio) >= PERCENT_BELOW else f"{100 * ratio:.3g}% of"
 
 
 def _trace(B: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from hnkit.internal.stats import Estimate
 from hnkit.jacobian import dense_jacobian
 from hnkit.linalg.matrices import MatrixNumbers
 from hnkit.maps import NoiseMap
+from hnkit.output.page import format_number
 from hnkit.output.plots import Plot, densities, error_against_lipschitz, exact_against_l2, kl_split
 
 _LEVELS = np.linspace(0.02, 0.98, 49)
@@ -89,7 +90,7 @@ def _bounds_plot(J: Tensor, what: str, own: float | None = None) -> Plot:
     place = int(np.abs(_LEVELS - own).argmin()) if own is not None and inside else len(_LEVELS) // 2
     loose = float(bounds["Theorem 7"][place] / error[place])
     where = f"At its L = {own:.2g}" if inside else f"At L = {_LEVELS[place]:.2g}"
-    title = f"{where} Theorem 7 is {loose:.3g} times looser than E(J)"
+    title = f"{where} the bound of Theorem 7 is {format_number(loose, 3)} times E(J)"
     caption = (
         f"The log-det error term against the Lipschitz constant, for {what}, with its bounds: the L2 approximation "
         "drops exactly this term."

@@ -93,8 +93,13 @@ def _one(figure: Figure, source: Any, group: str) -> Callable[[], list[Quantity]
 
 
 def prompt_quantities(measured: MeasuredMap, prompts: Sequence[str], per_prompt: int) -> list[Quantity]:
-    """The KL, the L2 term and its error for each of the first prompts, whose rows follow one another."""
+    """The KL, the L2 term and its error for each of the first prompts, whose rows follow one another.
+
+    Nothing where a prompt has one sample, which tells nothing of its own error.
+    """
     figures: list[Quantity] = []
+    if per_prompt < 2:
+        return figures
     try:
         per_sample = measured.stein.per_sample
     except NotApplicable:

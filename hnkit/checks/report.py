@@ -85,6 +85,22 @@ class Report:
         names = [check.group for check in self.checks] + [figure.group for figure in self.figures]
         return tuple(dict.fromkeys(names))
 
+    @property
+    def by_prompt(self) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]] | None:
+        """Headers and rows, one a prompt, of the headline figures of single prompts; `None` where none has any."""
+        checked = {check.group for check in self.checks}
+        own = [group for group in self.groups if group not in checked]
+        found = {(figure.group, figure.name): figure.text for figure in self.figures if figure.group in own}
+        if not (checked and found):
+            return None
+        names = {head: name for head, name in HEADLINES.items() if (own[0], name) in found}
+        (main,) = checked if len(checked) == 1 else ("",)
+        rows = [
+            (group.removeprefix(f"{main}: "), *(found.get((group, name), "–") for name in names.values()))
+            for group in own
+        ]
+        return ("prompt (nats)", *names), tuple(rows)
+
     def counts(self) -> dict[str, int]:
         """How many checks reached each verdict."""
         verdicts = ("holds", "fails", "not applicable", "not certified")
@@ -133,7 +149,10 @@ class Report:
             drawn = tuple(Picture(pictures[plot.name], plot.caption) for plot in self.plots)
             sections.append(Section("Plots", drawn))
         for group in self.groups:
-            sections.append(Section(group, tuple(self._group_blocks(group))))
+            if self.by_prompt is None or any(check.group == group for check in self.checks):
+                sections.append(Section(group, tuple(self._group_blocks(group))))
+        if self.by_prompt is not None:
+            sections.append(Section("Prompt by prompt", (Table(*self.by_prompt),)))
         config = json.dumps({**finite_numbers(dict(self.config)), "versions": versions()}, indent=2, ensure_ascii=False)
         how = (
             "A fold is a place where T(x) = x + f(x) turns space over, so that noises overlap; E(J) = tr J - "

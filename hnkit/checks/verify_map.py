@@ -110,7 +110,7 @@ def l2_verdict(measured: MeasuredMap) -> list[str]:
     verdict = measured.l2_verdict if measured.injection is None else None
     if verdict is None:
         return []
-    return [f"From {verdict.samples} samples and a handful of products, as training looks at it: {verdict}."]
+    return [f"From {verdict.samples} samples and a handful of products, as training looks at it, {verdict.finding}."]
 
 
 def deployment(measured: MeasuredMap) -> list[str]:
@@ -142,6 +142,6 @@ def invertibility(measured: MeasuredMap) -> list[str]:
     )
     norm = float(measured.norms.max())
     local = f" The largest local norm seen is {norm:.3g}" + (
-        ": every sample is locally a contraction." if norm < 1 else ", above 1: Lemma 5 cannot apply."
+        ": every sample is locally a contraction." if norm < 1 else ", above 1: f is no contraction."
     )
     return [sentence + seen + local + " The exact value is the KL if T is injective, else a lower bound of it."]

@@ -42,15 +42,17 @@ def report_view(report: Report, *, verbose: bool) -> Group:
         checks = [check for check in report.checks if check.group == group]
         shown = checks if verbose else [check for check in checks if check.verdict == "fails"]
         figures = [] if several else [figure for figure in report.figures if figure.group == group]
-        if not (shown or figures):
+        if not (shown or figures) or (report.by_prompt is not None and not checks):
             continue
-        parts += [Text(""), Text(group, style="bold")] if len(report.groups) > 1 else []
+        parts += [Text(""), Text(group, style="bold")] if several else []
         parts += [check_lines(check) for check in shown]
         if not several:
             parts += [Words(text) for owner, text in report.notes if owner == group]
         if figures:
             rows = [(figure.name, figure.text, figure.unit) for figure in figures]
             parts.append(simple_table(("figure", "value ± standard error", "unit"), rows))
+    if report.by_prompt is not None:
+        parts.append(simple_table(*report.by_prompt))
     if verbose:
         marks = "   ".join(f"{mark} {verdict}" for verdict, mark in VERDICT_MARKS.items())
         parts += [Text(""), Text(marks, style="dim")]

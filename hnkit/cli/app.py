@@ -108,6 +108,7 @@ app = typer.Typer(
     cls=_Commands,
     name="hnkit",
     help="Exact KL, bounds and training for noise hypernetworks x -> x + f(x) on one-step generators.",
+    epilog="Start with: hnkit verify-bound, then hnkit train --backend digits",
     no_args_is_help=False,
     add_completion=False,
     pretty_exceptions_enable=False,

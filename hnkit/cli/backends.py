@@ -43,8 +43,16 @@ def run(options: Options) -> int:
         if entry["presets"]:
             lines.append(Text(f"presets: {', '.join(entry['presets'])}", style="dim"))
         screen.print(Padding(Group(*lines), (0, 0, 0, 4)))
-    screen.print(Text(f"\nrewards: {', '.join(rewards) or 'none'}"))
+    screen.print("", terminal.Words(f"rewards: {', '.join(rewards) or 'none'}"), sep="\n")
+    screen.print(terminal.Words(_NEXT))
     return 0
+
+
+_NEXT = (
+    "A model that is not here is also fetched by a run with --set backend.local_files_only=false, or named as a folder "
+    "by --model-id FOLDER. Options of a backend: the configuration reference (nox -s docs). The miniature is ready: "
+    "hnkit train --backend digits"
+)
 
 
 def described_backend(name: str) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def run(options: Options) -> int:
     document = frontier_document(frontier, methods) | extra
     card = page.card(document)
     document["verdict"] = card.to_json()
-    lead = page.sentences(document)
+    lead = page.sentences(document, beside_card=True)
     folder = new_run_folder(options.out, "frontier")
     record_provenance(folder, record)
     picture = page.plot(document)

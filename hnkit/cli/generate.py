@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hnkit.generate import GeneratePlan
     from hnkit.output.page import Card
 
-EXAMPLE = "hnkit generate --backend digits --prompt 'a three' --count 8"
+EXAMPLE = "hnkit generate --backend digits --adapter bundled --prompt 'a three'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,8 @@ def run(options: Options) -> int:
         terminal.print_json({**document, "run_folder": str(folder)})
     else:
         terminal.print_card_of(document)
-        print(f"{document['images']} images; contact sheet: {folder / 'contact-sheet.png'}")
+        whose = "" if document["verdict"] is None else "The verdict is the adapter's, as its training measured it.\n"
+        print(f"{whose}{document['images']} images, report: {folder / 'report.html'}")
     return 0
 
 

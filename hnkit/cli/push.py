@@ -20,7 +20,7 @@ class Options(Common):
     Attributes:
         run: run, exported adapter, or folder of an adapter.
         to: repository on the Hugging Face Hub, NAME or USER/NAME; default: none, only the folder is written.
-        license_name: license of the adapter, as the Hub names it.
+        license_name: license of the adapter, as the Hub names it; default: none is stated.
         private: make the repository private.
     """
 

@@ -30,7 +30,8 @@ class Options(WithBackend):
         heldout: reward that is reported and never trained on (repeatable).
         resume: continue a run: this one, or the newest if none is named.
         plan: say what the run needs on a card and how long it takes there; nothing is trained, loaded or written.
-        card: the card of --plan.
+        card: the card of --plan; one of rtx-3090, rtx-4090, a10, l4, a100-40gb, a6000, l40s, a100, h100, h200; default:
+            h100.
     """
 
     config: Path | None = setting(None, metavar="FILE.toml")

@@ -40,7 +40,8 @@ def card(document: Mapping[str, Any]) -> Card:
         value = f"gain {gain} for {nats_text(method)} nats"
         if method["efficiency"] is not None:
             value += f", {share(method)} of what they buy"
-        lines.append(CardLine(name, value, "the gain as a share of the most that any law of so many nats can gain"))
+        note = "" if lines else "the share is of the most that any law of so many nats can gain"
+        lines.append(CardLine(name, value, note))
     if len(ranked) > _SHOWN:
         lines.append(CardLine("", f"and {len(ranked) - _SHOWN} more, in the table"))
     return Card(tuple(lines), _sentence(document, ranked))
@@ -73,14 +74,14 @@ def _sentence(document: Mapping[str, Any], ranked: Sequence[tuple[str, Mapping[s
     return f"{found}: {do}{fits}."
 
 
-def sentences(document: Mapping[str, Any]) -> list[str]:
-    """What the figures say, a sentence each: the answer first."""
+def sentences(document: Mapping[str, Any], *, beside_card: bool = False) -> list[str]:
+    """What the figures say, a sentence each: the answer first; beside the card only what it leaves out."""
     found = [document["remark"]] if "remark" in document else []
     for name, method in document["methods"].items():
         gain = f"{name} gains {format_estimate(method['gain'], method['stderr'])}"
         nats = nats_text(method)
         if method["efficiency"] is not None:
-            found.append(f"{gain} for {nats} nats, {share(method)} of what they could buy.")
+            found += [] if beside_card else [f"{gain} for {nats} nats, {share(method)} of what they could buy."]
         elif method["nats"] is None:
             found.append(
                 f"{gain} and spends {nats} nats (95%). Its nats are not known, and so neither is its efficiency."
@@ -138,8 +139,12 @@ def share(method: Mapping[str, Any]) -> str:
 
 
 def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headers and rows: best-of-N, the methods, and some points of the frontier."""
+    """Headers and rows: the methods, best-of-N, and some points of the frontier."""
     rows: list[tuple[str, ...]] = [
+        (name, nats_text(method), format_estimate(method["gain"], or_nan(method["stderr"])), share(method))
+        for name, method in document["methods"].items()
+    ]
+    rows += [
         (
             f"best of {entry['n']}",
             f"at most {rounded_up(entry['nats'], 3)}",
@@ -148,8 +153,6 @@ def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
         )
         for entry in document["best_of"]
     ]
-    for name, method in document["methods"].items():
-        rows.append((name, nats_text(method), format_estimate(method["gain"], or_nan(method["stderr"])), share(method)))
     for point in document["frontier"][::4]:
         rows.append(("frontier", f"{point['nats']:.3g}", format_estimate(point["gain"], point["stderr"]), "100%"))
     return ("", "nats a prompt", "gain in reward", "efficiency"), rows

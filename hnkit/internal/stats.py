@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
@@ -52,8 +53,16 @@ def rounded_to_error(value: float, stderr: float) -> str:
         return f"{value:.5g} ± {stderr}"
     places = max(0, 1 - math.floor(math.log10(stderr)))
     if abs(value) >= 1e6 or 0 < max(abs(value), stderr) < 1e-4:
-        return f"{value:.3g} ± {stderr:.2g}"
+        return short_exponents(f"{value:.3g} ± {stderr:.2g}")
     return f"{value:.{places}f} ± {stderr:.{places}f}"
+
+
+def short_exponents(text: str) -> str:
+    """Numbers as they are read by people: 1.5e-7, not 1.5e-07."""
+    return _EXPONENT.sub(r"e\1\2", text)
+
+
+_EXPONENT = re.compile(r"(?<=\d)e(?:\+|(-))0*(\d)")
 
 
 def rounded_up(value: float, digits: int = 4, *, below: float = math.inf) -> str:
@@ -75,7 +84,7 @@ def _directed(value: float, digits: int, rounding: str, inside: bool, kept: Call
     rounded = Context(prec=digits, rounding=rounding).create_decimal(Decimal(repr(float(value))))
     if inside and not kept(float(rounded)):
         return repr(value)
-    return f"{float(rounded):.{digits}g}"
+    return short_exponents(f"{float(rounded):.{digits}g}")
 
 
 def mean_and_stderr(samples: Tensor) -> tuple[float, float]:

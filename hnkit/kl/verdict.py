@@ -113,6 +113,11 @@ class L2Verdict:
         return f"{text[0].upper()}{text[1:]}."
 
     def __str__(self) -> str:
+        return self.finding if self.good else f"use --kl {self.advice}: {self.finding}"
+
+    @property
+    def finding(self) -> str:
+        """The verdict without its advice."""
         if self.good:
             return f"the L2 term is within {_percent(self.within)} of the KL (95%): {self.reason}"
         verb = "overcounts" if self.missed < 0 else "misses"
@@ -131,7 +136,7 @@ class L2Verdict:
             size = (
                 f"{verb} about {_percent(abs(self.missed))} of the KL to third order, an estimate that nothing bounds"
             )
-        return f"use --kl {self.advice}: the L2 term {size}; {self.reason}"
+        return f"the L2 term {size}; {self.reason}"
 
 
 def l2_verdict(

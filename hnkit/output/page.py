@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hnkit.internal.files import atomic_write
-from hnkit.internal.stats import rounded_to_error, rounded_up
+from hnkit.internal.stats import rounded_to_error, rounded_up, short_exponents
 
 Cell = str | int | float | None
 """What a table holds; numbers are shown with `format_number`, `None` and NaN as a dash."""
@@ -40,7 +40,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG image with its caption, which is also its alternative text; one of `samples` is shown wide."""
+    """A PNG image with its caption, which is also its alternative text; one of `samples` is shown in its full height."""
 
     png: bytes
     caption: str
@@ -132,6 +132,8 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant
 th { text-align: left; font-weight: 600; background: var(--head); white-space: nowrap; }
 th, td { padding: .42rem .55rem; vertical-align: baseline; }
 tbody tr.row td { border-top: 1px solid var(--line); }
+tr.row td:not([class]) { min-width: 14rem; }
+table.dense { font-size: .82rem; } table.dense th, table.dense td { padding-inline: .35rem; }
 td.whole, .whole { white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 tr.note td { padding-top: 0; color: var(--dim); font-size: .8rem; max-width: 0; }
@@ -155,7 +157,7 @@ tr.note div { position: sticky; left: .7rem; max-width: min(62rem, calc(100vw - 
   .card dt { padding-bottom: 0; font-size: .8rem; } }
 figure { margin: 1.2rem 0; padding: .9rem; background: #ffffff; border: 1px solid var(--line); border-radius: 8px; }
 figure img { display: block; max-width: 100%; max-height: 34rem; height: auto; margin: 0 auto; }
-figure.samples img { width: 100%; max-height: none; image-rendering: pixelated; }
+figure.samples img { max-height: none; }
 figcaption, .caption { color: var(--dim); font-size: .875rem; margin: .7rem 0 0; max-width: 46rem; }
 figcaption { color: #4d545c; }
 pre { overflow-x: auto; padding: .9rem 1rem; background: var(--card); border: 1px solid var(--line);
@@ -176,11 +178,7 @@ def format_number(value: float | None, digits: int = 4) -> str:
         return "∞" if value > 0 else "-∞"
     if float(value).is_integer() and abs(value) < 10**6:
         return f"{int(value)}"
-    text = f"{value:.{digits}g}"
-    if "e" in text:
-        mantissa, exponent = text.split("e")
-        return f"{mantissa}e{int(exponent)}"
-    return text
+    return short_exponents(f"{value:.{digits}g}")
 
 
 def format_estimate(value: float, stderr: float | None = None, bias_bound: float | None = None) -> str:
@@ -205,13 +203,36 @@ _WHOLE = 26
 """Text of up to so many characters is not broken into lines: names of checks and toys, counts, estimates."""
 
 
+FIGURE = re.compile(
+    r"--\w[\w-]*(?: [\w-]+)?"  # a flag with its value
+    r"|\|[^|\s]+\|[²\w]*"  # a norm
+    r"|(?:\b\w+ = |at least |at most )?-?\d[\w.]*(?: ± [\w.]+)?(?: (?:%|nats)(?!\w))?"  # a figure with its unit
+)
+"""What is never broken into lines, on the terminal and on a page: `1.23 ± 0.04 nats`, `a = 1`, `--kl exact`, `|f|²`."""
+
+
+def _words(text: str) -> str:
+    """The HTML of a text, its figures in one piece each."""
+    return FIGURE.sub(_in_one_piece, html.escape(text, quote=False))
+
+
+def _in_one_piece(found: re.Match[str]) -> str:
+    breaks = any(mark in found[0] for mark in " |-")
+    return f'<span class="whole">{found[0]}</span>' if breaks else found[0]
+
+
+def _is_whole(text: str) -> bool:
+    """Whether a cell is not broken into lines: names of checks and toys, counts, one estimate."""
+    return len(text) <= _WHOLE or (text.count(" ± ") == 1 and len(text) <= 2 * _WHOLE)
+
+
 def _cell(value: Cell) -> tuple[str, str]:
     """The class and the HTML of a cell."""
     if isinstance(value, str):
         if value in VERDICT_MARKS:
             name = value.replace(" ", "-")
-            return "", f'<span class="verdict {name}">{VERDICT_MARKS[value]} {html.escape(value)}</span>'
-        return "whole" if " ± " in value or len(value) <= _WHOLE else "", html.escape(value)
+            return "whole", f'<span class="verdict {name}">{VERDICT_MARKS[value]} {html.escape(value)}</span>'
+        return ("whole", html.escape(value)) if _is_whole(value) else ("", _words(value))
     return "number", html.escape(format_number(value))
 
 
@@ -229,10 +250,11 @@ def _table(table: Table) -> str:
         cells = "".join(f"<td{f' class={kind}' if kind else ''}>{content}</td>" for kind, content in map(_cell, row))
         body.append(f'<tr class="row">{cells}</tr>')
         if table.notes.get(index):
-            note = html.escape(table.notes[index])
+            note = _words(table.notes[index])
             body.append(f'<tr class="note"><td colspan="{len(table.headers)}"><div>{note}</div></td></tr>')
-    caption = f'<p class="caption">{html.escape(table.caption)}</p>' if table.caption else ""
-    wide = " class=wide" if len(table.headers) > 3 else ""
+    caption = f'<p class="caption">{_words(table.caption)}</p>' if table.caption else ""
+    columns = len(table.headers)
+    wide = "" if columns <= 3 else " class=wide" if columns <= 9 else ' class="wide dense"'
     return (
         f'<div class="scroll"><table{wide}><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
         f"{caption}"
@@ -243,20 +265,15 @@ def _card(card: Card) -> str:
     rows = []
     for line in card.lines:
         mark = f'<span class="mark {line.mark}">{CARD_MARKS[line.mark]}</span>' if line.mark else ""
-        note = f"<small>{html.escape(line.note)}</small>" if line.note else ""
-        rows.append(f"<dt>{html.escape(line.label)}</dt><dd>{mark}{html.escape(line.value)}{note}</dd>")
+        note = f"<small>{_words(line.note)}</small>" if line.note else ""
+        rows.append(f"<dt>{html.escape(line.label)}</dt><dd>{mark}{_words(line.value)}{note}</dd>")
     listed = f"<dl>{''.join(rows)}</dl>" if rows else ""
-    answer = _FLAG.sub(r'<span class="whole">\g<0></span>', html.escape(card.sentence))
-    return f'<div class="card">{listed}<p class="answer">{answer}</p></div>'
-
-
-_FLAG = re.compile(r"--[a-z][\w-]*(?: [a-z0-9][\w-]*)?")
-"""A flag with its value, which browsers would break at its hyphens."""
+    return f'<div class="card">{listed}<p class="answer">{_words(card.sentence)}</p></div>'
 
 
 def _block(block: Block) -> str:
     if isinstance(block, Text):
-        return f"<p>{html.escape(block.text)}</p>"
+        return f"<p>{_words(block.text)}</p>"
     if isinstance(block, Table):
         return _table(block)
     if isinstance(block, Picture):
@@ -264,7 +281,7 @@ def _block(block: Block) -> str:
         data = base64.b64encode(block.png).decode()
         kind = " class=samples" if block.samples else ""
         image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-        return f"<figure{kind}>{image}<figcaption>{caption}</figcaption></figure>"
+        return f"<figure{kind}>{image}<figcaption>{_words(block.caption)}</figcaption></figure>"
     pre = f"<pre>{html.escape(block.text)}</pre>"
     return f"<details><summary>{html.escape(block.summary)}</summary>{pre}</details>" if block.summary else pre
 
@@ -276,7 +293,7 @@ def render_html(title: str, sections: Sequence[Section], *, lead: str = "", card
         f'<section id="s{number}"><h2>{html.escape(section.title)}</h2>{"".join(map(_block, section.blocks))}</section>'
         for number, section in enumerate(sections)
     )
-    intro = f"<p>{html.escape(lead)}</p>" if lead else ""
+    intro = f"<p>{_words(lead)}</p>" if lead else ""
     answer = "" if card is None else _card(card)
     nav = f"<nav>{links}</nav>" if len(sections) > 1 else ""
     return (

@@ -89,6 +89,14 @@ def new_canvas(width: float, height: float) -> Figure:
     return figure
 
 
+def step_axis(axes: Axes) -> None:
+    """Name the axis of training steps, whose ticks are whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def to_png(figure: Figure) -> bytes:
     """The figure as the bytes of a PNG file without alpha or time stamp, so that equal figures are equal files."""
     from PIL import Image
@@ -227,7 +235,7 @@ def kl_split(names: Sequence[str], parts: Mapping[str, Sequence[float]], totals:
         totals: the KL of each bar, nats.
         title: the finding, in a few words.
     """
-    figure, (axes,) = new_figure(height=1.7 + 0.42 * len(names))
+    figure, (axes,) = new_figure(height=1.7 + max(0.42 * min(len(names), 3), 0.26 * len(names)))
     places = np.arange(len(names))[::-1]
     positive, negative = np.zeros(len(names)), np.zeros(len(names))
     looks = ((SKY, ""), (BLUE, ""), (ORANGE, "///"), (VERMILION, "..."))

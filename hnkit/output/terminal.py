@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hnkit.internal.values import CONTROL, printable
-from hnkit.output.page import CARD_MARKS, Card, Mark, format_number
+from hnkit.output.page import CARD_MARKS, FIGURE, Card, Mark, format_number
 from hnkit.output.page import Table as Cells
 from hnkit.output.verdict import card_from
 
@@ -99,16 +98,12 @@ class Words:
     style: str = ""
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Text]:
-        held = _FIGURE.sub(lambda found: found[0].replace(" ", _HELD), self.text)
+        held = FIGURE.sub(lambda found: found[0].replace(" ", _HELD), self.text)
         lines = textwrap.wrap(held, options.max_width, break_on_hyphens=False)
         yield Text("\n".join(lines).replace(_HELD, " "), style=self.style)
 
 
 _HELD = "\N{NO-BREAK SPACE}"
-_FIGURE = re.compile(
-    r"--\w[\w-]* [\w-]+"  # a flag with its value
-    r"|(?:\b\w+ = |at least |at most )?-?\d[\w.]*(?: ± [\w.]+)?(?: (?:%|nats)(?!\w))?"  # a figure with its unit
-)
 _MARK_STYLES: dict[Mark, str] = {"good": "green", "bad": "bold red", "open": "yellow", "": ""}
 
 

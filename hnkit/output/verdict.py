@@ -86,10 +86,10 @@ class RunFigures:
 
     @property
     def efficient(self) -> bool | None:
-        """Whether the gain is a third or more of what its nats buy; `None` where its error bar leaves that open."""
+        """Whether the gain is a third or more of what its nats buy; `None` where two standard errors leave that open."""
         if self.efficiency is None:
             return None
-        stderr = 0.0 if math.isnan(self.efficiency.stderr) else self.efficiency.stderr
+        stderr = 0.0 if math.isnan(self.efficiency.stderr) else 2 * self.efficiency.stderr
         if self.efficiency.value - stderr >= LEAST_EFFICIENCY:
             return True
         return False if self.efficiency.value + stderr < LEAST_EFFICIENCY else None
@@ -262,9 +262,9 @@ def _norm_line(figures: RunFigures) -> CardLine | None:
     if figures.local_norm is None or math.isnan(figures.local_norm) or figures.bound is not None:
         return None
     note = "the most that f stretches a small difference between two noises; below 1, x + f(x) cannot fold there"
-    value = f"{format_number(figures.local_norm, 3)} at most seen"
+    value = f"{format_number(figures.local_norm, 3)} the largest seen"
     if figures.lipschitz is not None:
-        value += f", certified to be at most {rounded_up(figures.lipschitz, 3)} everywhere"
+        value += f", certified at most {rounded_up(figures.lipschitz, 3)} everywhere"
     elif figures.local_norm < 1:
         value += ", below 1"
     else:
@@ -316,7 +316,7 @@ def sentence(figures: RunFigures) -> str:
     """What the figures mean, and what to do: one sentence."""
     meaning = ", and ".join(part for part in (_worth(figures), _price(figures)) if part)
     actions = _actions(figures)
-    do = "" if not actions else f"{', '.join(actions[:-1])} and {actions[-1]}" if len(actions) > 1 else actions[0]
+    do = ", and ".join(actions)
     return f"{meaning[0].upper()}{meaning[1:]}{': ' if do else ''}{do}."
 
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from hnkit.config import TrainConfig
 from hnkit.figures import FIGURES
-from hnkit.output.plots import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILION, Plot, new_figure
+from hnkit.output.page import format_number
+from hnkit.output.plots import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILION, Plot, new_figure, step_axis
 from hnkit.tilt import TiltedProblem
 from hnkit.training.validate import prompts_of
 from hnkit.training.view import loss_term
@@ -77,7 +78,9 @@ def _running_mean(values: Array) -> Array:
 
 
 def _curves(steps: Records, term: tuple[str, str] | None) -> Figure:
-    looks = {"loss": ("Loss", INK), **({term[0]: (term[1], BLUE)} if term else {}), "reward": ("Reward", GREEN)}
+    looks = {"loss": ("Loss, nats" if term else "Loss", INK), "reward": ("Reward", GREEN)}
+    if term:
+        looks = {"loss": looks["loss"], term[0]: (f"{term[1]}, nats", BLUE), "reward": looks["reward"]}
     figure, axes = new_figure(11.0, 3.4, columns=len(looks))
     at = _column(steps, "step")
     for axis, (key, (title, colour)) in zip(axes, looks.items(), strict=True):
@@ -85,7 +88,8 @@ def _curves(steps: Records, term: tuple[str, str] | None) -> Figure:
         values = np.asarray([_number(record.get(key, record.get("kl"))) for record in steps])
         axis.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
         axis.plot(at, _running_mean(values), color=colour)
-        axis.set(xlabel="step", title=title)
+        axis.set_title(title)
+        step_axis(axis)
     return figure
 
 
@@ -105,7 +109,8 @@ def _kl(measured: Records) -> Figure:
         if last is None
         else (f"The L2 term ends {100 * abs(last):.0f} % {'below' if last < 0 else 'above'} the KL")
     )
-    axes.set(xlabel="step", ylabel="nats", title=title)
+    axes.set(ylabel="nats", title=title)
+    step_axis(axes)
     if axes.has_data():
         axes.legend(loc="best")
     return figure
@@ -123,7 +128,8 @@ def _gap(measured: Records, problem: TiltedProblem) -> Figure:
         value = getattr(problem, name)()
         axes.axhline(value, color=colour, linestyle=line, label=f"{label}:  {value:.3g}")
     axes.axhline(0, color=GREEN, linestyle=":", label="of the exact KL:  0")
-    axes.set(xlabel="step", ylabel="nats from the tilted law", title=f"{gap[-1]:.3g} nats from the optimum")
+    axes.set(ylabel="nats from the tilted law", title=f"{gap[-1]:.3g} nats from the optimum")
+    step_axis(axes)
     axes.set_yscale("symlog", linthresh=1e-2)
     if axes.has_data():
         axes.legend(loc="best")
@@ -142,10 +148,11 @@ def _gains(validated: Records) -> Figure:
         called = name if name == score["role"] else f"{name} ({score['role']})"
         axes.errorbar(
             at, gains / scale, yerr=np.nan_to_num(errors) / scale, linestyle=lines[score["role"]], capsize=2,
-            label=f"{called}, largest {scale:.3g}",
+            label=f"{called}, largest {format_number(scale, 3)}",
         )  # fmt: skip
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set(xlabel="step", ylabel="gain, share of its largest", title="Held-out prompts: steered minus base")
+    axes.set(ylabel="gain, share of its largest", title="Held-out prompts: steered minus base")
+    step_axis(axes)
     if axes.has_data():
         axes.legend(loc="best")
     return figure

@@ -171,7 +171,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
         law = learned_law(problem, evaluator.map_for([evaluator.prompts[0]]), config.train.deployment)
     dim = math.prod(evaluator.backend.noise_shape)
     report: dict[str, Any] = {
-        "title": f"Training of {config.backend}",
+        "title": f"hnkit train: {config.backend}",
         "step": ending.step,
         "skipped": ending.skipped,
         "best": ending.best,

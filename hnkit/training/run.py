@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -250,6 +251,8 @@ def _run(
             raise
         raise InputError(f"{error}; stopped after step {session.step}{_go_on(session.config, folder)}") from error
     view.say(f"finished: adapter {folder / 'adapter'}, report {folder / 'report.html'}")
+    if len(session.backend.noise_shape) > 1 and session.config.train.objective == "hypernoise":
+        view.say(f"use it: hnkit generate --backend {session.config.backend} --adapter {shlex.quote(str(folder))}")
     return TrainResult(folder, session.step, True, 0, session.skipped, report)
 
 

@@ -62,6 +62,11 @@ class TrainView:
         self.say(f"training {backend} (d = {dim}, {parameters:,} trained parameters), run folder {folder}")
         if settings.objective == "hypernoise":
             self.say(alpha_sentence(settings, dim))
+        if settings.ema:
+            self.say(
+                f"weights are averaged (decay {settings.ema:g}): lines of steps are of the last weights, KL, scores and "
+                "adapter of their average, which lags behind at first"
+            )
         if step:
             self.say(f"going on after step {step}")
         if self.console.is_terminal and not self.quiet:

@@ -173,6 +173,8 @@ def _methods_table(document: Document, rows: Sequence[Row]) -> Table:
         "function evaluations, counts forward passes of generator and hypernetwork for an image; seconds were measured "
         "in this run, batched."
     )
+    if "train_steps" in document and any(row["method"].startswith("direct") for row in rows):
+        caption += f" Direct LoRA was trained here, for {document['train_steps']:,} steps."
     if categories:
         caption += f" {label_of(score).capitalize()} and its gain weigh the {len(categories)} kinds of prompt equally."
     return Table(("method", label_of(score), "gain", "s/image", "NFE", *categories), tuple(body), caption)

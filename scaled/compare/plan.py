@@ -32,7 +32,7 @@ class Plan:
         ranks: LoRA ranks of tables 9 and 10, each trained here.
         losses: KL terms of which each is trained here and followed by its exact KL; "exact" may be added, at d
             products per sample and step.
-        train_steps: optimiser steps of what is trained here; 0 is the backend's preset.
+        train_steps: optimiser steps of what is trained here; 0: those of adapter or preset, with `--quick` 400 at most.
         diversity_prompts: prompts of table 7.
         diversity_seeds: noises per prompt of table 7.
         dino: a transformers vision model for DINO similarity (hub name or folder); empty: left out.
@@ -117,6 +117,9 @@ QUICK: dict[str, Any] = {
     "measure_samples": 16,
 }
 """What `--quick` changes: minutes on a laptop; the tables that need further training are left out."""
+
+QUICK_STEPS = 400
+"""The most optimiser steps of what `--quick` trains, unless `compare.train_steps` says another number."""
 
 
 def make_plan(

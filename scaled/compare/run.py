@@ -48,7 +48,7 @@ from hnkit.scaled.compare.frontier import frontier_part
 from hnkit.scaled.compare.nats import NetworkKL, network_kl
 from hnkit.scaled.compare.networks import Network, given, trained
 from hnkit.scaled.compare.page import card, printed_table, write_page
-from hnkit.scaled.compare.plan import make_plan
+from hnkit.scaled.compare.plan import QUICK_STEPS, make_plan
 from hnkit.scaled.compare.settings import (
     PLAN,
     PROMPTS,
@@ -235,7 +235,8 @@ class _Session:
                 progress.start(title)
                 results[key] = part()
         document = {
-            "title": f"Comparison on {self.settings.backend}",
+            "title": f"hnkit compare: {self.settings.backend}",
+            "train_steps": self.train_steps,
             "settings": self.settings.to_json(),
             "config": self.config.to_dict(),
             "trained_reward": {
@@ -255,6 +256,12 @@ class _Session:
         self.workers.on_main(write)
         return document
 
+    @property
+    def train_steps(self) -> int:
+        """Optimiser steps of what is trained here."""
+        most = QUICK_STEPS if self.settings.quick else self.config.train.steps
+        return self.plan.train_steps or min(self.config.train.steps, most)
+
     # --- networks ------------------------------------------------------------------------------------------
 
     def _network(self, name: str, *, rank: int | None = None, kl: str | None = None) -> None:
@@ -262,7 +269,7 @@ class _Session:
         if name == "hypernoise" and settings.adapter is not None:
             self.networks[name] = given(name, settings.backend, Path(settings.adapter), settings.overrides)
             return
-        total = plan.train_steps or self.config.train.steps
+        total = self.train_steps
         every = max(1, total // 8)
         overrides = [
             *settings.overrides,

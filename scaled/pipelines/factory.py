@@ -105,10 +105,13 @@ class PipelineFactory:
         options = self.located(self.options())
         if not options.model_id:
             return "ready for a model: name its folder or hub name with --set backend.model_id=MODEL"
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
         try:
             folder = find_model(options.model_id)
         except InputError as error:
-            return str(error)
+            absent = isinstance(error.__cause__, LocalEntryNotFoundError)
+            return f"not in the local cache: hf download {options.model_id}" if absent else str(error)
         return f"ready: {folder}"
 
     def _require_packages(self) -> None:

@@ -33,8 +33,8 @@ def test_an_estimate_of_samples() -> None:
         (0.25, 0.0, "0.25 ± 0"),  # known, and none
         (0.25, 1e-16, "0.25 ± 0"),  # rounding
         (0.25, math.nan, "0.25 ± unknown"),
-        (1e-9, 2e-10, "1e-09 ± 2e-10"),
-        (2.5e8, 1e7, "2.5e+08 ± 1e+07"),
+        (1e-9, 2e-10, "1e-9 ± 2e-10"),
+        (2.5e8, 1e7, "2.5e8 ± 1e7"),
         (math.inf, math.nan, "inf ± unknown"),
     ],
 )

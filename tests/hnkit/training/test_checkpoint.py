@@ -197,15 +197,17 @@ except ValueError as error:
 
 
 def test_the_trainer_imports_where_the_system_has_no_posix_names():
-    """On Windows there is no `fcntl`, and the signals of schedulers and terminals have no names."""
+    """On Windows there is no `fcntl`, the signals of schedulers and terminals have no names, files no such flags."""
     script = """
-import sys, signal
+import os, sys, signal
 for name in ("fcntl", "resource", "termios", "pwd", "grp"):
     sys.modules[name] = None
 for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL", "SIGQUIT", "pthread_kill", "SIGALRM"):
     if hasattr(signal, name):
         delattr(signal, name)
-import hnkit.training.run, hnkit.training.session
+for name in ("O_NOFOLLOW", "O_DIRECTORY", "fchmod", "getuid", "geteuid", "setsid", "killpg", "statvfs"):
+    delattr(os, name)
+import hnkit, hnkit.cli, hnkit.training.run, hnkit.training.session, hnkit.scaled.backends, hnkit.toy.backend
 from hnkit.training.signals import StopSignals
 with StopSignals():
     print("imported")
