@@ -39,7 +39,10 @@ def import_object(path: str, flag: str) -> Any:
             found: Any = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
         reason = f"{type(error).__name__}: {reason_of(error)}"
-        raise InputError(f"{flag} {path}: importing {module} failed ({reason})") from error
+        cure = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            cure = ": run from the folder of that file, or install the package"
+        raise InputError(f"{flag} {path}: importing {module} failed ({reason}){cure}") from error
     where = getattr(found, "__file__", None)
     for name in attribute.split("."):
         if not hasattr(found, name):

@@ -40,7 +40,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG image with its caption, which is also its alternative text; one of `samples` is shown in its full height."""
+    """A PNG image with its caption, which is also its alternative text; `samples` are shown in full height."""
 
     png: bytes
     caption: str

@@ -86,7 +86,7 @@ class RunFigures:
 
     @property
     def efficient(self) -> bool | None:
-        """Whether the gain is a third or more of what its nats buy; `None` where two standard errors leave that open."""
+        """Whether the gain is a third or more of what its nats buy; `None` where two standard errors leave it open."""
         if self.efficiency is None:
             return None
         stderr = 0.0 if math.isnan(self.efficiency.stderr) else 2 * self.efficiency.stderr

@@ -278,6 +278,7 @@ def model_card(config: RunConfig, backend: BackendBase, report: Mapping[str, Any
         "",
         f"- Base: {base}",
         f"- Reward: {rewards}",
+        f"- Prompts: {_prompt_source(config)}",
         f"- Training: {report['step']} steps of {config.train.batch} samples, loss with {_term(config)}, "
         f"seed {config.train.seed}, {report['skipped']} batches skipped",
         *([f"- Started from: the adapter {config.train.from_adapter}"] if config.train.from_adapter else []),
@@ -316,8 +317,21 @@ def _metadata(config: RunConfig, backend: BackendBase) -> ModelCardData:
         base_model_relation="adapter" if hub else None,
         library_name="hnkit",
         pipeline_tag="text-to-image" if len(backend.noise_shape) > 1 else None,
+        datasets=_data_sets(config),
         tags=["noise-hypernetwork" if config.train.objective == "hypernoise" else "reward-fine-tuning", _PAPER],
     )
+
+
+def _data_sets(config: RunConfig) -> list[str] | None:
+    """The data set on the Hub that the prompts are of, where they are of one: `hf:NAME[:split[:column]]`."""
+    kind, _, rest = config.train.prompts.partition(":")
+    return [rest.partition(":")[0]] if kind == "hf" else None
+
+
+def _prompt_source(config: RunConfig) -> str:
+    """Where the prompts came from, without a folder of this machine."""
+    given = config.train.prompts
+    return f"the data set {given[3:]}" if given.startswith("hf:") else Path(given).name or "the backend's own"
 
 
 def _term(config: RunConfig) -> str:

@@ -64,8 +64,8 @@ class TrainView:
             self.say(alpha_sentence(settings, dim))
         if settings.ema:
             self.say(
-                f"weights are averaged (decay {settings.ema:g}): lines of steps are of the last weights, KL, scores and "
-                "adapter of their average, which lags behind at first"
+                f"weights are averaged (decay {settings.ema:g}): a step's figures are of the last weights, KL, scores "
+                "and adapter of their average, which lags behind at first"
             )
         if step:
             self.say(f"going on after step {step}")

@@ -31,6 +31,7 @@ from hnkit.errors import InputError
 from hnkit.internal.values import CONTROL, described, field_types, setting, shortened
 from hnkit.kl.divergence import METHODS
 from hnkit.output.layouts import LAYOUTS
+from hnkit.training.plan.cards import CARDS
 
 MAPS = """
 import torch
@@ -554,6 +555,20 @@ COMMANDS = {
 
 def test_every_command_is_tried_here():
     assert set(COMMANDS) == set(typer.main.get_command(cli.app).commands)
+
+
+def test_the_cards_of_a_plan_are_named_in_the_help():
+    """The record of the command is read without the module of the cards, which takes long to import."""
+    named = described(train.Options)["card"].partition("one of ")[2].partition(";")[0]
+    assert named.split(", ") == [*CARDS]
+    assert described(train.Options)["card"].split()[-1].rstrip(".") == train.CARD
+
+
+def test_a_newcomer_is_told_where_to_start(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert out.rstrip().endswith("Start with: hnkit verify-bound, then hnkit train --backend digits")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

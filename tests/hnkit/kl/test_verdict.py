@@ -152,6 +152,15 @@ class Backward(torch.autograd.Function):
     )
 
 
+def test_the_finding_is_the_verdict_without_its_advice() -> None:
+    x = noise(64, 3)
+    for slope, good in ((0.4, False), (0.0, True)):
+        verdict = l2_verdict(Linear(slope * torch.eye(3, dtype=torch.float64)), x)
+        advice = "" if good else f"use --kl {verdict.advice}: "
+        assert str(verdict) == f"{advice}{verdict.finding}"
+        assert "--kl" not in verdict.finding
+
+
 def test_one_sample_that_carries_all_bounds_nothing() -> None:
     """Where f vanishes at all samples but one, the ratio of means has no spread to see, and is no less unknown."""
 

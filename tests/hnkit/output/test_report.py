@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html.parser
+import io
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from hnkit import InputError
 from hnkit.checks.check import Check
 from hnkit.checks.quantities import Quantity
 from hnkit.checks.report import Report
+from hnkit.checks.view import report_view
 from hnkit.generate import GenerateSettings, contact_sheet, generate_pairs, image_png, require_images
 from hnkit.internal import files as _files
 from hnkit.maps import Condition
@@ -33,6 +35,7 @@ from hnkit.output.page import (
     render_html,
     write_html,
 )
+from hnkit.output.terminal import console
 from hnkit.verify import verify_bound
 
 PNG = base64.b64decode(
@@ -165,6 +168,30 @@ def test_report_json_has_no_nan():
     assert document["counts"] == {"holds": 1, "fails": 0, "not applicable": 0, "not certified": 0}
 
 
+def test_prompts_stand_in_one_table():
+    """Page and terminal give a prompt a row, not a section of its own, and only the figures that are compared."""
+    prompts = ("a red three", "two")
+    figures = [Quantity("KL (Stein form)", 0.5, "net", 0.1)]
+    for number, prompt in enumerate(prompts):
+        figures += [
+            Quantity("KL (Stein form)", 0.25 + number, f"net: {prompt}", 0.125),
+            Quantity("mean shift's share", 0.5, f"net: {prompt}"),
+        ]
+    report = Report("t", {}, (a_check(group="net"),), tuple(figures))
+    assert report.by_prompt == (
+        ("prompt (nats)", "KL"), (("a red three", "0.25 ± 0.12"), ("two", "1.25 ± 0.12"))
+    )  # fmt: skip
+    assert [section.title for section in report.sections({})] == ["net", "Prompt by prompt", "How to read this"]
+    out = io.StringIO()
+    screen = console()
+    screen.file, screen.width = out, 80
+    screen.print(report_view(report, verbose=False))
+    rows = [line.split() for line in out.getvalue().splitlines()]
+    assert ["a", "red", "three", "0.25", "±", "0.12"] in rows
+    assert out.getvalue().count("KL (Stein form)") == 1
+    assert Report("t", {}, (a_check(group="net"),), tuple(figures[:1])).by_prompt is None
+
+
 def test_only_fails_is_not_ok():
     others = [a_check(verdict=verdict) for verdict in ("holds", "not applicable", "not certified")]
     assert Report("t", {}, tuple(others)).ok
@@ -212,6 +239,17 @@ def test_equal_plots_are_equal_files():
     grid = np.linspace(0.1, 0.9, 9)
     one, two = (drawn(lambda: plots.exact_against_l2(grid, grid**2, "t")) for _ in range(2))
     assert one == two
+
+
+def test_steps_are_whole_numbers():
+    """The first two measurements of a short run, at steps 20 and 40, once had ticks at 22.5."""
+    figure, (axes,) = plots.new_figure()
+    axes.plot([20, 40], [0.0, 1.0])
+    plots.step_axis(axes)
+    assert axes.get_xlabel() == "step"
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    figure.canvas.draw()
+    assert all("." not in label.get_text() for label in axes.get_xticklabels())
 
 
 def test_split_bars_end_at_the_total():

@@ -20,7 +20,7 @@ from hnkit.frontier import page as frontier_page
 from hnkit.frontier.table import Rewards
 from hnkit.injection import NoiseInjection
 from hnkit.internal.stats import Estimate
-from hnkit.output.page import CARD_MARKS, Card, CardLine, render_html
+from hnkit.output.page import CARD_MARKS, Card, CardLine, Section, Text, render_html
 from hnkit.output.terminal import Words, card_view, console
 from hnkit.output.verdict import (
     VERDICT_FILE,
@@ -262,6 +262,24 @@ def test_no_figure_is_broken_across_lines():
         for line in out.getvalue().splitlines():
             assert not line.rstrip().endswith(("±", "=", "at least", "--kl", "12.5", "-7"))
             assert not line.startswith(("±", "nats", "%", "0.25"))
+
+
+def test_no_figure_is_broken_on_a_page():
+    """Browsers break lines at spaces, after bars and after hyphens: what holds together is in one piece."""
+    text = "about 1.267 ± 0.038 nats, 91 ± 2 % of |f|² where L = 0.5 & a < b: use --kl second-order or --resume"
+    page = render_html("t", [Section("s", (Text(text),))], lead=text, card=Card((CardLine("l", text, text),), text))
+    pieces = re.findall(r'<span class="whole">([^<]*)</span>', page)
+    assert pieces[:6] == ["1.267 ± 0.038 nats", "91 ± 2 %", "|f|²", "L = 0.5", "--kl second-order", "--resume"]
+    assert len(pieces) == 5 * 6
+    assert ".whole { white-space: nowrap; }" in page
+    shown = html.unescape(re.sub("</?span[^>]*>", "", page))
+    assert shown.count(text) == 5
+
+
+def test_an_efficiency_is_judged_by_two_standard_errors():
+    """12 ± 18 % may well be a third."""
+    known = {share: RunFigures(efficiency=Estimate(share, 0.1)) for share in (0.12, 0.15, 0.5, 0.55)}
+    assert [found.efficient for found in known.values()] == [False, None, None, True]
 
 
 def test_a_card_is_read_back_and_what_is_none_is_not(tmp_path):

@@ -54,6 +54,7 @@ def test_what_is_shared_stands_by_itself(trained, tmp_path):
     assert card.data.license == "mit"
     assert card.data.library_name == "hnkit"
     assert "arxiv:2508.09968" in card.data.tags
+    assert "- Prompts: the backend's own\n" in card.text
     assert "eyring2025noise" in card.text
     for picture in ("training.png", "step-00000004.png"):
         assert f"]({picture})" in card.text

@@ -23,11 +23,13 @@ import hnkit.training.recorder
 import hnkit.training.run
 import hnkit.training.session
 from hnkit import InputError
+from hnkit.backend import backend_factory
 from hnkit.config import resolve_config
 from hnkit.internal.folders import run_lock
 from hnkit.maps import ConditionedMap
 from hnkit.training import checkpoint
 from hnkit.training.processes import Processes
+from hnkit.training.report import model_card
 from hnkit.training.run import train
 from hnkit.training.session import Session, _chosen_prompts
 from hnkit.training.view import TrainView
@@ -401,6 +403,24 @@ def test_the_code_of_a_model_card_loads_the_adapter(tmp_path, monkeypatch):
     saved = load_file(tmp_path / "run/adapter/adapter.safetensors")
     loaded = names["backend"].hypernetwork.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in saved.items())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said", "data_sets"),
+    [
+        ("", "the backend's own", None),
+        ("/home/me/secret/prompts.txt", "prompts.txt", None),
+        ("hf:org/name:test:caption", "the data set org/name:test:caption", ["org/name"]),
+    ],
+)
+def test_a_model_card_says_where_the_prompts_are_from_and_no_folder(prompts, said, data_sets):
+    config = resolve_config(backend="toy", overrides=[f"train.prompts={prompts}"])
+    backend = backend_factory("toy").load(backend_factory("toy").options())
+    report = {"rewards": {}, "step": 1, "skipped": 0, "temperature": "t", "measurement": None}
+    card = ModelCard(model_card(config, backend, report))
+    assert f"- Prompts: {said}\n" in card.text
+    assert card.data.datasets == data_sets
+    assert "secret" not in str(card)
 
 
 def test_direct_fine_tuning_uses_the_same_trainer(tmp_path, fake):

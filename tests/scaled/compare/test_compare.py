@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,19 @@ def test_every_table_is_filled(finished):
     assert json.loads((out / "report.json").read_text())["table_1"] == json.loads(json.dumps(document["table_1"]))
     assert lead(document).endswith(document["l2"][0]["l2_verdict"]["text"])
     assert (out / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_quick_comparison_trains_few_steps_unless_told_otherwise(tmp_path):
+    """The bundled adapter had 3,000 steps; direct LoRA, trained as long beside it, took three quarters of an hour."""
+    for quick, wanted, given in ((True, 400, 0), (False, 3000, 0), (True, 7, 7)):
+        comparison = object.__new__(run_module._Session)
+        comparison.plan = replace(Plan(), train_steps=given)
+        comparison.settings = SimpleNamespace(quick=quick)
+        comparison.config = resolve_config(backend="toy", overrides=["train.steps=3000"])
+        assert comparison.train_steps == wanted
+    comparison.plan, comparison.settings = Plan(), SimpleNamespace(quick=True)
+    comparison.config = resolve_config(backend="toy", overrides=["train.steps=5"])
+    assert comparison.train_steps == 5
 
 
 def test_resumption_repeats_nothing_and_changes_nothing(finished):

@@ -262,7 +262,7 @@ class TestEveryBackend:
         for part in ("'nobody/no-such-model'", "not in the local cache", "hf download", "folder"):
             assert part in message
         assert "\n" not in message
-        assert "not in the local cache" in factory.status()
+        assert factory.status() == f"not in the local cache: hf download {factory.options().model_id}"
         assert "\n" not in factory.status()
 
     def test_damaged_checkpoints(self, name, checkpoint, tmp_path):
