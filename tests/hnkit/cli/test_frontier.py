@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 
@@ -38,8 +39,10 @@ def test_a_table_becomes_a_report(scores, tmp_path, capsys, monkeypatch):
     code, shown, _ = command("frontier", "--rewards", str(scores), "--out", str(out), capsys=capsys)
     assert code == 0
     assert max(len(line) for line in shown.splitlines() if not line.startswith("report:")) <= 80
-    assert "% of what they could buy" in shown
+    assert "% of what they could buy" not in shown  # that the card says, and it is said once
+    assert re.search(r"^ours +gain .* of what they buy *$", shown, re.MULTILINE)
     assert "Its nats are not" in shown
+    assert shown.splitlines()[3].split()[0] == "ours"  # the methods before the frontier they are held against
     document = json.loads((out / "report.json").read_text())
     assert document["methods"]["theirs"]["efficiency"] is None
     assert 0 < document["methods"]["ours"]["efficiency"] < 1.5
