@@ -34,7 +34,7 @@ def card(document: Mapping[str, Any]) -> Card:
         (method,) = methods.values()
         return verdict_card(with_frontier(known, method, points))
     ranked = sorted(methods.items(), key=lambda item: -(item[1]["efficiency"] or -math.inf))
-    lines = []
+    lines: list[CardLine] = []
     for name, method in ranked[:_SHOWN]:
         gain = format_estimate(method["gain"], or_nan(method["stderr"]))
         value = f"gain {gain} for {nats_text(method)} nats"
