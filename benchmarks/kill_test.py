@@ -500,7 +500,9 @@ def run_all(names: list[Command], work: Path, report: Report, kills: int, seed: 
 
 
 def prepare_worker(names: list[str]) -> None:
-    """Import once what the forks need."""
+    """Import once what the forks need; signals that whoever started this ignores (`nohup`, `&`) do what they do."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in names:
         importlib.import_module(name)
     importlib.import_module("tqdm").tqdm.get_lock()  # one that its forks share, and that is given back at the end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from hnkit import __version__
 from hnkit.backend import Backend, completed, steer
 from hnkit.config import GenerateSettings, split_permissions
 from hnkit.errors import InputError, NonFiniteError
-from hnkit.internal.files import atomic_write, read_sealed, write_json, write_sealed
+from hnkit.internal.files import atomic_write, read_plain, read_sealed, write_json, write_sealed
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.values import shown, typed_values
 from hnkit.internal.workers import ALONE, Workers, shared_out
@@ -236,7 +237,7 @@ def _shown(
 def _read_png(path: Path) -> Tensor:
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(read_plain(path))) as image:
         pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

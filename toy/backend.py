@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hnkit.backend import BackendBase, Reward
 from hnkit.errors import InputError
 from hnkit.injection import read_injection
-from hnkit.internal.files import atomic_write
+from hnkit.internal.files import atomic_write, read_plain
 from hnkit.maps import Condition
 from hnkit.tilt import TiltedProblem
 from hnkit.toy import PROBLEMS
@@ -203,7 +203,7 @@ def adapter_options(folder: str | Path) -> ToyOptions:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_plain(path)
     except OSError as error:
         raise InputError(
             f"adapter file {path} cannot be read ({error.strerror}): name a folder that holds {CONFIG} and {WEIGHTS}"

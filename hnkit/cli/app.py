@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Annotated, Any, TextIO, cast
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -18,10 +17,11 @@ from hnkit import __version__
 from hnkit.cli import backends, compare, export, frontier, generate, push, train, verify_bound
 from hnkit.cli.options import NEWEST, Command, PlainHelp, command
 from hnkit.errors import InputError
-from hnkit.internal.streams import Droppable
+from hnkit.internal.streams import drop_what_cannot_be_written
 from hnkit.internal.values import printable, shortened
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
+_IN_THE_WAY = "something else lies where a file or a folder of the run should: take it out of the run folder"
 _LONGEST = 600
 """Characters of an error's line."""
 
@@ -46,6 +46,8 @@ class _Commands(PlainHelp, TyperGroup):
             returned = super().main(arguments, standalone_mode=False, **extra)
             code = returned if isinstance(returned, int) else OK
             sys.stdout.flush()
+            if (problem := getattr(sys.stdout, "problem", None)) is not None:
+                raise problem if isinstance(problem, BrokenPipeError) else _unwritten(problem)
         except SystemExit:
             raise
         except BaseException as error:  # noqa: BLE001 - the last line of defence: whatever it is becomes one line
@@ -81,12 +83,18 @@ def describe_error(error: BaseException) -> tuple[str, int]:
             errno.EDQUOT: "free some space, or write elsewhere with --out",
             errno.EACCES: "check the permissions, or write elsewhere with --out",
             errno.EROFS: "write elsewhere with --out",
+            **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL), _IN_THE_WAY),
         }.get(error.errno or 0, "run again with --debug for where it happened")
         return f"{(error.strerror or text).lower()}{where}: {cure}", BAD_INPUT
     no_memory = isinstance(error, MemoryError) or name == "OutOfMemoryError"
     if no_memory or "not enough memory" in text or "allocate memory" in text:
         return "out of memory: use fewer --samples, a smaller batch, or --method arnoldi instead of exact", BAD_INPUT
     return f"internal error, {name}: {shortened(text, 300)} (run again with --debug for the traceback)", BAD_INPUT
+
+
+def _unwritten(error: OSError) -> InputError:
+    reason = (error.strerror or str(error)).lower()
+    return InputError(f"standard output cannot be written ({reason}): what was made is in its folder; print elsewhere")
 
 
 def _one_line(text: str) -> str:
@@ -118,10 +126,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line on `sys.argv`; exits with 0, 1, 2 or 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a report holds symbols that a C locale cannot encode
-            stream.reconfigure(errors="replace")
-    sys.stderr = cast(TextIO, Droppable(sys.stderr))  # a terminal that is gone is no reason to end
+    drop_what_cannot_be_written()  # a terminal that is gone is no reason to end
     app()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from hnkit.cli.folders import refuse_existing, resumed_folder
 from hnkit.cli.options import WithBackend
 from hnkit.errors import InputError
+from hnkit.internal.files import read_plain
 from hnkit.internal.values import reason_of, setting
 
 EXAMPLE = "hnkit compare --backend digits --methods base,best-of-n --quick"
@@ -125,7 +126,7 @@ def finished_comparison(folder: Path, backend: str) -> Mapping[str, Any] | None:
         InputError: it is another backend's.
     """
     try:
-        document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        document = json.loads(read_plain(folder / "report.json"))
         rows, compared = document["table_1"], document["settings"]["backend"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None

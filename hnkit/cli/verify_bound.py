@@ -262,11 +262,12 @@ def loaded_subject(options: Options, prompts: Sequence[str] | None = None, worke
 def finished_report(folder: Path) -> dict[str, Any] | None:
     """The report of a run that has ended; `None` while it has not."""
     from hnkit.checks.parts import UNFINISHED
+    from hnkit.internal.files import read_plain
 
     if (folder / UNFINISHED).exists():
         return None
     try:
-        document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        document = json.loads(read_plain(folder / "report.json"))
         if isinstance(document["ok"], bool):
             return dict(document)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

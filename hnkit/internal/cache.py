@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from hnkit.internal.files import file_digest, read_sealed, write_sealed
+from hnkit.internal.files import file_digest, open_plain, read_sealed, write_sealed
 
 _LARGE = 2**20
 """Bytes of a file whose digest is worth keeping."""
@@ -44,7 +44,7 @@ def cached_digest(path: Path) -> str:
     there = path.resolve()
     place = folder / f"{hashlib.sha256(os.fsencode(there)).hexdigest()[:24]}.json"
     begun = time.time_ns()
-    with there.open("rb") as file:
+    with open_plain(there) as file:
         identity = _identity(there, os.fstat(file.fileno()))
         try:
             kept = read_sealed(place)

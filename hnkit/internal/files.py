@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shlex
+import stat
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hnkit.errors import InputError
 from hnkit.internal.values import printable
@@ -62,6 +64,86 @@ def before_writes(check: Callable[[Path], None]) -> Iterator[None]:
         _CHECKS.remove(check)
 
 
+LARGEST = 2**30
+"""Bytes of the largest document that is read: metrics of a million steps are half as long."""
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a regular file to be read. Opening a pipe would wait for a writer, and a device may have no end.
+
+    A run folder, an adapter or a model may come from somebody else: whatever lies in one is opened here.
+
+    Raises:
+        OSError: it is something else, or cannot be opened.
+    """
+    flags = os.O_RDONLY
+    for name in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):  # each where the system has it
+        flags |= vars(os).get(name, 0)
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_plain(path: Path, most: float = LARGEST) -> bytes:
+    """The content of a regular file of at most so many bytes; a sparse file of any size costs its maker nothing.
+
+    Raises:
+        OSError: it is larger, is no regular file, or cannot be read.
+    """
+    with open_plain(path) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, "File too large to be what it should be", str(path))
+        return file.read()
+
+
+def read_tensor_file(path: Path) -> bytes:
+    """The content of a file of safetensors, once its header accounts for every byte of it.
+
+    Raises:
+        ValueError: the header does not.
+        OSError: the file is no regular one, is larger than this machine's memory, or cannot be read.
+    """
+    with open_plain(path) as file:
+        _require_whole(path, file)
+        return file.read()
+
+
+def require_tensor_file(path: Path) -> None:
+    """Refuse, as `read_tensor_file` does, before anything but the header is read."""
+    with open_plain(path) as file:
+        _require_whole(path, file)
+
+
+def _require_whole(path: Path, file: BinaryIO) -> None:
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        entries = json.loads(file.read(length)) if length <= min(size - 8, _LONGEST_HEADER) else {}
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        whole = 8 + length + max(ends, default=0) == size
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path.name} is not as long as its header says, or has none")
+    if size > machine_memory():
+        raise OSError(errno.EFBIG, "File larger than this machine's memory", str(path))
+    file.seek(0)
+
+
+_LONGEST_HEADER = 10**8
+"""Bytes; the limit of safetensors."""
+
+
+def machine_memory() -> float:
+    """Bytes of memory of this machine; infinity where the system does not tell."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
 def write_json(path: Path, document: Mapping[str, Any] | list[Any]) -> None:
     """Write a JSON document atomically. NaN and infinity are refused: use `None` for "not known"."""
     atomic_write(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -85,7 +167,7 @@ def read_sealed(path: Path) -> Any:
         ValueError: it is damaged, or was not written by `write_sealed`.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_plain(path))
         content = document["content"]
         whole = document["sha256"] == _digest(content)
     except (KeyError, TypeError, RecursionError) as error:
@@ -125,8 +207,8 @@ def resumable(*command: str) -> Iterator[None]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
+    """SHA-256 of a regular file, in hexadecimal."""
+    with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -181,7 +263,7 @@ def require_run_folder(folder: Path, kind: str, flag: str = "--resume") -> None:
         InputError: there is no folder, no mark, or the mark of another kind; or it cannot be read.
     """
     try:
-        document = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        document = json.loads(read_plain(folder / MARK))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{flag} {folder}: no run is there ({MARK} is missing): name a run folder") from None
     except OSError as error:

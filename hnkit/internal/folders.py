@@ -21,7 +21,7 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 from hnkit.errors import InputError
-from hnkit.internal.files import TEMPORARY, atomic_write, before_writes, require_run_folder
+from hnkit.internal.files import TEMPORARY, atomic_write, before_writes, read_plain, require_run_folder
 from hnkit.internal.values import printable
 
 LOCK, HOLDER = ".lock", ".lock-holder"
@@ -198,7 +198,7 @@ def run_lock(run: Path) -> Iterator[None]:
 def _holder(run: Path) -> str:
     """Who holds a run folder, as far as its file says."""
     try:
-        document = json.loads((run / HOLDER).read_text(encoding="utf-8"))
+        document = json.loads(read_plain(run / HOLDER))
         host, since = str(document["host"])[:60], str(document["since"])[:19]
         return f" (process {int(document['process'])} on {host!r}, since {since!r})"
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

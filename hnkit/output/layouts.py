@@ -12,6 +12,7 @@ the version that was read.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from hnkit.errors import InputError
-from hnkit.internal.files import atomic_write, write_json
+from hnkit.internal.files import atomic_write, read_plain, write_json
 from hnkit.internal.values import shown
 from hnkit.output.images import rgb_png
 from hnkit.prompts import Records
@@ -204,7 +205,7 @@ def _dpg(place: Path, prompts: Sequence[str], images: Images, records: Records) 
     from PIL import Image
 
     for prompt, paths in zip(prompts, images, strict=True):
-        one, two, three, four = (np.asarray(Image.open(path).convert("RGB")) for path in paths)
+        one, two, three, four = (np.asarray(Image.open(io.BytesIO(read_plain(path))).convert("RGB")) for path in paths)
         grid = np.concatenate([np.concatenate([one, two], axis=1), np.concatenate([three, four], axis=1)], axis=0)
         atomic_write(place / f"{records[prompt]['item_id']}.png", rgb_png(grid))
 

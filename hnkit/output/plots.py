@@ -6,6 +6,7 @@ Colours are Okabe and Ito's (doi:10.1038/nmeth.1618); a series is also told apar
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,7 +103,9 @@ def to_png(figure: Figure) -> bytes:
     from PIL import Image
 
     drawn, buffer = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 0})
+    with warnings.catch_warnings():  # prompts are written in every script, the font of plots knows a few
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(drawn, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 0})
     Image.open(drawn).convert("RGB").save(buffer, format="png")
     return buffer.getvalue()
 

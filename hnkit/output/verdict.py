@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hnkit.internal.files import read_plain
 from hnkit.internal.stats import Estimate, rounded_down, rounded_up
 from hnkit.internal.values import or_nan
 from hnkit.output.page import CARD_MARKS, Card, CardLine, Mark, format_estimate, format_number
@@ -425,7 +426,7 @@ VERDICT_FILE = "verdict.json"
 def read_card(folder: Path) -> Card | None:
     """The card that training left beside an adapter; `None` where there is none, or none that can be read."""
     try:
-        return card_from(json.loads((folder / VERDICT_FILE).read_text(encoding="utf-8")))
+        return card_from(json.loads(read_plain(folder / VERDICT_FILE)))
     except (OSError, ValueError, RecursionError):
         return None
 

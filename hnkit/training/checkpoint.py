@@ -8,6 +8,7 @@ byte, is found when it is read, and the newest whole one is used. Nothing is del
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hnkit.errors import InputError
-from hnkit.internal.files import file_digest, read_sealed, write_sealed
+from hnkit.internal.files import file_digest, open_plain, read_plain, read_sealed, require_tensor_file, write_sealed
 from hnkit.internal.folders import CHECKPOINT_FILES, MANIFEST, STATE, TENSORS, open_to_append, sweep_temporaries
 from hnkit.internal.values import finite
 
@@ -100,7 +101,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         InputError: a file may not be read, which says nothing about what is in it.
     """
     try:
-        manifest = (folder / MANIFEST).read_bytes()
+        manifest = read_plain(folder / MANIFEST)
         try:
             files = json.loads(manifest)["files"]
             whole = manifest == _manifest(files)
@@ -108,10 +109,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             whole = False
         if not whole or set(files) != {TENSORS, STATE}:
             raise DamagedCheckpointError(f"{MANIFEST} is truncated or altered")
+        require_tensor_file(folder / TENSORS)
         for name, expected in files.items():
             if file_digest(folder / name) != expected:
                 raise DamagedCheckpointError(f"the SHA-256 of {name} does not match: truncated or altered")
-        state = json.loads((folder / STATE).read_bytes())
+        state = json.loads(read_plain(folder / STATE))
         if not isinstance(state, dict) or type(state.get("step")) is not int:
             raise DamagedCheckpointError(f"{STATE} is not the state of a run")
         return Checkpoint(state["step"], load_file(folder / TENSORS), state)
@@ -189,15 +191,15 @@ class JsonLog:
     def resume(cls, path: Path, position: Mapping[str, Any], warn: Callable[[str], None]) -> Self:
         """Open a log cut back to a stored position; a log that is not the one stored is set aside, not used."""
         size = int(position["size"])
-        kept = path.read_bytes()[:size] if path.exists() else b""
-        if len(kept) < size or hashlib.sha256(kept).hexdigest() != position["sha256"]:
+        begun, length = _digest_of_beginning(path, size)
+        if length < size or begun.hexdigest() != position["sha256"]:
             aside = path.with_name(f"{path.stem}-damaged-{len(list(path.parent.glob('*-damaged-*')))}{path.suffix}")
             warn(f"{path} is not the file its checkpoint knew: what is left of it is now {aside.name}")
             if path.exists():
                 path.rename(aside)
             return cls(path)
         log = cls.__new__(cls)
-        log.path, log._file, log._hash, log._size = path, open_to_append(path), hashlib.sha256(kept), size
+        log.path, log._file, log._hash, log._size = path, open_to_append(path), begun, size
         log._file.truncate(size)
         log._file.seek(size)
         return log
@@ -219,6 +221,16 @@ class JsonLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _digest_of_beginning(path: Path, size: int) -> tuple[Any, int]:
+    """The running SHA-256 of the first `size` bytes of a file, and how many there are; of no file, none."""
+    total, left = hashlib.sha256(), size
+    with contextlib.suppress(FileNotFoundError), open_plain(path) as file:
+        while chunk := file.read(min(left, 2**20)):
+            total.update(chunk)
+            left -= len(chunk)
+    return total, size - left
 
 
 _LIST = ".hnkit-files"

@@ -11,7 +11,7 @@ from hnkit.adapters import load_backend
 from hnkit.backend import BackendBase, backend_factory, completed
 from hnkit.config import CONFIG_FILE, RunConfig, config_toml, resolve_config
 from hnkit.errors import InputError
-from hnkit.internal.files import atomic_write, new_run_folder, require_run_folder
+from hnkit.internal.files import atomic_write, new_run_folder, read_plain, require_run_folder
 from hnkit.internal.folders import adapter_folder
 from hnkit.training.checkpoint import (
     CHECKPOINTS,
@@ -119,7 +119,7 @@ def _put(found: Checkpoint, config: RunConfig, backend: BackendBase) -> None:
 def _measured(run: Path, step: int) -> Mapping[str, Any] | None:
     """What the run measured at that step, if it did."""
     try:
-        records = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in read_plain(run / METRICS).decode().splitlines()]
         return next((r["measurement"] for r in reversed(records) if r["step"] == step and r.get("measurement")), None)
     except (OSError, ValueError, LookupError, TypeError):  # a card can do without
         return None

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from hnkit.errors import InputError
-from hnkit.internal.files import new_run_folder
+from hnkit.internal.files import new_run_folder, read_plain
 from hnkit.internal.folders import adapter_folder
 from hnkit.internal.values import reason_of
 
@@ -63,7 +63,7 @@ def publish(
         _require_name(to)
     folder = new_run_folder(None if out is None else Path(out), "push")
     pictures = _copy(source, Path(run), folder)
-    text = (source / CARD).read_text(encoding="utf-8") if (source / CARD).is_file() else "# Noise hypernetwork\n"
+    text = read_plain(source / CARD).decode() if (source / CARD).is_file() else "# Noise hypernetwork\n"
     (folder / CARD).write_text(_without_places(_card(text, pictures, license_name)), encoding="utf-8")
     url = None if to is None else _upload(folder, to, private)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -79,7 +79,7 @@ def _copy(source: Path, run: Path, folder: Path) -> list[str]:
     """Copy weights, configuration and pictures; returns the pictures."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix == ".json":
-            settings = _without_places_in(json.loads(path.read_text(encoding="utf-8")))
+            settings = _without_places_in(json.loads(read_plain(path)))
             (folder / path.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         elif path.is_file() and path.name != CARD and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)

@@ -20,7 +20,7 @@ from hnkit.figures import FIGURES
 from hnkit.figures.table import QUANTILES
 from hnkit.frontier import page as frontier_page
 from hnkit.injection import NoiseInjection
-from hnkit.internal.files import atomic_write, write_json
+from hnkit.internal.files import atomic_write, read_plain, write_json
 from hnkit.internal.stats import Estimate
 from hnkit.internal.values import finite, or_nan
 from hnkit.internal.versions import versions
@@ -137,7 +137,7 @@ def finished_report(folder: Path) -> dict[str, Any] | None:
         InputError: it is there and may not be read.
     """
     try:
-        document = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        document = json.loads(read_plain(folder / REPORT))
     except PermissionError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}): mend that and try again") from error
     except (OSError, ValueError, RecursionError):
@@ -160,7 +160,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
     Returns:
         What report.json holds. It has no times or dates in it: equal runs have equal reports.
     """
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in read_plain(folder / "metrics.jsonl").decode().splitlines()]
     measurement = next((r["measurement"] for r in reversed(records) if r.get("measurement")), None)
     latest: dict[str, Any] = next((r for r in reversed(records) if r.get("measurement") or "not_measured" in r), {})
     validation = next((r["validation"] for r in reversed(records) if "validation" in r), None)
@@ -202,7 +202,7 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
         atomic_write(folder / f"{plot.name}.png", png)
         pictures.append(Picture(png, plot.caption))
     if validation is not None and validation["images"]:
-        pictures.insert(0, _samples((folder / validation["images"]).read_bytes(), validation["prompts"]))
+        pictures.insert(0, _samples(read_plain(folder / validation["images"]), validation["prompts"]))
     write_html(folder / PAGE, report["title"], _sections(report, pictures, drawn), lead=_lead(report), card=card)
     write_json(folder / REPORT, report)
     return report

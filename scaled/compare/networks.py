@@ -12,6 +12,7 @@ from hnkit.adapters import load_trained
 from hnkit.backend import Backend, backend_factory
 from hnkit.config import CONFIG_FILE, RunConfig
 from hnkit.errors import InputError
+from hnkit.internal.files import read_plain
 from hnkit.training.run import METRICS, train
 
 
@@ -78,6 +79,6 @@ def trainable(backend: Backend) -> int:
 
 def _records(path: Path) -> tuple[dict[str, Any], ...]:
     try:
-        return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        return tuple(json.loads(line) for line in read_plain(path).decode().splitlines())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged (not JSON lines): give the adapter's folder alone") from error

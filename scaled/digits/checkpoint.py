@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hnkit.errors import InputError
-from hnkit.internal.files import file_digest
+from hnkit.internal.files import file_digest, read_plain
 
 CHECKSUMS = "SHA256SUMS"
 CLIP_FOLDER = "clip"
@@ -40,7 +40,7 @@ def read_checksums(folder: str | Path) -> dict[str, str]:
     """
     path = Path(folder) / CHECKSUMS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_plain(path).decode().splitlines()
     except (OSError, UnicodeDecodeError):
         raise InputError(f"the digits model is incomplete: {path} is missing or unreadable; reinstall hnkit") from None
     sums = {}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hnkit.adapters import adapter_folder
 from hnkit.errors import InputError
 from hnkit.injection import NoiseInjection, read_injection
-from hnkit.internal.files import atomic_write
+from hnkit.internal.files import LARGEST, atomic_write, machine_memory, read_plain, read_tensor_file
 from hnkit.internal.values import reason_of
 from hnkit.scaled.lora.base import BaseFiles, base_class, base_record, other_base
 from hnkit.scaled.lora.twin import LoraSpec
@@ -269,12 +269,14 @@ def _read_files(folder: Path) -> _Files:
 
 
 def _content(path: Path) -> bytes:
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is not a regular file: give the folder of an adapter")
     try:
-        return path.read_bytes()
+        if path.name == WEIGHTS:
+            return read_tensor_file(path)
+        return read_plain(path, machine_memory() if path.name == PICKLED else LARGEST)
     except FileNotFoundError:
         raise
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from hnkit.internal.cache import cached_digest
+from hnkit.internal.files import read_plain
 
 _SIDE_FILES = {".json", ".txt", ".model", ".jinja"}
 """Configurations and the files of tokenizers."""
@@ -72,7 +73,7 @@ def stored_precision(folder: Path, component: str, variant: str | None = None) -
 def _plain_config(path: Path) -> bytes | None:
     """A configuration without what its writers say of themselves; `None` for what is none."""
     try:
-        config: Any = json.loads(path.read_bytes())
+        config: Any = json.loads(read_plain(path))
     except (ValueError, RecursionError):
         return None
     if not isinstance(config, dict):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from hnkit.errors import InputError
+from hnkit.internal.files import read_plain
 from hnkit.internal.values import reason_of
 from hnkit.scaled.internal.hub import local_folder, missing_model, without_bars
 from hnkit.scaled.pipelines import memory, parts
@@ -189,7 +190,7 @@ def _network_folder(folder: Path) -> Path:
 
 def _class_name(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "model_index.json").read_text())["_class_name"])
+        return str(json.loads(read_plain(folder / "model_index.json"))["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} has no readable model_index.json: give a folder in diffusers' format") from error
 

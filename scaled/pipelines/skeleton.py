@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hnkit.errors import InputError
+from hnkit.internal.files import read_plain
 from hnkit.internal.values import reason_of
 from hnkit.maps import Condition
 from hnkit.scaled.pipelines import memory
@@ -109,12 +110,12 @@ def component_configs(model_id: str) -> tuple[str, dict[str, dict[str, Any]]]:
 
 def _read_configs(folder: Path) -> tuple[str, dict[str, dict[str, Any]]]:
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = json.loads(read_plain(folder / "model_index.json"))
         configs = {}
         for name, entry in index.items():
             for file in ("config.json", "scheduler_config.json"):
                 if (folder / name / file).is_file():
-                    found = json.loads((folder / name / file).read_text(encoding="utf-8"))
+                    found = json.loads(read_plain(folder / name / file))
                     configs[name] = {"_class_name": entry[1], **found}  # transformers' files do not name it
         return str(index["_class_name"]), configs
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from hnkit.errors import InputError
+from hnkit.internal.files import read_plain
 from hnkit.internal.values import reason_of
 
 Config = TypeVar("Config", bound=PretrainedConfig)
@@ -66,7 +67,7 @@ def architecture(weights: str | Path, published: Config, *, what: str) -> Config
     """
     file = Path(weights).with_name("config.json")
     try:
-        document = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        document = json.loads(read_plain(file)) if file.is_file() else {}
         if not isinstance(document, dict) or document.get("model_type") != published.model_type:
             return published
         described: Config = type(published).from_dict(document)

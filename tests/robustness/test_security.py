@@ -155,6 +155,93 @@ def test_import_paths_come_from_two_flags_alone():
     assert found == {("verify_bound.py", "--map"), ("rewards.py", "--reward")}
 
 
+# --- nothing waits for a pipe or reads a file without end --------------------------------------------------------
+
+READS = {"read_text", "read_bytes", "open", "Image.open", "load_file", "safe_open", "copyfile", "copytree", "copy2"}
+"""How a file may be opened; `hnkit.internal.files` has the ways that refuse what is no regular file."""
+MAY_READ = {
+    "hnkit/internal/files.py": "os.open of open_plain",
+    "hnkit/internal/folders.py": "os.open of open_to_append",
+    "hnkit/internal/streams.py": "the null device",
+    "hnkit/internal/versions.py": "the code itself",
+    "hnkit/cli/app.py": "the null device",
+    "hnkit/cli/verify_bound.py": "the source of the user's own map",
+    "hnkit/config.py": "a configuration that the user names, which may be a pipe",
+    "hnkit/prompts.py": "prompts that the user names, which may be a pipe",
+    "hnkit/frontier/table.py": "rewards that the user names, which may be a pipe",
+    "hnkit/training/checkpoint.py": "tensors after their digest; the flush of what was just written",
+    "hnkit/training/publish.py": "files that are regular ones",
+    "hnkit/output/plots.py": "a buffer",
+    "hnkit/output/images.py": "a buffer",
+    "hnkit/output/layouts.py": "images of its own run",
+    "hnkit/generate.py": "a buffer",
+    "scaled/compare/page.py": "parts of its own run",
+    "scaled/compare/run.py": "parts after their digest",
+    "scaled/pipelines/embeddings.py": "the user's own cache",
+    "scaled/pipelines/identity.py": "files that are regular ones",
+    "scaled/pipelines/parts.py": "weights that the user names",
+    "scaled/rewards/weights.py": "weights that the user names",
+    "scaled/digits/judge.py": "the bundled model",
+    "scaled/digits/rewards.py": "the bundled model",
+}
+"""Where a file is opened otherwise, and what it is."""
+
+
+def reads(source: str) -> Iterator[str]:
+    """What in a module opens a file without asking what it is."""
+    for node in ast.walk(ast.parse(source)):
+        called = dotted(node.func) if isinstance(node, ast.Call) else ""
+        if called in READS or called.rpartition(".")[2] in READS:
+            yield called
+
+
+def test_files_that_somebody_sent_are_opened_in_one_way():
+    found = {
+        name
+        for path in SOURCES
+        if "digits/train" not in (name := path.relative_to(ROOT).as_posix()) and list(reads(path.read_text()))
+    }
+    assert found == set(MAY_READ)
+
+
+@pytest.mark.parametrize("line", ["open(name)", "path.read_text()", "(a / b).read_bytes()", "path.open('rb')"])
+def test_the_scan_for_reads_finds_them(line):
+    assert list(reads(line))
+
+
+@pytest.mark.parametrize("backend", ["toy", "digits"])
+@pytest.mark.parametrize("name", ["weights", "configuration"])
+@pytest.mark.parametrize("what", ["a pipe", "a sparse file", "a sparse file with a header"])
+def test_no_file_of_an_adapter_hangs_or_fills_the_memory(what, name, backend, tmp_path):
+    factory = backend_factory(backend)
+    folder = Path(shutil.copytree(adapter_of(backend, tmp_path), tmp_path / "sent"))
+    path = next(folder.glob("*.safetensors" if name == "weights" else "*config.json"))
+    if what == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        header = b"" if what == "a sparse file" else claimed(300 * 10**9)
+        with path.open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + 300 * 10**9)
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        factory.load(factory.options()).load_adapter(folder)
+
+
+def claimed(size: int) -> bytes:
+    """A header of safetensors for one tensor of so many bytes."""
+    text = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def adapter_of(backend: str, tmp_path: Path) -> Path:
+    factory = backend_factory(backend)
+    if backend == "digits":
+        return Path(factory.bundled_adapter())
+    factory.load(factory.options()).save_adapter(tmp_path / "mine")
+    return tmp_path / "mine"
+
+
 # --- configuration, presets, run folders and plans name no code -------------------------------------------------
 
 
