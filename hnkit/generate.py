@@ -76,7 +76,7 @@ class GeneratePlan:
             settings = GenerateSettings(**typed_values(document.pop("settings"), GenerateSettings, PLAN))
             records = document.pop("records")
             values = typed_values(document, _PlainPlan, PLAN)
-            files = values.pop("adapter_files")
+            files, adapter = values.pop("adapter_files"), values.pop("adapter")
         except (OSError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -85,7 +85,7 @@ class GeneratePlan:
             ) from error
         if lifting := split_permissions(values["overrides"])[0]:
             raise InputError(f"--resume {folder}: its {PLAN} has {lifting[0]!r}: only your own flag may allow that")
-        return cls(settings=settings, records=records, adapter_files=files, **values)
+        return cls(settings=settings, records=records, adapter=adapter and str(adapter), adapter_files=files, **values)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class _PlainPlan:
     backend: str
     prompts: tuple[str, ...]
     overrides: tuple[str, ...]
-    adapter: str | None
+    adapter: Path | None
     adapter_files: dict[str, str]
     model: str | None
     version: str

@@ -107,12 +107,19 @@ class Parts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
+        if self._known and isinstance(error, LookupError | TypeError | AttributeError):
+            error = InputError(
+                f"--resume {self.folder}: its parts are not what this version writes ({error!r}): start a new run"
+            )
+            with contextlib.suppress(InputError):
+                self._stack.__exit__(InputError, error, trace)
+            raise error
         return self._stack.__exit__(kind, error, trace)
 
     def keep(self, name: str, make: Callable[[], T], /) -> T:
         """The part of that name as an earlier run has left it, or else as it is made now, and written."""
         if (path := self._known.get(name)) is not None:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # a damaged part is made again
                 found: T = from_document(read_sealed(path)["value"], RECORDS)
                 self._tell(name)
                 return found

@@ -37,7 +37,7 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """
     for check in _CHECKS:
         check(path)
-    data = content.encode() if isinstance(content, str) else content
+    data = encoded(content) if isinstance(content, str) else content
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -49,6 +49,11 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def encoded(text: str) -> bytes:
+    r"""Text in UTF-8; bytes of a file's name that are none are spelt `\udcXX`, which JSON reads back as they were."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 _CHECKS: list[Callable[[Path], None]] = []

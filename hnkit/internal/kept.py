@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from hnkit.internal.values import field_types, is_union
 
 T = TypeVar("T")
 
@@ -89,7 +92,11 @@ def from_document(document: Any, records: Mapping[str, type[Any]]) -> Any:
         fields = dict(document)
         kind = fields.pop("")
         if kind in records:
-            return records[kind](**{name: from_document(entry, records) for name, entry in fields.items()})
+            values = {name: from_document(entry, records) for name, entry in fields.items()}
+            wanted = field_types(records[kind])
+            if not all(_fits(value, wanted[name]) for name, value in values.items()):
+                raise ValueError(f"a field of {kind} holds what does not belong there")
+            return records[kind](**values)
         value = fields.pop("value")
         if kind == "float":
             return float(value)
@@ -102,3 +109,25 @@ def from_document(document: Any, records: Mapping[str, type[Any]]) -> Any:
         return {"tuple": tuple, "list": list}[kind](entries)
     except (KeyError, TypeError, AttributeError, RuntimeError, RecursionError, OverflowError) as error:
         raise ValueError("it does not hold what was kept") from error
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of the type that a record declares; an integer may stand for a float."""
+    members, origin = typing.get_args(annotation), typing.get_origin(annotation) or annotation
+    if annotation is Any:
+        return True
+    if is_union(annotation):
+        return any(_fits(value, member) for member in members)
+    if origin is typing.Literal:
+        return value in members
+    if not isinstance(value, int | float if origin is float else origin) or (
+        isinstance(value, bool) and origin is not bool
+    ):
+        return False
+    if not members:
+        return True
+    if isinstance(value, Mapping):
+        return all(_fits(key, members[0]) and _fits(entry, members[1]) for key, entry in value.items())
+    if members[-1] is Ellipsis or origin is not tuple:
+        return all(_fits(entry, members[0]) for entry in value)
+    return len(value) == len(members) and all(map(_fits, value, members))

@@ -197,10 +197,22 @@ def typed_value(value: Any, annotation: Any, name: str) -> Any:
     Nothing is converted but an integer to a float, text to a path and a list to a tuple: JSON's strict mode of
     pydantic. A number is finite, text is Unicode.
     """
+    unicode = not isinstance(value, str | Path) or _is_unicode(str(value))
+    if not unicode and Path in (annotation, *typing.get_args(annotation)):  # file names may be any bytes
+        return Path(value)
     try:
         return _adapter(annotation).validate_json(json.dumps(value, default=os.fspath), strict=True)
     except (ValueError, TypeError, RecursionError):
-        raise InputError(f"{name} = {shown(value)}: accepted is {describe(annotation)}") from None
+        accepted = describe(annotation) + ("" if unicode else " that is UTF-8: rename what it names")
+        raise InputError(f"{name} = {shown(value)}: accepted is {accepted}") from None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @cache

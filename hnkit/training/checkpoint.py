@@ -21,11 +21,20 @@ from pathlib import Path
 from typing import Any, Self
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from hnkit.errors import InputError
-from hnkit.internal.files import file_digest, open_plain, read_plain, read_sealed, require_tensor_file, write_sealed
+from hnkit.internal.files import (
+    encoded,
+    file_digest,
+    open_plain,
+    read_plain,
+    read_sealed,
+    read_tensor_file,
+    require_tensor_file,
+    write_sealed,
+)
 from hnkit.internal.folders import CHECKPOINT_FILES, MANIFEST, STATE, TENSORS, open_to_append, sweep_temporaries
 from hnkit.internal.values import finite
 
@@ -116,13 +125,22 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         state = json.loads(read_plain(folder / STATE))
         if not isinstance(state, dict) or type(state.get("step")) is not int:
             raise DamagedCheckpointError(f"{STATE} is not the state of a run")
-        return Checkpoint(state["step"], load_file(folder / TENSORS), state)
+        return Checkpoint(state["step"], _tensors(folder / TENSORS), state)
     except (SafetensorError, ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"what was written is not a checkpoint: {error}") from error
     except PermissionError as error:
         raise _unreadable(error, folder) from error
     except OSError as error:
         raise DamagedCheckpointError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that is whole; safetensors opens no path that is not UTF-8, and takes its content."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return load(read_tensor_file(path))
+    return load_file(path)
 
 
 def _unreadable(error: OSError, path: Path) -> InputError:
@@ -207,7 +225,7 @@ class JsonLog:
     def write(self, *records: Mapping[str, Any]) -> None:
         """Append records, all of them or, on an error, none."""
         lines = [json.dumps(finite(record), ensure_ascii=False, allow_nan=False) for record in records]
-        data = "".join(f"{line}\n" for line in lines).encode()
+        data = encoded("".join(f"{line}\n" for line in lines))
         self._file.write(data)
         self._hash.update(data)
         self._size += len(data)
@@ -315,7 +333,8 @@ def _remove(folder: Path) -> None:
 
 
 def _canonical(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return encoded(text)
 
 
 def _manifest(files: Mapping[str, str]) -> bytes:

@@ -20,7 +20,7 @@ from hnkit.figures import FIGURES
 from hnkit.figures.table import QUANTILES
 from hnkit.frontier import page as frontier_page
 from hnkit.injection import NoiseInjection
-from hnkit.internal.files import atomic_write, read_plain, write_json
+from hnkit.internal.files import atomic_write, encoded, read_plain, write_json
 from hnkit.internal.stats import Estimate
 from hnkit.internal.values import finite, or_nan
 from hnkit.internal.versions import versions
@@ -236,7 +236,7 @@ def _samples(png: bytes, prompts: Sequence[str]) -> Picture:
 
 def _write_adapter(target: Path, config: RunConfig, backend: BackendBase, report: Mapping[str, Any]) -> None:
     backend.save_adapter(target)
-    (target / "README.md").write_text(model_card(config, backend, report), encoding="utf-8")
+    (target / "README.md").write_bytes(encoded(model_card(config, backend, report)))
     if "verdict" in report:
         (target / VERDICT_FILE).write_text(
             json.dumps(report["verdict"], indent=2, ensure_ascii=False), encoding="utf-8"

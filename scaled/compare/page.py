@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from hnkit.frontier.page import card as frontier_card
-from hnkit.internal.files import atomic_write
+from hnkit.internal.files import atomic_write, read_plain
 from hnkit.internal.power import LEVEL, POWER, Components, detectable
 from hnkit.internal.stats import Estimate
 from hnkit.internal.values import or_nan
@@ -46,7 +46,7 @@ from hnkit.scaled.compare.plots import draw_plots
 
 def write_page(folder: Path, document: Document) -> None:
     """Write report.html, the CSV tables and the plots of a finished comparison."""
-    plots = draw_plots(document, load_file(folder / "parts" / "grid.safetensors"))
+    plots = draw_plots(document, load(read_plain(folder / "parts" / "grid.safetensors")))
     pictures = {}
     for plot in plots:
         pictures[plot.name] = Picture(plot.png(), plot.caption, samples=plot.name == "grid")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from hnkit.adapters import adapter_digests, load_backend
@@ -20,6 +20,7 @@ from hnkit.internal.files import (
     atomic_write,
     file_digest,
     new_run_folder,
+    read_plain,
     resumable,
     write_json,
     write_sealed,
@@ -500,7 +501,7 @@ class _Session:
         seal = path.with_suffix(".json")
         images: dict[str, Tensor] = {}
         if path.is_file() and read_part(seal) == {"sha256": file_digest(path)}:
-            images = load_file(path)
+            images = load(read_plain(path))
         missing = [name for name in self.plan.methods if name not in images]
         for name in missing:
             network = self.networks.get(name)

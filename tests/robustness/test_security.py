@@ -175,8 +175,6 @@ MAY_READ = {
     "hnkit/output/images.py": "a buffer",
     "hnkit/output/layouts.py": "images of its own run",
     "hnkit/generate.py": "a buffer",
-    "scaled/compare/page.py": "parts of its own run",
-    "scaled/compare/run.py": "parts after their digest",
     "scaled/pipelines/embeddings.py": "the user's own cache",
     "scaled/pipelines/identity.py": "files that are regular ones",
     "scaled/pipelines/parts.py": "weights that the user names",
@@ -209,13 +207,20 @@ def test_the_scan_for_reads_finds_them(line):
     assert list(reads(line))
 
 
-@pytest.mark.parametrize("backend", ["toy", "digits"])
-@pytest.mark.parametrize("name", ["weights", "configuration"])
+ADAPTER_FILES = {
+    ("toy", "weights"): "adapter.safetensors",
+    ("toy", "configuration"): "adapter.json",
+    ("digits", "weights"): "adapter_model.safetensors",
+    ("digits", "configuration"): "adapter_config.json",
+}
+
+
+@pytest.mark.parametrize(("backend", "name"), ADAPTER_FILES)
 @pytest.mark.parametrize("what", ["a pipe", "a sparse file", "a sparse file with a header"])
-def test_no_file_of_an_adapter_hangs_or_fills_the_memory(what, name, backend, tmp_path):
+def test_no_file_of_an_adapter_hangs_or_fills_the_memory(what, backend, name, tmp_path):
     factory = backend_factory(backend)
     folder = Path(shutil.copytree(adapter_of(backend, tmp_path), tmp_path / "sent"))
-    path = next(folder.glob("*.safetensors" if name == "weights" else "*config.json"))
+    path = folder / ADAPTER_FILES[backend, name]
     if what == "a pipe":
         path.unlink()
         os.mkfifo(path)
