@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -43,6 +44,7 @@ class _Commands(PlainHelp, TyperGroup):
         arguments = _with_resume_value(sys.argv[1:] if args is None else args)
         extra.pop("standalone_mode", None)
         try:
+            _require_directory()
             returned = super().main(arguments, standalone_mode=False, **extra)
             code = returned if isinstance(returned, int) else OK
             sys.stdout.flush()
@@ -83,6 +85,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
             errno.EDQUOT: "free some space, or write elsewhere with --out",
             errno.EACCES: "check the permissions, or write elsewhere with --out",
             errno.EROFS: "write elsewhere with --out",
+            errno.ENAMETOOLONG: "choose a shorter name",
             **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL), _IN_THE_WAY),
         }.get(error.errno or 0, "run again with --debug for where it happened")
         return f"{(error.strerror or text).lower()}{where}: {cure}", BAD_INPUT
@@ -90,6 +93,15 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     if no_memory or "not enough memory" in text or "allocate memory" in text:
         return "out of memory: use fewer --samples, a smaller batch, or --method arnoldi instead of exact", BAD_INPUT
     return f"internal error, {name}: {shortened(text, 300)} (run again with --debug for the traceback)", BAD_INPUT
+
+
+def _require_directory() -> None:
+    """Torch ends the process without a word of ours where the working directory has been deleted."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"the working directory cannot be found ({reason}): change to one that is there") from None
 
 
 def _unwritten(error: OSError) -> InputError:
