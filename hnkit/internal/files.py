@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -14,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hnkit.errors import InputError
 from hnkit.internal.values import printable
@@ -73,7 +74,7 @@ LARGEST = 2**30
 """Bytes of the largest document that is read: metrics of a million steps are half as long."""
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> io.BufferedReader:
     """Open a regular file to be read. Opening a pipe would wait for a writer, and a device may have no end.
 
     A run folder, an adapter or a model may come from somebody else: whatever lies in one is opened here.
@@ -121,7 +122,7 @@ def require_tensor_file(path: Path) -> None:
         _require_whole(path, file)
 
 
-def _require_whole(path: Path, file: BinaryIO) -> None:
+def _require_whole(path: Path, file: io.BufferedReader) -> None:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     try:

@@ -120,14 +120,13 @@ def _fits(value: Any, annotation: Any) -> bool:
         return any(_fits(value, member) for member in members)
     if origin is typing.Literal:
         return value in members
-    if not isinstance(value, int | float if origin is float else origin) or (
-        isinstance(value, bool) and origin is not bool
-    ):
+    accepted: tuple[Any, ...] = (int, float) if origin is float else (origin,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and origin is not bool):
         return False
-    if not members:
-        return True
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and members:
         return all(_fits(key, members[0]) and _fits(entry, members[1]) for key, entry in value.items())
+    if not isinstance(value, tuple | list) or not members:
+        return True
     if members[-1] is Ellipsis or origin is not tuple:
         return all(_fits(entry, members[0]) for entry in value)
     return len(value) == len(members) and all(map(_fits, value, members))
