@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shlex
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 import hnkit.checks.parts
 import hnkit.checks.verify_toys
 from hnkit import noise_kl
+from hnkit.backend import backend_factory
+from hnkit.checks.check import Check
 from hnkit.checks.parts import RECORDS, UNFINISHED, Parts
 from hnkit.cli import app as cli
 from hnkit.internal.files import read_sealed
@@ -217,3 +220,30 @@ def test_figures_are_kept_to_the_bit():
             from_document(wrong, RECORDS)
     with pytest.raises(TypeError, match="kept in no file"):
         to_document(object())
+
+
+def test_records_hold_what_they_declare():
+    """A document that was forged and sealed anew is a damaged part, not an error of the report that is made of it."""
+    check = Check("one", "a <= b", "lemma", "toy", 0.5, 1.0, 0.0, "exact", 0.5, "holds")
+    estimate = noise_kl(lambda x: 0.3 * x, torch.randn(5, 3).double(), method="exact")
+    for record in (check, estimate):
+        assert repr(from_document(to_document(record), RECORDS)) == repr(record)
+        for name in ("verdict", "measured", "note", "value", "per_sample", "num_jvp"):
+            if name in vars(record):
+                with pytest.raises(ValueError, match="holds what does not belong there"):
+                    from_document({**to_document(record), name: {"": "list", "value": []}}, RECORDS)
+    with pytest.raises(ValueError, match="holds what does not belong there"):
+        from_document({**to_document(check), "verdict": "true"}, RECORDS)
+
+
+def test_an_adapter_in_a_folder_that_is_not_utf8_is_gone_on_with(tmp_path, capsys):
+    adapter, out = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / "run"
+    factory = backend_factory("toy")
+    factory.load(factory.options()).save_adapter(adapter)
+    asked = ("verify-bound", "--backend", "toy", "--adapter", adapter, "--samples", "2")
+    assert run(capsys, *asked, "--out", out)[0] == 0
+    (out / "report.json").unlink()
+    (out / "parts").mkdir(exist_ok=True)
+    code, _, err = run(capsys, "verify-bound", "--resume", out)
+    assert code == 0, err
+    assert (out / "report.json").exists()

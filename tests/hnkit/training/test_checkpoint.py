@@ -429,3 +429,32 @@ def test_the_lock_names_its_holder(tmp_path):
     with pytest.raises(InputError, match="is a symbolic link, and hnkit writes through none"), run_lock(tmp_path):
         pass
     assert (tmp_path / "other").read_text() == "mine"
+
+
+def test_a_path_that_is_not_utf8_is_read_again(tmp_path):
+    """safetensors writes there and does not open what it wrote."""
+    run = tmp_path / os.fsdecode(b"caf\xe9")
+    run.mkdir()
+    save_checkpoint(run, 3, {"w": torch.arange(3.0)}, {"step": 3, "place": str(run)}, keep=1)
+    found = newest_checkpoint(run, pytest.fail)
+    assert found is not None
+    assert found.tensors["w"].tolist() == [0, 1, 2]
+    assert found.state["place"] == str(run)
+
+
+def test_a_sparse_file_of_tensors_is_damage_before_it_is_read(tmp_path, monkeypatch):
+    folder = save_checkpoint(tmp_path, 3, {"w": torch.arange(3.0)}, {"step": 3}, keep=1)
+    with (folder / "tensors.safetensors").open("r+b") as file:
+        file.truncate(300 * 10**9)
+    monkeypatch.setattr(module, "file_digest", lambda _: pytest.fail("300 GB were read"))
+    with pytest.raises(DamagedCheckpointError, match="not as long as its header says"):
+        load_checkpoint(folder)
+
+
+def test_a_log_of_a_position_that_lies_is_read_in_bounds(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("{}\n")
+    said = []
+    log = JsonLog.resume(path, {"size": 10**15, "sha256": "0" * 64}, said.append)
+    log.close()
+    assert "is not the file its checkpoint knew" in said[0]

@@ -137,7 +137,7 @@ def test_permission_denied_is_never_damaged(interrupted, monkeypatch, name):
         return call
 
     monkeypatch.setattr(os, "scandir", refuse(os.scandir))
-    monkeypatch.setattr(Path, "read_text", refuse(Path.read_text))
+    monkeypatch.setattr(os, "open", refuse(os.open))
     with pytest.raises(InputError, match="Permission denied") as caught:
         resume(fake_config(), interrupted)
     assert "damaged" not in str(caught.value)
