@@ -72,9 +72,11 @@ def attach(pipe: Any, adapter: str | Path) -> Any:
         A pipeline of a subclass of `pipe`'s class, and a `SteeredPipeline`; the components are shared.
 
     Raises:
-        InputError: another pipeline class, a network with hooks or another LoRA on it, or an adapter that does not
-            belong to this model.
+        InputError: another pipeline class, one with an adapter attached, a network with hooks or another LoRA on it, or
+            an adapter that does not belong to this model.
     """
+    if isinstance(pipe, SteeredPipeline):
+        raise InputError("an adapter is attached to this pipeline already: attach another one to pipe.detached()")
     block = adapter_block(adapter)
     factory = factory_for(pipe, block.get("pipeline_class"))
     recorded = factory.recorded(adapter)

@@ -47,7 +47,14 @@ class Layout:
         return flat.reshape(len(noise), *self.given).to(self.dtype)
 
     def unpack(self, latents: Tensor) -> Tensor:
-        """The inverse of `pack`, but for the type."""
+        """The inverse of `pack`, but for the type.
+
+        Raises:
+            InputError: they are of another shape, whose entries would be taken for those of other places.
+        """
+        if tuple(latents.shape[1:]) != self.given:
+            taken = ", ".join(str(side) for side in self.given)
+            raise InputError(f"latents of shape {tuple(latents.shape)}: for this image they are (n, {taken})")
         flat = latents.flatten(1)
         if self.to_given is not None:
             flat = flat.index_select(1, torch.argsort(self.to_given).to(flat.device))

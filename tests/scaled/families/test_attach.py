@@ -213,6 +213,20 @@ def test_a_call_for_other_noise_is_refused(trained, folder, tmp_path):
         with_f(**arguments(diffusers.WanPipeline, backend, num_frames=5))
 
 
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "QwenImagePipeline"])
+def test_latents_of_another_shape_and_a_second_adapter_are_refused(name, trained, folder, tmp_path):
+    """As many entries in another shape would be moved as if they lay elsewhere."""
+    backend = trained(name)
+    with_f = attach(diffusers.DiffusionPipeline.from_pretrained(folder(name)), tmp_path / "adapter")
+    with_f.set_progress_bar_config(disable=True)
+    taken = backend.pack(noise_for(backend, 1)).shape
+    for shape in ((1, 7, 3, 3), (1, 2, taken.numel() // 2), (1, taken.numel())):
+        with pytest.raises(InputError, match=r"latents of shape .*: for this image they are \(n, "):
+            with_f(latents=torch.zeros(shape), **arguments(type(backend.pipeline), backend))
+    with pytest.raises(InputError, match=r"attached to this pipeline already: .* pipe\.detached\(\)"):
+        attach(with_f, tmp_path / "adapter")
+
+
 def test_adapters_of_other_networks_are_refused(trained, folder, tmp_path):
     trained("ZImagePipeline")
     for name in ("StableDiffusionXLPipeline", "QwenImagePipeline", "SanaPipeline"):
