@@ -279,7 +279,7 @@ def injected_noise() -> str:
         length = f" ({run['settings']['steps']} steps)" if "steps" in run["settings"] else ""
         rows.append((run["name"] + length, used, f"{run['reward_calls']:,}", gain, nats, f"{run['cpu_seconds']} s"))
     gains = {run["name"]: run["gain"] for run in document["runs"]}
-    draws = gains.get("injected, 4 draws, four times the calls")
+    draws = next((run for run in document["runs"] if "measured_until" in run), None)
     images = document["runs"][0]["images"]
     caption = (
         f"{document['common']['steps']} steps, one seed each; ± is the error over {images} held-out images, not over "
@@ -287,7 +287,11 @@ def injected_noise() -> str:
         "the others are the proved bound."
     )
     if draws is not None:
-        caption += f" Four draws at every step gain {100 * draws / gains['l2']:.0f}% of what L2 gains."
+        share = 100 * draws["gain"] / gains["l2"]
+        caption += (
+            f" Four draws by the gradient, {share:.0f}% of what L2 gains, were measured with the version of "
+            f"{draws['measured_until']}, the last that took them."
+        )
     headers = ("run", "gradient of the reward", "reward calls", "gain in reward", "nats", "CPU time")
     return to_markdown(Table(headers, tuple(rows), caption))
 

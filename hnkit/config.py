@@ -63,7 +63,8 @@ class TrainConfig:
         injection: share `1 - a^2` of the noise that is drawn afresh, in training and wherever the adapter is used:
             `x_hat = a (x + f) + sqrt(1 - a^2) eps`, whose KL is at most `a^2 E|f|^2 / (2 (1 - a^2))`; 0 is none.
         max_delta: bound on `|f|` with injected noise, to which longer deltas are scaled down; 0 is none.
-        draws: draws of injected noise for each sample of a step, each a pass of the generator.
+        draws: draws of injected noise for each sample of a step, each a pass of the generator: 2 or more with
+            score-function gradients, whose baseline they are, else 1.
         reward_gradient: `"pathwise"`, through reward and generator, or `"score-function"`, which needs values of the
             reward alone: with injected noise and 2 draws or more.
         noise: `"fresh"` noise for every sample; one for each optimiser `"step"`, shared by all its prompts, as in the
@@ -144,6 +145,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_ranges(self, "train.")
+        if self.draws > 1 and self.reward_gradient == "pathwise":
+            raise InputError(
+                f"train.draws = {self.draws} with train.reward_gradient = 'pathwise', which takes one, for more do not "
+                "earn their passes: leave it out, or give train.reward_gradient = 'score-function', whose baseline "
+                "they are"
+            )
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise InputError("train.nesterov = true needs train.optimizer = 'sgd' and train.momentum above 0")
         if self.batch % self.accumulate:
@@ -158,7 +165,7 @@ class TrainConfig:
                 raise InputError(
                     f"train.injection with train.kl = {self.kl!r}: its KL is bounded by 'l2', leave kl out"
                 )
-        elif named := [name for name in ("max_delta", "draws", "reward_gradient") if self._set(name)]:
+        elif named := [name for name in ("max_delta", "reward_gradient") if self._set(name)]:
             raise InputError(
                 f"train.{named[0]} = {getattr(self, named[0])!r} without train.injection, which it is about: give the "
                 "share of the noise that is drawn afresh, such as 0.5"
@@ -268,7 +275,9 @@ def resolve_config(
         rewards: `"name=weight"` or `"pkg.mod:fn=weight"`; given, they replace the table `[rewards]`. With `resume`
             they repeat entries of the saved table instead, as every import path there has to be.
         heldout: the same for `[heldout]`.
-        resume: a run folder; its saved configuration takes the place of the defaults and of the preset `default`.
+        resume: a run folder; its saved configuration takes the place of the defaults and of the preset `default`. Of a
+            run that took several draws by the pathwise gradient, as was once possible, they come back as one: what
+            was trained is used as it is, and `train` refuses to go on with it.
         training: the run is to be trained; else the rewards of files are left out, so that their code is not needed.
 
     Raises:
@@ -284,6 +293,8 @@ def resolve_config(
     if config_file is not None:
         files.append(Path(config_file))
     sources = [(file, read_tables(file)) for file in files]
+    if resume is not None:
+        sources[0] = (files[0], _of_a_run(sources[0][1]))
     for file, tables in sources:
         named = tables.get("backend", {}).get("name", backend)
         if named is not None and not isinstance(named, str):
@@ -330,6 +341,14 @@ def resolve_config(
         merged["backend"] |= {**_recorded(factory, start), **chosen}
     options = make_options(factory.options, merged["backend"])
     return RunConfig(backend, options, TrainConfig(**merged["train"]), merged["rewards"], merged["heldout"])
+
+
+def _of_a_run(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The tables of a saved run, but for several draws by the pathwise gradient, which were once accepted."""
+    train = tables.get("train", {})
+    if train.get("reward_gradient", "pathwise") != "pathwise":
+        return tables
+    return {**tables, "train": {key: value for key, value in train.items() if key != "draws"}}
 
 
 def make_options(build: Callable[..., Any], values: Mapping[str, Any]) -> Any:

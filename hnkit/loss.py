@@ -44,8 +44,8 @@ class LossTerms:
     Attributes:
         total: `(n,)`; its mean is what to minimise.
         kl: `(n,)`, the KL term as it enters `total`: nats, or nats per dimension under the reduction "mean".
-        reward: `(n,)`, the reward as it was returned, the mean over the draws of injected noise; with score-function
-            gradients its gradient is that estimate, whatever the reward's own.
+        reward: `(n,)`, the reward as it was returned; with score-function gradients the mean over the draws of injected
+            noise, whose gradient is that estimate, whatever the reward's own.
         x_hat: `(n, *shape)`, the moved noise: `x + f(x)`, or the first draw of `a (x + f(x)) + sqrt(1 - a^2) eps`.
         solve_error: `(n,)`, estimated relative error of the linear solve behind the gradient of E(J); 0 where there
             is none.
@@ -84,9 +84,10 @@ class NoiseLoss:
         max_steps: limit of the adaptive steps.
         probe: law of the probes.
         injection: how much noise is injected, in training as in use; `None`: none. It goes with `kl="l2"` alone.
-        draws: draws of injected noise for each sample, each a pass of the generator; the reward is their mean.
+        draws: draws of injected noise for each sample, each a pass of the generator: 2 or more with score-function
+            gradients, whose baseline they are; 1 with pathwise ones, for which more do not earn their passes.
         reward_gradient: "pathwise": through reward and generator; "score-function": from the values of the reward
-            alone, with a leave-one-out baseline over 2 draws or more.
+            alone, with a leave-one-out baseline over the draws.
 
     Raises:
         InputError: an argument is out of range.
@@ -130,9 +131,16 @@ class NoiseLoss:
                 raise InputError(f"{name} {count!r} is not a positive whole number: give 1 or more")
         if self.injection is not None and self.kl != "l2":
             raise InputError(f"kl {self.kl!r} with injected noise: its KL is bounded by the L2 term alone, use kl 'l2'")
-        if self.injection is None and (self.draws > 1 or self.reward_gradient != "pathwise"):
-            what = f"draws {self.draws}" if self.draws > 1 else f"reward_gradient {self.reward_gradient!r}"
-            raise InputError(f"{what} without injected noise, which it is about: give injection=NoiseInjection(0.5)")
+        if self.reward_gradient == "pathwise" and self.draws > 1:
+            raise InputError(
+                f"draws {self.draws} with reward_gradient 'pathwise', which takes one, for more do not earn their "
+                "passes: give draws=1, or reward_gradient 'score-function', whose baseline they are"
+            )
+        if self.injection is None and self.reward_gradient != "pathwise":
+            raise InputError(
+                f"reward_gradient {self.reward_gradient!r} without injected noise, which it is about: give "
+                "injection=NoiseInjection(0.5)"
+            )
         if self.reward_gradient == "score-function" and self.draws < 2:
             raise InputError("reward_gradient 'score-function' with one draw has no baseline: give draws=2 or more")
 
@@ -210,7 +218,7 @@ class NoiseLoss:
         reward: Callable[[Tensor], Tensor],
         generator: Generators,
     ) -> LossTerms:
-        """The terms where noise is injected: a bound of the KL, and rewards averaged over its draws."""
+        """The terms where noise is injected: a bound of the KL, and the reward of its draw, or the mean of several."""
         delta = injection.clipped(evaluate(f, x))
         delta = delta.to(torch.promote_types(torch.promote_types(x.dtype, delta.dtype), torch.float32))
         term = injection.nats(delta)
@@ -219,7 +227,7 @@ class NoiseLoss:
         noises = [fresh_noise(x, generator) for _ in range(self.draws)]
         moved = [injection.moved(x, delta, eps) for eps in noises]
         if self.reward_gradient == "pathwise":
-            score = torch.stack([_scores(reward, generate(x_hat), len(x)) for x_hat in moved]).mean(0)
+            score = _scores(reward, generate(moved[0]), len(x))
         else:
             with torch.no_grad():
                 scores = torch.stack([_scores(reward, generate(x_hat.detach()), len(x)) for x_hat in moved])

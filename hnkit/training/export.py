@@ -63,9 +63,10 @@ def export_adapter(
     if not rewards and backend.default_reward is not None:
         rewards = {backend.default_reward.name: backend.default_reward.weight}
     target = new_run_folder(None if out is None else Path(out), "export")
-    atomic_write(
-        target / CONFIG_FILE, config_toml({**config.to_dict(), **{k: tables[k] for k in ("rewards", "heldout")}})
-    )
+    said = config.to_dict()
+    said |= {table: tables[table] for table in ("rewards", "heldout")}
+    said["train"]["draws"] = tables["train"].get("draws", 1)  # as it was trained, be it refused today
+    atomic_write(target / CONFIG_FILE, config_toml(said))
     replace_folder(
         target / ADAPTER,
         lambda new: write_adapter(

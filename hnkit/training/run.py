@@ -204,6 +204,11 @@ def _require_same(saved: dict[str, Any], config: RunConfig, folder: Path) -> Non
         advice = "a resumed run keeps its configuration"
         if dotted == "train.steps":
             advice = "steps may grow, and only where train.schedule is 'constant'"
+        if dotted == "train.draws" and config.train.reward_gradient == "pathwise":
+            advice = (
+                "the pathwise gradient takes one now, so make an adapter of the run with `hnkit export --checkpoint` "
+                "and train on with --from-adapter"
+            )
         asked, has = given[table].get(key), saved[table].get(key)
         raise InputError(f"--resume {folder}: {dotted} = {asked!r} but the run has {has!r}: {advice}")
 

@@ -258,8 +258,8 @@ class Session:
         parts: dict[str, Tensor] = {}
 
         def generate(x: Tensor) -> Tensor:
-            if settings.reward_clip:  # what arrives is the gradient of -r / (alpha batch draws)
-                x = bounded_rows(x, settings.reward_clip / (settings.alpha * settings.batch * settings.draws))
+            if settings.reward_clip:  # what arrives is the gradient of -r / (alpha batch)
+                x = bounded_rows(x, settings.reward_clip / (settings.alpha * settings.batch))
             return self.backend.generate(x, condition, settings.generator_steps)
 
         def reward(outputs: Tensor) -> Tensor:

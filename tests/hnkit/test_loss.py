@@ -552,7 +552,7 @@ def derivatives_of_the_mean(x: float, share: float, slope: float, shift: float) 
 @pytest.mark.parametrize("share", [0.2, 0.5])
 @pytest.mark.parametrize("gradient_of", ["pathwise", "score-function"])
 def test_the_gradient_of_the_mean_reward_is_exact_under_quadrature(monkeypatch, share, gradient_of):
-    """Two draws on a product grid of Gauss-Hermite nodes: their weighted mean is the expectation, with no sampling."""
+    """Draws on a product grid of Gauss-Hermite nodes: their weighted mean is the expectation, with no sampling."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(7)
     nodes, weights = torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
     first, second = torch.meshgrid(nodes, nodes, indexing="ij")
@@ -562,7 +562,8 @@ def test_the_gradient_of_the_mean_reward_is_exact_under_quadrature(monkeypatch, 
     monkeypatch.setattr(hnkit.loss, "fresh_noise", lambda x, generator: next(calls))
     f, alpha = Shift(), 0.5
     x = torch.full((len(joint), 1), 0.8, dtype=torch.float64)
-    loss = NoiseLoss(alpha=alpha, injection=NoiseInjection(share), draws=2, reward_gradient=gradient_of)
+    draws = 2 if gradient_of == "score-function" else 1
+    loss = NoiseLoss(alpha=alpha, injection=NoiseInjection(share), draws=draws, reward_gradient=gradient_of)
     terms = loss(f, x, identity, cubic)
     found = gradient(f, (joint * terms.total).sum())
     delta = 0.3 * 0.8 - 0.4
@@ -612,9 +613,10 @@ def test_the_baseline_takes_a_constant_out_of_the_reward():
     torch.testing.assert_close(by(0.0), by(1e4), rtol=1e-9, atol=1e-9)
 
 
-def test_a_row_s_injected_noise_does_not_depend_on_its_batch():
+@pytest.mark.parametrize("options", [{}, {"draws": 2, "reward_gradient": "score-function"}])
+def test_a_row_s_injected_noise_does_not_depend_on_its_batch(options):
     f, x = mlp(), noise()
-    loss = NoiseLoss(injection=NoiseInjection(0.5), draws=2)
+    loss = NoiseLoss(injection=NoiseInjection(0.5), **options)
 
     def terms(rows: slice):
         generators = [torch.Generator().manual_seed(row) for row in range(len(x))][rows]
@@ -646,7 +648,8 @@ def test_the_score_function_asks_for_values_alone():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"draws": 2}, "draws 2 without injected noise"),
+        ({"draws": 2}, "draws 2 with reward_gradient 'pathwise', which takes one"),
+        ({"draws": 4, "injection": NoiseInjection()}, "give draws=1, or reward_gradient 'score-function'"),
         ({"reward_gradient": "score-function"}, "'score-function' without injected noise"),
         ({"reward_gradient": "none", "injection": NoiseInjection()}, "accepted are pathwise, score-function"),
         ({"reward_gradient": "score-function", "injection": NoiseInjection()}, "give draws=2"),

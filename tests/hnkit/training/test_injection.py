@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hnkit import InputError, NoiseInjection
+from hnkit import InputError, NoiseInjection, NoiseLoss
 from hnkit.adapters import load_trained
 from hnkit.backend import steer
 from hnkit.config import RewardSpec, RunConfig, TrainConfig, resolve_config
 from hnkit.training.export import export_adapter
 from hnkit.training.run import train
+from tests.hnkit.cli.test_app import run as command
 from tests.hnkit.fake_backend import FakeFactory
 from tests.hnkit.training.training_runs import (
     fake_config,
@@ -95,10 +96,11 @@ def test_the_loss_learns_its_own_law(tmp_path, gradient, settings, tolerance):
     assert "kl_bound" in records(tmp_path / "run")[0]
 
 
-INJECTED = ("injection=0.5", "draws=2", "steps=12", "checkpoint_every=5")
+INJECTED = ("injection=0.5", "steps=12", "checkpoint_every=5")
+SCORED = ("draws=2", "reward_gradient=score-function")
 
 
-@pytest.mark.parametrize("more", [(), ("max_delta=0.3", "reward_gradient=score-function")])
+@pytest.mark.parametrize("more", [(), ("max_delta=0.3", *SCORED)])
 def test_a_resumed_run_is_bit_equal(tmp_path, more, monkeypatch):
     config = small(*INJECTED, *more)
     run(config, tmp_path / "whole")
@@ -122,9 +124,10 @@ def test_a_resumed_run_is_bit_equal(tmp_path, more, monkeypatch):
     assert "report.json" in outcome(tmp_path / "cut")
 
 
-def test_micro_batches_do_not_change_what_is_injected(tmp_path):
-    run(small(*INJECTED), tmp_path / "one")
-    run(small(*INJECTED, "accumulate=4"), tmp_path / "four")
+@pytest.mark.parametrize("more", [(), SCORED])
+def test_micro_batches_do_not_change_what_is_injected(tmp_path, more):
+    run(small(*INJECTED, *more), tmp_path / "one")
+    run(small(*INJECTED, *more, "accumulate=4"), tmp_path / "four")
     one, four = (load_file(tmp_path / name / "adapter" / "adapter.safetensors") for name in ("one", "four"))
     for key, value in one.items():
         torch.testing.assert_close(four[key], value, rtol=1e-10, atol=1e-12)
@@ -145,6 +148,35 @@ def test_adapters_of_a_run_and_of_its_checkpoints_are_deployed_as_trained(tmp_pa
         assert not torch.allclose(whole.noise[0] - centre[0], whole.noise[1] - centre[1], atol=0.05)
     run(small("steps=5"), tmp_path / "plain")
     assert load_trained("toy", tmp_path / "plain")[0].injection is None
+
+
+def test_a_run_of_several_draws_by_the_gradient_is_used_as_it_is_and_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    """Earlier versions took them: the run is made with today's record, its check left out."""
+    with monkeypatch.context() as before:
+        before.setattr(TrainConfig, "__post_init__", lambda self: None)
+        before.setattr(NoiseLoss, "__post_init__", lambda self: None)
+        config = small(*INJECTED, "draws=2")
+        run(config, tmp_path / "old")
+        text = (tmp_path / "old" / "config.toml").read_text()
+    assert "draws = 2" in text
+    with pytest.raises(InputError, match=r"train\.draws = 2 with train\.reward_gradient = 'pathwise'"):
+        resolve_config(config_file=tmp_path / "old" / "config.toml")
+    for folder in ("old", "old/adapter"):
+        assert load_trained("toy", tmp_path / folder)[0].injection == NoiseInjection(0.5)
+    assert resolve_config(resume=tmp_path / "old").train.draws == 1
+    export_adapter(str(tmp_path / "old" / "checkpoints" / "step-00000010"), out=str(tmp_path / "made"))
+    assert "draws = 2" in (tmp_path / "made" / "config.toml").read_text()
+    assert load_trained("toy", tmp_path / "made")[0].injection == NoiseInjection(0.5)
+    code, printed, said = command(capsys, "train", "--resume", str(tmp_path / "old"))
+    assert (code, printed) == (2, "")
+    assert "train.draws = 1 but the run has 2" in said
+    assert "`hnkit export --checkpoint`" in said
+    code, _, said = command(capsys, "train", "--resume", str(tmp_path / "old"), "--set", "train.draws=2")
+    assert code == 2
+    assert "leave it out" in said
+    few = ("--base-samples", "16", "--samples", "2", "--out", str(tmp_path / "frontier"))
+    code, _, _ = command(capsys, "frontier", "--backend", "toy", "--adapter", str(tmp_path / "old"), *few)
+    assert code == 0
 
 
 def parity(images, prompts):
@@ -185,7 +217,7 @@ def test_a_backend_that_does_not_record_it_is_not_trained_with_it(tmp_path, monk
 
 @pytest.mark.slow  # micro-batches take their rows by the same numbers as processes do
 def test_two_processes_inject_the_same_noise_as_one(tmp_path):
-    config = small(*INJECTED, "measure_every=0")
+    config = small(*INJECTED, *SCORED, "measure_every=0")
     run(config, tmp_path / "one")
     (tmp_path / "run.toml").write_text(config.to_toml())
     command = [

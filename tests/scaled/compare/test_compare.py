@@ -474,7 +474,7 @@ def test_an_adapter_is_compared_as_its_run_left_it(make_backend, checkpoint, tmp
 @pytest.mark.slow
 def test_a_comparison_of_what_injects_noise(overrides, tmp_path):
     """Training, images and nats are of what is deployed; the losses beside it, and direct tuning, have none of it."""
-    chosen = [*overrides, "train.injection=0.5", "train.draws=2", "compare.ranks=[]", "compare.steps=[1]",
+    chosen = [*overrides, "train.injection=0.5", "compare.ranks=[]", "compare.steps=[1]",
               "compare.losses=['l2']"]  # fmt: skip
     methods = ["base", "hypernoise", "direct"]
     document = COMPARISON("sana", methods=methods, prompts=PROMPTS, seeds=2, overrides=chosen, out=tmp_path / "run")
