@@ -23,6 +23,7 @@ from hnkit.errors import InputError
 Number: TypeAlias = float | Tensor
 
 _EPS = torch.finfo(torch.float64).eps
+_LEAST = 2.0**-1074  # the least positive float64: what an operation that underflows may have lost, twice over
 _SWITCH = 0.5  # |s| up to which the series is used
 _TERMS = 18  # t^2 <= 1/9 there, so the first term left out is below 1/39 * 9^-18 = 2e-19 of the leading one
 
@@ -60,9 +61,17 @@ def solver_margin(dim: int) -> float:
     return 8 * dim * _EPS
 
 
-def _outward(value: Tensor, units: float) -> Tensor:
-    """A number that is not negative, rounded up by some units of rounding."""
-    return value * (1 + units * _EPS)
+def _outward(value: Tensor, units: float, positive: Tensor) -> Tensor:
+    """A number that is not negative, rounded up by some units of rounding, of its own and of underflow.
+
+    It stays as it is where `positive` does not hold, as it is exactly 0 there.
+    """
+    return torch.where(positive, value * (1 + units * _EPS) + units * _LEAST, value)
+
+
+def _weighted(norm: Tensor, quotient: Tensor) -> Tensor:
+    """`norm^2 quotient` of what is not negative, but for rounding no less, even where a factor underflows."""
+    return (norm.square() + _LEAST) * (quotient + _LEAST)
 
 
 def _tensor(name: str, value: Number) -> Tensor:
@@ -166,7 +175,11 @@ def theorem7_bound(dim: int, lipschitz: Number) -> Number:
         arXiv 2508.09968, Theorem 7 (Theorem 1 in the main text).
     """
     constant = _contraction("lipschitz", lipschitz)
-    return _like(_outward(_dimension(dim) * _quotients(constant)[0], 4), lipschitz)
+    return _like(_theorem7(_dimension(dim), constant), lipschitz)
+
+
+def _theorem7(dim: int, norms: Tensor) -> Tensor:
+    return _outward(dim * (_quotients(norms)[0] + _LEAST * (norms > 0)), 4, norms > 0)
 
 
 def local_theorem7_bound(dim: int, norms: Tensor) -> Tensor:
@@ -185,7 +198,7 @@ def local_theorem7_bound(dim: int, norms: Tensor) -> Tensor:
     Raises:
         InputError: a norm is negative, nan or at least 1; the message names the sample.
     """
-    return _outward(_dimension(dim) * _quotients(_contraction("local norm", norms))[0], 4)
+    return _theorem7(_dimension(dim), _contraction("local norm", norms))
 
 
 @overload
@@ -211,9 +224,9 @@ def frobenius_bound(frobenius_norm: Number, lipschitz: Number) -> Number:
         InputError: L is negative, nan or at least 1; the Frobenius norm is negative or not finite.
     """
     norm, constant = _non_negative("frobenius_norm", frobenius_norm), _contraction("lipschitz", lipschitz)
-    bound = norm.square() * _quotients(constant)[1]
-    # Exact at L = 0, where A = 0.
-    return _like(torch.where(constant > 0, _outward(bound, 4), bound), frobenius_norm, lipschitz)
+    quotient = _quotients(constant)[1]
+    bound = torch.where(constant > 0, _weighted(norm, quotient), norm.square() * quotient)  # exact at L = 0: A = 0
+    return _like(_outward(bound, 4, (norm > 0) & (constant > 0)), frobenius_norm, lipschitz)
 
 
 @overload
@@ -238,7 +251,9 @@ def second_order_remainder_bound(frobenius_norm: Number, lipschitz: Number) -> N
         InputError: L is negative, nan or at least 1; the Frobenius norm is negative or not finite.
     """
     norm, constant = _non_negative("frobenius_norm", frobenius_norm), _contraction("lipschitz", lipschitz)
-    return _like(_outward(norm.square() * _quotients(constant)[2], 8), frobenius_norm, lipschitz)
+    bound = _weighted(norm, _quotients(constant)[2])
+    possible = (norm > 0) & (constant > 0)
+    return _like(_outward(torch.where(possible, bound, 0.0), 8, possible), frobenius_norm, lipschitz)
 
 
 def _matrices(A: Tensor) -> Tensor:
@@ -255,6 +270,11 @@ def _matrices(A: Tensor) -> Tensor:
     if bool(bad.any()):
         raise InputError(f"A{_place(bad)} has an entry that is not finite: give finite matrices")
     return matrices
+
+
+def _any_entry(matrices: Tensor) -> Tensor:
+    """Whether a matrix is not 0, `(...)`."""
+    return (matrices != 0).any(-1).any(-1)
 
 
 def singular_value_bound(A: Tensor) -> Tensor:
@@ -282,7 +302,7 @@ def singular_value_bound(A: Tensor) -> Tensor:
     dim = values.shape[-1]
     above = values + solver_margin(dim) * values[..., :1]
     beyond = above[..., 0] >= 1
-    bound = _outward(_quotients(above.clamp(max=1 - _EPS))[0].sum(-1), 4 + dim)
+    bound = _outward(_quotients(above.clamp(max=1 - _EPS))[0].sum(-1), 4 + dim, _any_entry(matrices))
     return torch.where(beyond, torch.full_like(bound, torch.inf), bound)
 
 
@@ -313,8 +333,11 @@ def leading_singular_value_bound(singular_values: Tensor, frobenius_norm: Number
     _, ratio, _ = _quotients(values)
     squares = values.square()
     excess = (squares * (ratio - ratio[..., -1:])).sum(-1)
-    rounding = (8 + values.shape[-1]) * _EPS * (squares * ratio).sum(-1)  # of differences of close ratios, and sums
-    return _outward(excess + norm.square() * ratio[..., -1], 8) + rounding
+    count = values.shape[-1]
+    rounding = (8 + count) * _EPS * (squares * ratio).sum(-1)  # of differences of close ratios, and sums
+    possible = (norm > 0) & (values[..., 0] > 0)
+    bound = torch.where(possible, excess + _weighted(norm, ratio[..., -1]), 0.0)
+    return _outward(bound, 8 + count, possible) + rounding
 
 
 def field_of_values_bounds(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,9 +374,12 @@ def field_of_values_bounds(A: Tensor) -> tuple[Tensor, Tensor]:
     inside = below.clamp(min=_EPS - 1)
     most = torch.maximum(_quotients(-inside)[0], _quotients(-above)[0]).sum(-1)
     nearest = torch.where(inside > 0, inside, above.clamp(max=0))
-    upper, fewest = _outward(most, 4 + dim), _quotients(-nearest)[0].sum(-1)
-    slack = skew.square().sum((-1, -2)) / (2 * (1 + inside[..., 0]).square())
-    lower = fewest - (4 + dim) * _EPS * fewest - _outward(slack, 8 + 2 * dim)
+    some = _any_entry(matrices + matrices.mT)
+    upper, fewest = _outward(most, 4 + dim, some), _quotients(-nearest)[0].sum(-1)
+    turned = _any_entry(matrices - matrices.mT)
+    square = skew.square().sum((-1, -2)) + dim**2 * _LEAST * turned
+    slack = _outward(square / (2 * (1 + inside[..., 0]).square()), 8 + 2 * dim, turned)
+    lower = fewest - _outward((4 + dim) * _EPS * fewest, 4 + dim, some) - slack
     infinite = torch.full_like(upper, torch.inf)
     return torch.where(beyond, -infinite, lower), torch.where(beyond, infinite, upper)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from hnkit.bounds import log_gap
 from hnkit.errors import InputError, NonFiniteError
 from hnkit.injection import Generators, NoiseInjection, deployed_noise
 from hnkit.internal.stats import Estimate, mean_and_stderr
@@ -177,7 +178,7 @@ def kl_gaussians(mean0: Tensor, covariance0: Tensor, mean1: Tensor, covariance1:
     if float(excess.min()) <= -1.0:
         return math.inf
     shift = torch.linalg.solve_triangular(factor, (mean0 - mean1).double()[:, None], upper=False)
-    return 0.5 * float(shift.square().sum() + (excess - torch.log1p(excess)).sum())
+    return 0.5 * float(shift.square().sum() + log_gap(-excess).sum())
 
 
 def affine_coefficients(f: NoiseMap, dim: int, *, tolerance: float = 1e-9) -> tuple[Tensor, Tensor] | None:

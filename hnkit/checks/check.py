@@ -28,6 +28,9 @@ Kind = Literal["exact", "statistical"]
 Verdict = Literal["holds", "fails", "not applicable", "not certified"]
 
 
+UNDERFLOWN = 1e-290
+"""Numbers below this, in nats, may have lost digits on their way: products of them are below the range of float64."""
+
 Relation = Literal["=", "<=", ">="]
 
 

@@ -7,7 +7,7 @@ import re
 
 from torch import Tensor
 
-from hnkit.checks.check import Finding, confidence_radius, worst
+from hnkit.checks.check import UNDERFLOWN, Finding, confidence_radius, worst
 from hnkit.errors import NotApplicable
 from hnkit.figures.measured_map import MeasuredMap
 from hnkit.jacobian import dense_jacobian
@@ -36,6 +36,8 @@ def l2_verdict(measured: MeasuredMap) -> Finding:
         return Finding(float(not (vanishes and verdict.good)), 0.0, 0.0, note="f vanishes at every sample")
     if l2 == 0:
         raise NotApplicable("f vanishes at every sample, and its Jacobian does not")
+    if l2 < UNDERFLOWN:
+        raise NotApplicable(f"|f|²/2 = {l2:.3g} is so small that its digits have underflowed")
     square, cube = J @ J / 2, J @ J @ J / 3
     second, third = (float(_trace(B).mean()) / l2 for B in (square, square - cube))
     error = float(measured.rows.error[:count].mean()) / l2
@@ -70,10 +72,10 @@ def _trace(B: Tensor) -> Tensor:
 
 def _radius(B: Tensor, l2: float, count: int) -> float:
     """Confidence radius of the mean of `v' B v` over probes and samples, over the L2 term."""
-    symmetric = (B + B.mT) / 2
+    symmetric = (B + B.mT) / (2 * l2)  # squared as a ratio, which does not underflow
     off = symmetric.square().sum((1, 2)) - symmetric.diagonal(dim1=1, dim2=2).square().sum(1)
     variance = float((2 * off.clamp(min=0)).sum()) / PROBES / count**2
-    return confidence_radius(math.sqrt(variance) / l2, count * PROBES)
+    return confidence_radius(math.sqrt(variance), count * PROBES)
 
 
 def _beyond(value: float, least: float, most: float, radius: float) -> float:

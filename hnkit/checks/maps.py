@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hnkit.bounds import BOUNDS, theorem7_bound
-from hnkit.checks.check import Finding, Registry, confidence_radius, mean_finding, worst
+from hnkit.checks.check import UNDERFLOWN, Finding, Registry, confidence_radius, mean_finding, worst
 from hnkit.checks.differences import explained_by_steps
 from hnkit.checks.l2_term import l2_verdict
 from hnkit.checks.one_dimension import binned_kl, folded_kl
@@ -118,8 +118,9 @@ def estimate_record(measured: MeasuredMap) -> Finding:
         raise NotApplicable("one sample has no standard error: use --samples 2 or more")
     samples = kl.per_sample.tolist()
     mean = math.fsum(samples) / len(samples)
-    variance = math.fsum((value - mean) ** 2 for value in samples) / (len(samples) - 1)
-    stderr = math.sqrt(variance / len(samples))
+    scale = max(abs(value - mean) for value in samples) or 1.0  # whose square may underflow
+    variance = math.fsum(((value - mean) / scale) ** 2 for value in samples) / (len(samples) - 1)
+    stderr = scale * math.sqrt(variance / len(samples))
     error = abs(kl.value - mean) / (abs(mean) + 1e-300) if mean else abs(kl.value)
     # Where the samples agree to rounding, so must the standard error.
     spread = abs(kl.stderr - stderr) / max(stderr, _ROUNDING * abs(mean), 1e-300)
@@ -226,7 +227,12 @@ def theorem_7(measured: MeasuredMap) -> Finding:
 def _share_of(name: str, measured: MeasuredMap) -> Finding:
     """The largest share of a bound that a sample uses."""
     rows, kept = _contracting(measured)
-    return _share(rows.left[name][kept], rows.right[name][kept], measured)
+    # |E(J) - tr(J^2)/2| is a difference of numbers of the size of |J|_F^2, known to their rounding alone.
+    rounding = 8 * measured.dim * torch.finfo(torch.float64).eps * rows.frobenius[kept].square()
+    left = rows.left[name][kept].abs()
+    return _share(
+        torch.where(left < rounding, torch.zeros_like(left), left - rounding), rows.right[name][kept], measured
+    )
 
 
 for _name, _bound in BOUNDS.items():
@@ -473,8 +479,8 @@ def _not_refuted(measured: MeasuredMap, excess: float, constant: float) -> None:
 
 
 def _ratio(value: Tensor, bound: Tensor) -> Tensor:
-    """`value / bound`, and 0 where both vanish."""
-    return torch.where(value == 0, torch.zeros_like(value), value / bound)
+    """`value / bound`, and 0 where the value vanishes or is so small that its digits have underflowed."""
+    return torch.where(value.abs() < UNDERFLOWN, torch.zeros_like(value), value / bound)
 
 
 def _share(value: Tensor, bound: Tensor, measured: MeasuredMap) -> Finding:

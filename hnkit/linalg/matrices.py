@@ -51,7 +51,9 @@ class MatrixNumbers:
     @cached_property
     def frobenius(self) -> Tensor:
         """`|A|_F`."""
-        result: Tensor = torch.linalg.vector_norm(self.matrices, dim=(-2, -1))
+        scale = self.matrices.abs().amax((-2, -1))  # the squares of what is tiny or huge are no numbers
+        scale = torch.where((scale > 0) & (scale < torch.inf), scale, torch.ones_like(scale))
+        result: Tensor = scale * torch.linalg.vector_norm(self.matrices / scale[..., None, None], dim=(-2, -1))
         return result
 
     @property

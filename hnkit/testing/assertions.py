@@ -267,7 +267,7 @@ def assert_bounds(A: Tensor) -> None:
 
 def _ordered(small: float, large: float, small_name: str, large_name: str, slack: float, where: str) -> None:
     __tracebackhide__ = True
-    if not small <= large + slack:
+    if not small <= large + slack + torch.finfo(torch.float64).tiny:
         fail(f"{small_name} = {small:.10g} exceeds {large_name} = {large:.10g} by {small - large:.3g} nats{where}")
 
 

@@ -328,6 +328,35 @@ def test_bounds_of_one_dimension_are_the_scalar_function():
     assert [side.item() for side in field_of_values_bounds(f64([-0.4]))] == pytest.approx([h, h], rel=1e-13)
 
 
+VANISHING = [5e-324, 1e-310, 2.0**-1022, 1e-200, 1e-161, 1e-155, 1e-100]
+
+
+@pytest.mark.parametrize("s", VANISHING)
+def test_bounds_are_above_what_underflows(s):
+    """Where a square is no float64, 0 is no bound: the truth is the leading terms of the series, with 800 digits."""
+    with mpmath.workdps(800):
+        m = mpmath.mpf(s)
+        ratio, remainder = mpmath.mpf(1) / 2 + m / 3, m / 3 + m**2 / 4
+        assert theorem7_bound(5, s) >= 5 * m**2 * ratio
+        assert float(local_theorem7_bound(5, f64(s))) >= 5 * m**2 * ratio
+        for norm in [s, 1e-200, 1e-160, 1.0, 1e154]:
+            assert frobenius_bound(norm, s) >= mpmath.mpf(norm) ** 2 * ratio
+            assert second_order_remainder_bound(norm, s) >= mpmath.mpf(norm) ** 2 * remainder
+            assert float(leading_singular_value_bound(f64(s, s / 2), norm)) >= mpmath.mpf(norm) ** 2 * ratio
+        # A = diag(s, -s): E is s^2 to fourth order; [[0, s], [-s, 0]]: -log(1 + s^2)
+        A = torch.tensor([[s, 0.0], [0.0, -s]], dtype=torch.float64)
+        assert float(singular_value_bound(A)) >= m**2
+        lower, upper = field_of_values_bounds(A)
+        assert float(lower) <= m**2 <= float(upper)
+        turn = torch.tensor([[0.0, s], [-s, 0.0]], dtype=torch.float64)
+        assert float(field_of_values_bounds(turn)[0]) <= -mpmath.log(1 + m**2)
+    assert theorem7_bound(5, s) <= 5 * s**2 * 0.51 + 1e-321  # and not by giving up
+
+
+def test_a_norm_whose_square_overflows_has_no_bound():
+    assert second_order_remainder_bound(1e160, 5e-324) == math.inf
+
+
 @pytest.mark.parametrize("bound", [frobenius_bound, second_order_remainder_bound])
 def test_a_number_and_a_tensor_give_a_tensor(bound):
     both = bound(2.0, 0.4)

@@ -18,6 +18,7 @@ from torch import nn
 
 from hnkit import InputError, NonFiniteError, noise_kl, verify_bound
 from hnkit.checks.check import FALSE_ALARM, FAMILY, Finding, NotApplicable, Registry, confidence_radius, mean_finding
+from hnkit.checks.injected import INJECTED_CHECKS
 from hnkit.checks.maps import MAP_CHECKS
 from hnkit.checks.matrices import CERTIFIED_CHECKS, Certified
 from hnkit.checks.measured_problem import MeasuredProblem
@@ -478,3 +479,14 @@ def test_the_card_of_a_map_and_of_toys_says_what_was_checked():
     assert several.card.lines[0].value.startswith(f"{counts['holds']} hold, {counts['not applicable']} do not apply")
     assert "folds seen in 1" in several.card.lines[2].value
     assert several.card.sentence.startswith("Every statement that applies holds")
+
+
+@pytest.mark.parametrize("size", [1e-13, 1e-20, 1e-26, 1e-100, 1e-155, 1e-162, 5e-324])
+def test_no_check_fails_on_a_tiny_map(size):
+    """Rounding of figures of second order is not taken for a breach of a bound of third order, nor 0 for a bound."""
+    A = size * torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    measured = MeasuredMap("tiny", lambda x: x @ A / 10, x)
+    checks = [*MAP_CHECKS.run(measured, "tiny"), *INJECTED_CHECKS.run(measured, "tiny")]
+    assert [check.name for check in checks if check.verdict == "fails"] == []
+    assert sum(check.verdict == "holds" for check in checks) > 10

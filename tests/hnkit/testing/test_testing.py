@@ -262,6 +262,13 @@ def test_assert_bounds(home, name, message, monkeypatch):
         assert_bounds(A)
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-155, 1e-160, 1e-170, 1e-308, 5e-324])
+def test_assert_bounds_takes_matrices_whose_squares_underflow(scale):
+    generator = torch.Generator().manual_seed(0)
+    for d in (1, 2, 5):
+        assert_bounds(scale * torch.randn(3, d, d, dtype=torch.float64, generator=generator))
+
+
 def test_assert_bounds_checks_the_lower_side(monkeypatch):
     from hnkit.bounds import field_of_values_bounds
 
