@@ -61,12 +61,18 @@ def solver_margin(dim: int) -> float:
     return 8 * dim * _EPS
 
 
-def _outward(value: Tensor, units: float, positive: Tensor) -> Tensor:
-    """A number that is not negative, rounded up by some units of rounding, of its own and of underflow.
+def _outward(value: Tensor, units: float, positive: Tensor, lost: float | None = None) -> Tensor:
+    """A number that is not negative, rounded up by some units of rounding and by what was lost to underflow.
 
     It stays as it is where `positive` does not hold, as it is exactly 0 there.
+
+    Args:
+        value: `(...)`.
+        units: units of rounding, relative to the value.
+        positive: `(...)`, where there is something to round up.
+        lost: multiples of the least float64 that underflow may have taken; `None`: as many as the units.
     """
-    return torch.where(positive, value * (1 + units * _EPS) + units * _LEAST, value)
+    return torch.where(positive, value * (1 + units * _EPS) + (units if lost is None else lost) * _LEAST, value)
 
 
 def _weighted(norm: Tensor, quotient: Tensor) -> Tensor:
@@ -226,7 +232,7 @@ def frobenius_bound(frobenius_norm: Number, lipschitz: Number) -> Number:
     norm, constant = _non_negative("frobenius_norm", frobenius_norm), _contraction("lipschitz", lipschitz)
     quotient = _quotients(constant)[1]
     bound = torch.where(constant > 0, _weighted(norm, quotient), norm.square() * quotient)  # exact at L = 0: A = 0
-    return _like(_outward(bound, 4, (norm > 0) & (constant > 0)), frobenius_norm, lipschitz)
+    return _like(_outward(bound, 4, (norm > 0) & (constant > 0), 2), frobenius_norm, lipschitz)
 
 
 @overload
@@ -253,7 +259,7 @@ def second_order_remainder_bound(frobenius_norm: Number, lipschitz: Number) -> N
     norm, constant = _non_negative("frobenius_norm", frobenius_norm), _contraction("lipschitz", lipschitz)
     bound = _weighted(norm, _quotients(constant)[2])
     possible = (norm > 0) & (constant > 0)
-    return _like(_outward(torch.where(possible, bound, 0.0), 8, possible), frobenius_norm, lipschitz)
+    return _like(_outward(torch.where(possible, bound, 0.0), 8, possible, 2), frobenius_norm, lipschitz)
 
 
 def _matrices(A: Tensor) -> Tensor:

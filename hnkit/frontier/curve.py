@@ -38,6 +38,9 @@ MOST_TAIL = 0.7
 """The curve ends where the Pareto index of the weights exceeds this (arXiv 1507.02646), unless the spread of the
 weights itself is carried by `_CARRYING` samples or more, as with rewards of few values."""
 
+_SEEN = 1e-14
+"""Spread of the rewards, as a share of the largest, that float64 does not tell from none."""
+
 _CARRYING = 30.0
 _BETAS = 241
 _BEYOND = 20
@@ -121,8 +124,14 @@ class Frontier:
     def __init__(self, base: Sequence[Tensor], *, seed: int = 0) -> None:
         self.base = checked_samples(base, "base", LEAST_SAMPLES)
         spread = spread_of(self.base)
-        if spread <= 1e-12 * max(float(r.abs().max()) for r in self.base):
+        if all(bool(r.min() == r.max()) for r in self.base):
             raise InputError("the rewards of the base samples are constant: no law gains anything")
+        largest = max(float(r.abs().max()) for r in self.base)
+        if spread <= _SEEN * largest:
+            raise InputError(
+                f"rewards of the base samples differ by {spread:.2g} beside {largest:.2g}, which is their rounding; "
+                "if they are not constant, subtract a constant before they are rounded"
+            )
         self._seed = seed
         betas = torch.logspace(-3, 2, _BETAS, dtype=torch.float64) / spread
         if not bool(betas.isfinite().all()):

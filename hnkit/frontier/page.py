@@ -58,6 +58,8 @@ def _sentence(document: Mapping[str, Any], ranked: Sequence[tuple[str, Mapping[s
         return "The base samples are too few for any point of the frontier: take more a prompt."
     if not ranked:
         return "There is no method beside the base: add its rows to the table."
+    if told := [name for name, method in ranked if contradiction(method)]:
+        return f"The nats of {told[0]} cannot be right, see below: mend them before you weigh its gain."
     name, best = ranked[0]
     if best["efficiency"] is None:
         return (
@@ -93,6 +95,8 @@ def sentences(document: Mapping[str, Any], *, beside_card: bool = False) -> list
                 f"{gain} for {nats} nats; these base samples carry the frontier from 0 to "
                 f"{document['most_nats']:.3g} nats only."
             )
+        if against := contradiction(method):
+            found.append(against)
         if method.get("gap") is not None:
             found.append(gap_sentence(name, method["gap"]))
     if document.get("prompts") == 1:
@@ -102,6 +106,24 @@ def sentences(document: Mapping[str, Any], *, beside_card: bool = False) -> list
     if not document["frontier"] and "remark" not in document:
         found.append("The base samples are too few for any point of the frontier: take more a prompt.")
     return found
+
+
+def contradiction(method: Mapping[str, Any]) -> str:
+    """What says that a method has more nats than were given, by more than error bars allow; nothing where all agrees.
+
+    Nats of which only a lower bound is known, those of a map that folds, may be contradicted too.
+    """
+    nats, room = method["nats"], 1.96 * (method["nats_stderr"] or 0.0)
+    if nats is None:
+        return ""
+    if method["nats_lower_bound"] > nats + room:
+        return (
+            f"Its rewards alone show at least {rounded_down(method['nats_lower_bound'], 3)} nats (95%), more than that."
+        )
+    efficiency, error = method["efficiency"], method["efficiency_stderr"]
+    if efficiency is not None and error is not None and efficiency - 3 * error > 1:
+        return "No law of so many nats gains that much: it has more, or its base is another."
+    return ""
 
 
 def gap_sentence(name: str, gap: Mapping[str, Any]) -> str:

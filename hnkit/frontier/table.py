@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hnkit.errors import InputError
 from hnkit.frontier.certified import GapBound, nats_lower_bound
-from hnkit.frontier.curve import Frontier, over_prompts
+from hnkit.frontier.curve import LEAST_SAMPLES, Frontier, over_prompts
+from hnkit.internal.stats import mean_and_stderr
 from hnkit.internal.values import finite
 
 
@@ -70,8 +71,9 @@ class MethodGain:
 def read_rewards(path: str | Path) -> dict[str, Rewards]:
     """Read a CSV with the columns prompt, method, reward and, if nats are known, nats (any order, others ignored).
 
-    A method's nats are the mean over prompts of the mean over its rows. A method called `best-of-N` has at most
-    `log N - (N - 1) / N` nats, which are used where the column is absent or empty.
+    A method's nats are the mean over prompts of the mean over its rows, with the error of that mean where the rows of a
+    prompt differ, as samples of an integrand do. A method called `best-of-N` has at most `log N - (N - 1) / N` nats,
+    which are used where the column is absent or empty.
 
     Raises:
         InputError: the file cannot be read, a column is missing, or a value is no finite number (the line is named).
@@ -92,6 +94,8 @@ def read_rewards(path: str | Path) -> dict[str, Rewards]:
             nats: dict[str, dict[str, list[float]]] = {}
             for row in table:
                 where = f"{file}, line {table.line_num}"
+                if None in row:
+                    raise InputError(f"{where}: more fields than the header has; quote a prompt that has a comma")
                 prompt, method = row["prompt"] or "", (row["method"] or "").strip()
                 if not method:
                     raise InputError(f"{where}: no method; give a name, `base` for samples of the base")
@@ -105,13 +109,7 @@ def read_rewards(path: str | Path) -> dict[str, Rewards]:
     for method, given in nats.items():
         if lacking := [prompt for prompt in rewards[method] if prompt not in given]:
             raise InputError(f"{file}: method {method!r} has nats on some prompts only, none on {lacking[0]!r}")
-    return {
-        method: Rewards(
-            {prompt: torch.tensor(values, dtype=torch.float64) for prompt, values in prompts.items()},
-            _known_nats(method, nats.get(method)),
-        )
-        for method, prompts in rewards.items()
-    }
+    return {method: _rewards(method, prompts, nats.get(method)) for method, prompts in rewards.items()}
 
 
 def _number(text: str | None, what: str) -> float:
@@ -126,13 +124,21 @@ def _number(text: str | None, what: str) -> float:
     return value
 
 
-def _known_nats(method: str, given: Mapping[str, Sequence[float]] | None) -> float | None:
-    if given:
-        return sum(sum(values) / len(values) for values in given.values()) / len(given)
-    named = re.fullmatch(r"best-of-(\d+)", method)
-    if named and int(named[1]) >= 1:
-        return math.log(int(named[1])) - (int(named[1]) - 1) / int(named[1])
-    return None
+def _rewards(
+    method: str, prompts: Mapping[str, Sequence[float]], nats: Mapping[str, Sequence[float]] | None
+) -> Rewards:
+    rewards = {prompt: torch.tensor(values, dtype=torch.float64) for prompt, values in prompts.items()}
+    if nats:
+        mean = math.fsum(math.fsum(values) / len(values) for values in nats.values()) / len(nats)
+        # One row says nothing of its own error, and rows that agree are a figure of the prompt, not samples.
+        samples = [torch.tensor(values, dtype=torch.float64) for values in nats.values() if min(values) < max(values)]
+        errors = [mean_and_stderr(values)[1] for values in samples]
+        return Rewards(rewards, mean, math.hypot(*errors) / len(nats))
+    named = re.fullmatch(r"best-of-([1-9][0-9]{0,299})", method)
+    if named:
+        n = int(named[1])
+        return Rewards(rewards, math.log(n) - (n - 1) / n, nats_at_most=True)
+    return Rewards(rewards)
 
 
 def methods_on_frontier(
@@ -154,6 +160,11 @@ def methods_on_frontier(
         )
     prompts = list(table[base].rewards)
     base_rewards = [table[base].rewards[prompt] for prompt in prompts]
+    for prompt, values in table[base].rewards.items():
+        if len(values) < LEAST_SAMPLES:
+            raise InputError(
+                f"prompt {prompt!r}: {len(values)} rewards of the base; give {LEAST_SAMPLES} or more a prompt"
+            )
     frontier = Frontier(base_rewards, seed=seed)
     found = {}
     for name, method in table.items():

@@ -52,7 +52,7 @@ def frontier_part(
             gap = network_gap(measured[name], rewards, samples, alphas.get(name))
             table[name] = Rewards(rewards, *measured[name].nats, gap, bool(measured[name].figures.get("injected")))
         else:
-            table[name] = Rewards(rewards, nats.get(name))
+            table[name] = Rewards(rewards, nats.get(name), nats_at_most=name in nats)
     try:
         frontier, found = methods_on_frontier(table)
     except InputError as reason:  # too few base samples, or a reward that is constant over the base
@@ -105,8 +105,8 @@ def frontier_table(document: Document) -> Table:
     caption = (
         "Gain in the trained reward, which the methods maximise. Efficiency is the gain as a share of the most that "
         "any law of so many nats can gain, estimated from rewards of base images alone. Nats of best-of-N are an upper "
-        "bound, nats of networks the mean KL integrand (the KL where x + f(x) is injective, else a lower bound of it; "
-        "with injected noise the proved bound of the KL, so that the efficiency is an estimate from below), "
+        "bound, nats of networks the mean KL integrand (the KL where x + f(x) is injective, else a lower bound of it), "
+        "with injected noise the proved bound of the KL; the efficiency at an upper bound is an estimate from below, "
         "and 'at least' is a 95% bound by the rewards alone. "
     )
     return Table(
@@ -118,7 +118,8 @@ def _share(method: Mapping[str, Any]) -> str:
     """The efficiency with its error, in percent."""
     if method["efficiency"] is None:
         return "–"
-    return f"{format_estimate(100 * method['efficiency'], 100 * or_nan(method['efficiency_stderr']))} %"
+    least = "at least " if method["nats_at_most"] else ""
+    return f"{least}{format_estimate(100 * method['efficiency'], 100 * or_nan(method['efficiency_stderr']))} %"
 
 
 def _gaps(found: Mapping[str, Any]) -> str:

@@ -72,6 +72,11 @@ def test_without_nats_there_is_no_efficiency(tmp_path):
         (["a,base"], "prompt,method,reward", "reward None is no finite number"),
         (["a,,1"], "prompt,method,reward", "no method"),
         (["a,base,1,inf"], "prompt,method,reward,nats", "nats 'inf'"),
+        (
+            ["0.5,base,a dog, running"],
+            "reward,method,prompt",
+            "line 2: more fields than the header has; quote",
+        ),
     ],
 )
 def test_bad_tables(tmp_path, rows, header, message):
@@ -135,8 +140,9 @@ def test_nats_on_some_prompts_only_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([f"a,base,{k}" for k in range(7)], "prompt 0: base samples of shape .7,.; give a vector of 8 or more"),
+        ([f"a,base,{k}" for k in range(7)], "prompt 'a': 7 rewards of the base; give 8 or more a prompt"),
         ([f"{p},base,3" for p in "ab" for _ in range(20)], "constant: no law gains anything"),
+        ([f"a,base,{1e15 + k % 3}" for k in range(20)], "differ by 0.8. beside 1e.15, which is their rounding"),
         ([*rows_of(), "p0,base,inf"], "reward 'inf' is no finite number"),
         ([*rows_of(), "p0,base,"], "reward '' is no finite number"),
         ([*rows_of(), "p0,base,1_000"], "reward '1_000' is no finite number"),
@@ -173,3 +179,69 @@ def test_at_a_hopeless_temperature_only_the_bound_is_said(tmp_path):
         assert f"at least {rounded_down(gap.lower, 3)} nats (95%)" in words
     assert gap.lower > 10
     assert "how far exactly cannot be told" in words
+
+
+@pytest.mark.parametrize("offset", [1e6, 1e12])
+def test_a_constant_beside_the_rewards_changes_nothing(tmp_path, offset):
+    """Figures are of differences; of float64 at 1e12 these keep four digits."""
+    far = [f"p{k},base,{offset + j * j}" for k in range(4) for j in range(9)]
+    near = [f"p{k},base,{j * j}" for k in range(4) for j in range(9)]
+    found = methods_on_frontier(read_rewards(write(tmp_path / "far.csv", far)))[0]
+    plain = methods_on_frontier(read_rewards(write(tmp_path / "near.csv", near)))[0]
+    assert found.point(0.1).gain == pytest.approx(plain.point(0.1).gain, rel=1e-4)
+    assert found.point(0.1).stderr == pytest.approx(plain.point(0.1).stderr, rel=1e-2, abs=1e-4)
+
+
+def test_nats_that_differ_within_a_prompt_have_an_error(tmp_path):
+    """The oracle is the error of a mean over two prompts of means of 4 and 2 rows, by hand."""
+    integrands = {"p0": [0.1, 0.3, 0.2, 0.6], "p1": [0.5, 0.1], "p2": [0.2], "p3": [0.4, 0.4]}
+    rows = [f"{row}," for row in rows_of()]
+    rows += [f"{prompt},x,1,{value}" for prompt, values in integrands.items() for value in values]
+    found = read_rewards(write(tmp_path / "r.csv", rows, "prompt,method,reward,nats"))["x"]
+    assert found.nats == pytest.approx((0.3 + 0.3 + 0.2 + 0.4) / 4)
+    variance = (0.04 + 0 + 0.01 + 0.09) / 3 / 4 + 2 * 0.04 / 2
+    assert found.nats_stderr == pytest.approx(math.sqrt(variance) / 4)
+    frontier, methods = methods_on_frontier(read_rewards(write(tmp_path / "r.csv", rows, "prompt,method,reward,nats")))
+    exact = frontier.efficiency_estimate(torch.ones(4) - torch.stack([r.mean() for r in frontier.base]), found.nats)
+    assert methods["x"].efficiency_stderr > exact.stderr
+
+
+@pytest.mark.parametrize(("name", "nats"), [
+    ("best-of-1", 0.0), ("best-of-4", math.log(4) - 0.75), ("best-of-0", None), ("best-of-4th", None),
+    ("best-of-\u0663", None), ("best-of-" + "9" * 5000, None), ("best-of-" + "9" * 40, 40 * math.log(10) - 1),
+])  # fmt: skip
+def test_nats_of_a_name(tmp_path, name, nats):
+    found = read_rewards(write(tmp_path / "r.csv", [f"p,{name},1"]))[name]
+    assert found.nats == (None if nats is None else pytest.approx(nats, abs=1e-12))
+    assert found.nats_at_most == (nats is not None)
+
+
+def test_the_efficiency_of_best_of_n_is_from_below(tmp_path):
+    """With ties its KL is below the bound: of coins that show 1 with chance p, best of 2 is the coin of p(2 - p)."""
+    rows = [f"p{k},base,{int(j < 6)}" for k in range(6) for j in range(20)]
+    rows += [f"p{k},best-of-2,{int(j < 51)}" for k in range(6) for j in range(100)]
+    document = frontier_document(*methods_on_frontier(read_rewards(write(tmp_path / "r.csv", rows))))
+    method = document["methods"]["best-of-2"]
+    p, q = 0.3, 0.51
+    kl = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+    assert kl < method["nats"]  # at its own KL a coin of a larger share is on the frontier: its efficiency is 1
+    assert method["efficiency"] < 1
+    assert "at most 0.194 nats, at least " in page.sentences(document)[0]
+
+
+@pytest.mark.parametrize(
+    ("nats", "words"), [(0.05, "Its rewards alone show at least 0.2"), (0.3, "No law of so many"), (0.6, "")]
+)
+def test_nats_that_cannot_be_right_are_said(tmp_path, nats, words):
+    """A shift of one standard deviation costs half a nat: less is refuted, by rewards alone or by the frontier."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for k in range(30):
+        base, ours = torch.randn(2, 60, generator=generator, dtype=torch.float64)
+        rows += [f"p{k},base,{r}," for r in base.tolist()] + [f"p{k},ours,{r + 1},{nats}" for r in ours.tolist()]
+    table = read_rewards(write(tmp_path / "r.csv", rows, "prompt,method,reward,nats"))
+    document = frontier_document(*methods_on_frontier(table))
+    said = page.contradiction(document["methods"]["ours"])
+    assert words in said
+    assert (said in page.sentences(document)) == bool(words)
+    assert page.card(document).sentence.startswith("The nats of ours cannot be right") == bool(words)
