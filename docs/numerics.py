@@ -243,6 +243,13 @@ def _accepted(f: Callable[[Tensor], Tensor], x: Tensor) -> str:
     return "accepted"
 
 
+def _jackknifed_log_mean(values: list[Any]) -> Any:
+    """`log E` of positive values without its bias of order 1/n, each sample left out in turn."""
+    n, total = len(values), mpmath.fsum(values)
+    left = mpmath.fsum(mpmath.log((total - value) / (n - 1)) for value in values) / n
+    return n * mpmath.log(total / n) - (n - 1) * left
+
+
 def _of_rewards(name: str, dtype: torch.dtype) -> list[Row]:
     """The bounds from rewards, and a rule of one's own for a module's certificate."""
     generator = torch.Generator().manual_seed(3)
@@ -252,7 +259,7 @@ def _of_rewards(name: str, dtype: torch.dtype) -> list[Row]:
     alpha = mpmath.mpf(2)
     terms = [
         mpmath.fsum(mpmath.mpf(k) - mpmath.mpf(r) / alpha for k, r in zip(ks.tolist(), rs.tolist(), strict=True)) / 40
-        + mpmath.log(mpmath.fsum(mpmath.exp(mpmath.mpf(b) / alpha) for b in bs.tolist()) / 40)
+        + _jackknifed_log_mean([mpmath.exp(mpmath.mpf(b) / alpha) for b in bs.tolist()])
         for ks, rs, bs in zip(kl, steered, base, strict=True)
     ]
     reference = mpmath.fsum(terms) / len(terms)

@@ -30,7 +30,8 @@ class GapBound:
         lower: with probability `confidence` the mean over these prompts of `KL(p0^phi || p0*)` is at least this.
         estimate: what the same samples suggest it is; `None` where fewer than `LEAST_EFFECTIVE` base samples a prompt
             are effective at the temperature, so that nothing but the bound can be said.
-        stderr: Monte Carlo error of the mean of `ell - r / alpha` under the steered law.
+        stderr: standard error of the estimate: that of the mean of `ell - r / alpha` under the steered law, and that of
+            log Z*, each from the spread of samples within prompts; NaN where a prompt has one base sample.
         penalty: what the bound of log Z* costs, `log(2 / (1 - confidence)) / C` nats for C prompts.
         confidence: the confidence of the bound.
         prompts: how many prompts there are, C.
@@ -103,12 +104,31 @@ def gap_lower_bound(
     log_z = torch.stack([(r / alpha).logsumexp(0) - math.log(len(r)) for r in bases])
     delta = (1 - confidence) / 2
     penalty = math.log(1 / delta) / count
-    found = mean.value + float(log_z.mean())
-    lower = found - penalty - float(student.isf(delta, mean.freedom)) * mean.stderr
+    lower = mean.value + float(log_z.mean()) - penalty - float(student.isf(delta, mean.freedom)) * mean.stderr
+    normaliser, variance = _normaliser([r / alpha for r in bases])
     weights = [(r / alpha).softmax(0).square().sum() for r in bases]
     effective = 1 / float(torch.stack(weights).mean())
-    estimate = found if effective >= LEAST_EFFECTIVE else None
-    return GapBound(max(0.0, lower), estimate, mean.stderr, penalty, confidence, count, alpha, effective)
+    estimate = mean.value + normaliser if effective >= LEAST_EFFECTIVE else None
+    stderr = math.sqrt(mean.variance + variance)
+    return GapBound(max(0.0, lower), estimate, stderr, penalty, confidence, count, alpha, effective)
+
+
+def _normaliser(exponents: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean over prompts of `log E exp`, without its bias of order 1/n, and the variance of its error: the jackknife's.
+
+    The log of a mean of n samples is too low in the mean (Jensen), by half the variance of its error.
+    """
+    values, variances = [], []
+    for u in exponents:
+        n, total = len(u), u.logsumexp(0)
+        if n == 1:
+            return math.nan, math.nan
+        # Without sample i the sum is less by its share; where a share is one, no estimate is given.
+        left = total + torch.log1p(-(u - total).exp().clamp(max=1 - 1e-15)) - math.log(n - 1)
+        pseudo = n * (total - math.log(n)) - (n - 1) * left
+        values.append(pseudo.mean())
+        variances.append(pseudo.var() / n)
+    return float(torch.stack(values).mean()), float(torch.stack(variances).sum()) / len(exponents) ** 2
 
 
 @dataclass(frozen=True)

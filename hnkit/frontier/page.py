@@ -137,7 +137,7 @@ def gap_sentence(name: str, gap: Mapping[str, Any]) -> str:
             f"{bound}; how far exactly cannot be told, since {gap['effective']:.2g} base samples a prompt are "
             "effective at that temperature."
         )
-    return f"{bound}; {gap['estimate']:.3g} is the estimate."
+    return f"{bound}; {format_estimate(gap['estimate'], or_nan(gap['stderr']))} is the estimate."
 
 
 def nats_text(method: Mapping[str, Any]) -> str:

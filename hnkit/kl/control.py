@@ -30,23 +30,42 @@ def leave_one_out(values: Tensor, control: Tensor) -> Tensor:
 
     Source: `proofs/stein_control_variate`.
     """
+    return values if len(values) < FEWEST else values - _slopes_of_others(values, control)[0] * control
+
+
+def controlled_mean(values: Tensor, control: Tensor) -> Estimate:
+    """The mean of `leave_one_out(values, control)` with its standard error.
+
+    The corrected samples share what their coefficients came from, so that their spread is not that of independent
+    ones: the error is that of a regression line at the control's mean 0, of square `sum_i w_i^2 e_i^2`, with the
+    distance `e_i` of each sample from the line through all others, whatever the law of the residuals (HC3: MacKinnon
+    and White 1985, doi 10.1016/0304-4076(85)90158-7).
+    """
     n = len(values)
     if n < FEWEST:
-        return values
+        return Estimate(*mean_and_stderr(values))
+    _, residuals = _slopes_of_others(values, control)
+    s = control.double()
+    s0 = s - s.mean()
+    square = s0.square().sum()
+    weights = torch.full_like(s, 1 / n)
+    if bool(square > 1e-20 * s.square().sum()):
+        weights = weights - s.mean() * s0 / square
+    return Estimate(float(leave_one_out(values, control).mean()), float((weights * residuals).norm()))
+
+
+def _slopes_of_others(values: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
+    """For each sample the slope of the line through all others, and its distance from that line, `(n,)` each."""
     y, s = values.double(), control.double()
-    others = n - 1
+    others = len(values) - 1
     # Centred first, so that the sums over the others lose no digits.
     y0, s0 = y - y.mean(), s - s.mean()
     rest_y, rest_s = -y0 / others, -s0 / others  # means over the others of the centred samples
     cross = (y0 * s0).sum() - y0 * s0 - others * rest_y * rest_s
     square = s0.square().sum() - s0.square() - others * rest_s.square()
     known = square > 1e-20 * s.square().sum()
-    return values + torch.where(known, -cross / torch.where(known, square, torch.ones_like(square)), 0.0) * control
-
-
-def controlled_mean(values: Tensor, control: Tensor) -> Estimate:
-    """The mean of `leave_one_out(values, control)` with its standard error."""
-    return Estimate(*mean_and_stderr(leave_one_out(values, control)))
+    slopes = torch.where(known, cross / torch.where(known, square, torch.ones_like(square)), 0.0)
+    return slopes, y0 - rest_y - slopes * (s0 - rest_s)
 
 
 def two_level_mean(values: Tensor, cheap: Tensor, further: Tensor) -> Estimate:

@@ -53,6 +53,7 @@ def test_kl_and_rewards_may_be_of_independent_samples():
     generator, shift, alpha = torch.Generator().manual_seed(0), 1.0, 1.0
     kl, steered, base = shifted(12, 6, 400, shift, generator)
     other, _, _ = shifted(12, 4, 400, shift, generator)
+    base = [torch.zeros(400, dtype=F64)] * 12  # whose log Z is known
     paired = gap_lower_bound(kl, steered, base, alpha)
     apart = gap_lower_bound(other, steered, base, alpha, paired=False)
     assert paired.stderr == pytest.approx(0.0, abs=1e-12)  # x shift - x / alpha is constant
@@ -81,6 +82,25 @@ def test_one_noisy_prompt_leaves_few_degrees_of_freedom():
         few += bound.estimate - float(student.isf(0.025, 24)) * bound.stderr > truth
     assert wrong <= most_failures(repetitions, 0.025)
     assert few > most_failures(repetitions, 0.025)
+
+
+@pytest.mark.parametrize(("prompts", "samples", "shift", "alpha"), [(30, 32, 0.2, 1.0), (10, 100, 0.5, 0.8)])
+def test_the_estimate_of_the_gap_has_its_error_bar(prompts, samples, shift, alpha):
+    """The log of a mean is too low by half the variance of its error, which is most of the estimate's own error."""
+    generator, repetitions = torch.Generator().manual_seed(1), 250
+    found = [gap_lower_bound(*shifted(prompts, 8, samples, shift, generator), alpha) for _ in range(repetitions)]
+    values = torch.tensor([gap.estimate for gap in found], dtype=F64)
+    errors = torch.tensor([gap.stderr for gap in found], dtype=F64)
+    off = values - (shift - 1 / alpha) ** 2 / 2
+    assert abs(float(off.mean())) < 4.9 * float(off.std()) / math.sqrt(repetitions)  # 1e-6
+    missed = int((off.abs() > 1.96 * errors).sum())
+    assert binom.ppf(FALSE_ALARM, repetitions, 0.02) <= missed <= most_failures(repetitions, 0.07)
+
+
+def test_a_gap_from_one_base_sample_has_no_estimate():
+    gap = gap_lower_bound(*shifted(4, 5, 1, 0.1, torch.Generator().manual_seed(0)), 1.0)
+    assert gap.estimate is None
+    assert math.isnan(gap.stderr)
 
 
 @pytest.mark.parametrize("alpha", [1.2, 2.5])

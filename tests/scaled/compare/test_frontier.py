@@ -136,7 +136,7 @@ def test_too_few_samples_or_a_constant_reward_are_said():
     base = evaluation("base", 0.0, 0)
     document = frontier_part(base, [], None, {}, {}, {})
     assert document["frontier"] == []
-    assert "give a vector of 8 or more" in document["remark"]
+    assert "rewards of the base; give 8 or more a prompt" in document["remark"]
     flat = Evaluation("base", 1, tuple(Row("p", k, "", {"reward": 1.0}) for k in range(20)), Cost(), 0.0)
     assert "constant" in frontier_part(flat, [], None, {}, {}, {})["remark"]
     assert not frontier_table({"frontier": document}).rows
