@@ -170,9 +170,13 @@ def power_table(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], 
     headers = ("", "score", *(f"{need['seeds']} a prompt" for need in most))
     rows = []
     for entry in entries:
-        shown = [f"{need['prompts']:,} ({need['least']:,} to {need['most']:,})" for need in entry["needs"]]
+        shown = [f"{need['prompts']:,} ({need['least']:,} to {_end(need['most'])})" for need in entry["needs"]]
         rows.append((entry["method"], entry["score"], *shown, *[""] * (len(most) - len(shown))))
     return headers, rows
+
+
+def _end(most: int | None) -> str:
+    return "more than 10^9" if most is None else f"{most:,}"
 
 
 def power_sentences(entries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -190,14 +190,14 @@ class Need:
         seeds: noises a prompt.
         prompts: prompts needed.
         least: the lower end of the 95% interval of that number, for the variance was estimated.
-        most: the upper end.
+        most: the upper end; `None` beyond 10^9.
         images: images of both methods together.
     """
 
     seeds: int
     prompts: int
     least: int
-    most: int
+    most: int | None
     images: int
 
 
@@ -207,6 +207,7 @@ def needs(found: Components, difference: float, seeds: tuple[int, ...] = (1, 2, 
     for count in (1,) if found.residual is None else seeds:
         variance, freedom = found.variance(count), found.freedom(count)
         low, high = (variance * freedom / float(chi2.isf(tail, freedom)) for tail in (0.025, 0.975))
-        prompts, least, most = (needed_prompts(difference, value) for value in (variance, low, high))
+        prompts, least = (needed_prompts(difference, value) for value in (variance, low))
+        most = needed_prompts(difference, high) if power(difference, high, _MOST) >= POWER else None
         result.append(Need(count, prompts, least, most, 2 * prompts * count))
     return tuple(result)

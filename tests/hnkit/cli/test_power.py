@@ -66,6 +66,25 @@ def test_a_table_and_sentences_are_shown(finished, capsys, monkeypatch):
     assert f"these 30 prompts of 4 find {detectable(found.variance(4), 30):.3g}" in out.replace("\n", " ")
 
 
+def test_an_interval_that_has_no_end_is_shown(tmp_path, capsys, monkeypatch):
+    """Two prompts leave the variance open by a factor of a thousand: the number is told, and that its interval is."""
+    monkeypatch.setenv("COLUMNS", "120")
+    found = components(torch.tensor([[0.0], [2.0]]), torch.zeros(2, 1))
+    folder = new_run_folder(tmp_path / "run", "compare")
+    document = {
+        "table_1": [{"method": "x", "components": {"reward": found.to_json()}}],
+        "settings": {"backend": "digits"},
+    }
+    (folder / "report.json").write_text(json.dumps(document))
+    code, out, _ = command("--resume", str(folder), "--power", "0.001", "--json", capsys=capsys)
+    (need,) = json.loads(out)["power"][0]["needs"]
+    assert code == 0
+    assert need["prompts"] == needed_prompts(0.001, 2.0)
+    assert need["most"] is None
+    code, out, _ = command("--resume", str(folder), "--power", "0.001", capsys=capsys)
+    assert (code, "to more than 10^9)" in out.replace("\n", " ")) == (0, True)
+
+
 @pytest.mark.parametrize(
     ("power", "message"), [("0", "--power 0: give a difference"), ("nan", "--power nan"), ("-1", "--power -1")]
 )
