@@ -59,7 +59,7 @@ def _sentence(document: Mapping[str, Any], ranked: Sequence[tuple[str, Mapping[s
     if not ranked:
         return "There is no method beside the base: add its rows to the table."
     if told := [name for name, method in ranked if contradiction(method)]:
-        return f"The nats of {told[0]} cannot be right, see below: mend them before you weigh its gain."
+        return f"The nats of {told[0]} cannot be right: mend them before you weigh its gain."
     name, best = ranked[0]
     if best["efficiency"] is None:
         return (

@@ -20,6 +20,9 @@ from hnkit.frontier.curve import LEAST_SAMPLES, Frontier, over_prompts
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.internal.values import finite
 
+_LONGEST = 100
+"""Characters of a method's name, which stands in tables and legends."""
+
 
 @dataclass(frozen=True)
 class Rewards:
@@ -99,6 +102,10 @@ def read_rewards(path: str | Path) -> dict[str, Rewards]:
                 prompt, method = row["prompt"] or "", (row["method"] or "").strip()
                 if not method:
                     raise InputError(f"{where}: no method; give a name, `base` for samples of the base")
+                if len(method) > _LONGEST:
+                    raise InputError(
+                        f"{where}: a method of {len(method)} characters; give a name of {_LONGEST} at most"
+                    )
                 rewards.setdefault(method, {}).setdefault(prompt, []).append(_number(row["reward"], f"{where}: reward"))
                 if row.get("nats"):
                     nats.setdefault(method, {}).setdefault(prompt, []).append(_number(row["nats"], f"{where}: nats"))

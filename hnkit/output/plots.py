@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hnkit.internal.values import printable, shortened
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -291,7 +293,7 @@ def frontier(document: Mapping[str, Any], labels: Mapping[str, str], title: str)
         bounded, y, spread = method["nats"] is None, method["gain"], method["stderr"]
         x = method["nats_lower_bound"] if bounded else method["nats"]
         colour = colours[index % len(colours)]
-        label = f"{name} (nats: at least)" if bounded else name
+        label = f"{_plain(name)} (nats: at least)" if bounded else _plain(name)
         axes.errorbar(
             x, y, yerr=None if spread is None else 2 * spread, xerr=None, fmt=markers[index % len(markers)],
             color=colour, label=label, capsize=3,
@@ -343,9 +345,20 @@ def image_grid(
     return figure
 
 
+def _escaped(text: str) -> str:
+    """Text that somebody else wrote, as it stands: a dollar begins no formula, and nothing obeys control characters."""
+    return printable(text).replace("$", r"\$")
+
+
+def _plain(name: str) -> str:
+    """A name as it stands in a legend, which leaves out what begins with an underscore."""
+    label = shortened(_escaped(" ".join(name.split())), 60)
+    return f" {label}" if label.startswith("_") else label
+
+
 def _wrapped(text: str, width: int = 15) -> str:
     lines = [""]
-    for word in text.replace("$", r"\$").split():
+    for word in _escaped(text).split():
         if lines[-1] and len(lines[-1]) + len(word) + 1 > width:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()

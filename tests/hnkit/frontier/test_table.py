@@ -12,6 +12,7 @@ import torch
 from hnkit.errors import InputError
 from hnkit.frontier import Frontier, frontier_document, gap_lower_bound, methods_on_frontier, page, read_rewards
 from hnkit.internal.stats import rounded_down
+from hnkit.output.plots import frontier, style
 
 
 def write(path, rows, header="prompt,method,reward", encoding="utf-8"):
@@ -72,6 +73,11 @@ def test_without_nats_there_is_no_efficiency(tmp_path):
         (["a,base"], "prompt,method,reward", "reward None is no finite number"),
         (["a,,1"], "prompt,method,reward", "no method"),
         (["a,base,1,inf"], "prompt,method,reward,nats", "nats 'inf'"),
+        (
+            ["a,best-of-" + "9" * 5000 + ",1"],
+            "prompt,method,reward",
+            "line 2: a method of 5008 characters; give a name",
+        ),
         (
             ["0.5,base,a dog, running"],
             "reward,method,prompt",
@@ -208,7 +214,7 @@ def test_nats_that_differ_within_a_prompt_have_an_error(tmp_path):
 
 @pytest.mark.parametrize(("name", "nats"), [
     ("best-of-1", 0.0), ("best-of-4", math.log(4) - 0.75), ("best-of-0", None), ("best-of-4th", None),
-    ("best-of-\u0663", None), ("best-of-" + "9" * 5000, None), ("best-of-" + "9" * 40, 40 * math.log(10) - 1),
+    ("best-of-\u0663", None), ("best-of-" + "9" * 40, 40 * math.log(10) - 1),
 ])  # fmt: skip
 def test_nats_of_a_name(tmp_path, name, nats):
     found = read_rewards(write(tmp_path / "r.csv", [f"p,{name},1"]))[name]
@@ -245,3 +251,20 @@ def test_nats_that_cannot_be_right_are_said(tmp_path, nats, words):
     assert words in said
     assert (said in page.sentences(document)) == bool(words)
     assert page.card(document).sentence.startswith("The nats of ours cannot be right") == bool(words)
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_drawn_as_they_stand(tmp_path):
+    """What another program reads as a formula, an instruction or a label to leave out is a name here."""
+    names = ["$x^$", r"$\\frac{$", "_hidden", "100%", "a\x1b[31m", "\u65e5\u672c", "<b>&"]
+    rows = [*rows_of(), *(f"p{k},{name},{k}" for k in range(4) for name in names)]
+    document = frontier_document(*methods_on_frontier(read_rewards(write(tmp_path / "r.csv", rows))))
+    assert set(document["methods"]) == set(names)
+    assert page.plot(document).startswith(b"\x89PNG")
+    with style():
+        figure = frontier(document, {name: name for name in names}, "title")
+    drawn = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert r"\$x^\$ (nats: at least)" in drawn
+    assert " _hidden (nats: at least)" in drawn
+    assert "a\\x1b[31m (nats: at least)" in drawn
+    assert len(drawn) == len(names) + 2
