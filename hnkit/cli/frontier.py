@@ -89,9 +89,9 @@ def run(options: Options) -> int:
     card = page.card(document)
     document["verdict"] = card.to_json()
     lead = page.sentences(document, beside_card=True)
+    picture = page.plot(document)
     folder = new_run_folder(options.out, "frontier")
     record_provenance(folder, record)
-    picture = page.plot(document)
     atomic_write(folder / "frontier.png", picture)
     write_json(folder / "report.json", document)
     write_html(

@@ -76,7 +76,7 @@ def test_without_nats_there_is_no_efficiency(tmp_path):
         (
             ["a,best-of-" + "9" * 5000 + ",1"],
             "prompt,method,reward",
-            "line 2: a method of 5008 characters; give a name",
+            "line 2: a method of 5008 characters",
         ),
         (
             ["0.5,base,a dog, running"],
