@@ -105,6 +105,32 @@ def selects_rows(f: object) -> bool:
     return needed == ["index"]
 
 
+def map_numbers(f: NoiseMap, count: int) -> Tensor:
+    """Which map each of `count` rows is of, `(count,)`: rows of one number are of one map.
+
+    All are, of a map that treats its rows alike; of a hypernetwork those of one prompt whose conditions are equal; of
+    another map that selects rows, none is known to be of another's.
+    """
+    if not selects_rows(f):
+        return torch.zeros(count, dtype=torch.long)
+    if not isinstance(f, ConditionedMap):
+        return torch.arange(count)
+    first: dict[str, list[int]] = {}
+    numbers = []
+    for row, prompt in enumerate(f.condition.prompts[:count]):
+        known = first.setdefault(prompt, [])
+        alike = (
+            other
+            for other in known
+            if all(torch.equal(value[row], value[other]) for value in f.condition.tensors.values())
+        )
+        number = next(alike, row)
+        if number == row:
+            known.append(row)
+        numbers.append(number)
+    return torch.tensor(numbers)
+
+
 def select_rows(f: NoiseMap, index: Tensor) -> NoiseMap:
     """The map of the rows `index` of the batch that `f` was made for; `f` itself if it treats all rows alike.
 

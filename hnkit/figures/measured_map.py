@@ -33,7 +33,7 @@ from hnkit.kl.verdict import L2Verdict, l2_verdict
 from hnkit.linalg.matrices import MatrixNumbers, bound_sides
 from hnkit.lipschitz.certify import certified_bounds
 from hnkit.lipschitz.local import LipschitzEstimate, lipschitz_lower, lipschitz_upper, local_lipschitz
-from hnkit.maps import NoiseMap, at_rows, chunked, selects_rows, working_type
+from hnkit.maps import NoiseMap, at_rows, chunked, map_numbers, working_type
 
 DENSE_DIM = 1024
 """Above so many dimensions a map is measured by stochastic methods unless told otherwise."""
@@ -171,7 +171,7 @@ class MeasuredMap:
             own = self.generator(f"kl/{int(index[0])}")
             return noise_kl(f, x, method=named, generator=own, check=False, **self.options)
 
-        return joined_estimates(self._of_blocks(len(self.x), one), one_map=not selects_rows(self.f))
+        return joined_estimates(self._of_blocks(len(self.x), one), map_numbers(self.f, len(self.x)))
 
     def _of_blocks(self, count: int, work: Callable[[NoiseMap, Tensor, Tensor], Any]) -> list[Any]:
         """What `work` makes of each block of the first samples, each block by one of the processes.

@@ -97,7 +97,7 @@ def read_rewards(path: str | Path) -> dict[str, Rewards]:
             nats: dict[str, dict[str, list[float]]] = {}
             for row in table:
                 where = f"{file}, line {table.line_num}"
-                if None in row:
+                if any(row.get(None) or ()):
                     raise InputError(f"{where}: more fields than the header has; quote a prompt that has a comma")
                 prompt, method = row["prompt"] or "", (row["method"] or "").strip()
                 if not method:

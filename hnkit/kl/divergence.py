@@ -14,7 +14,7 @@ from hnkit.errors import InputError, NotCertifiedError
 from hnkit.internal.seeds import check_generator
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.jacobian import check_batch, check_map, compile_map, reusable_graphs
-from hnkit.kl.estimate import FORMS, Form, KLEstimate
+from hnkit.kl.estimate import FORMS, Form, KLEstimate, turns_over
 from hnkit.kl.method import (
     Estimator,
     Probed,
@@ -27,7 +27,7 @@ from hnkit.kl.method import (
 )
 from hnkit.kl.moments import Moments, Progress
 from hnkit.kl.plan import Plan, plan_for_budget, plan_for_error
-from hnkit.maps import NoiseMap, at_rows, selects_rows
+from hnkit.maps import NoiseMap, at_rows, map_numbers
 
 __all__ = ["FORMS", "METHODS", "Form", "KLEstimate", "Method", "noise_kl"]
 
@@ -161,8 +161,7 @@ def _proved_lipschitz(f: NoiseMap) -> float | None:
 
 
 def _injective(f: NoiseMap, sign: Tensor | None, certify: bool) -> Literal["certified", "unknown", "violated"]:
-    # An injective continuous map of R^d keeps its orientation; per-row conditions make different maps of the rows.
-    if sign is not None and not selects_rows(f) and bool((sign > 0).any()) and bool((sign < 0).any()):
+    if sign is not None and turns_over(sign, map_numbers(f, len(sign))[: len(sign)]):
         return "violated"
     if not certify:
         return "unknown"

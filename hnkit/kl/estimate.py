@@ -188,12 +188,23 @@ class Folds:
         return f"orientation reversed at {self.negative} of {self.samples} samples; folded mass at most {self.folded}"
 
 
-def joined_estimates(parts: Sequence[KLEstimate], *, one_map: bool) -> KLEstimate:
+def turns_over(sign: Tensor, maps: Tensor) -> bool:
+    """Whether a map changes its orientation, which an injective continuous map of R^d does not.
+
+    Args:
+        sign: `(n,)`, sign of `det(I + J)`.
+        maps: `(n,)`, which map each sample is of: per-row conditions make different maps of the rows.
+    """
+    where = maps.to(sign.device)
+    return bool(torch.isin(where[sign < 0], where[sign > 0]).any())
+
+
+def joined_estimates(parts: Sequence[KLEstimate], maps: Tensor) -> KLEstimate:
     """One estimate from those of successive samples, made by one method.
 
     Args:
         parts: at least one.
-        one_map: whether all samples are of one map, so that a change of orientation between them means a fold.
+        maps: `(n,)`, which map each sample is of.
     """
     sums, largest = ("num_jvp", "num_vjp"), ("probes", "steps")
     found: dict[str, Any] = {}
@@ -207,7 +218,7 @@ def joined_estimates(parts: Sequence[KLEstimate], *, one_map: bool) -> KLEstimat
     value, stderr = mean_and_stderr(per_sample)
     bound = None if any(part.bias_bound is None for part in parts) else float(moments.bound.mean())
     sign, injective = moments.sign, parts[0].injective
-    folds = one_map and sign is not None and bool((sign > 0).any()) and bool((sign < 0).any())
+    folds = sign is not None and turns_over(sign, maps[: len(sign)])
     if folds or any(part.injective == "violated" for part in parts):
         injective = "violated"
     return replace(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hnkit import InputError, NoiseLoss, dense_jacobian, noise_kl
 from hnkit.jacobian import check_map
-from hnkit.maps import Condition, ConditionedMap, at_rows, chunked, select_rows, selects_rows, slices
+from hnkit.maps import Condition, ConditionedMap, at_rows, chunked, map_numbers, select_rows, selects_rows, slices
 from tests.hnkit.functions import Slopes
 
 
@@ -147,3 +147,31 @@ def test_a_wrapped_method_and_an_optional_argument_still_select() -> None:
     torch.testing.assert_close(
         select_rows(Optional(SCALE), torch.tensor([2]))(torch.ones(1, 1)).double(), SCALE[2:3, None]
     )
+
+
+def test_which_rows_are_of_one_map():
+    """Prompt and condition both decide; of another map that selects rows nothing is known."""
+    scale = torch.tensor([0.1, 0.2, 0.1, 0.1, 0.3])
+    condition = Condition(("a", "b", "a", "c", "a"), {"scale": scale})
+    assert map_numbers(ConditionedMap(Scaled(), condition), 5).tolist() == [0, 1, 0, 3, 4]
+    assert map_numbers(ConditionedMap(Scaled(), condition), 3).tolist() == [0, 1, 0]
+    assert map_numbers(Slopes(SCALE), 4).tolist() == [0, 1, 2, 3]
+    assert map_numbers(torch.sin, 3).tolist() == [0, 0, 0]
+
+
+class Turned(nn.Module):
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        scale = condition.tensors["scale"][:, None]
+        return scale * torch.tanh(2 * x) + condition.tensors["shift"][:, None] * x
+
+
+@pytest.mark.parametrize(("prompts", "word"), [("aaaa", "violated"), ("abab", "unknown"), ("abba", "violated")])
+def test_a_fold_under_one_prompt_is_one(prompts, word):
+    """x + f(x) = x - 0.8 tanh 2x turns over near 0 alone; under two prompts each sample may be of a map of its own."""
+    x = torch.tensor([[0.05], [2.0], [0.05], [2.0]], dtype=torch.float64)
+    row = torch.full((4,), -0.8, dtype=torch.float64)
+    tensors = {"scale": row, "shift": torch.zeros_like(row)}
+    f = ConditionedMap(Turned(), Condition(tuple(prompts), tensors))
+    found = noise_kl(f, x, certify=False)
+    assert found.parts.sign.tolist() == [-1, 1, -1, 1]
+    assert found.injective == word

@@ -103,7 +103,7 @@ def test_an_estimate_of_blocks_is_that_of_all_samples():
         return 0.3 * torch.tanh(x.roll(1, -1)) + 0.1 * x
 
     whole = noise_kl(f, x)
-    joined = joined_estimates([noise_kl(f, part) for part in x.split(3)], one_map=True)
+    joined = joined_estimates([noise_kl(f, part) for part in x.split(3)], torch.zeros(len(x)))
     assert joined.value == pytest.approx(whole.value, rel=1e-12)
     assert joined.stderr == pytest.approx(whole.stderr, rel=1e-12)
     assert (joined.bias_bound, joined.injective, joined.method) == (whole.bias_bound, whole.injective, whole.method)
@@ -119,5 +119,6 @@ def test_a_fold_between_blocks_is_seen_in_one_map_alone():
     x = torch.tensor([[1.0], [2.0], [-1.0], [-2.0]], dtype=torch.float64)
     blocks = [noise_kl(f, part) for part in x.split(2)]
     assert {block.injective for block in blocks} == {"unknown"}
-    assert joined_estimates(blocks, one_map=True).injective == "violated"
-    assert joined_estimates(blocks, one_map=False).injective == "unknown"
+    count = sum(block.samples for block in blocks)
+    assert joined_estimates(blocks, torch.zeros(count)).injective == "violated"
+    assert joined_estimates(blocks, torch.arange(count)).injective == "unknown"
