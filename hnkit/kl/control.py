@@ -79,14 +79,14 @@ def two_level_mean(values: Tensor, cheap: Tensor, further: Tensor) -> Estimate:
     Args:
         values: `(n,)`, n >= 16, in an order that does not matter.
         cheap: `(n,)`, the cheap figure at the same samples.
-        further: `(N,)`, N >= 2, the cheap figure at samples of the same law, independent of the others.
+        further: `(N,)`, N >= 8, the cheap figure at samples of the same law, independent of the others.
 
     Raises:
         InputError: too few samples.
     """
     n = len(values)
-    if n < 2 * FEWEST or len(further) < 2:
-        raise InputError(f"{n} expensive and {len(further)} further samples: give {2 * FEWEST} and 2 or more")
+    if n < 2 * FEWEST or len(further) < FEWEST:
+        raise InputError(f"{n} expensive and {len(further)} further samples: give {2 * FEWEST} and {FEWEST} or more")
     y, g = values.double(), cheap.double()
     halves = [torch.arange(start, n, 2) for start in (0, 1)]
     coefficients = [_slope(y[half], g[half]) for half in halves]

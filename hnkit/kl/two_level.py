@@ -33,7 +33,7 @@ def two_level_kl(
     Args:
         f: batch-first map.
         x: `(n, *shape)`, draws of `N(0, I_d)`.
-        costly: samples at which `method` is run, 16 or more, and 2 fewer than n or less.
+        costly: samples at which `method` is run, 16 or more, and 8 fewer than n or less.
         method: a method of `noise_kl` that looks at J.
         generator: the generator of the choice and of the probes.
         options: further options of `noise_kl` for `method`.
@@ -48,8 +48,8 @@ def two_level_kl(
     """
     check_counts(costly=costly)
     n = len(x)
-    if not 2 * FEWEST <= costly <= n - 2:
-        raise InputError(f"costly = {costly} of {n} samples: give {2 * FEWEST} or more, and leave 2 or more")
+    if not 2 * FEWEST <= costly <= n - FEWEST:
+        raise InputError(f"costly = {costly} of {n} samples: give {2 * FEWEST} or more, and leave {FEWEST} or more")
     device = generator.device if generator is not None else x.device
     order = torch.randperm(n, generator=generator, device=device).to(x.device)
     few = noise_kl(*at_rows(f, x, order[:costly]), method=method, generator=generator, certify=False, **options)
