@@ -31,7 +31,8 @@ class GapBound:
         estimate: what the same samples suggest it is; `None` where fewer than `LEAST_EFFECTIVE` base samples a prompt
             are effective at the temperature, so that nothing but the bound can be said.
         stderr: standard error of the estimate: that of the mean of `ell - r / alpha` under the steered law, and that of
-            log Z*, each from the spread of samples within prompts; NaN where a prompt has one base sample.
+            log Z*, each from the spread of samples within prompts, as of independent samples: too large where steered
+            and base ones share their noise. NaN where a prompt has one base sample.
         penalty: what the bound of log Z* costs, `log(2 / (1 - confidence)) / C` nats for C prompts.
         confidence: the confidence of the bound.
         prompts: how many prompts there are, C.
