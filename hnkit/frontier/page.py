@@ -58,7 +58,7 @@ def _sentence(document: Mapping[str, Any], ranked: Sequence[tuple[str, Mapping[s
         return "The base samples are too few for any point of the frontier: take more a prompt."
     if not ranked:
         return "There is no method beside the base: add its rows to the table."
-    if told := [name for name, method in ranked if contradiction(method)]:
+    if told := [name for name, method in ranked if contradiction(name, method)]:
         return f"The nats of {told[0]} cannot be right: mend them before you weigh its gain."
     name, best = ranked[0]
     if best["efficiency"] is None:
@@ -95,7 +95,7 @@ def sentences(document: Mapping[str, Any], *, beside_card: bool = False) -> list
                 f"{gain} for {nats} nats; these base samples carry the frontier from 0 to "
                 f"{document['most_nats']:.3g} nats only."
             )
-        if against := contradiction(method):
+        if against := contradiction(name, method):
             found.append(against)
         if method.get("gap") is not None:
             found.append(gap_sentence(name, method["gap"]))
@@ -108,7 +108,7 @@ def sentences(document: Mapping[str, Any], *, beside_card: bool = False) -> list
     return found
 
 
-def contradiction(method: Mapping[str, Any]) -> str:
+def contradiction(name: str, method: Mapping[str, Any]) -> str:
     """What says that a method has more nats than were given, by more than error bars allow; nothing where all agrees.
 
     Nats of which only a lower bound is known, those of a map that folds, may be contradicted too.
@@ -117,12 +117,11 @@ def contradiction(method: Mapping[str, Any]) -> str:
     if nats is None:
         return ""
     if method["nats_lower_bound"] > nats + room:
-        return (
-            f"Its rewards alone show at least {rounded_down(method['nats_lower_bound'], 3)} nats (95%), more than that."
-        )
+        shown = rounded_down(method["nats_lower_bound"], 3)
+        return f"The rewards of {name} alone show at least {shown} nats (95%), more than its {nats_text(method)}."
     efficiency, error = method["efficiency"], method["efficiency_stderr"]
     if efficiency is not None and error is not None and efficiency - 3 * error > 1:
-        return "No law of so many nats gains that much: it has more, or its base is another."
+        return f"No law of the nats of {name} gains that much: it has more, or its base is another."
     return ""
 
 
