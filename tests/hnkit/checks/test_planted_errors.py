@@ -254,8 +254,8 @@ def functions():
 NO_FIGURES = {
     "generator_for", "rows_per_pass", "chunked", "slices", "check_map", "check_finite", "working_type",
     "rounded_up",  # words
-    "not_kept", "selects_rows", "all_made",
-    "joined_estimates",  # of several processes: tests/hnkit/kl/test_estimate.py holds it to the whole
+    "not_kept", "all_made",
+    "joined_estimates", "map_numbers",  # of several processes: tests/hnkit/kl/test_estimate.py holds it to the whole
 }  # fmt: skip
 METHODS = [
     (jacobian.RowJacobian, "jvp"), (jacobian.RowJacobian, "vjp"), (loss.NoiseLoss, "__call__"),
