@@ -38,7 +38,7 @@ RUNS = {
 }  # fmt: skip
 """Name of a picture -> the command whose report it shows."""
 WIDTHS = {"wide": (1280, 1500), "narrow": (400, 1500)}
-_COLOURS = 48
+_COLOURS = 128
 PROMPTS = (
     "a red three",
     "a blue seven and a green one",
@@ -69,7 +69,9 @@ def picture(page: Path, width: int, height: int) -> bytes:
         image, buffer = Image.open(shot).convert("RGB"), io.BytesIO()
     if width > 800:
         image = image.resize((width * 3 // 4, height * 3 // 4), Image.Resampling.LANCZOS)
-    image.quantize(_COLOURS, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
+    # median cut would spend the palette on shades of the page, and turn a blue digit grey
+    few = image.quantize(_COLOURS, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    few.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 

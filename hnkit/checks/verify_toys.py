@@ -132,7 +132,7 @@ def verify_toys(
     plots, undrawn = reported("plots", names[-1], partial(toy_plots, maps, problems_measured)) if names else ([], ())
     cards, unread = reported("card", names[-1], lambda: [_card(maps, problems_measured, checks)]) if names else ([], ())
     checks += [*undrawn, *unread]
-    title = "hnkit verify-bound: " + (names[0] if len(names) == 1 else f"{len(problems)} closed-form problems")
+    title = "hnkit verify-bound: " + (names[0] if len(names) == 1 else f"{len(names)} toys")
     config = {"toys": names, "alpha": {p.name: p.alpha for p in problems}}
     return Report(
         title,
