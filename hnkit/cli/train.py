@@ -51,6 +51,8 @@ def run(options: Options) -> int:
     folder = None
     if options.resume is not None:
         folder = resumed_folder(options.resume, options.out, "train", CONFIG_FILE)
+        if not os.path.lexists(folder):
+            raise InputError(f"--resume {folder}: no run is there (there is no such folder): name a run folder")
     flags = [f"train.{name}={value}" for name, value in options.settings.items()]
     config = resolve_config(
         backend=options.backend,

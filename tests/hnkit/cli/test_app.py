@@ -711,3 +711,23 @@ def test_read_only_folder_is_named(here, capsys, monkeypatch):
     code, _, err = run(capsys, *MAP, "mymaps:good", "--out", "somewhere/new")
     assert code == 2
     assert "somewhere/new" in err
+
+
+def test_a_run_that_was_moved_is_no_matter_of_a_configuration(here, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.app(["train", "--resume", "moved"])
+    said = capsys.readouterr().err
+    assert (ended.value.code, said.count("\n")) == (2, 1)
+    assert "--resume moved: no run is there" in said
+    assert "TOML" not in said
+
+
+def test_a_working_directory_that_was_deleted_is_named(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SystemExit) as ended:
+        cli.app(["verify-bound", "--map", "torch:sin", "--shape", "2"])
+    assert ended.value.code == 2
+    assert "the working directory cannot be found (no such file or directory): change to" in capsys.readouterr().err
