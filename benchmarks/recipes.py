@@ -1,17 +1,20 @@
 """Training recipes of the miniature's hypernetwork beside each other, over seeds: tables of docs/earning.md.
 
-    python benchmarks/recipes.py run --device cuda --workers 6 --seconds 300 --out runs/recipes
-    python benchmarks/recipes.py run --only "default" --seeds 0 --out runs/recipes       # one, where there is no card
-    python benchmarks/recipes.py report --out runs/recipes         # docs/results/recipes.json
+    python benchmarks/recipes.py run --out runs/recipes                  # all, 70 minutes of one core
+    python benchmarks/recipes.py run --only base --seeds 0 --out runs/recipes
+    python benchmarks/recipes.py report --out runs/recipes               # docs/results/recipes.json
 
-Every run trains on all but 200 of the training sentences and is measured on 800 images of these by the trained reward;
-neither the judge nor a held-out sentence has a part in it. Runs wait in a queue for `--workers` processes; what a
-process has measured is kept when the time is over, and a second call does what is left.
+The sizes are those of one core: 160 steps of 32, 5,120 samples, for every recipe; of one seed all recipes see the same
+noises in the same order, unless it is these that they change. Every run trains on all but 200 of the training sentences
+and is measured on 800 images of these, the same for all, by the trained reward; neither the judge nor a held-out
+sentence has a part in it. Runs wait in a queue for `--workers` processes; what a process has measured is kept when the
+time is over, and a second call does what is left.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
@@ -24,26 +27,33 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from earning import ascended, base_frontier, load, measured, normal, rewards, split
+from earning import ascended, gradients, load, normal, rewards, split
+from recipe_figures import summary
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hnkit import Frontier
+from hnkit import ExpansiveMapError, Frontier, noise_kl
+from hnkit.adapters import BUNDLED, load_trained
 from hnkit.backend import BackendBase
 from hnkit.internal.files import write_json
+from hnkit.internal.stats import mean_and_stderr
 from hnkit.internal.versions import versions
+from hnkit.jacobian import dense_jacobian
+from hnkit.kl.estimate import KLEstimate
 from hnkit.loss import KLTerm, NoiseLoss
-from hnkit.maps import Condition, ConditionedMap
+from hnkit.maps import Condition, ConditionedMap, NoiseMap
+from hnkit.scaled.digits.scenes import train_prompts
 from hnkit.training.optimize import WeightAverage, bounded_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "results" / "recipes.json"
-SCALES = (1.0, 1.5)
+IMAGES, OF_KL, OF_SPECTRUM, OF_FRONTIER = 800, 64, 48, 96
+"""Images that a map is measured on; noises of them for E(J), for dense Jacobians; base images a sentence."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to train f; the defaults are those of `hnkit train --backend digits`, in larger batches.
+    """A way to train f; the defaults are those of `hnkit train --backend digits`, in fewer and smaller batches.
 
     Attributes:
         steps: optimiser steps.
@@ -58,15 +68,19 @@ class Recipe:
         hint: whether f is also given the bounded gradient of the reward at x, through a layer that starts at 0.
         noises: noises of each sentence in a batch.
         antithetic: whether half of the noises are the negatives of the others.
-        least_correlation: of the noise that the gradient is taken at with x_hat: `s x_hat + sqrt(1 - s^2) z`, s
-            uniform between it and 1.
         fold_penalty: weight of the squared excess of the smallest eigenvalue of (J + J')/2 below -0.9.
-        objective: "loss", or regression of f on the proximal map of -r/alpha, found by five gradient steps.
+        curved: one in so many rows of a batch is looked at for what depends on J (the rest of the KL term, the
+            penalty): an unbiased estimate that costs less.
+        objective: "loss", or regression of f on `grad r / alpha` at x, or on the proximal map of -r/alpha, found by
+            five steps from it, bounded gradients both.
+        pool: samples whose proximal map is found before the training, which draws its batches from them; 0: fresh ones.
+        bundled: whether the training goes on from the adapter that comes with the miniature.
         measure_at: steps at which the map is measured besides the last.
+        last_weights: whether the weights of the last step are measured too, not their average alone.
     """
 
-    steps: int = 400
-    batch: int = 512
+    steps: int = 160
+    batch: int = 32
     alpha: float = 0.25
     lr: float = 1e-3
     bound: float = 2.0
@@ -77,42 +91,36 @@ class Recipe:
     hint: bool = False
     noises: int = 1
     antithetic: bool = False
-    least_correlation: float = 1.0
     fold_penalty: float = 0.0
-    objective: Literal["loss", "proximal map"] = "loss"
+    curved: int = 4
+    objective: Literal["loss", "gradient", "proximal map"] = "loss"
+    pool: int = 0
+    bundled: bool = False
     measure_at: tuple[int, ...] = ()
+    last_weights: bool = False
 
 
 BASE = Recipe()
-LONG = Recipe(steps=6400, measure_at=(400, 800, 1600, 3200))
+ON = Recipe(steps=60, bundled=True)
 RECIPES: dict[str, Recipe] = {
-    "default": Recipe(steps=500, batch=64, alpha=0.15),
-    "long": LONG,
-    "long, all weights": replace(LONG, rank=0, lr=3e-4),
-    "long, rank 64": replace(LONG, rank=64),
-    "base": BASE,
-    "all weights": replace(BASE, rank=0, lr=3e-4),
-    "rank 4": replace(BASE, rank=4),
-    "rank 64": replace(BASE, rank=64),
-    "applied twice": replace(BASE, twice=True),
+    "base": replace(BASE, steps=240, measure_at=(80, 160), last_weights=True),
     "given a gradient": replace(BASE, hint=True),
-    "smoothed generator": replace(BASE, least_correlation=0.85),
-    "regression on the proximal map": replace(BASE, objective="proximal map"),
     "second-order": replace(BASE, kl="second-order"),
-    "Arnoldi": replace(BASE, kl="arnoldi"),
-    "fold penalty": replace(BASE, fold_penalty=1.0),
-    "no bound": replace(BASE, bound=math.inf),
-    "bound 1": replace(BASE, bound=1.0),
-    "bound 4": replace(BASE, bound=4.0),
-    "alpha 0.1": replace(BASE, alpha=0.1),
-    "alpha 0.5": replace(BASE, alpha=0.5),
-    "rate 3e-4": replace(BASE, lr=3e-4),
-    "rate 3e-3": replace(BASE, lr=3e-3),
-    "no average": replace(BASE, ema=0.0),
+    "all weights": replace(BASE, rank=0, lr=3e-4),
+    "the bundled adapter, gone on": ON,
+    "the bundled adapter, gone on with a fold penalty": replace(ON, fold_penalty=1.0),
+    "regression on the gradient": replace(BASE, objective="gradient"),
+    "regression on the proximal map": replace(BASE, objective="proximal map", pool=1280),
     "eight noises a sentence": replace(BASE, noises=8),
+    "no bound": replace(BASE, bound=math.inf),
+    "Arnoldi": replace(BASE, kl="arnoldi"),
+    "rank 64": replace(BASE, rank=64),
+    "alpha 0.1": replace(BASE, alpha=0.1),
+    "applied twice": replace(BASE, twice=True),
+    "alpha 0.5": replace(BASE, alpha=0.5),
+    "rate 3e-3": replace(BASE, lr=3e-3),
     "antithetic": replace(BASE, antithetic=True),
-    "batch 64": replace(BASE, batch=64),
-    "batch 2048": replace(BASE, batch=2048),
+    "rank 4": replace(BASE, rank=4),
 }
 SEEDS = (0, 1, 2)
 
@@ -138,7 +146,9 @@ class Steered(nn.Module):
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """The delta, `(n, *noise_shape)`."""
         if self.hint is not None:
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            # second derivatives, which a measurement needs, exist for attention in its plain form alone
+            plain = sdpa_kernel(SDPBackend.MATH) if x.requires_grad else contextlib.nullcontext()
+            with torch.enable_grad(), plain:
                 leaf = x if x.requires_grad else x.detach().requires_grad_()
                 value = rewards(self.backend, leaf, condition.prompts, condition).sum()
                 (slope,) = torch.autograd.grad(value, leaf, create_graph=x.requires_grad)
@@ -152,6 +162,14 @@ class Steered(nn.Module):
         if self.recipe.twice:
             delta = delta + self.network(x + delta, condition)
         return delta
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The L2 loss of a whole batch, and the loss whose KL term a part of it is looked at for; each tries a map once."""
+
+    l2: NoiseLoss
+    kl: NoiseLoss
 
 
 @functools.cache
@@ -176,25 +194,25 @@ def started(rank: int, device: str, seed: int) -> BackendBase:
     return backend
 
 
-def trained(recipe: Recipe, seed: int, device: str) -> Iterator[tuple[int, Steered]]:
-    """Train, and give the map, with its averaged weights, at each step at which it is to be measured."""
-    backend = started(recipe.rank or BASE.rank, device, seed)
+def trained(recipe: Recipe, seed: int, device: str) -> Iterator[tuple[int, bool, Steered]]:
+    """Train, and give step, whether the weights are averaged, and the map each time it is to be measured."""
+    backend = gone_on(device) if recipe.bundled else started(recipe.rank or BASE.rank, device, seed)
     steered, texts = Steered(recipe, backend), split()[0]
     parameters = steered.trained()
     average = WeightAverage(parameters, recipe.ema)
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=recipe.lr, weight_decay=0.0)
-    loss = NoiseLoss(kl=recipe.kl, alpha=recipe.alpha)
-    draw = torch.Generator().manual_seed(1000 + seed)
+    losses = Losses(NoiseLoss(alpha=recipe.alpha), NoiseLoss(kl=recipe.kl, alpha=recipe.alpha))
+    draw, probes = (torch.Generator().manual_seed(start + seed) for start in (1000, 2000))
+    pool = pooled(recipe, backend, texts, draw) if recipe.pool else None
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * min(1, (step + 1) / 20)
-        names, x = drawn(recipe, backend, texts, draw)
-        condition = backend.encode(names)
-        if recipe.objective == "proximal map":
-            target = ascended(backend, x, names, recipe.alpha, 5, recipe.bound) - x
-            value = (steered(x, condition) - target).flatten(1).square().sum(1).mean() / 2
+        if recipe.objective == "loss":
+            names, x = drawn(recipe, recipe.batch, backend, texts, draw)
+            value = objective(recipe, losses, steered, backend.encode(names), x, probes)
         else:
-            value = objective(recipe, loss, steered, condition, x, draw)
+            names, x, target = pool(step) if pool else regressed(recipe, recipe.batch, backend, texts, draw)
+            value = (steered(x, backend.encode(names)) - target).flatten(1).square().sum(1).mean() / 2
         optimizer.zero_grad()
         (value * recipe.alpha).backward()
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
@@ -202,14 +220,53 @@ def trained(recipe: Recipe, seed: int, device: str) -> Iterator[tuple[int, Steer
         average.update()
         if step + 1 in (*recipe.measure_at, recipe.steps):
             with average.applied():
-                yield step + 1, steered
+                yield step + 1, True, steered
+    if recipe.last_weights:
+        yield recipe.steps, False, steered
+
+
+def regressed(
+    recipe: Recipe, rows: int, backend: BackendBase, texts: Sequence[str], draw: torch.Generator
+) -> tuple[list[str], Tensor, Tensor]:
+    """Sentences, noises, and what f is to be at them."""
+    names, x = drawn(recipe, rows, backend, texts, draw)
+    if recipe.objective == "proximal map":
+        return names, x, ascended(backend, x, names, recipe.alpha, 5, recipe.bound) - x
+    slope = gradients(backend, x, names)[1]
+    size = slope.flatten(1).norm(dim=1).clamp(min=1e-9)
+    return names, x, slope * (recipe.bound / size).clamp(max=1)[:, None, None, None] / recipe.alpha
+
+
+def pooled(
+    recipe: Recipe, backend: BackendBase, texts: Sequence[str], draw: torch.Generator
+) -> Callable[[int], tuple[list[str], Tensor, Tensor]]:
+    """Batches of a step, from a pool that is gone through in a new order each time."""
+    parts = [regressed(recipe, recipe.batch, backend, texts, draw) for _ in range(recipe.pool // recipe.batch)]
+    names = [name for part in parts for name in part[0]]
+    x, target = (torch.cat([part[i] for part in parts]) for i in (1, 2))
+    times = -(-recipe.steps * recipe.batch // recipe.pool)
+    order = torch.cat([torch.randperm(recipe.pool, generator=draw) for _ in range(times)])
+
+    def batch(step: int) -> tuple[list[str], Tensor, Tensor]:
+        rows = order[step * recipe.batch : (step + 1) * recipe.batch]
+        return [names[row] for row in rows.tolist()], x[rows], target[rows]
+
+    return batch
+
+
+def gone_on(device: str) -> BackendBase:
+    """The miniature with its adapter, to be trained further."""
+    backend, _ = load_trained("digits", BUNDLED, [f"backend.device={device}"])
+    backend.prepare(train_prompts())
+    for name, parameter in backend.hypernetwork.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return backend
 
 
 def drawn(
-    recipe: Recipe, backend: BackendBase, texts: Sequence[str], draw: torch.Generator
+    recipe: Recipe, rows: int, backend: BackendBase, texts: Sequence[str], draw: torch.Generator
 ) -> tuple[list[str], Tensor]:
     """Sentences and noises of a step."""
-    rows = recipe.batch
     each = 2 if recipe.antithetic else recipe.noises
     some = [texts[i] for i in torch.randint(len(texts), (rows // each,), generator=draw).tolist()]
     names = [name for name in some for _ in range(each)]
@@ -220,25 +277,27 @@ def drawn(
 
 
 def objective(
-    recipe: Recipe, loss: NoiseLoss, steered: Steered, condition: Condition, x: Tensor, draw: torch.Generator
+    recipe: Recipe, losses: Losses, steered: Steered, condition: Condition, x: Tensor, probes: torch.Generator
 ) -> Tensor:
-    """The mean loss of a batch."""
+    """The mean loss of a batch; what depends on the Jacobian is taken on its first rows (see `Recipe.curved`)."""
     backend = steered.backend
 
     def generate(x_hat: Tensor) -> Tensor:
         if math.isfinite(recipe.bound):
             x_hat = bounded_rows(x_hat, recipe.bound)
-        if recipe.least_correlation < 1:
-            least = recipe.least_correlation
-            s = least + (1 - least) * torch.rand(len(x), 1, 1, 1, generator=draw).to(x.device)
-            x_hat = s * x_hat + (1 - s * s).sqrt() * normal(backend, len(x), draw)
         return backend.generate(x_hat, condition)
 
-    f = ConditionedMap(steered, condition)
-    terms = loss(f, x, generate, lambda images: backend.default_reward(images, condition.prompts), generator=draw)
-    value = terms.total.mean()
+    def reward(images: Tensor) -> Tensor:
+        return backend.default_reward(images, condition.prompts)
+
+    value = losses.l2(ConditionedMap(steered, condition), x, generate, reward).total.mean()
+    rows = len(x) // recipe.curved
+    few = ConditionedMap(steered, backend.encode(condition.prompts[:rows]))
+    if recipe.kl != "l2":
+        terms = losses.kl(few, x[:rows], lambda moved: moved, lambda moved: moved.new_zeros(rows), generator=probes)
+        value = value + (terms.kl - (terms.x_hat - x[:rows]).flatten(1).square().sum(1) / 2).mean()
     if recipe.fold_penalty:
-        lowest = smallest_eigenvalue(f, x, draw)
+        lowest = smallest_eigenvalue(few, x[:rows], probes)
         value = value + recipe.fold_penalty * (-0.9 - lowest).clamp(min=0).square().mean()
     return value
 
@@ -263,25 +322,109 @@ def smallest_eigenvalue(f: Callable[[Tensor], Tensor], x: Tensor, draw: torch.Ge
     return (v * product(v, keep=True)).flatten(1).sum(1)
 
 
+@dataclass(frozen=True)
+class Yardstick:
+    """What every map is measured on: sentences, noises, base rewards of these, and the frontier of the sentences."""
+
+    texts: list[str]
+    x: Tensor
+    base: Tensor
+    frontier: Frontier
+
+
 @functools.cache
-def frontier(device: str) -> Frontier:
-    """The frontier of the sentences that recipes are measured on."""
-    return base_frontier(load(device=device))
+def yardstick(device: str, out: Path) -> Yardstick:
+    """The yardstick; its base rewards are made once and kept beside the runs."""
+    backend, sentences = load(device=device), split()[1]
+    texts = [sentences[i % len(sentences)] for i in range(IMAGES)]
+    x, kept = normal(backend, IMAGES, torch.Generator().manual_seed(77)), out / "base.pt"
+    if not kept.exists():
+        draw = torch.Generator().manual_seed(3)
+        pool = torch.stack([scored(backend, normal(backend, OF_FRONTIER, draw), [t] * OF_FRONTIER) for t in sentences])
+        torch.save({"base": scored(backend, x, texts), "pool": pool}, kept)
+    found = torch.load(kept)
+    return Yardstick(texts, x, found["base"], Frontier(list(found["pool"])))
+
+
+@torch.no_grad()
+def scored(backend: BackendBase, x: Tensor, texts: Sequence[str]) -> Tensor:
+    """Rewards of noises."""
+    parts = [slice(start, start + 32) for start in range(0, len(x), 32)]
+    return torch.cat([rewards(backend, x[part], texts[part]) for part in parts]).double().cpu()
+
+
+def of_sentences(values: Tensor) -> Tensor:
+    """Means over the images of each sentence."""
+    return values.double().reshape(-1, len(split()[1])).mean(0)
+
+
+@torch.no_grad()
+def figures(steered: Steered, yard: Yardstick, *, spectrum: bool) -> dict[str, Any]:
+    """What a map earns: gain and L2 term of each sentence, E(J) at some noises, folds; with errors over sentences.
+
+    E(J) is by `method="low-rank"`, whose own error is far below that of so few noises.
+    """
+    backend, deltas = steered.backend, []
+    for start in range(0, IMAGES, 32):
+        texts = yard.texts[start : start + 32]
+        deltas.append(steered(yard.x[start : start + 32], backend.encode(texts)))
+    delta = torch.cat(deltas)
+    gains = of_sentences(scored(backend, yard.x + delta, yard.texts) - yard.base)
+    squares = (delta.double().flatten(1).square().sum(1) / 2).cpu()
+    # with a gradient as input products are of second derivatives of the reward, and the remainder of any rank expansive
+    few = OF_KL // 8 if steered.hint is not None else OF_KL
+    f = ConditionedMap(steered, backend.encode(yard.texts[:few]))
+    kl = integrand(f, yard.x[:few], ranks=() if steered.hint is not None else (16, 48))
+    # the L2 term is known from all images, so that only the rest is taken from the few
+    error = (kl.per_sample - squares[:few].to(kl.per_sample.device)).cpu()
+    l2, rest = mean_and_stderr(of_sentences(squares)), mean_and_stderr(error)
+    nats = (l2[0] + rest[0], math.hypot(l2[1], rest[1]))
+    found = {
+        "gain": mean_and_stderr(gains), "l2": l2, "kl": nats, "efficiency": None,
+        "folds": [kl.folds.negative if kl.folds else None, few],
+        "norm": None if math.isnan(kl.local_norm) else kl.local_norm,
+        "gains": rounded(gains), "squares": rounded(of_sentences(squares)), "errors": rounded(error),
+    }  # fmt: skip
+    if nats[0] > 0 and yard.frontier.carries(nats[0]):
+        share = yard.frontier.efficiency_estimate(gains, *nats)
+        found["efficiency"] = (share.value, share.stderr)
+        found["bought"] = yard.frontier.point(nats[0]).gain
+    if spectrum:
+        with torch.enable_grad():
+            some = ConditionedMap(steered, backend.encode(yard.texts[:OF_SPECTRUM]))
+            J = dense_jacobian(some, yard.x[:OF_SPECTRUM]).double()
+        found["lowest"] = rounded(torch.linalg.eigvalsh((J + J.mT) / 2)[:, 0])
+    return found
+
+
+def integrand(f: NoiseMap, x: Tensor, ranks: Sequence[int]) -> KLEstimate:
+    """The KL integrand, with more rank where the remainder of a low one is expansive, and then exact."""
+    with torch.enable_grad():
+        for rank in ranks:
+            try:
+                return noise_kl(f, x, method="low-rank", rank=rank, generator=torch.Generator().manual_seed(5))
+            except ExpansiveMapError:
+                continue
+        return noise_kl(f, x, method="exact")
+
+
+def rounded(values: Tensor) -> list[float]:
+    """Values for a file."""
+    return [round(value, 6) for value in values.tolist()]
 
 
 def job(name: str, seed: int, device: str, out: Path) -> None:
     """Train one recipe with one seed and append what is measured to the file of that run."""
-    recipe, bought, started = RECIPES[name], frontier(device), time.perf_counter()
+    recipe, yard, spent = RECIPES[name], yardstick(device, out), 0.0
     torch.manual_seed(seed)
-    for step, steered in trained(recipe, seed, device):
-        spent = time.perf_counter() - started
-        many = 64 if device.startswith("cuda") else 32
-        figures = {
-            str(scale): measured(steered.backend, scale, steered, kl_samples=many, frontier=bought) for scale in SCALES
-        }
-        record = {"recipe": name, "seed": seed, "step": step, "seconds": spent, "device": device, "scales": figures}
+    began = time.perf_counter()
+    for step, averaged, steered in trained(recipe, seed, device):
+        spent += time.perf_counter() - began
+        found = figures(steered, yard, spectrum=recipe.bundled)
+        record = {"recipe": name, "seed": seed, "step": step, "averaged": averaged, "seconds": spent, "device": device}
         with (out / f"{name.replace(' ', '-')}.{seed}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**record, "settings": asdict(recipe)}) + "\n")
+            file.write(json.dumps({**record, **found, "settings": asdict(recipe)}) + "\n")
+        began = time.perf_counter()
     (out / f"{name.replace(' ', '-')}.{seed}.done").touch()
 
 
@@ -323,7 +466,10 @@ def report(out: Path) -> None:
     """Everything measured so far, as docs/results/recipes.json."""
     records = [json.loads(line) for path in sorted(out.glob("*.jsonl")) if path.name != "failed.jsonl"
                for line in path.read_text(encoding="utf-8").splitlines()]  # fmt: skip
-    write_json(OUT, {"records": records, "versions": versions()})
+    pool = torch.load(out / "base.pt")["pool"]
+    rows = summary(records, Frontier(list(pool)))
+    rows.sort(key=lambda row: (list(RECIPES).index(row["recipe"]), row["step"], not row["averaged"]))
+    write_json(OUT, {"rows": rows, "images": IMAGES, "sentences": len(pool), "versions": versions()})
 
 
 def main() -> None:

@@ -1,8 +1,11 @@
-"""The tables of docs/earning.md, from docs/results/earning.json and the figures of the bundled adapter."""
+"""The tables of docs/earning.md, from its documents in docs/results and the figures of the bundled adapter."""
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,15 @@ from hnkit.scaled.digits.checkpoint import model_folder
 from hnkit.scaled.digits.train.adapter import read_figures
 
 RESULTS = Path(__file__).resolve().parent / "results" / "earning.json"
+RECIPES, BUDGET = RESULTS.with_name("recipes.json"), RESULTS.with_name("budget.json")
+BESIDE = {
+    "regressed": ("regression on the gradient", "regression on the proximal map"),
+    "maps": ("all weights", "rank 64", "rank 4", "applied twice", "given a gradient"),
+    "training": ("eight noises a sentence", "antithetic", "no bound", "rate 3e-3"),
+    "temperatures": ("alpha 0.1", "alpha 0.5"),
+    "losses": ("second-order", "Arnoldi"),
+}
+"""Which recipes of benchmarks/recipes.py stand in which table, below the base recipe."""
 
 
 def _records() -> dict[str, dict[str, Any]]:
@@ -146,6 +158,103 @@ def scaled() -> str:
     )
 
 
+def beside(names: Sequence[str]) -> Table:
+    """Recipes at the end of their training, below the base recipe after as many steps."""
+    document = json.loads(RECIPES.read_text(encoding="utf-8"))
+    found = {row["recipe"]: row for row in document["rows"] if row["averaged"] and "difference" in row}
+    shown = [found[name] for name in names if name in found]
+    step = {row["step"] for row in shown}
+    base = [row for row in document["rows"] if row["recipe"] == "base" and row["averaged"] and row["step"] in step]
+    rows: list[tuple[Cell, ...]] = [
+        (
+            row["recipe"], str(len(row["seeds"])), *_earned(row), _points(row, "difference"),
+            f"{row['seconds'] / base[0]['seconds']:.1f}",
+        )
+        for row in [*base, *shown]
+    ]  # fmt: skip
+    headers = ("recipe", "seeds", *_EARNED, "points above base", "time")
+    caption = (
+        f"{shown[0]['step']} steps of {shown[0]['batch']}; {document['images']} images of {document['sentences']} "
+        f"training sentences that were left out. {_ERRORS}; of differences at the same seeds and noises likewise."
+    )
+    return Table(headers, tuple(rows), caption)
+
+
+def recipe_steps() -> Table:
+    """What more steps bring, and the average of the weights."""
+    document = json.loads(RECIPES.read_text(encoding="utf-8"))
+    rows: list[tuple[Cell, ...]] = [
+        (str(row["step"]), "average" if row["averaged"] else "last", str(len(row["seeds"])), *_earned(row))
+        for row in document["rows"]
+        if row["recipe"] == "base"
+    ]
+    return Table(("steps of 32", "weights", "seeds", *_EARNED), tuple(rows), f"{_ERRORS}.")
+
+
+def recipe_folds() -> Table:
+    """What the fold penalty does to a map that folds, and its price."""
+    document = json.loads(RECIPES.read_text(encoding="utf-8"))
+    rows: list[tuple[Cell, ...]] = [
+        (
+            row["recipe"], str(len(row["seeds"])), _over_seeds(row["lowest"]), _over_seeds(row["beyond -1"], 100, " %"),
+            f"{row['folds'][0]} of {row['folds'][1]}", *_earned(row),
+        )
+        for row in document["rows"]
+        if "lowest" in row
+    ]  # fmt: skip
+    headers = ("recipe", "seeds", "mean λ_min", "below -1", "orientation reversed", *_EARNED)
+    last = next(row for row in document["rows"] if "lowest" in row)
+    caption = (
+        f"{last['step']} steps of {last['batch']} from the adapter; λ_min: of (J + J')/2, from dense Jacobians at 48 "
+        f"noises. The adapter was trained on these sentences too, so that only differences count. {_ERRORS}."
+    )
+    return Table(headers, tuple(rows), caption)
+
+
+_EARNED = ("gain in reward", "L2 term, nats", "KL integrand, nats", "efficiency, %")
+_ERRORS = "Errors are over seeds, of efficiencies a second time over sentences and noises"
+
+
+def _earned(row: dict[str, Any]) -> tuple[Cell, ...]:
+    """Gain, L2 term, KL integrand and efficiency of a row."""
+    return (*(_over_seeds(row[key]) for key in ("gain", "l2", "kl")), _points(row, "efficiency"))
+
+
+def _points(row: dict[str, Any], key: str) -> str:
+    """A share in per cent with its two errors."""
+    if row.get(key) is None:
+        return "–"
+    value, stderr = row[key]
+    sentences = f"{100 * row[f'{key} over sentences']:.1f}"
+    return f"{100 * value:.1f} ± {'unknown' if stderr is None else format(100 * stderr, '.1f')} ± {sentences}"
+
+
+def _over_seeds(estimate: Sequence[float | None], factor: float = 1, unit: str = "") -> str:
+    """A mean over seeds; of one seed its error is not known."""
+    value, stderr = (math.nan if number is None else factor * number for number in estimate)
+    return format_estimate(value, stderr) + unit
+
+
+def budget() -> Table:
+    """One temperature for all prompts against as many nats for each."""
+    document = json.loads(BUDGET.read_text(encoding="utf-8"))
+    gains = ("one temperature", "as many for each", "difference")
+    rows: list[tuple[Cell, ...]] = []
+    for nats, found in document["nats"].items():
+        low, middle, high = found["spent"]
+        share = found["difference"][0] / found["as many for each"][0]
+        spent = f"{low:.2g} to {high:.2g}, median {middle:.2g}"
+        rows.append((nats, *(format_estimate(*found[name]) for name in gains), f"{100 * share:.1f} %", spent,
+                     f"{found['rank correlation']:.2f}"))  # fmt: skip
+    headers = ("nats a prompt", *(f"gain, {name}" for name in gains), "share", "nats spent on a prompt",
+               "rank correlation of these with the variance of the reward")  # fmt: skip
+    caption = (
+        f"{document['prompts']} training sentences that were left out, {document['samples']} base images each; errors "
+        "are over sentences. Nats spent at one temperature: 5 % to 95 % of the sentences."
+    )
+    return Table(headers, tuple(rows), caption)
+
+
 def lead() -> str:
     """What the bundled adapter earns, in a sentence."""
     found = read_figures(model_folder())
@@ -157,11 +266,15 @@ def lead() -> str:
     )
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], Table]] = {
     "earning-spectrum": spectrum,
     "earning-tails": tails,
     "earning-bound": bound,
     "earning-curvature": curvature,
     "earning-stored": stored,
     "earning-bundled": bundled,
+    "earning-steps": recipe_steps,
+    "earning-folds": recipe_folds,
+    "earning-budget": budget,
+    **{f"earning-{name}": functools.partial(beside, recipes) for name, recipes in BESIDE.items()},
 }

@@ -483,7 +483,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "earning-readme": _earning_lead("docs/earning.md"),
     **{
         f"earning-{name}": _earning_table(f"earning-{name}")
-        for name in ("spectrum", "tails", "bound", "curvature", "stored", "bundled")
+        for name in (
+            *("spectrum", "tails", "bound", "curvature", "stored", "bundled", "steps", "folds", "budget"),
+            *("regressed", "maps", "training", "temperatures", "losses"),
+        )
     },
     **{
         f"compare-{name}": _compare_table(name)

@@ -1,0 +1,313 @@
+"""The recipes beside each other: what is averaged, what is set against what, and the pieces of their training."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from hnkit import Frontier, NoiseLoss
+from hnkit.maps import Condition, ConditionedMap
+from hnkit.output.page import Table
+
+ROOT = Path(__file__).parents[3]
+SENTENCES = 40
+
+
+@pytest.fixture
+def recipes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return import_module("recipes")
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return import_module("recipe_figures")
+
+
+@pytest.fixture
+def earned(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return import_module("earned")
+
+
+# --- the budget spread over prompts -------------------------------------------------------------------------------
+
+
+def test_a_budget_spread_over_gaussian_rewards(monkeypatch):
+    """Of Gaussian rewards of spread s_c the frontier is sqrt(2K) times the root mean square of s, or its mean."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    budget = import_module("budget")
+    spreads = torch.linspace(0.2, 2.0, 10, dtype=torch.float64)
+    quantiles = torch.special.ndtri((torch.arange(4000, dtype=torch.float64) + 0.5) / 4000)
+    order = torch.randperm(4000, generator=torch.Generator().manual_seed(0))  # so that the halves are alike
+    found = budget.spread_over_prompts(spreads[:, None] * quantiles[order] + 3, 0.2)
+    root = math.sqrt(2 * 0.2)
+    common, own = root * float(spreads.square().mean().sqrt()), root * float(spreads.mean())
+    assert found["one temperature"][0] == pytest.approx(common, rel=0.01)
+    assert found["as many for each"][0] == pytest.approx(own, rel=0.01)
+    assert found["difference"][0] == pytest.approx(common - own, rel=0.03)
+    assert found["rank correlation"] == pytest.approx(1)
+    share = spreads.square() / spreads.square().mean()
+    assert found["spent"][1] == pytest.approx(0.2 * float(share.quantile(0.5)), rel=0.02)
+
+
+# --- means over seeds and differences -----------------------------------------------------------------------------
+
+
+def record(name, seed, gains, squares, errors, **more):
+    nats = float(squares.mean() + errors.mean())
+    return {
+        "recipe": name, "seed": seed, "step": 160, "averaged": True, "seconds": 10.0, "folds": [0, 40], "norm": 0.5,
+        "settings": {"batch": 32, "alpha": 0.25}, "gain": [float(gains.mean()), 0.0],
+        "l2": [float(squares.mean()), 0.0], "kl": [nats, 0.0], "gains": gains.tolist(), "squares": squares.tolist(),
+        "errors": errors.tolist(), **more,
+    }  # fmt: skip
+
+
+def planted(shift=0.0):
+    """Three seeds of two recipes at the same sentences, and a frontier."""
+    draw = torch.Generator().manual_seed(4)
+
+    def noise(size):
+        return torch.randn(SENTENCES, generator=draw, dtype=torch.float64) * size
+
+    frontier = Frontier([2 * noise(1.0).repeat(3) + 0.01 * torch.randn(3 * SENTENCES, generator=draw)] * 4)
+    common, squares, errors = 0.3 + noise(0.2), 0.05 + noise(0.01), 0.1 + noise(0.03)
+    records = []
+    for seed in range(3):
+        records.append(record("base", seed, common + noise(0.05), squares + 0.01 * seed, errors))
+        records.append(record("rank 4", seed, common + shift + noise(0.05), 1.2 * squares, errors + noise(0.01)))
+    return records, frontier
+
+
+def efficiency(gains, squares, errors, frontier):
+    return float(gains.mean()) / frontier.point(float(squares.mean() + errors.mean())).gain
+
+
+def jackknifed(records, frontier, sign):
+    """Delete-one errors over sentences and over noises of a signed mean of efficiencies."""
+    columns = [[torch.tensor(r[key], dtype=torch.float64) for key in ("gains", "squares", "errors")] for r in records]
+
+    def value(kept, kept_errors):
+        return sum(
+            s / 3 * efficiency(g[kept], q[kept], e[kept_errors], frontier)
+            for (g, q, e), s in zip(columns, sign, strict=True)
+        )
+
+    every = torch.arange(SENTENCES)
+    without = [every[every != i] for i in range(SENTENCES)]
+    found = []
+    for values in ([value(w, every) for w in without], [value(every, w) for w in without]):
+        spread = torch.tensor(values, dtype=torch.float64)
+        found.append((SENTENCES - 1) / SENTENCES * float((spread - spread.mean()).square().sum()))
+    return math.sqrt(sum(found))
+
+
+def test_errors_over_sentences_are_those_of_leaving_one_out(figures):
+    records, frontier = planted(shift=0.1)
+    base, other = figures.summary(records, frontier)
+    mine = [r for r in records if r["recipe"] == "rank 4"]
+    theirs = [r for r in records if r["recipe"] == "base"]
+    shares = [efficiency(*(torch.tensor(r[k]) for k in ("gains", "squares", "errors")), frontier) for r in mine]
+    assert other["efficiency"][0] == pytest.approx(sum(shares) / 3, rel=1e-6)
+    assert other["efficiency"][1] == pytest.approx(float(torch.tensor(shares).std()) / math.sqrt(3), rel=1e-4)
+    alone = jackknifed(mine, frontier, [1, 1, 1])
+    assert other["efficiency over sentences"] == pytest.approx(alone, rel=0.05)
+    pair = jackknifed(mine + theirs, frontier, [1, 1, 1, -1, -1, -1])
+    assert other["difference over sentences"] == pytest.approx(pair, rel=0.05)
+    assert pair < alone / 2, "the sentences are common to both maps"
+    assert other["difference"][0] == pytest.approx(other["efficiency"][0] - base["efficiency"][0])
+    assert "difference" not in base
+
+
+def test_a_recipe_is_set_against_the_same_seeds_steps_and_start(figures):
+    records, frontier = planted()
+    for one in records[:2]:  # the first seed of both, one of them after other steps
+        records.append(one | {"step": 240})
+    records = [r for r in records if (r["recipe"], r["seed"]) != ("rank 4", 2)]
+    start = figures.BUNDLED
+    records += [records[0] | {"recipe": start}, records[0] | {"recipe": f"{start} with a fold penalty"}]
+    rows = {(row["recipe"], row["step"]): row for row in figures.summary(records, frontier)}
+    assert rows["rank 4", 160]["paired seeds"] == [0, 1]
+    assert rows["rank 4", 240]["paired seeds"] == [0]
+    penalty = rows[f"{start} with a fold penalty", 160]
+    assert penalty["difference"] == (0.0, None), "against itself: one seed has no error"
+    assert penalty["difference over sentences"] == 0
+    assert "difference" not in rows[start, 160]
+
+
+def test_a_map_beyond_the_frontier_has_no_efficiency(figures):
+    records, frontier = planted()
+    for one in records:
+        if one["recipe"] == "rank 4":
+            one["kl"][0] = 50.0
+    rows = figures.summary(records, frontier)
+    assert rows[1]["efficiency"] is None
+    assert "difference" not in rows[1]
+    assert "gain difference" in rows[1]
+
+
+def test_the_tables_say_errors_apart_and_one_seed_unknown(figures, earned, monkeypatch, tmp_path):
+    records, frontier = planted(shift=0.1)
+    records = [r for r in records if r["recipe"] == "base" or r["seed"] == 0]
+    document = {"rows": figures.summary(records, frontier), "images": 800, "sentences": 200}
+    (tmp_path / "recipes.json").write_text(json.dumps(document))
+    monkeypatch.setattr(earned, "RECIPES", tmp_path / "recipes.json")
+    table = earned.beside(("rank 64", "rank 4"))
+    assert isinstance(table, Table)
+    assert [row[0] for row in table.rows] == ["base", "rank 4"], "what was not measured has no row"
+    base, other = table.rows
+    assert base[1] == "3"
+    assert other[1] == "1"
+    assert base[6] == "–"
+    assert "± unknown ±" in other[6]
+    value, seeds, sentences = (float(part) for part in base[5].split(" ± "))
+    row = document["rows"][0]
+    assert value == pytest.approx(100 * row["efficiency"][0], abs=0.06)
+    assert seeds == pytest.approx(100 * row["efficiency"][1], abs=0.06)
+    assert sentences == pytest.approx(100 * row["efficiency over sentences"], abs=0.06)
+    assert len(earned.recipe_steps().rows) == 1
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+class Curved(torch.nn.Module):
+    """A map of noises (1, 1, 4) whose Jacobian `(I + cos(Wx)/10) W` depends on the point."""
+
+    def __init__(self, scale=0.3):
+        super().__init__()
+        draw = torch.Generator().manual_seed(1)
+        self.weight = torch.nn.Parameter(scale * torch.randn(4, 4, generator=draw, dtype=torch.float64))
+
+    def forward(self, x, condition):
+        moved = x.flatten(1) @ self.weight.mT
+        return (moved + 0.1 * moved.sin()).reshape(x.shape) + 0 * condition.tensors["level"][:, None, None, None]
+
+    def jacobians(self, x):
+        moved = x.flatten(1) @ self.weight.mT
+        return (1 + 0.1 * moved.cos())[:, :, None] * self.weight
+
+
+class Fake:
+    """A generator whose images are its noises, and a reward known in closed form."""
+
+    noise_shape, device = (1, 1, 4), torch.device("cpu")
+
+    def encode(self, prompts):
+        level = torch.tensor([float(len(prompt)) for prompt in prompts], dtype=torch.float64)
+        return Condition(prompts=tuple(prompts), tensors={"level": level})
+
+    def generate(self, x, condition):
+        return x.double()
+
+    def default_reward(self, images, prompts):
+        return -(images.flatten(1) - 1).square().sum(1) / 2
+
+
+def batch(rows):
+    x = torch.randn(rows, 1, 1, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return [f"prompt {i}" for i in range(rows)], x
+
+
+def steered(recipes, **settings):
+    network, recipe = Curved(), replace(recipes.BASE, bound=math.inf, **settings)
+    network.recipe, network.backend = recipe, Fake()
+    losses = recipes.Losses(NoiseLoss(alpha=recipe.alpha), NoiseLoss(kl=recipe.kl, alpha=recipe.alpha))
+    return network, recipe, losses
+
+
+@pytest.mark.parametrize("kl", ["second-order", "arnoldi", "exact"])
+def test_the_curved_part_of_all_rows_is_the_loss_itself(recipes, kl):
+    network, recipe, losses = steered(recipes, kl=kl, curved=1)
+    names, x = batch(6)
+    condition, backend = network.backend.encode(names), network.backend
+    value = recipes.objective(recipe, losses, network, condition, x, torch.Generator().manual_seed(7))
+    (mine,) = torch.autograd.grad(value, network.weight)
+    terms = NoiseLoss(kl=kl, alpha=recipe.alpha)(
+        ConditionedMap(network, condition), x, lambda moved: moved,
+        lambda images: backend.default_reward(images, names), generator=torch.Generator().manual_seed(7),
+    )  # fmt: skip
+    (whole,) = torch.autograd.grad(terms.total.mean(), network.weight)
+    torch.testing.assert_close(value, terms.total.mean())
+    torch.testing.assert_close(mine, whole)
+
+
+def test_the_curved_part_of_some_rows_is_their_mean(recipes):
+    network, recipe, losses = steered(recipes, kl="exact", curved=3)
+    names, x = batch(6)
+    value = recipes.objective(recipe, losses, network, network.backend.encode(names), x, torch.Generator())
+    J = network.jacobians(x)
+    rest = torch.diagonal(J, dim1=1, dim2=2).sum(1) - torch.linalg.slogdet(torch.eye(4) + J)[1]
+    delta = network(x, network.backend.encode(names))
+    l2 = delta.flatten(1).square().sum(1) / 2 - network.backend.default_reward(x + delta, names) / recipe.alpha
+    torch.testing.assert_close(value, l2.mean() + rest[:2].mean())
+
+
+def test_the_fold_penalty_is_of_the_smallest_eigenvalue(recipes):
+    network, recipe, losses = steered(recipes, curved=1, fold_penalty=2.0)
+    names, x = batch(5)
+    with torch.no_grad():
+        network.weight.mul_(5)
+    condition, J = network.backend.encode(names), network.jacobians(x)
+    lowest = torch.linalg.eigvalsh((J + J.mT) / 2)[:, 0]
+    found = recipes.smallest_eigenvalue(
+        lambda noise: network(noise, condition), x, torch.Generator().manual_seed(0), iterations=300
+    )
+    torch.testing.assert_close(found, lowest, rtol=1e-6, atol=1e-6)
+    few = recipes.smallest_eigenvalue(lambda noise: network(noise, condition), x, torch.Generator().manual_seed(0))
+    assert bool((few >= lowest - 1e-9).all()), "a Rayleigh quotient is never below"
+    value = recipes.objective(recipe, losses, network, condition, x, torch.Generator().manual_seed(0))
+    plain = losses.l2(
+        ConditionedMap(network, condition), x, lambda moved: moved,
+        lambda images: network.backend.default_reward(images, names),
+    ).total.mean()  # fmt: skip
+    torch.testing.assert_close(value - plain, 2 * (-0.9 - few).clamp(min=0).square().mean())
+    assert float(value - plain) > 0
+
+
+def test_regressed_on_bounded_gradients(recipes):
+    names, _ = batch(8)
+    recipe = replace(recipes.BASE, objective="gradient", bound=1.5, alpha=0.5, batch=8)
+    drawn_names, noise, target = recipes.regressed(recipe, 8, Fake(), names, torch.Generator().manual_seed(5))
+    slope = 1 - noise.double()  # of the reward
+    size = slope.flatten(1).norm(dim=1)
+    shrunk = slope * (1.5 / size).clamp(max=1)[:, None, None, None]
+    torch.testing.assert_close(target.double(), shrunk / 0.5)
+    assert set(drawn_names) <= set(names)
+
+
+def test_regressed_on_the_proximal_map(recipes):
+    """Of the quadratic reward it is x + (1 - x) / (1 + alpha)."""
+    names, _ = batch(8)
+    recipe = replace(recipes.BASE, objective="proximal map", bound=math.inf, alpha=2.0, batch=8)
+    _, noise, target = recipes.regressed(recipe, 8, Fake(), names, torch.Generator().manual_seed(5))
+    best = (1 - noise) / 3
+    assert float((target - best).norm()) < 0.6 * float(best.norm()), "five steps go most of the way"
+
+
+def test_a_pool_is_gone_through_evenly(recipes):
+    names, _ = batch(8)
+    recipe = replace(recipes.BASE, objective="gradient", batch=4, steps=9, pool=12)
+    batches = recipes.pooled(recipe, Fake(), names, torch.Generator().manual_seed(5))
+    seen = [tuple(row.flatten().tolist()) for step in range(9) for row in batches(step)[1]]
+    assert {seen.count(row) for row in seen} == {3}
+    assert len(set(seen)) == 12
+
+
+def test_antithetic_noises_and_sentences_of_several(recipes):
+    names, _ = batch(8)
+    draw = torch.Generator().manual_seed(5)
+    some, x = recipes.drawn(replace(recipes.BASE, antithetic=True), 8, Fake(), names, draw)
+    assert some[::2] == some[1::2]
+    torch.testing.assert_close(x[::2], -x[1::2])
+    some, x = recipes.drawn(replace(recipes.BASE, noises=4), 8, Fake(), names, draw)
+    assert some[:4] == [some[0]] * 4
+    assert float((x[0] - x[1]).norm()) > 0
