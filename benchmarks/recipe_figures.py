@@ -57,6 +57,7 @@ def _row(name: str, step: int, averaged: bool, found: dict[int, dict[str, Any]],
     if all(share is not None for share in shares):
         row["efficiency"] = over_seeds([share for share in shares if share is not None])
         row["efficiency over sentences"] = _over_sentences([(run, 1.0) for run in runs], frontier)
+        row["temperature"] = over_seeds([frontier.point(run["kl"][0]).alpha for run in runs])
     if "lowest" in runs[0]:
         lowest = [torch.tensor(run["lowest"], dtype=torch.float64) for run in runs]
         row["lowest"] = over_seeds([float(values.mean()) for values in lowest])
@@ -81,6 +82,23 @@ def _difference(
         weighed = [(run, sign) for pair in pairs for run, sign in zip(pair, (1.0, -1.0), strict=True)]
         row["difference over sentences"] = _over_sentences(weighed, frontier)
     return row
+
+
+def spread(records: Sequence[dict[str, Any]], frontier: Frontier) -> dict[str, Any] | None:
+    """How the bundled map spreads its L2 term over sentences, and its rank correlation with the variance of the reward.
+
+    `None` where it was not measured.
+    """
+    runs = [record for record in records if record["recipe"] == BUNDLED]
+    if not runs:
+        return None
+    nats = torch.tensor([run["squares"] for run in runs], dtype=torch.float64).mean(0)
+    variance = torch.stack([rewards.var() for rewards in frontier.base])
+    ranks = torch.stack([column.argsort().argsort().double() for column in (nats, variance)])
+    return {
+        "quantiles": nats.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist(),
+        "rank correlation": (float(torch.corrcoef(ranks)[0, 1]), 1 / math.sqrt(len(nats) - 1)),
+    }
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:

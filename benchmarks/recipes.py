@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 from earning import ascended, gradients, load, normal, rewards, split
-from recipe_figures import summary
+from recipe_figures import spread, summary
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -107,8 +107,10 @@ RECIPES: dict[str, Recipe] = {
     "given a gradient": replace(BASE, hint=True),
     "second-order": replace(BASE, kl="second-order"),
     "all weights": replace(BASE, rank=0, lr=3e-4),
+    "the bundled adapter": replace(ON, steps=0),
     "the bundled adapter, gone on": ON,
     "the bundled adapter, gone on with a fold penalty": replace(ON, fold_penalty=1.0),
+    "the bundled adapter, gone on with a fold penalty of 10": replace(ON, fold_penalty=10.0),
     "regression on the gradient": replace(BASE, objective="gradient"),
     "regression on the proximal map": replace(BASE, objective="proximal map", pool=1280),
     "eight noises a sentence": replace(BASE, noises=8),
@@ -204,6 +206,8 @@ def trained(recipe: Recipe, seed: int, device: str) -> Iterator[tuple[int, bool,
     losses = Losses(NoiseLoss(alpha=recipe.alpha), NoiseLoss(kl=recipe.kl, alpha=recipe.alpha))
     draw, probes = (torch.Generator().manual_seed(start + seed) for start in (1000, 2000))
     pool = pooled(recipe, backend, texts, draw) if recipe.pool else None
+    if recipe.steps == 0:
+        yield 0, True, steered
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * min(1, (step + 1) / 20)
@@ -467,9 +471,11 @@ def report(out: Path) -> None:
     records = [json.loads(line) for path in sorted(out.glob("*.jsonl")) if path.name != "failed.jsonl"
                for line in path.read_text(encoding="utf-8").splitlines()]  # fmt: skip
     pool = torch.load(out / "base.pt")["pool"]
-    rows = summary(records, Frontier(list(pool)))
+    frontier = Frontier(list(pool))
+    rows = summary(records, frontier)
     rows.sort(key=lambda row: (list(RECIPES).index(row["recipe"]), row["step"], not row["averaged"]))
-    write_json(OUT, {"rows": rows, "images": IMAGES, "sentences": len(pool), "versions": versions()})
+    document = {"rows": rows, "spread": spread(records, frontier), "images": IMAGES, "sentences": len(pool)}
+    write_json(OUT, {**document, "versions": versions()})
 
 
 def main() -> None:

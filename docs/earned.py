@@ -19,7 +19,6 @@ BESIDE = {
     "regressed": ("regression on the gradient", "regression on the proximal map"),
     "maps": ("all weights", "rank 64", "rank 4", "applied twice", "given a gradient"),
     "training": ("eight noises a sentence", "antithetic", "no bound", "rate 3e-3"),
-    "temperatures": ("alpha 0.1", "alpha 0.5"),
     "losses": ("second-order", "Arnoldi"),
 }
 """Which recipes of benchmarks/recipes.py stand in which table, below the base recipe."""
@@ -180,6 +179,33 @@ def beside(names: Sequence[str]) -> Table:
     return Table(headers, tuple(rows), caption)
 
 
+def temperatures() -> Table:
+    """What a temperature buys, beside the temperature of the frontier at the nats that were spent."""
+    document = json.loads(RECIPES.read_text(encoding="utf-8"))
+    shown = ("base", "alpha 0.1", "alpha 0.5", "the bundled adapter, gone on")
+    rows: list[tuple[Cell, ...]] = [
+        (
+            row["recipe"], f"{row['step']}", f"{row['alpha']:g}", str(len(row["seeds"])), *_earned(row),
+            _over_seeds(row["temperature"]), f"{row['efficiency'][0] * row['temperature'][0]:.2f}",
+        )
+        for row in document["rows"]
+        if row["recipe"] in shown and row["averaged"] and row["efficiency"] is not None
+    ]  # fmt: skip
+    headers = ("recipe", "steps", "alpha", "seeds", *_EARNED, "alpha(nats) of the frontier", "times efficiency")
+    return Table(headers, tuple(rows), f"{_ERRORS}.")
+
+
+def spread() -> str:
+    """How the bundled map spreads its nats over sentences, in a sentence."""
+    found = json.loads(RECIPES.read_text(encoding="utf-8"))["spread"]
+    low, middle, high = found["quantiles"]
+    return (
+        f"The L2 term of the bundled map (gone on with for a few steps) lies between {low:.2g} and {high:.2g} nats at "
+        f"nine sentences of ten, median {middle:.2g}; its rank correlation with the variance of the reward is "
+        f"{format_estimate(*found['rank correlation'])}.\n"
+    )
+
+
 def recipe_steps() -> Table:
     """What more steps bring, and the average of the weights."""
     document = json.loads(RECIPES.read_text(encoding="utf-8"))
@@ -275,6 +301,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "earning-bundled": bundled,
     "earning-steps": recipe_steps,
     "earning-folds": recipe_folds,
+    "earning-temperatures": temperatures,
     "earning-budget": budget,
     **{f"earning-{name}": functools.partial(beside, recipes) for name, recipes in BESIDE.items()},
 }

@@ -443,6 +443,12 @@ def _earning_scaled() -> str:
     return earned.scaled()
 
 
+def _earning_spread() -> str:
+    import earned
+
+    return earned.spread()
+
+
 def _earning_lead(page: str) -> Callable[[], str]:
     def sentence() -> str:
         import earned
@@ -479,6 +485,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "device-rest": lambda: _on_a_card("rest"),
     "compare-lead": compare_lead,
     "earning-scaled": _earning_scaled,
+    "earning-spread": _earning_spread,
     "earning-lead": _earning_lead("earning.md"),
     "earning-readme": _earning_lead("docs/earning.md"),
     **{
