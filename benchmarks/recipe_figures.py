@@ -35,7 +35,8 @@ def summary(records: Sequence[dict[str, Any]], frontier: Frontier) -> list[dict[
         runs.setdefault((record["recipe"], record["step"], record["averaged"]), {})[record["seed"]] = record
     rows = []
     for (name, step, averaged), found in runs.items():
-        reference = (BUNDLED if name.startswith(BUNDLED) else BASE, step, True)
+        alike = name.split(" with a fold penalty")[0] if name.startswith(BUNDLED) else BASE
+        reference = (alike, step, True)
         against = runs.get(reference, {}) if reference != (name, step, averaged) else {}
         rows.append(_row(name, step, averaged, found, frontier) | _difference(found, against, frontier))
     return rows
@@ -52,6 +53,9 @@ def _row(name: str, step: int, averaged: bool, found: dict[int, dict[str, Any]],
     }  # fmt: skip
     for key in ("gain", "l2", "kl"):
         row[key] = over_seeds([run[key][0] for run in runs])
+    gains, squares = (_mean_of(runs, key) for key in ("gains", "squares"))
+    row["gain over sentences"] = mean_and_stderr(gains)[1]
+    row["kl over sentences"] = math.hypot(*(mean_and_stderr(v)[1] for v in (squares, _mean_of(runs, "errors"))))
     shares = [_share(run, frontier) for run in runs]
     row["efficiency"] = None
     if all(share is not None for share in shares):
@@ -105,6 +109,12 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean with its standard error over seeds; `None` of one seed, which says nothing about it."""
     mean, stderr = mean_and_stderr(torch.tensor(values, dtype=torch.float64))
     return mean, None if math.isnan(stderr) else stderr
+
+
+def _mean_of(runs: Sequence[dict[str, Any]], key: str) -> Tensor:
+    """The mean over runs of what each has at every sentence or noise, at those that all have."""
+    fewest = min(len(run[key]) for run in runs)
+    return torch.tensor([run[key][:fewest] for run in runs], dtype=torch.float64).mean(0)
 
 
 def _share(run: dict[str, Any], frontier: Frontier) -> float | None:

@@ -1,6 +1,6 @@
 """Training recipes of the miniature's hypernetwork beside each other, over seeds: tables of docs/earning.md.
 
-    python benchmarks/recipes.py run --out runs/recipes                  # all, 70 minutes of one core
+    python benchmarks/recipes.py run --out runs/recipes                  # all, one and a half hours of one core
     python benchmarks/recipes.py run --only base --seeds 0 --out runs/recipes
     python benchmarks/recipes.py report --out runs/recipes               # docs/results/recipes.json
 
@@ -104,6 +104,7 @@ BASE = Recipe()
 ON = Recipe(steps=60, bundled=True)
 RECIPES: dict[str, Recipe] = {
     "base": replace(BASE, steps=240, measure_at=(80, 160), last_weights=True),
+    "default": Recipe(steps=500, batch=64, alpha=0.15, measure_at=(250,), last_weights=True),
     "given a gradient": replace(BASE, hint=True),
     "second-order": replace(BASE, kl="second-order"),
     "all weights": replace(BASE, rank=0, lr=3e-4),

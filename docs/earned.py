@@ -18,7 +18,6 @@ RECIPES, BUDGET = RESULTS.with_name("recipes.json"), RESULTS.with_name("budget.j
 BESIDE = {
     "regressed": ("regression on the gradient", "regression on the proximal map"),
     "maps": ("all weights", "rank 64", "rank 4", "applied twice", "given a gradient"),
-    "training": ("eight noises a sentence", "antithetic", "no bound", "rate 3e-3"),
     "losses": ("second-order", "Arnoldi"),
 }
 """Which recipes of benchmarks/recipes.py stand in which table, below the base recipe."""
@@ -160,21 +159,21 @@ def scaled() -> str:
 def beside(names: Sequence[str]) -> Table:
     """Recipes at the end of their training, below the base recipe after as many steps."""
     document = json.loads(RECIPES.read_text(encoding="utf-8"))
-    found = {row["recipe"]: row for row in document["rows"] if row["averaged"] and "difference" in row}
+    found = {row["recipe"]: row for row in document["rows"] if row["averaged"] and row["recipe"] in names}
     shown = [found[name] for name in names if name in found]
-    step = {row["step"] for row in shown}
-    base = [row for row in document["rows"] if row["recipe"] == "base" and row["averaged"] and row["step"] in step]
+    (step,) = {row["step"] for row in shown}
+    base = [row for row in document["rows"] if row["recipe"] == "base" and row["averaged"] and row["step"] == step]
     rows: list[tuple[Cell, ...]] = [
         (
-            row["recipe"], str(len(row["seeds"])), *_earned(row), _points(row, "difference"),
-            f"{row['seconds'] / base[0]['seconds']:.1f}",
+            row["recipe"], str(len(row["seeds"])), *_earned(row), _twice(row, "difference", 100),
+            "{} of {}".format(*row["folds"]),
         )
         for row in [*base, *shown]
     ]  # fmt: skip
-    headers = ("recipe", "seeds", *_EARNED, "points above base", "time")
+    headers = ("recipe", "seeds", *_EARNED, "points above base", "orientation reversed")
     caption = (
-        f"{shown[0]['step']} steps of {shown[0]['batch']}; {document['images']} images of {document['sentences']} "
-        f"training sentences that were left out. {_ERRORS}; of differences at the same seeds and noises likewise."
+        f"{step} steps of {shown[0]['batch']}; {document['images']} images of {document['sentences']} "
+        f"training sentences that were left out. {_ERRORS}; differences are at the same seeds and noises."
     )
     return Table(headers, tuple(rows), caption)
 
@@ -182,10 +181,10 @@ def beside(names: Sequence[str]) -> Table:
 def temperatures() -> Table:
     """What a temperature buys, beside the temperature of the frontier at the nats that were spent."""
     document = json.loads(RECIPES.read_text(encoding="utf-8"))
-    shown = ("base", "alpha 0.1", "alpha 0.5", "the bundled adapter, gone on")
+    shown = ("base", "default", "alpha 0.1", "alpha 0.5", "the bundled adapter")
     rows: list[tuple[Cell, ...]] = [
         (
-            row["recipe"], f"{row['step']}", f"{row['alpha']:g}", str(len(row["seeds"])), *_earned(row),
+            row["recipe"], str(row["step"] or 3000), f"{row['alpha']:g}", str(len(row["seeds"])), *_earned(row),
             _over_seeds(row["temperature"]), f"{row['efficiency'][0] * row['temperature'][0]:.2f}",
         )
         for row in document["rows"]
@@ -210,11 +209,19 @@ def recipe_steps() -> Table:
     """What more steps bring, and the average of the weights."""
     document = json.loads(RECIPES.read_text(encoding="utf-8"))
     rows: list[tuple[Cell, ...]] = [
-        (str(row["step"]), "average" if row["averaged"] else "last", str(len(row["seeds"])), *_earned(row))
+        (
+            row["recipe"], f"{row['step']} of {row['batch']}" if row["step"] else "3000 of 64",
+            "average" if row["averaged"] else "last", str(len(row["seeds"])), *_earned(row),
+        )
         for row in document["rows"]
-        if row["recipe"] == "base"
-    ]
-    return Table(("steps of 32", "weights", "seeds", *_EARNED), tuple(rows), f"{_ERRORS}.")
+        if row["recipe"] in ("base", "default", "the bundled adapter")
+    ]  # fmt: skip
+    headers = ("recipe", "steps", "weights", "seeds", *_EARNED)
+    caption = (
+        "`base` and the bundled adapter have alpha 0.25, `default` 0.15. The adapter was trained on these sentences "
+        f"too. {_ERRORS}."
+    )
+    return Table(headers, tuple(rows), caption)
 
 
 def recipe_folds() -> Table:
@@ -229,7 +236,7 @@ def recipe_folds() -> Table:
         if "lowest" in row
     ]  # fmt: skip
     headers = ("recipe", "seeds", "mean λ_min", "below -1", "orientation reversed", *_EARNED)
-    last = next(row for row in document["rows"] if "lowest" in row)
+    last = next(row for row in document["rows"] if "lowest" in row and row["step"])
     caption = (
         f"{last['step']} steps of {last['batch']} from the adapter; λ_min: of (J + J')/2, from dense Jacobians at 48 "
         f"noises. The adapter was trained on these sentences too, so that only differences count. {_ERRORS}."
@@ -238,27 +245,30 @@ def recipe_folds() -> Table:
 
 
 _EARNED = ("gain in reward", "L2 term, nats", "KL integrand, nats", "efficiency, %")
-_ERRORS = "Errors are over seeds, of efficiencies a second time over sentences and noises"
+_ERRORS = "Where there are two errors, the first is over seeds, the second over sentences and noises"
 
 
 def _earned(row: dict[str, Any]) -> tuple[Cell, ...]:
     """Gain, L2 term, KL integrand and efficiency of a row."""
-    return (*(_over_seeds(row[key]) for key in ("gain", "l2", "kl")), _points(row, "efficiency"))
+    l2 = format_estimate(*row["l2"]) if row["l2"][1] else f"{row['l2'][0]:.3f}"
+    return _twice(row, "gain"), l2, _twice(row, "kl"), _twice(row, "efficiency", 100)
 
 
-def _points(row: dict[str, Any], key: str) -> str:
-    """A share in per cent with its two errors."""
+def _twice(row: dict[str, Any], key: str, factor: float = 1) -> str:
+    """A mean with its two errors, over seeds and over sentences; of one seed the first is not known."""
     if row.get(key) is None:
         return "–"
-    value, stderr = row[key]
-    sentences = f"{100 * row[f'{key} over sentences']:.1f}"
-    return f"{100 * value:.1f} ± {'unknown' if stderr is None else format(100 * stderr, '.1f')} ± {sentences}"
+    value, seeds = row[key]
+    sentences = factor * row[f"{key} over sentences"]
+    places = max(0, 1 - math.floor(math.log10(sentences)))
+    first = "unknown" if seeds is None else f"{factor * seeds:.{places}f}"
+    return f"{factor * value:.{places}f} ± {first} ± {sentences:.{places}f}"
 
 
 def _over_seeds(estimate: Sequence[float | None], factor: float = 1, unit: str = "") -> str:
-    """A mean over seeds; of one seed its error is not known."""
-    value, stderr = (math.nan if number is None else factor * number for number in estimate)
-    return format_estimate(value, stderr) + unit
+    """A mean over seeds, with its error where there are several."""
+    value, stderr = (None if number is None else factor * number for number in estimate)
+    return (f"{value:.2g}" if stderr is None else format_estimate(value or 0.0, stderr)) + unit
 
 
 def budget() -> Table:

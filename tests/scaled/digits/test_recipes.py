@@ -125,6 +125,11 @@ def test_errors_over_sentences_are_those_of_leaving_one_out(figures):
     assert pair < alone / 2, "the sentences are common to both maps"
     assert other["difference"][0] == pytest.approx(other["efficiency"][0] - base["efficiency"][0])
     assert "difference" not in base
+    gains = torch.tensor([r["gains"] for r in mine], dtype=torch.float64).mean(0)
+    assert other["gain over sentences"] == pytest.approx(float(gains.std()) / math.sqrt(SENTENCES))
+    squares, errors = (torch.tensor([r[k] for r in mine], dtype=torch.float64).mean(0) for k in ("squares", "errors"))
+    spreads = squares.var() + errors.var()
+    assert other["kl over sentences"] == pytest.approx(math.sqrt(float(spreads) / SENTENCES))
 
 
 def test_a_recipe_is_set_against_the_same_seeds_steps_and_start(figures):
@@ -132,7 +137,7 @@ def test_a_recipe_is_set_against_the_same_seeds_steps_and_start(figures):
     for one in records[:2]:  # the first seed of both, one of them after other steps
         records.append(one | {"step": 240})
     records = [r for r in records if (r["recipe"], r["seed"]) != ("rank 4", 2)]
-    start = figures.BUNDLED
+    start = figures.BUNDLED  # what goes on from it with a penalty is set against what goes on without
     records += [records[0] | {"recipe": start}, records[0] | {"recipe": f"{start} with a fold penalty"}]
     rows = {(row["recipe"], row["step"]): row for row in figures.summary(records, frontier)}
     assert rows["rank 4", 160]["paired seeds"] == [0, 1]
@@ -157,22 +162,25 @@ def test_a_map_beyond_the_frontier_has_no_efficiency(figures):
 def test_the_tables_say_errors_apart_and_one_seed_unknown(figures, earned, monkeypatch, tmp_path):
     records, frontier = planted(shift=0.1)
     records = [r for r in records if r["recipe"] == "base" or r["seed"] == 0]
+    beyond = records[0] | {"recipe": "given a gradient", "kl": [-0.1, 0.5], "folds": [2, 32]}
+    records.append(beyond)
     document = {"rows": figures.summary(records, frontier), "images": 800, "sentences": 200}
     (tmp_path / "recipes.json").write_text(json.dumps(document))
     monkeypatch.setattr(earned, "RECIPES", tmp_path / "recipes.json")
-    table = earned.beside(("rank 64", "rank 4"))
+    table = earned.beside(("rank 64", "rank 4", "given a gradient"))
     assert isinstance(table, Table)
-    assert [row[0] for row in table.rows] == ["base", "rank 4"], "what was not measured has no row"
-    base, other = table.rows
+    assert [row[0] for row in table.rows] == ["base", "rank 4", "given a gradient"], "what was not measured has no row"
+    base, other, last = table.rows
+    assert last[5:] == ("–", "–", "2 of 32")
     assert base[1] == "3"
     assert other[1] == "1"
     assert base[6] == "–"
     assert "± unknown ±" in other[6]
     value, seeds, sentences = (float(part) for part in base[5].split(" ± "))
     row = document["rows"][0]
-    assert value == pytest.approx(100 * row["efficiency"][0], abs=0.06)
-    assert seeds == pytest.approx(100 * row["efficiency"][1], abs=0.06)
-    assert sentences == pytest.approx(100 * row["efficiency over sentences"], abs=0.06)
+    assert value == pytest.approx(100 * row["efficiency"][0], abs=0.051)
+    assert seeds == pytest.approx(100 * row["efficiency"][1], abs=0.051)
+    assert sentences == pytest.approx(100 * row["efficiency over sentences"], abs=0.051)
     assert len(earned.recipe_steps().rows) == 1
 
 
@@ -311,3 +319,33 @@ def test_antithetic_noises_and_sentences_of_several(recipes):
     some, x = recipes.drawn(replace(recipes.BASE, noises=4), 8, Fake(), names, draw)
     assert some[:4] == [some[0]] * 4
     assert float((x[0] - x[1]).norm()) > 0
+
+
+def test_what_a_map_is_measured_to_earn(recipes):
+    """Gain, nats, folds and smallest eigenvalues are those of the map, written out."""
+    network, backend = Curved(scale=1.2), Fake()
+    network.backend, network.hint = backend, None
+    sentences = recipes.split()[1]
+    texts = [sentences[i % len(sentences)] for i in range(recipes.IMAGES)]
+    draw = torch.Generator().manual_seed(9)
+    x = torch.randn(recipes.IMAGES, *backend.noise_shape, generator=draw, dtype=torch.float64)
+    base = recipes.scored(backend, x, texts)
+    pool = [3 * torch.randn(96, generator=draw, dtype=torch.float64) for _ in sentences]
+    yard = recipes.Yardstick(texts, x, base, Frontier(pool))
+    found = recipes.figures(network, yard, spectrum=True)
+    with torch.no_grad():
+        delta = network(x, backend.encode(texts))
+        J = network.jacobians(x)
+    gain = backend.default_reward(x + delta, texts) - base
+    each = gain.reshape(4, 200).mean(0)  # four images of each of 200 sentences
+    assert found["gain"] == pytest.approx((float(each.mean()), float(each.std()) / math.sqrt(200)))
+    sign, log = torch.linalg.slogdet(torch.eye(4) + J)
+    rest = (torch.diagonal(J, dim1=1, dim2=2).sum(1) - log)[: recipes.OF_KL]
+    l2 = delta.flatten(1).square().sum(1) / 2
+    assert found["l2"][0] == pytest.approx(float(l2.mean()))
+    assert found["kl"][0] == pytest.approx(float(l2.mean() + rest.mean()), rel=1e-5)
+    assert found["errors"] == pytest.approx(rest.tolist(), abs=1e-5)
+    assert found["folds"] == [int((sign[: recipes.OF_KL] < 0).sum()), recipes.OF_KL]
+    lowest = torch.linalg.eigvalsh((J + J.mT) / 2)[: recipes.OF_SPECTRUM, 0]
+    assert found["lowest"] == pytest.approx(lowest.tolist(), abs=1e-5)
+    assert found["efficiency"][0] == pytest.approx(float(gain.mean()) / yard.frontier.point(found["kl"][0]).gain)
