@@ -93,6 +93,7 @@ def test_the_estimate_of_the_gap_has_its_error_bar(prompts, samples, shift, alph
     errors = torch.tensor([gap.stderr for gap in found], dtype=F64)
     off = values - (shift - 1 / alpha) ** 2 / 2
     assert abs(float(off.mean())) < 4.9 * float(off.std()) / math.sqrt(repetitions)  # 1e-6
+    assert 0.75 < float(off.std() / errors.mean()) < 1.3
     missed = int((off.abs() > 1.96 * errors).sum())
     assert binom.ppf(FALSE_ALARM, repetitions, 0.02) <= missed <= most_failures(repetitions, 0.07)
 

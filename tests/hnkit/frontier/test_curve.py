@@ -206,3 +206,21 @@ def test_bad_arguments():
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_a_point_below_the_temperatures_that_are_tried():
+    """There `R*` is a root of K, the temperature its slope, errors are shares of their figures, and nothing jumps."""
+    frontier = Frontier(gaussian(6, 200, seed=1))
+    least = frontier._least_nats
+    below, at = frontier.point(least / 400), frontier.point(least)
+    assert below.gain == pytest.approx(at.gain / 20)
+    nats = least / 400
+    slope = (frontier.point(1.001 * nats).gain - frontier.point(0.999 * nats).gain) / (0.002 * nats)
+    assert below.alpha == pytest.approx(slope, rel=1e-4)
+    assert below.beta == pytest.approx(1 / slope, rel=1e-4)
+    assert below.stderr / below.gain == pytest.approx(at.stderr / at.gain)
+    assert below.alpha_stderr / below.alpha == pytest.approx(at.alpha_stderr / at.alpha)
+    assert below.gain == pytest.approx(0.5 * math.sqrt(2 * least / 400), rel=0.1)
+    near = frontier.point(least * (1 - 1e-9))
+    for figure in ("gain", "stderr", "beta", "alpha", "alpha_stderr"):
+        assert getattr(near, figure) == pytest.approx(getattr(at, figure), rel=1e-6)

@@ -132,3 +132,14 @@ def test_a_tiny_jacobian_keeps_its_digits(scale: float) -> None:
     half = float((A / scale * (A / scale).T).sum()) / 2  # tr(A^2)/2 of the unscaled matrix
     values = found.value / scale**2
     assert abs(float(values.mean()) - half) < 4.5 * float(values.std()) / math.sqrt(group) + 0.1 * scale**0.5 * half
+
+
+def test_norm_and_truncation_are_told() -> None:
+    """The norm is one from below, near for few large singular values; the truncation is of the size of what is left."""
+    A, v = spiked(5.0, 2.0), probes(1, 3)
+    few, all_ = (low_rank(MatrixOperator(A, 3), v, LowRank(probes=3, rank=12, steps=k), run()) for k in (2, DIM))
+    norm = float(torch.linalg.matrix_norm(A, 2))
+    assert bool((few.norm > 0.9 * norm).all())
+    assert bool((few.norm <= norm * (1 + 1e-12)).all())
+    off = (few.value - all_.value).abs().mean()
+    assert 0.05 < float(few.truncation.mean() / off) < 20
