@@ -79,7 +79,8 @@ def planted(shift=0.0):
         return torch.randn(SENTENCES, generator=draw, dtype=torch.float64) * size
 
     frontier = Frontier([2 * noise(1.0).repeat(3) + 0.01 * torch.randn(3 * SENTENCES, generator=draw)] * 4)
-    common, squares, errors = 0.3 + noise(0.2), 0.05 + noise(0.01), 0.1 + noise(0.03)
+    common, errors = 0.3 + noise(0.2), 0.1 + noise(0.03)
+    squares = 0.08 + 0.2 * (common - 0.3)  # who moves more gains more, so that the signs of both matter
     records = []
     for seed in range(3):
         records.append(record("base", seed, common + noise(0.05), squares + 0.01 * seed, errors))
