@@ -170,6 +170,14 @@ class BackendBase(ABC):
     def prepare(self, prompts: Sequence[str]) -> None:  # noqa: B027 - nothing to prepare is the ordinary case
         """Be told, once, of all prompts that are about to be used."""
 
+    def share_out(self) -> bool:
+        """Be told, once and before training, that the processes of `torch.distributed` are several.
+
+        A backend that shares its frozen network out over them does so now and returns true: every process then has to
+        run hypernetwork and generator as often as every other.
+        """
+        return False
+
     def map_for(self, prompts: Sequence[str]) -> NoiseMap:
         """The hypernetwork as a map of the noise alone, row i under prompt i."""
         return ConditionedMap(self.hypernetwork, self.encode(prompts))

@@ -11,13 +11,14 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 
 from hnkit.backend import backend_factory
 from hnkit.errors import InputError
 from hnkit.internal.values import shortened
 from hnkit.internal.versions import versions
 from hnkit.internal.workers import ALONE, Workers
+from hnkit.maps import Condition
 
 Result = TypeVar("Result")
 _LONGEST_WAIT = timedelta(hours=12)  # the others wait while the main process measures
@@ -129,6 +130,47 @@ class Processes:
         _unflatten(flat, tensors)
 
 
+class SameEverywhere(nn.Module):
+    """A hypernetwork whose values and products are the main process's in all processes, to the last bit.
+
+    An adaptive method decides by them how often it runs the network. Where processes run one network together they have
+    to decide alike, and the kernels of a card do not always round alike.
+    """
+
+    def __init__(self, hypernetwork: nn.Module, processes: Processes) -> None:
+        super().__init__()
+        self.hypernetwork, self.processes = hypernetwork, processes
+
+    def forward(self, noise: Tensor, condition: Condition) -> Tensor:
+        """The delta of every row."""
+        x: Tensor = _FromMain.apply(noise, self.processes)  # type: ignore[no-untyped-call]
+        delta: Tensor = _FromMain.apply(self.hypernetwork(x, condition), self.processes)  # type: ignore[no-untyped-call]
+        return delta
+
+
+class _FromMain(torch.autograd.Function):
+    """The identity, whose value, derivative and gradient are those of the main process."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, processes: Processes) -> Tensor:
+        ctx.processes = processes
+        return _from_main(value, processes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _FromMain.apply(grads[0], ctx.processes), None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _from_main(tangents[0], ctx.processes)
+
+
+def _from_main(value: Tensor, processes: Processes) -> Tensor:
+    same = value.detach().clone(memory_format=torch.contiguous_format)
+    processes.broadcast([same])
+    return same
+
+
 def evaluation_workers(backend: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Workers:
     """The processes of a command that trains nothing: those of torchrun, else this one alone.
 
@@ -144,6 +186,8 @@ def evaluation_workers(backend: str | None, overrides: Sequence[str], settings: 
         return ALONE
     given = [flag.partition("=")[2].strip(" \"'") for flag in overrides if flag.startswith("backend.device=")]
     default = "auto" if backend is None else vars(backend_factory(backend).options()).get("device", "cpu")
+    if any(flag.partition("=")[::2] == ("backend.shard", "true") for flag in overrides):
+        raise InputError("backend.shard: only hnkit train shares a network out over processes: leave it out here")
     processes = Processes(given[-1] if given else str(default))
     facts = {name: repr(value) for name, value in settings.items()}
     processes.require_same({"--backend": repr(backend), "--set": repr(tuple(overrides)), **facts, **versions()})

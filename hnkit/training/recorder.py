@@ -1,11 +1,15 @@
-"""What the main process alone does along a run: the log, measurements, trackers, checkpoints, the best adapter."""
+"""What the main process does along a run: the log, measurements, trackers, checkpoints, the best adapter.
+
+Where the network is shared out over the processes, the others take part in what it measures, and write nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from hnkit.training.checkpoint import Checkpoint, JsonLog, replace_folder, save_
 from hnkit.training.nats import reward_per_nat
 from hnkit.training.report import BEST, Ending, write_adapter
 from hnkit.training.session import Session
-from hnkit.training.validate import Evaluator
+from hnkit.training.validate import Evaluator, Validation
 from hnkit.training.view import Trackers
 from hnkit.training.watch import Watch
 
@@ -72,16 +76,7 @@ class Recorder:
         self.timings = stack.enter_context(open_to_append(folder / TIMINGS))
         self.trackers = Trackers(session.config.train.trackers, folder, session.config.to_dict())
         stack.callback(self.trackers.finish)
-        self.evaluator = Evaluator(
-            session.config.train,
-            session.base,
-            session.backend,
-            session.rewards,
-            session.heldout,
-            session.validation_prompts,
-            set(session.training_prompts).isdisjoint(session.validation_prompts),
-            session.device,
-        )
+        self.evaluator = _evaluator(session)
 
     def record(self, record: dict[str, Any], begun: float) -> None:
         """Write what a step did."""
@@ -93,45 +88,27 @@ class Recorder:
 
     def look(self, watch: Watch) -> None:
         """Measure and validate, where that is due at the present step and has not been done; all of it or nothing."""
-        settings, step = self.session.config.train, self.session.step
-        last = step == settings.steps
-        measure, validate = (last or _due(step, n) for n in (settings.measure_every, settings.validate_every))
-        if step == 0 or self.looked == step or not (measure or validate):
+        if (looking := _looking(self.session, self.looked)) is None:
             return
-        entries: list[dict[str, Any]] = []
-        measurement = None
-        with self.session.averaged():
-            if measure:
-                watch.doing(f"the measurement at step {step}")
-                try:
-                    measurement = self.evaluator.measure()
-                except InputError as error:  # a network that cannot be measured now is no reason to lose the run
-                    self.session.view.say(f"step {step}: not measured: {error}")
-                    entries.append({"step": step, "not_measured": str(error)})
-                else:
-                    entries += [{"step": step, "measurement": measurement.to_json()}] if measurement else []
-            if validate:
-                watch.doing(f"the validation at step {step}")
-                self._identity.check()
-                validation = self.evaluator.validate(self.folder, step)
-                entries.append({"step": step, "validation": validation.record})
-                self._keep_best(validation.record)
-                if last:
-                    watch.doing(f"the frontier of reward per nat at step {step}")
-                    seed_global(settings.seed, "frontier")
-                    entries.append({"step": step, "frontier": reward_per_nat(self.evaluator, validation, measurement)})
+        step = self.session.step
+
+        def opened() -> Path:
+            self._identity.check()
+            return self.folder
+
+        entries = _found(self.session, self.evaluator, looking, watch, opened, self._keep_best)
         with watch.stop.masked():
             self.log.write(*entries)
             self.looked = step
             for entry in entries:
                 self.trackers.log(entry)
                 self.session.view.measured(entry)
-            if last:  # what may have taken an hour is not made again
+            if looking.last:  # what may have taken an hour is not made again
                 self.checkpoint()
 
-    def _keep_best(self, validation: dict[str, Any]) -> None:
+    def _keep_best(self, validation: Validation) -> None:
         """Keep the adapter of the lowest validation loss, where there is more than one validation to choose from."""
-        loss = validation["loss"]
+        loss = validation.record["loss"]
         if not self.session.config.train.validate_every or not math.isfinite(loss):
             return
         if self.best is None or loss < self.best["loss"]:
@@ -174,6 +151,95 @@ class Recorder:
         self._identity.check()
         session = self.session
         return Ending(session.step, session.skipped, self.best, session.provenance)
+
+
+class Follower:
+    """Another process than the main one, in a run whose network all of them share: it runs what is measured, too."""
+
+    def __init__(self, session: Session, start: Checkpoint | None) -> None:
+        self.session = session
+        self.evaluator = _evaluator(session)
+        self.looked = 0 if start is None else int(start.state["looked"])
+
+    def look(self, watch: Watch) -> None:
+        """Run what the main process runs at the present step."""
+        if (looking := _looking(self.session, self.looked)) is not None:
+            _found(self.session, self.evaluator, looking, watch, lambda: None, lambda _: None)
+            self.looked = self.session.step
+
+
+@dataclass(frozen=True)
+class _Looking:
+    """What is due at a step."""
+
+    measure: bool
+    validate: bool
+    last: bool
+
+
+def _looking(session: Session, looked: int) -> _Looking | None:
+    """What is due at the present step and has not been done; `None`: nothing."""
+    settings, step = session.config.train, session.step
+    last = step == settings.steps
+    measure, validate = (last or _due(step, n) for n in (settings.measure_every, settings.validate_every))
+    if step == 0 or looked == step or not (measure or validate):
+        return None
+    return _Looking(measure, validate, last)
+
+
+def _found(
+    session: Session,
+    evaluator: Evaluator,
+    looking: _Looking,
+    watch: Watch,
+    opened: Callable[[], Path | None],
+    validated: Callable[[Validation], None],
+) -> list[dict[str, Any]]:
+    """The records of what is due at the present step.
+
+    Args:
+        session: the session of the run.
+        evaluator: what measures.
+        looking: what is due.
+        watch: it is told what begins.
+        opened: gives the folder for the grid of images, just before it is written; `None`: it is not.
+        validated: is given every validation, while the network is still what was validated.
+    """
+    step, entries, measurement = session.step, [], None
+    with session.averaged():
+        if looking.measure:
+            watch.doing(f"the measurement at step {step}")
+            try:
+                measurement = evaluator.measure()
+            except InputError as error:  # a network that cannot be measured now is no reason to lose the run
+                session.view.say(f"step {step}: not measured: {error}")
+                entries.append({"step": step, "not_measured": str(error)})
+            else:
+                entries += [{"step": step, "measurement": measurement.to_json()}] if measurement else []
+        if looking.validate:
+            watch.doing(f"the validation at step {step}")
+            validation = evaluator.validate(opened(), step)
+            entries.append({"step": step, "validation": validation.record})
+            validated(validation)
+            if looking.last:
+                watch.doing(f"the frontier of reward per nat at step {step}")
+                seed_global(session.config.train.seed, "frontier")
+                entries.append({"step": step, "frontier": reward_per_nat(evaluator, validation, measurement)})
+    return entries
+
+
+def _evaluator(session: Session) -> Evaluator:
+    return Evaluator(
+        session.config.train,
+        session.base,
+        session.backend,
+        session.rewards,
+        session.heldout,
+        session.validation_prompts,
+        set(session.training_prompts).isdisjoint(session.validation_prompts),
+        session.device,
+        session.processes if session.together else None,
+    )
 
 
 def _due(step: int, every: int) -> bool:

@@ -30,7 +30,7 @@ from hnkit.internal.versions import versions
 from hnkit.output import terminal
 from hnkit.training.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint, sweep
 from hnkit.training.processes import Heartbeat, Processes
-from hnkit.training.recorder import METRICS, TIMINGS, Recorder, written_here
+from hnkit.training.recorder import METRICS, TIMINGS, Follower, Recorder, written_here
 from hnkit.training.report import OUTPUTS, finish_run, finished_report
 from hnkit.training.session import Session
 from hnkit.training.signals import Stopped, StopSignals
@@ -224,6 +224,7 @@ def _run(
     """The loop, and a checkpoint on whatever way out."""
     processes, view, settings = session.processes, session.view, session.config.train
     recorder = None
+    follower = Follower(session, start) if session.together and not processes.main else None
     if processes.main:
         with stop.masked():
             recorder = Recorder(session, folder, start, stack)
@@ -231,7 +232,7 @@ def _run(
     view.start(settings, session.config.backend, session.dim, count, session.step, folder)
     try:
         with _saved_on_the_way_out(recorder, stop, watch):
-            _loop(session, recorder, stop, watch)
+            _loop(session, recorder, recorder or follower, stop, watch)
             report: dict[str, Any] = {}
             if recorder is not None:
                 watch.doing("the report")
@@ -266,11 +267,20 @@ def _connection_lost(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
-def _loop(session: Session, recorder: Recorder | None, stop: StopSignals, watch: Watch) -> None:
-    """Step, record, checkpoint, measure, until the last step; `Stopped` where a signal asks for it."""
+def _loop(
+    session: Session,
+    recorder: Recorder | None,
+    looks: Recorder | Follower | None,
+    stop: StopSignals,
+    watch: Watch,
+) -> None:
+    """Step, record, checkpoint, measure, until the last step; `Stopped` where a signal asks for it.
+
+    The main process records. It looks at the network as it goes, and so does a process that it needs for that.
+    """
     processes, settings = session.processes, session.config.train
-    if recorder is not None:
-        recorder.look(watch)  # a run that ended between a step and its measurement makes it now
+    if looks is not None:
+        looks.look(watch)  # a run that ended between a step and its measurement makes it now
     while session.step < settings.steps:
         begun = time.perf_counter()
         watch.doing(f"step {session.step + 1}")
@@ -294,8 +304,8 @@ def _loop(session: Session, recorder: Recorder | None, stop: StopSignals, watch:
             )
         if signum:
             raise Stopped(signum)
-        if recorder is not None:
-            recorder.look(watch)
+        if looks is not None:
+            looks.look(watch)
     if session.moved == 0:
         what = "was skipped" if session.skipped else "had a gradient of zero"
         raise InputError(

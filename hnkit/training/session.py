@@ -60,6 +60,7 @@ class Session:
         moved: steps whose gradient was finite and not zero.
         whole: false while an optimiser step is under way, and after one that raised.
         provenance: digests of the code, the model, the prompts and the adapter that it started from.
+        together: whether the network is shared out over the processes, all of which then have to run it as often.
     """
 
     def __init__(self, config: RunConfig, processes: Processes, view: TrainView) -> None:
@@ -93,6 +94,8 @@ class Session:
                 )
             self._started_from = folder_digests(start)
             backend.load_adapter(start)
+        self._require_one_derivative()
+        self.together = self._shared_out()
         require_trackers(settings.trackers)
         self.network: nn.Module = backend.hypernetwork
         self.parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
@@ -136,6 +139,28 @@ class Session:
         self.provenance = self._provenance()
         for group in _by_dtype(list(self.parameters.values())):
             processes.broadcast([parameter.data for parameter in group])
+
+    def _require_one_derivative(self) -> None:
+        compiled, kl = getattr(self.config.options, "compile", "no"), self.config.train.kl
+        if compiled != "no" and kl != "l2" and self.config.train.objective == "hypernoise":
+            raise InputError(
+                f"train.kl = {kl!r} with backend.compile = {compiled!r}: compiled code is differentiated only once: "
+                "use l2, or backend.compile = no"
+            )
+
+    def _shared_out(self) -> bool:
+        if self.processes.count == 1:
+            if getattr(self.config.options, "shard", False):
+                self.view.say("backend.shard: there is one process, which holds the whole network")
+            return False
+        if not self.backend.share_out():
+            return False
+        if (kl := self.config.train.kl) != "l2":
+            raise InputError(
+                f"train.kl = {kl!r} with backend.shard: it may need more passes of f in one process than in another, "
+                "which would wait for ever: use l2, or backend.shard = false"
+            )
+        return True
 
     @property
     def dim(self) -> int:

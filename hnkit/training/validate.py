@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from hnkit.injection import deployed_noise
 from hnkit.internal.files import atomic_write
 from hnkit.internal.seeds import derived_seed, generator_for, seed_global
 from hnkit.internal.stats import mean_and_stderr
-from hnkit.maps import Condition, NoiseMap, slices
+from hnkit.maps import Condition, ConditionedMap, NoiseMap, slices
 from hnkit.output.images import grid_png
 from hnkit.rewards import RewardSum
 from hnkit.tilt import TiltedProblem
+from hnkit.training.processes import Processes, SameEverywhere
 
 SAMPLES = "samples"
 _GRID_PAIRS = 8
@@ -63,6 +64,8 @@ class Evaluator:
         prompts: what it is measured on.
         held_out: whether none of them is trained on.
         device: the device of the network.
+        together: the processes that make each measurement together, all of it in each of them, because the network is
+            shared out over them; `None`: this one alone.
     """
 
     settings: TrainConfig
@@ -73,6 +76,7 @@ class Evaluator:
     prompts: Sequence[str]
     held_out: bool
     device: torch.device
+    together: Processes | None = None
 
     @property
     def problem(self) -> TiltedProblem | None:
@@ -84,7 +88,11 @@ class Evaluator:
 
     def map_for(self, prompts: Sequence[str]) -> NoiseMap:
         """The hypernetwork with the conditions of these prompts closed over."""
-        return self.backend.map_for(prompts)
+        f = self.backend.map_for(prompts)
+        if self.together is None:
+            return f
+        assert isinstance(f, ConditionedMap)
+        return replace(f, hypernetwork=SameEverywhere(f.hypernetwork, self.together))
 
     @property
     def measured_prompts(self) -> list[str]:
@@ -113,8 +121,12 @@ class Evaluator:
         )
 
     @torch.no_grad()
-    def validate(self, folder: Path, step: int) -> Validation:
+    def validate(self, folder: Path | None, step: int) -> Validation:
         """Scores of base and steered outputs from the same noise and prompts; images are written as a grid.
+
+        Args:
+            folder: where `samples/` is; `None`: another process writes.
+            step: the step that the file is named after.
 
         Returns:
             The rewards of the rows, and the record. `scores`: name -> `role` ("trained", "held out" or "judge"),
@@ -148,8 +160,9 @@ class Evaluator:
         images = None
         if base.dim() == 4 and base.shape[1] == 3:
             images = f"{SAMPLES}/step-{step:08d}.png"
-            (folder / SAMPLES).mkdir(exist_ok=True)
-            atomic_write(folder / images, grid_png(base, steered))
+            if folder is not None:
+                (folder / SAMPLES).mkdir(exist_ok=True)
+                atomic_write(folder / images, grid_png(base, steered))
         record = {
             "scores": table,
             "loss": loss,

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from hnkit.backend import BackendBase
 from hnkit.errors import InputError
 from hnkit.internal.values import reason_of
-from hnkit.maps import Condition
+from hnkit.maps import Condition, ConditionedMap, NoiseMap
 from hnkit.scaled.lora.adapter import Adapter, read_adapter, write_adapter
 from hnkit.scaled.lora.base import BaseFiles
-from hnkit.scaled.lora.twin import LoraSpec, load_lora, lora_state, lora_targets, make_twin
+from hnkit.scaled.lora.twin import LoraSpec, load_lora, lora_state, lora_targets, make_twin, share_weights
 from hnkit.scaled.pipelines import memory
 from hnkit.scaled.pipelines.calls import PipelineCall, call_arguments, encoder_names, without_encoders
 from hnkit.scaled.pipelines.conditions import LONG, TextLayout, find_text_layout
@@ -33,6 +33,7 @@ from hnkit.scaled.pipelines.families.family import Family
 from hnkit.scaled.pipelines.hypernetwork import FirstStep, HyperNetwork, NoDelta
 from hnkit.scaled.pipelines.identity import files_digest, stored_precision, weights_variant
 from hnkit.scaled.pipelines.layout import Layout
+from hnkit.scaled.pipelines.loading import find_device, waits_for_shards
 from hnkit.scaled.pipelines.options import RECORDED, PipelineOptions
 from hnkit.scaled.pipelines.parts import parts_digest
 from hnkit.scaled.pipelines.selfcheck import check, find_last_layer
@@ -97,7 +98,8 @@ class PipelineBackend(BackendBase):
             self.noise_shape = self.first_step.layout(options.sides, self.any_condition).shape
             self.last_layer = family.last_layer or find_last_layer(self._base, self.first_step, self.any_condition)
             self.hypernetwork = self._install(self._own_spec())
-            if options.self_check and known is None:
+            self._compile_generator()
+            if options.self_check and known is None and not waits_for_shards(options):
                 check(self)
 
     @property
@@ -143,6 +145,20 @@ class PipelineBackend(BackendBase):
     def prepare(self, prompts: Sequence[str]) -> None:
         """Encode a prompt set into the cache, so that training needs the text encoders no more."""
         self._cache.store(prompts)
+
+    def share_out(self) -> bool:
+        """Share the frozen network out over the processes of `torch.distributed`, where `options.shard` asks for it.
+
+        Raises:
+            InputError: it is one of direct fine-tuning, or the self-check, which is made only now, fails.
+        """
+        from hnkit.scaled.pipelines.sharding import share_out  # FSDP2 takes a second to import
+
+        shared = share_out(self)
+        if shared and self.options.self_check:
+            self.__dict__.pop("any_condition", None)  # it was made where the network was loaded
+            check(self)
+        return shared
 
     def generate(
         self,
@@ -207,6 +223,13 @@ class PipelineBackend(BackendBase):
                 parts.append((images if images.ndim == 4 else images[:, 0]).float())  # the only frame of a video
                 order.append(rows)
         return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.argsort(torch.cat(order)).to(noise.device)]
+
+    def map_for(self, prompts: Sequence[str]) -> NoiseMap:
+        """The hypernetwork as a map of the noise alone, not compiled: compiled code has first derivatives only."""
+        f = self.hypernetwork
+        if self.options.compile != "no" and isinstance(f, HyperNetwork):
+            f = HyperNetwork(self.first_step, share_weights(self._twin), f.guidance, memory.advice(self.options))
+        return ConditionedMap(f, self.encode(prompts))
 
     def direct(self) -> PipelineBackend:
         """The direct fine-tuning twin of this backend: the same LoRA, on the generator itself, and no noise map."""
@@ -292,11 +315,33 @@ class PipelineBackend(BackendBase):
         advice = memory.advice(options)
         hypernetwork = HyperNetwork(self.first_step, twin, options.guidance, advice)
         if options.compile != "no":
-            noise = torch.zeros(1, *self.noise_shape, device=self.device)
-            memory.compile_checked(
-                hypernetwork, options.compile, noise, self.any_condition.select(torch.zeros(1, dtype=torch.long))
-            )
+            noise, one = self._any_row()
+            trained: list[Tensor] = [parameter for parameter in twin.parameters() if parameter.requires_grad]
+            with memory.moved_at_random(trained):
+                memory.compile_checked(
+                    twin,
+                    options.compile,
+                    "f",
+                    lambda: memory.values_and_gradients(lambda x: hypernetwork(x, one), noise, trained),
+                )
         return hypernetwork
+
+    def _compile_generator(self) -> None:
+        options, base = self.options, self._base
+        if options.compile == "no":
+            return
+        noise, one = self._any_row()
+
+        def predicted(x: Tensor) -> Tensor:
+            return self.first_step.output(base, x, one, options.guidance, options.sides).float()
+
+        memory.compile_checked(
+            base, options.compile, "the generator", lambda: memory.values_and_gradients(predicted, noise, [])
+        )
+
+    def _any_row(self) -> tuple[Tensor, Condition]:
+        one = self.any_condition.select(torch.zeros(1, dtype=torch.long))
+        return torch.zeros(1, *self.noise_shape, device=self.device), one
 
     def _cache_folder(self) -> Path | None:
         options = self.options
@@ -308,7 +353,8 @@ class PipelineBackend(BackendBase):
         called = call_arguments(self.family, self._encoder_pipe, options, options.schedule or 1, options.guidance)
         settings = {name: called.get(name) for name in ("max_sequence_length", *self.family.text_arguments)}
         settings |= {"family": self.family.pipeline_class, "dtype": options.dtype, "guidance": options.guidance}
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        where = find_device(options.device) if waits_for_shards(options) else self.device
+        device = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
         text = [name for name in self._encoder_pipe.components if name.startswith(("text_encoder", "tokenizer"))]
         return root / embedding_key(self._folder, text, settings | {"device": device})
 

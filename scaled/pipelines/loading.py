@@ -28,6 +28,8 @@ from hnkit.scaled.pipelines.options import DTYPES, PipelineOptions
 def load_pipeline(backend: str, family: Family | None, options: PipelineOptions) -> tuple[Any, Family, PipelineOptions]:
     """Load and freeze the pipeline that `options` name, on its device; text encoders stay on the CPU.
 
+    So does all of it where the network is about to be shared out: no card has to hold it whole.
+
     Args:
         backend: its name, for messages.
         family: the record of the class that the model has to be of; `None`: of the class that its folder names.
@@ -76,7 +78,7 @@ def load_pipeline(backend: str, family: Family | None, options: PipelineOptions)
     parts.exchange_scheduler(pipe, options)
     parts.require_schedule(pipe.scheduler, options)
     options = resolved(pipe, family, options)
-    device = find_device(options.device)
+    device = torch.device("cpu") if waits_for_shards(options) else find_device(options.device)
     memory.apply_storage(getattr(pipe, name), options)
     encoders = encoder_names(pipe)
     for part, component in pipe.components.items():
@@ -93,6 +95,13 @@ def load_pipeline(backend: str, family: Family | None, options: PipelineOptions)
     memory.apply_decoder_options(pipe.vae, options)
     memory.set_checkpointing(getattr(pipe, name), options.generator_checkpointing)
     return pipe, family, options
+
+
+def waits_for_shards(options: PipelineOptions) -> bool:
+    """Whether the options ask for a network that is shared out, and there are processes to share it out over."""
+    distributed = torch.distributed
+    there = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return options.shard and there
 
 
 class _Once(logging.Filter):

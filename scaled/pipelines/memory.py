@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from hnkit.errors import InputError
 from hnkit.internal.values import reason_of
-from hnkit.maps import Condition
 from hnkit.scaled.lora.stored import store
 
 if TYPE_CHECKING:
@@ -82,64 +81,100 @@ def set_checkpointing(network: Any, enable: bool) -> None:
         network.disable_gradient_checkpointing()
 
 
+def set_decoder_checkpointing(vae: Any, enable: bool) -> None:
+    """Whether the blocks of a decoder are recomputed in the backward pass."""
+    if vae._supports_gradient_checkpointing:
+        set_checkpointing(vae, enable)
+        return
+    for block in vae.decoder.up_blocks:
+        if enable:
+            block.forward = _checkpointed(block.forward)
+        else:
+            vars(block).pop("forward", None)
+
+
 def apply_decoder_options(vae: Any, options: PipelineOptions) -> None:
     """Switch on the decoder's checkpointing, row-wise decoding and tiling as the options say.
 
     The library's own slicing decodes row by row but keeps every row's activations for the backward pass.
     """
     if options.vae_checkpointing:
-        if vae._supports_gradient_checkpointing:
-            vae.enable_gradient_checkpointing(_recomputed)
-        else:
-            for block in vae.decoder.up_blocks:
-                block.forward = _checkpointed(block.forward)
+        set_decoder_checkpointing(vae, True)
     if options.vae_slicing:
         vae.decode = _row_by_row(vae.decode)
     if options.vae_tiling:
         vae.enable_tiling()
 
 
-def compile_checked(hypernetwork: nn.Module, backend: str, noise: Tensor, condition: Condition) -> None:
-    """Compile f in place, after comparing value and gradients with eager mode at a random point.
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks that a network repeats: of the classes that diffusers names, else the entries of its own lists."""
+    names = getattr(network, "_repeated_blocks", None) or ()
+    named = [module for module in network.modules() if type(module).__name__ in names]
+    return named or [block for blocks in block_lists(network) for block in blocks]
 
-    Compiled code has been seen to be wrong without any error, so a compiled path is used only once it has agreed.
+
+def block_lists(network: nn.Module) -> list[nn.ModuleList]:
+    """The lists of blocks that a network runs one after the other."""
+    return [child for child in network.children() if isinstance(child, nn.ModuleList)]
+
+
+def compile_checked(network: nn.Module, backend: str, what: str, measure: Callable[[], list[Tensor]]) -> None:
+    """Compile the repeated blocks of a network in place, after comparing values and gradients with eager mode.
+
+    Compiled code has been seen to be wrong without any error, so it is used only once it has agreed. Blocks of one
+    class share their compiled code, which is made once and not once a block.
+
+    Args:
+        network: f's or the generator's.
+        backend: of torch.compile.
+        what: is compiled, for messages.
+        measure: values and gradients to compare, by the network.
 
     Raises:
-        InputError: the backend is unknown or fails, or its results differ.
+        InputError: the backend is unknown or fails, its results differ, or the network repeats no blocks.
     """
     choices = torch.compiler.list_backends(exclude_tags=())
     if backend not in choices:
         raise InputError(f"backend.compile {backend!r}: choose no or one of {', '.join(choices)}")
-    parameters = [p for p in hypernetwork.parameters() if p.requires_grad]
-    start = [p.detach().clone() for p in parameters]
+    blocks = repeated_blocks(network)
+    if not blocks:
+        raise InputError(f"backend.compile {backend!r}: {type(network).__name__} repeats no blocks, set it to no")
+    eager = measure()
+    try:
+        for block in blocks:
+            block.compile(backend=backend)
+        compiled = measure()
+    except Exception as error:  # whatever goes wrong in a compiler, its user can switch it off
+        raise InputError(f"backend.compile {backend!r} failed on {what}: {reason_of(error)}; set it to no") from error
+    worst = max(_distance(a, b) for a, b in zip(eager, compiled, strict=True))
+    if not worst <= _PARITY[next(p.dtype for p in network.parameters() if not p.requires_grad)]:
+        raise InputError(
+            f"backend.compile {backend!r} disagrees with eager mode on {what} by a relative {worst:.1g}: set it to no"
+        )
+
+
+def values_and_gradients(function: Callable[[Tensor], Tensor], noise: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    """A function's value at a random point like `noise`, and gradients in it and in the parameters."""
+    x = torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)).to(noise.device).requires_grad_()
+    output = function(x)
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), [x, *parameters])]
+
+
+@contextmanager
+def moved_at_random(parameters: list[Tensor]) -> Iterator[None]:
+    """Inside, the parameters are away from f = 0, where every wrong answer would agree."""
+    start = [parameter.detach().clone() for parameter in parameters]
     generator = torch.Generator().manual_seed(0)
-
-    def measure() -> list[Tensor]:
-        x = torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)).to(noise.device).requires_grad_()
-        delta = hypernetwork(x, condition)
-        weights = torch.linspace(-1, 1, delta.numel(), device=delta.device).view_as(delta)
-        return [delta.detach(), *torch.autograd.grad((delta * weights).sum(), [x, *parameters])]
-
     with torch.no_grad():
-        for parameter in parameters:  # away from f = 0, where every wrong answer would agree
+        for parameter in parameters:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
     try:
-        eager = measure()
-        try:
-            cast(nn.Module, hypernetwork.twin).compile(backend=backend)
-            compiled = measure()
-        except Exception as error:  # whatever goes wrong in a compiler, its user can switch it off
-            raise InputError(f"backend.compile {backend!r} failed: {reason_of(error)}; set it to no") from error
+        yield
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, start, strict=True):
                 parameter.copy_(value)
-    dtype = next(p.dtype for p in hypernetwork.parameters() if not p.requires_grad)
-    worst = max(_distance(a, b) for a, b in zip(eager, compiled, strict=True))
-    if not worst <= _PARITY[dtype]:
-        raise InputError(
-            f"backend.compile {backend!r} disagrees with eager mode by a relative {worst:.1g}: set it to no"
-        )
 
 
 def _distance(reference: Tensor, other: Tensor) -> float:

@@ -67,7 +67,11 @@ class PipelineOptions:
     vae_tiling: bool = False
     """Decode large images in overlapping tiles; the image changes slightly."""
     compile: str = "no"
-    """`no`, or a torch.compile backend (`inductor`); f is then checked against eager mode at the start."""
+    """`no`, or a torch.compile backend (`inductor`) for the repeated blocks of f and of the generator, which are then
+    checked against eager mode at the start."""
+    shard: bool = False
+    """Share the frozen network out over the processes of torchrun while training: each keeps 1 / W of it, and a block
+    is whole only while it runs."""
     cache_dir: str = "auto"
     """Folder for prompt embeddings; `auto`: hnkit's folder in the user's cache; empty: keep them in memory only."""
     local_files_only: bool = True
@@ -85,6 +89,8 @@ class PipelineOptions:
             raise InputError(f"backend.dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
         if self.quantize not in QUANTIZED:
             raise InputError(f"backend.quantize {self.quantize!r}: choose one of {', '.join(QUANTIZED)}")
+        if self.shard:
+            self.require_shardable()
         for name in ("size", "height", "width", "max_sequence_length"):
             if getattr(self, name) < 0:
                 raise InputError(f"backend.{name} {getattr(self, name)}: it is 1 or more, 0 for the pipeline's own")
@@ -100,6 +106,22 @@ class PipelineOptions:
             raise InputError(f"backend.scheduler_config {bad[0]!r}: write NAME=VALUE")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"backend.seed {self.seed}: it is a whole number from 0 to 2^63 - 1")
+
+    def require_shardable(self) -> None:
+        """Refuse what cannot be shared out over processes."""
+        if self.quantize != "no":
+            raise InputError(
+                f"backend.quantize {self.quantize!r}: weights in few bits cannot be sharded, set it to no, or "
+                "backend.shard to false"
+            )
+        for name in ("hypernetwork_checkpointing", "generator_checkpointing"):
+            if getattr(self, name):  # torch 2.13's recomputation of a sharded block fails at a batch of one row
+                raise InputError(f"backend.{name}: blocks that are shared out are not recomputed: set it to false")
+        if self.compile != "no":
+            raise InputError(
+                f"backend.compile {self.compile!r}: a sharded network is not compiled, set it to no, or backend.shard "
+                "to false"
+            )
 
     @property
     def sides(self) -> tuple[int, int]:

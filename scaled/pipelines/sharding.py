@@ -1,31 +1,35 @@
 """The frozen network of a backend shared out over processes, for models that no single card holds.
 
-Generator and twin are sharded each on its own, block by block, by torch's FSDP2: each process keeps 1 / W of both, and
-a block is whole only while it runs. The LoRA weights stay whole in every process, so that gradients are summed, steps
-taken and adapters and checkpoints written as without it, and a run goes on with another number of processes.
+Generator and twin are sharded each on its own, block by block, by torch's FSDP2, and keep the same shards: each process
+holds 1 / W of the network, and a block is whole only while it runs. The LoRA weights stay whole in every process, so
+that gradients are summed, steps taken and adapters and checkpoints written as without it, and a run goes on with
+another number of processes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hnkit.errors import InputError
 from hnkit.scaled.lora.base import remember
-from hnkit.scaled.lora.stored import is_stored
-from hnkit.scaled.pipelines.backend import PipelineBackend
+from hnkit.scaled.pipelines.loading import find_device, waits_for_shards
+from hnkit.scaled.pipelines.memory import block_lists
 
 
-def shard(backend: PipelineBackend) -> None:
+def shard(backend: Any) -> None:
     """Share the frozen network of a backend, and that of its hypernetwork, out over the processes of torch.distributed.
 
-    Every process has to run f and the generator as often as every other, since blocks are gathered from all of them.
-    An adapter of other layers is loaded before.
+    Every process has to run f and the generator as often as every other, since blocks are gathered from all of them: a
+    delta that is not finite in one process comes back as NaN in all, so that all give up the same batch. An adapter of
+    other layers is loaded before.
 
     Args:
-        backend: loaded in every process, with the same model and options.
+        backend: a `PipelineBackend`, loaded in every process, with the same model and options.
 
     Raises:
         InputError: no process group is there, the backend was sharded before, its network is stored in few bits or
@@ -36,22 +40,33 @@ def shard(backend: PipelineBackend) -> None:
         raise InputError("shard needs processes: start them by torchrun and call torch.distributed.init_process_group")
     if is_sharded(base):
         raise InputError(f"the network of backend {backend.name!r} is sharded already")
-    if is_stored(base):
-        raise InputError(
-            f"backend.quantize {backend.options.quantize!r}: weights in few bits cannot be sharded, set it to no"
-        )
-    if backend.options.compile != "no":
-        raise InputError(
-            f"backend.compile {backend.options.compile!r}: a sharded network is not compiled, set it to no"
-        )
+    backend.options.require_shardable()
     if backend.objective == "direct":
-        raise InputError("direct fine-tuning has no frozen generator beside the twin: shard a noise hypernetwork")
+        raise InputError(
+            "backend.shard: direct fine-tuning has no frozen generator beside the twin: shard a noise hypernetwork"
+        )
     remember(base)  # by its whole weights, which a process that writes an adapter does not have
-    mesh = init_device_mesh(backend.device.type, (torch.distributed.get_world_size(),))
-    for blocks, copies in zip(_blocks(base), _blocks(twin), strict=True):
+    device = find_device(backend.options.device)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for parameter in twin.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(device)
+    owners = {
+        id(parameter): (module, name) for module in base.modules() for name, parameter in module._parameters.items()
+    }
+    shared = [
+        (module, name, *owners[id(parameter)])
+        for module in twin.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in owners and parameter is not None
+    ]
+    for blocks, copies in zip(block_lists(base), block_lists(twin), strict=True):
         for block, copied in zip(blocks, copies, strict=True):
             _shard_both(block, copied, mesh)
     _shard_both(base, twin, mesh)
+    for module, name, owner, theirs in shared:  # the same shards for both, before FSDP2 first looks for them
+        module._parameters[name] = owner._parameters[theirs]
+    backend.hypernetwork.register_forward_hook(_finite_everywhere)
 
 
 def is_sharded(network: nn.Module) -> bool:
@@ -59,8 +74,22 @@ def is_sharded(network: nn.Module) -> bool:
     return isinstance(network, FSDPModule)
 
 
-def _blocks(network: nn.Module) -> list[nn.ModuleList]:
-    return [child for child in network.children() if isinstance(child, nn.ModuleList)]
+def share_out(backend: Any) -> bool:
+    """Shard a `PipelineBackend` whose options ask for it, and bring what it was loaded without to its device."""
+    if not waits_for_shards(backend.options):
+        return False
+    shard(backend)
+    for part in backend.pipeline.components.values():
+        if isinstance(part, nn.Module) and not is_sharded(part):
+            part.to(backend.device)
+    return True
+
+
+def _finite_everywhere(_: nn.Module, __: Any, delta: Tensor) -> Tensor:
+    """The delta, or NaN in every process where one of them has values that are not finite."""
+    broken = (~delta.detach().isfinite().all()).float()
+    torch.distributed.all_reduce(broken, op=torch.distributed.ReduceOp.MAX)
+    return delta * torch.nan if bool(broken) else delta
 
 
 def _shard_both(base: nn.Module, twin: nn.Module, mesh: DeviceMesh) -> None:

@@ -1,4 +1,7 @@
-"""Run by torchrun, `sharded_step.py NAME MODEL OUT`: one step of a sharded backend, of which the adapter is kept."""
+"""Run by torchrun, `sharded_step.py NAME MODEL OUT`: one step of a sharded backend, of which the adapter is kept.
+
+What the processes have to agree on is asked of them as well.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hnkit import InputError, NoiseLoss
 from hnkit.backend import backend_factory
 from hnkit.maps import ConditionedMap
 from hnkit.scaled.lora.twin import lora_state
 from hnkit.scaled.pipelines.sharding import shard
+from hnkit.training.processes import Processes, SameEverywhere
 from tests.scaled import tiny
 from tests.scaled.conftest import noise_for, perturb, redness
 
@@ -21,7 +27,7 @@ ROWS = 4
 
 def load(name: str, model: str, **changes: object):
     factory = backend_factory(name)
-    savers = dict.fromkeys(("generator_checkpointing", "hypernetwork_checkpointing"), True)
+    savers = dict.fromkeys(("generator_checkpointing", "hypernetwork_checkpointing"), False)
     return factory.load(factory.options(**tiny.options(name, Path(model), **savers | changes)))
 
 
@@ -41,9 +47,41 @@ def update(backend, found: list[torch.Tensor]) -> None:
             parameter.grad = None
 
 
+def broken_in_the_other(backend) -> list[bool]:
+    """Whether each process sees a delta that is not finite where only the last one's is."""
+    noise, condition = noise_for(backend, 1), backend.encode(tiny.PROMPTS[:1])
+    if torch.distributed.get_rank() == 1:
+        noise[0, 0] = torch.inf
+    found = Processes().gather(bool(backend.hypernetwork(noise, condition).isfinite().all()))
+    return [not finite for finite in found]
+
+
+def of_the_main_process(backend) -> bool:
+    """Whether value, gradient and derivative of the map that is measured are everywhere the main process's."""
+    processes = Processes()
+    x = noise_for(backend, 1, seed=processes.index).requires_grad_()  # another in each
+    f = ConditionedMap(SameEverywhere(backend.hypernetwork, processes), backend.encode(tiny.PROMPTS[:1]))
+    delta = f(x)
+    direction = noise_for(backend, 1, seed=10 + processes.index)
+    (gradient,) = torch.autograd.grad(delta, x, direction)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(x.detach(), direction))).tangent
+    seen = [value.detach() for value in (delta, gradient, tangent)]
+    everyone = processes.gather(seen)
+    alike = all(torch.equal(one, other) for one, other in zip(*everyone, strict=True))
+    return alike and all(bool(value.any()) for value in seen)
+
+
 def local(network: torch.nn.Module) -> int:
     frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
     return sum(getattr(parameter, "_local_tensor", parameter).nbytes for parameter in frozen)
+
+
+def both(backend) -> int:
+    """Bytes of the frozen weights that base and twin hold here in all."""
+    frozen = [p for network in (backend._base, backend._twin) for p in network.parameters() if not p.requires_grad]
+    held = [getattr(parameter, "_local_tensor", parameter).untyped_storage() for parameter in frozen]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
 
 def main(name: str, model: str, out: str) -> None:
@@ -67,8 +105,10 @@ def main(name: str, model: str, out: str) -> None:
     update(backend, found)
     if rank == 0:
         backend.save_adapter(f"{out}/adapter")
-        sizes = {"whole": whole, "base": local(backend._base), "twin": local(backend._twin)}
-        Path(out, "found.json").write_text(json.dumps({"refused": refused, **sizes}))
+    sizes = {"whole": whole, "base": local(backend._base), "twin": local(backend._twin), "both": both(backend)}
+    agreed = {"broken": broken_in_the_other(backend), "alike": of_the_main_process(backend)}
+    if rank == 0:
+        Path(out, "found.json").write_text(json.dumps({"refused": refused, **sizes, **agreed}))
     torch.distributed.destroy_process_group()
 
 

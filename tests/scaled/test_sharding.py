@@ -25,7 +25,8 @@ def distance(one, other):
     return float((one - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("name", ["sana", pytest.param("flux", marks=pytest.mark.slow)])
+@pytest.mark.slow  # its share of the plain suite is in test_sharded_training.py
+@pytest.mark.parametrize("name", ["sana", "flux"])
 def test_two_processes_take_the_step_of_one_and_one_goes_on(name, checkpoint, tmp_path):
     model = str(checkpoint(name))
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT), name, model]
@@ -37,6 +38,9 @@ def test_two_processes_take_the_step_of_one_and_one_goes_on(name, checkpoint, tm
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["base"] <= found["whole"] / 2 + 4096  # first dimensions that 2 does not divide are padded
     assert found["twin"] <= found["whole"] / 2 + 4096
+    assert found["both"] <= found["whole"] / 2 + 8192  # generator and hypernetwork keep the same shards
+    assert found["broken"] == [True, True]
+    assert found["alike"]
     assert "is sharded already" in found["refused"][0]
     assert "backend.quantize 'fp8': weights in few bits cannot be sharded" in found["refused"][1]
 

@@ -21,8 +21,9 @@ from hnkit.scaled.lora.twin import (
     lora_targets,
     make_twin,
 )
+from hnkit.scaled.pipelines.memory import repeated_blocks
 from tests.scaled import tiny
-from tests.scaled.conftest import noise_for, perturb
+from tests.scaled.conftest import noise_for, perturb, redness
 
 PROMPTS = tiny.PROMPTS
 
@@ -231,14 +232,50 @@ def test_losses_with_derivatives_of_f_pass_through_checkpointing(make_backend):
 # --- compilation ---------------------------------------------------------------------------------------------------
 
 
-def test_compiled_f_is_checked_and_equal(make_backend):
-    compiled, plain = make_backend("sana", compile="eager"), make_backend("sana")
+@pytest.mark.parametrize("name", ["sana", "sd-turbo", "flux"])
+def test_compiled_blocks_are_checked_and_equal(name, make_backend):
+    compiled, plain = make_backend(name, compile="eager"), make_backend(name)
     noise, condition = noise_for(plain, 1), plain.encode(PROMPTS[:1])
     assert not compiled.hypernetwork(noise, condition).any(), "the check's random weights are taken back"
     perturb(compiled)
     perturb(plain)
     torch.testing.assert_close(compiled.hypernetwork(noise, condition), plain.hypernetwork(noise, condition))
     assert list(compiled.hypernetwork.state_dict()) == list(plain.hypernetwork.state_dict())
+    torch.testing.assert_close(compiled.generate(noise, condition), plain.generate(noise, condition))
+    for network in (compiled._base, compiled._twin):
+        repeated = {id(block) for block in repeated_blocks(network)}
+        assert repeated
+        assert repeated == {id(module) for module in network.modules() if module._compiled_call_impl is not None}
+
+
+def test_figures_are_of_f_uncompiled_with_the_same_weights(make_backend):
+    compiled = make_backend("flux", compile="aot_eager")  # whose second derivatives, and products of a kept graph, fail
+    f = compiled.map_for(PROMPTS[:2])
+    assert not any(module._compiled_call_impl is not None for module in f.hypernetwork.modules())
+    perturb(compiled)  # after: the weights are the same ones
+    noise = noise_for(compiled, 2)
+    plain = make_backend("flux")
+    perturb(plain)
+    found = [
+        noise_kl(g, noise, method="arnoldi", steps=3, probes=1, generator=torch.Generator().manual_seed(0))
+        for g in (f, plain.map_for(PROMPTS[:2]))
+    ]
+    assert found[0].value == pytest.approx(found[1].value, rel=1e-5)
+    assert found[0].value > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sana", "sd-turbo", "flux"])
+def test_inductor_agrees_with_recomputed_blocks_too(name, make_backend):
+    savers = {"hypernetwork_checkpointing": True, "generator_checkpointing": True}
+    gradients = []
+    for backend in (make_backend(name, compile="inductor", self_check=True, **savers), make_backend(name, **savers)):
+        perturb(backend)
+        noise, condition = noise_for(backend, 2), backend.encode(PROMPTS[:2])
+        images = backend.generate(noise + backend.hypernetwork(noise, condition), condition)
+        gradients.append(torch.autograd.grad(redness(images).sum(), list(lora_state(backend._twin).values())))
+    one, other = (torch.cat([g.flatten() for g in found]) for found in gradients)
+    assert float((one - other).norm() / other.norm()) < 1e-4
 
 
 def test_wrong_compilers_are_refused(make_backend):
@@ -258,9 +295,9 @@ def test_wrong_compilers_are_refused(make_backend):
     for compiler in (wrong, broken):
         if compiler.__name__ not in torch.compiler.list_backends(exclude_tags=()):
             torch._dynamo.register_backend(compiler, name=compiler.__name__)
-    with pytest.raises(InputError, match=r"disagrees with eager mode by a relative 0.01"):
+    with pytest.raises(InputError, match=r"disagrees with eager mode on f by a relative 0.01"):
         make_backend("sana", compile="wrong")
-    with pytest.raises(InputError, match=r"'broken' failed: .*no compiler here"):
+    with pytest.raises(InputError, match=r"'broken' failed on f: .*no compiler here"):
         make_backend("sana", compile="broken")
     with pytest.raises(InputError, match="compile 'nonsense': choose no or one of"):
         make_backend("sana", compile="nonsense")

@@ -1,0 +1,142 @@
+"""`hnkit train` with its network shared out over two processes: the run of one process, to the rounding of its sums."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from hnkit.config import resolve_config
+from hnkit.training.run import train
+from tests.scaled.test_training import adapter, overrides, quiet
+
+SHARD = "backend.shard=true"
+
+
+def torchrun(name, lines, *more, processes=2, command="train"):
+    flags = [flag for line in lines for flag in ("--set", line)]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "hnkit", command]
+    return subprocess.run(
+        [sys.executable, *words, *(["--backend", name] if name else []), *flags, *more],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def trained(name, lines, out, processes=2):
+    done = torchrun(name, lines, "--reward", "redness=1.0", "--out", str(out), processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def largest_difference(one, other):
+    """Between two adapters, relative to the largest weight that was moved from zero."""
+    one, other = adapter(one), adapter(other)
+    moved = max(float(value.abs().max()) for key, value in one.items() if "lora_B" in key)
+    return max(float((value - other[key]).abs().max()) for key, value in one.items()) / moved
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(one, other, rel):
+    """Records of two runs: numbers to a relative error, everything else as it is."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            same(value, other[key], rel)
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for value, its in zip(one, other, strict=True):
+            same(value, its, rel)
+    else:
+        assert other == (pytest.approx(one, rel=rel, abs=1e-7) if isinstance(one, float) else one)
+
+
+def settings(checkpoint, tmp_path, name="sana", **changes):
+    small = {"steps": 2, "batch": 4, "optimizer": "sgd"}
+    plain = ["backend.hypernetwork_checkpointing=false", "backend.generator_checkpointing=false"]
+    return [*overrides(name, checkpoint, tmp_path, **(small | changes)), *plain]
+
+
+def test_two_sharded_processes_train_measure_and_report_as_one_and_one_goes_on(checkpoint, tmp_path):
+    lines = [*settings(checkpoint, tmp_path, measure_method="arnoldi", schedule="constant"), SHARD]
+    one = resolve_config(backend="sana", overrides=lines, rewards=["redness=1.0"])
+    train(one, out=tmp_path / "one", console=quiet())
+    trained("sana", lines, tmp_path / "two")
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-6
+    same(records(tmp_path / "one"), records(tmp_path / "two"), 1e-5)
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
+
+    goes_on(lines, tmp_path, 1)
+
+
+def goes_on(lines, tmp_path, processes):
+    """A run of one process and one of two, both gone on with by this many."""
+    longer = [*lines, "train.steps=3"]
+    for name in ("one", "two"):
+        folder = tmp_path / f"longer-{name}-{processes}"
+        shutil.copytree(tmp_path / name, folder)
+        if processes == 1:
+            train(resolve_config(resume=folder, overrides=longer), resume=folder, console=quiet())
+        else:
+            done = torchrun(None, ["train.steps=3"], "--resume", str(folder), processes=processes)
+            assert done.returncode == 0, done.stderr[-3000:]
+    assert largest_difference(*(tmp_path / f"longer-{name}-{processes}" for name in ("one", "two"))) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "sd-turbo"])
+def test_other_networks_and_an_average_go_on_with_two(name, checkpoint, tmp_path):
+    lines = [*settings(checkpoint, tmp_path, name, measure_method="lanczos", schedule="constant", ema=0.5), SHARD]
+    lines += ["backend.hypernetwork_checkpointing=false"]
+    lines += ["backend.self_check=true"]
+    config = resolve_config(backend=name, overrides=lines, rewards=["redness=1.0"])
+    train(config, out=tmp_path / "one", console=quiet())
+    trained(name, lines, tmp_path / "two")
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-6
+    same(records(tmp_path / "one"), records(tmp_path / "two"), 1e-4)
+    goes_on(lines, tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_are_two_whole_ones(checkpoint, tmp_path):
+    lines = settings(checkpoint, tmp_path, measure_every=1, validate_every=1, injection=0.5)
+    trained("sana", lines, tmp_path / "whole")
+    trained("sana", [*lines, SHARD], tmp_path / "sharded")
+    assert largest_difference(tmp_path / "whole", tmp_path / "sharded") < 1e-6
+    same(records(tmp_path / "whole"), records(tmp_path / "sharded"), 1e-5)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_sharded_is_one_line(checkpoint, tmp_path):
+    lines = [*settings(checkpoint, tmp_path), SHARD]
+    reward = ("--reward", "redness=1.0", "--out", str(tmp_path / "out"))
+    for wrong, said in (
+        ("train.kl=arnoldi", "train.kl = 'arnoldi' with backend.shard: it may need more passes of f in one process"),
+        ("train.objective=direct", "backend.shard: direct fine-tuning has no frozen generator beside the twin"),
+    ):
+        done = torchrun("sana", [*lines, wrong], *reward)
+        assert done.returncode != 0
+        assert said in done.stderr.replace("\n", " ")
+        assert "InputError" not in done.stderr  # the only traceback is torchrun's own
+    backend = [line for line in lines if line.startswith("backend.")]
+    done = torchrun("sana", backend, "--prompt", "a red fox", "--out", str(tmp_path / "out"), command="generate")
+    assert "backend.shard: only hnkit train shares a network out over processes" in done.stderr.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_says_that_it_holds_the_whole_network(checkpoint, tmp_path):
+    lines = [*settings(checkpoint, tmp_path, steps=1, measure_every=0, validate_every=0), SHARD]
+    config = resolve_config(backend="sana", overrides=lines, rewards=["redness=1.0"])
+    console = quiet()
+    train(config, out=tmp_path / "one", console=console)
+    assert "backend.shard: there is one process, which holds the whole network" in console.file.getvalue()
