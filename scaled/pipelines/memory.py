@@ -143,7 +143,8 @@ def compile_checked(network: nn.Module, backend: str, what: str, measure: Callab
     try:
         for block in blocks:
             block.compile(backend=backend)
-        compiled = measure()
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else it runs uncompiled without a word
+            compiled = measure()
     except Exception as error:  # whatever goes wrong in a compiler, its user can switch it off
         raise InputError(f"backend.compile {backend!r} failed on {what}: {reason_of(error)}; set it to no") from error
     worst = max(_distance(a, b) for a, b in zip(eager, compiled, strict=True))

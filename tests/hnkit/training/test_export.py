@@ -63,7 +63,8 @@ def test_the_command_and_what_it_refuses(tmp_path, fake, capsys, monkeypatch):
     with pytest.raises(InputError, match=r"hnkit export --checkpoint .*step-00000006 makes an adapter of it"):
         load_trained("fake", newest)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    (newest / "tensors.safetensors").write_bytes(b"x" + (newest / "tensors.safetensors").read_bytes()[1:])
+    whole = (newest / "tensors.safetensors").read_bytes()
+    (newest / "tensors.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     lines = {
         (): "no checkpoint given: use --checkpoint RUN/checkpoints/step-N",
         ("--checkpoint", newest): "is not a whole checkpoint (the SHA-256 of tensors.safetensors does not match",

@@ -58,7 +58,9 @@ def test_runs_of_earlier_versions_are_drawn(key):
     (plot,) = training_plots(steps, None, config.train)
     assert plot.caption.startswith("Loss, L2 term and reward")
     figure = plot.draw()
-    assert [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes] == ["Loss", "L2 term", "Reward"]
+    assert [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes] == [
+        "Loss, nats", "L2 term, nats", "Reward",
+    ]  # fmt: skip
     assert figure.axes[1].lines[0].get_ydata().tolist() == [0.25, 0.5]
 
 

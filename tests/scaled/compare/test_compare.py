@@ -99,7 +99,7 @@ def test_every_table_is_filled(finished):
     assert "What a noise hypernetwork buys" in page
     assert page.count("<h2>") == page.count('<a href="#s'), "a section that was not run is left out"
     assert "hnkit compare --backend sana --prompts prompts.json --methods base,hypernoise,direct,best-of-n,reno" in page
-    assert "No frontier of reward per nat: prompt 0: base samples of shape (4,)" in page
+    assert "No frontier of reward per nat: prompt 'a red house': 4 rewards of the base; give 8 or more" in page
     assert page.count("data:image/png;base64") >= 3
     assert json.loads((out / "report.json").read_text())["table_1"] == json.loads(json.dumps(document["table_1"]))
     assert lead(document).endswith(document["l2"][0]["l2_verdict"]["text"])
