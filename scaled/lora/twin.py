@@ -195,17 +195,20 @@ def make_twin(
         last = twin.get_submodule(f"{zero_base}.base_layer")
         last.__class__ = next(zero for kind, zero in _ZERO_CLASS.items() if isinstance(last, kind))
     if autocast:
-        for name in spec.targets:
-            if name != zero_base:
-                _compute_in_type_of_input(twin.get_submodule(name))
+        set_autocast(twin, spec, zero_base, True)
     return twin
 
 
-def _compute_in_type_of_input(layer: nn.Module) -> None:
-    """Let every LoRA of a layer compute in the type of its input: after the injection, which reads their classes."""
-    layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
-    for part in _parts(layer):
-        part.__class__ = _CAST_CLASS[type(part)]
+def set_autocast(twin: nn.Module, spec: LoraSpec, zero_base: str | None, on: bool) -> None:
+    """Whether LoRA computes in the type of each layer's input, but for that of a last layer without a base.
+
+    It is set after the injection, which reads the classes of the layers.
+    """
+    for layer in (twin.get_submodule(name) for name in spec.targets if name != zero_base):
+        layer.cast_input_dtype_enabled = not on  # type: ignore[assignment]
+        for part in _parts(layer):
+            plain = next(kind for kind in _CAST_CLASS if isinstance(part, kind))
+            part.__class__ = _CAST_CLASS[plain] if on else plain
 
 
 def _parts(layer: nn.Module) -> list[nn.Module]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hnkit.errors import InputError
 from hnkit.internal.files import read_plain
 from hnkit.internal.values import reason_of
 from hnkit.maps import Condition
+from hnkit.scaled.lora.twin import set_autocast
 from hnkit.scaled.pipelines import memory
 from hnkit.scaled.pipelines.backend import Known, PipelineBackend
 from hnkit.scaled.pipelines.calls import StandIn, view
@@ -27,6 +30,7 @@ from hnkit.scaled.pipelines.options import DTYPES, PipelineOptions
 from hnkit.scaled.pipelines.parts import exchange_scheduler
 from hnkit.scaled.pipelines.published import PUBLISHED_MODELS
 from hnkit.scaled.pipelines.texts import PlannedTexts, ShapesOnly, encoders_size, planned_texts
+from hnkit.training.plan.ledger import stored
 from hnkit.training.plan.skeleton import Objective, Skeleton, fake_mode, make_fake, without_weights
 
 
@@ -72,7 +76,37 @@ def make_skeleton(
         decode=(pipe.vae, "decode"),
         mode=mode,
         encoders=encoders,
+        whole=_whole(network) if options.shard else 0,
+        switched=functools.partial(_switched, backend),
     )
+
+
+@contextlib.contextmanager
+def _switched(backend: PipelineBackend, names: Iterable[str]) -> Iterator[None]:
+    """Inside, these options of `memory.SAVERS` are on."""
+    switches: dict[str, Callable[[bool], None]] = {
+        "vae_checkpointing": functools.partial(memory.set_decoder_checkpointing, backend.pipeline.vae),
+        "generator_checkpointing": functools.partial(memory.set_checkpointing, backend.network),
+        "hypernetwork_checkpointing": functools.partial(memory.set_checkpointing, backend._twin),
+        "lora_autocast": functools.partial(set_autocast, backend._twin, backend.lora, backend.last_layer),
+    }
+    chosen = [switches[name] for name in names]
+    for switch in chosen:
+        switch(True)
+    try:
+        yield
+    finally:
+        for switch in chosen:
+            switch(False)
+
+
+def _whole(network: nn.Module) -> int:
+    """Bytes that a process has whole of a network that it shares out.
+
+    They are what is in no block, once for the generator and once for f, and a block while it runs beside the next one.
+    """
+    blocks = [stored(block.parameters()) for blocks in memory.block_lists(network) for block in blocks]
+    return 2 * (stored(network.parameters()) - sum(blocks)) + 2 * max(blocks, default=0)
 
 
 def planned_layout(

@@ -29,6 +29,7 @@ from hnkit.internal.values import reason_of
 from hnkit.maps import Condition
 from hnkit.rewards import RewardSum
 from hnkit.training.optimize import build_optimizer
+from hnkit.training.plan.depth import Depth, Trace
 from hnkit.training.plan.ledger import Ledger, Work, counting
 from hnkit.training.plan.skeleton import Skeleton
 
@@ -87,23 +88,23 @@ def count_hypernetwork(skeleton: Skeleton, rows: int) -> Part:
     return _count(skeleton, F, run, rows)[F]
 
 
-def count_generator(skeleton: Skeleton, rows: int, steps: int) -> dict[str, Part]:
-    """The generator and, where it is a part of its own, the decoder."""
-    backend = skeleton.backend
-    return _count(skeleton, GENERATOR, lambda noise, condition: backend.generate(noise, condition, steps), rows)
+def count_generator(skeleton: Skeleton, rows: int, steps: int) -> tuple[dict[str, Part], tuple[int, ...]]:
+    """The generator and, where it is a part of its own, the decoder; and the shape of one output."""
+    shape: tuple[int, ...] = ()
+
+    def run(noise: Tensor, condition: Condition) -> Tensor:
+        nonlocal shape
+        images = skeleton.backend.generate(noise, condition, steps)
+        shape = tuple(images.shape[1:])
+        return images
+
+    return _count(skeleton, GENERATOR, run, rows), shape
 
 
 def count_rewards(skeleton: Skeleton, rewards: RewardSum, rows: int, size: Sequence[int]) -> Part:
     """The rewards of images of this shape, without rows."""
     prompts = _prompts(skeleton, rows)
     return _count(skeleton, REWARDS, lambda images, _: rewards(images, prompts), rows, size)[REWARDS]
-
-
-def image_shape(skeleton: Skeleton, steps: int) -> tuple[int, ...]:
-    """The shape of one output of the generator."""
-    noise, condition = _inputs(skeleton, 1, skeleton.backend.noise_shape)
-    with torch.no_grad(), followed("the generator"):
-        return tuple(skeleton.backend.generate(noise, condition, steps).shape[1:])
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,29 @@ def _inputs(skeleton: Skeleton, rows: int, shape: Sequence[int]) -> tuple[Tensor
 def _count(
     skeleton: Skeleton, name: str, run: Callable[..., Any], rows: int, shape: Sequence[int] | None = None
 ) -> dict[str, Part]:
+    """The parts of one pass, of which a network that repeats its blocks often runs a few of them."""
+    trained = skeleton.backend.hypernetwork
+    networks = {F: trained, GENERATOR: getattr(skeleton.backend, "network", None)}
+    network = networks.get(name)
+    depth = Depth([] if network is None else [network])
+    if depth.pays:
+        with torch.no_grad():  # what a first pass leaves in its modules for good would stand in one trace alone
+            _traced(skeleton, name, run, rows, shape, depth, next(depth.passes))
+        traces = [_traced(skeleton, name, run, rows, shape, depth, lengths) for lengths in depth.passes]
+        if (carried := depth.carried(traces)) is not None:
+            return _parts(carried)
+    return _parts(_traced(skeleton, name, run, rows, shape))
+
+
+def _traced(
+    skeleton: Skeleton,
+    name: str,
+    run: Callable[..., Any],
+    rows: int,
+    shape: Sequence[int] | None,
+    depth: Depth | None = None,
+    lengths: Sequence[int] = (),
+) -> Trace:
     """Run one part forward and backward, split at the decoder if it is inside."""
     backend = skeleton.backend
     first, condition = _inputs(skeleton, rows, backend.noise_shape if shape is None else shape)
@@ -176,25 +200,26 @@ def _count(
             begun.setdefault(part, ledger.live)
             ledger.enter(part)
 
-        with _decoder(skeleton, enter, ledger):
-            enter(name)
-            outputs = run(first, condition)
-        enter("end")
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        wanted = [output for output in outputs if output.requires_grad]
-        last = next(reversed([part for part in begun if part != "end"]))
-        if wanted:
-            gradients = [torch.ones_like(output) for output in wanted]
-            ledger.enter(_BACK + last)
-            torch.autograd.backward(wanted, gradients)
-            del gradients
-        ledger.enter("over")
+        with depth.shortened(lengths, ledger) if depth is not None else contextlib.nullcontext():
+            with _decoder(skeleton, enter, ledger):
+                enter(name)
+                outputs = run(first, condition)
+            enter("end")
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            wanted = [output for output in outputs if output.requires_grad]
+            last = next(reversed([part for part in begun if part != "end"]))
+            if wanted:
+                gradients = [torch.ones_like(output) for output in wanted]
+                ledger.enter(_BACK + last)
+                torch.autograd.backward(wanted, gradients)
+                del gradients
+            ledger.enter("over")
     for parameter in backend.hypernetwork.parameters():
         parameter.grad = None
     first.grad = None
     del outputs, wanted
     gc.collect()
-    return _parts(ledger, begun, ledger.live)
+    return Trace(begun, ledger.peaks, ledger.work, ledger.live)
 
 
 @contextlib.contextmanager
@@ -209,18 +234,19 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _parts(ledger: Ledger, begun: dict[str, int], kept: int) -> dict[str, Part]:
-    """The parts of one count; `kept`: bytes that its first one leaves in its modules for good, such as positions."""
+def _parts(trace: Trace) -> dict[str, Part]:
+    """The parts of one pass; what its first one leaves in its modules for good, such as positions, is not saved."""
     parts = {}
+    begun, kept = trace.begun, trace.left
     names = list(begun)
     for name, following in itertools.pairwise(names):
         back = _BACK + name
         parts[name] = Part(
             saved=begun[following] - begun[name] - kept,
-            forward=ledger.peak(name) - begun[name],
-            backward=ledger.peak(back) - begun[name],
-            forward_work=ledger.work.get(name, Work()),
-            backward_work=ledger.work.get(back, Work()),
+            forward=trace.peak(name) - begun[name],
+            backward=trace.peak(back) - begun[name],
+            forward_work=trace.work.get(name, Work()),
+            backward_work=trace.work.get(back, Work()),
         )
         kept = 0
     return parts

@@ -23,6 +23,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from hnkit.training.plan.cards import LAUNCH, Card
 
 aten = torch.ops.aten
+Place = tuple[str, str]
+"""A stage, and a place in it."""
 
 
 @dataclass(frozen=True, order=True)
@@ -71,24 +73,35 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         live: bytes made since it was entered that live now.
         work: operations by stage.
         stage: the name that operations are noted under; set by `enter`.
+        place: where in the stage, for peaks; set by `mark`.
+        peaks: the most bytes that lived at once, by stage and place.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.work: dict[str, Work] = {}
-        self.stage = ""
-        self._peaks: dict[str, int] = {}
+        self.stage = self.place = ""
+        self.peaks: dict[Place, int] = {}
         self._sizes: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def enter(self, stage: str) -> None:
         """Note what follows under `stage`."""
-        self.stage = stage
-        self._peaks[stage] = max(self._peaks.get(stage, 0), self.live)
+        self.stage, self.place = stage, ""
+        self._high()
+
+    def mark(self, place: str) -> None:
+        """Note peaks under a place in the present stage."""
+        self.place = place
+        self._high()
 
     def peak(self, stage: str) -> int:
         """The most bytes that lived at once in a stage."""
-        return self._peaks[stage]
+        return max(size for (found, _), size in self.peaks.items() if found == stage)
+
+    def _high(self) -> None:
+        key = self.stage, self.place
+        self.peaks[key] = max(self.peaks.get(key, 0), self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -108,7 +121,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key not in self._sizes:  # two outputs may share one
             self._sizes[key] = weakref.ref(storage, lambda _: self._free(key)), storage.nbytes()
             self.live += storage.nbytes()
-            self._peaks[self.stage] = max(self._peaks.get(self.stage, 0), self.live)
+            self._high()
 
     def _free(self, key: int) -> None:
         _, size = self._sizes.pop(key)

@@ -9,9 +9,10 @@ divided by `SHARE`. Nothing of it is measured.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from hnkit.internal.values import plain_record
 from hnkit.training.plan.cards import RESERVED, SHARE, Card
 from hnkit.training.plan.count import (
     DECODER,
+    GENERATOR,
     PARTS,
     REWARDS,
     F,
@@ -33,7 +35,6 @@ from hnkit.training.plan.count import (
     count_hypernetwork,
     count_optimizer,
     count_rewards,
-    image_shape,
 )
 from hnkit.training.plan.ledger import Work, stored
 from hnkit.training.plan.rewards import heldout_skeletons, reward_skeletons
@@ -164,13 +165,13 @@ class Counter:
         self.factory: Any = backend_factory(config.backend) if factory is None else factory
         self.savers: dict[str, str] = dict(self.factory.savers) if isinstance(self.factory, HasSkeleton) else {}
         self._skeletons: dict[Changes, Skeleton] = {}
-        self._parts: dict[tuple[str, Changes], Part] = {}
+        self._parts: dict[tuple[str, Changes, int], Part] = {}
         base = self.skeleton(())
         self._rewards = reward_skeletons(config, base)
         self._heldout = heldout_skeletons(config, base)
         self._trained = [p for p in base.backend.hypernetwork.parameters() if p.requires_grad]
         self.optimizer: Optimizer = count_optimizer(self._trained, config.train)
-        self._shape = image_shape(base, config.train.generator_steps)
+        self._shape: tuple[int, ...] = ()
 
     def skeleton(self, changes: Changes) -> Skeleton:
         """The backend without weights, with these options switched on."""
@@ -199,27 +200,51 @@ class Counter:
         absent |= {DECODER} if skeleton.decode is None else set()
         return tuple(name for name in PARTS if name not in absent)
 
-    def part(self, name: str, changes: Changes) -> Part:
-        """One part for one row, with those of the changes that concern it."""
+    def part(self, name: str, changes: Changes, rows: int = 1) -> Part:
+        """One part for so many rows, with those of the changes that concern it."""
         mine = tuple(change for change in changes if self.savers[change] == name)
-        if (name, mine) not in self._parts:
-            skeleton = self.skeleton(mine)
-            if name == F:
-                self._parts[name, mine] = count_hypernetwork(skeleton, 1)
-            elif name == REWARDS:
-                self._parts[name, mine] = count_rewards(skeleton, self._rewards, 1, self._shape)
-            else:
-                for found, part in count_generator(skeleton, 1, self.config.train.generator_steps).items():
-                    if found == name or not mine:
-                        self._parts[found, mine if found == name else ()] = part
-        return self._parts[name, mine]
+        if (name, mine, rows) not in self._parts:
+            self._count(name, mine, rows)
+        return self._parts[name, mine, rows]
 
-    def _two_decoded(self) -> Part:
-        """The decoder for two rows, where one is decoded after the other: their activations do not add up."""
-        if ("two rows", ()) not in self._parts:
-            found = count_generator(self.skeleton(()), 2, self.config.train.generator_steps)
-            self._parts["two rows", ()] = found[DECODER]
-        return self._parts["two rows", ()]
+    def _count(self, name: str, mine: Changes, rows: int) -> None:
+        if name == REWARDS:
+            if not self._shape:
+                self.part(GENERATOR, ())
+            part = count_rewards(self.skeleton(()), self._rewards, rows, self._shape)
+            self._parts[name, mine, rows] = part
+        elif name == F:
+            with self._switched(mine) as skeleton:
+                self._parts[name, mine, rows] = count_hypernetwork(skeleton, rows)
+        else:
+            # generator and decoder are counted in one pass, each by itself: with all that either can switch on, too
+            both = [change for change in self.unused() if mine and self.savers[change] not in (F, REWARDS)]
+            on = tuple(change for change in both if self.savers[change] != name or change in mine)
+            with self._switched(on) as skeleton:
+                parts, self._shape = count_generator(skeleton, rows, self.config.train.generator_steps)
+            for found, part in parts.items():
+                self._parts[found, tuple(change for change in on if self.savers[change] == found), rows] = part
+
+    @contextlib.contextmanager
+    def _switched(self, changes: Changes) -> Iterator[Skeleton]:
+        """The skeleton with these options switched on, for as long as it is entered."""
+        base = self.skeleton(())
+        if changes and base.switched is not None:
+            with base.switched(changes):
+                yield base
+        else:
+            yield self.skeleton(changes)
+
+    def _has_more_than_rows(self, name: str, changes: Changes) -> bool:
+        """Whether a part holds more than so much for each row.
+
+        Rows that are decoded one after the other do not add up; and what computes LoRA in the network's type keeps a
+        copy of its weights in that type, once for all rows.
+        """
+        options = self.config.options
+        if name == DECODER:
+            return bool(getattr(options, "vae_slicing", False))
+        return name == F and ("lora_autocast" in changes or bool(getattr(options, "lora_autocast", False)))
 
     def weights(self) -> dict[str, int]:
         """Bytes that live from step to step, by name."""
@@ -237,6 +262,9 @@ class Counter:
             seen |= set(tensors)
             found[name] = stored(tensors.values())
         found["network"] = found.get("network", 0) + found.pop("hypernetwork")
+        if skeleton.whole and self.processes > 1:
+            found["network"] = -(-found["network"] // self.processes)
+            found["whole blocks"] = skeleton.whole
         ema = {"averaged weights": lora} if settings.ema else {}
         return found | {"LoRA": lora, "gradients": lora, "optimiser": self.optimizer.state} | ema
 
@@ -247,8 +275,9 @@ class Counter:
         order = self.order()
         trained = F if F in order else "generator"
         parts = {name: self.part(name, changes).scaled(micro, gradients if name == trained else 0) for name in order}
-        if DECODER in parts and micro > 1 and getattr(self.config.options, "vae_slicing", False):
-            parts[DECODER] = self.part(DECODER, changes).rows(self._two_decoded(), micro)
+        if micro > 1:  # what does not grow with the rows is told apart by counting two of them
+            for name in (name for name in parts if self._has_more_than_rows(name, changes)):
+                parts[name] = self.part(name, changes).rows(self.part(name, changes, 2), micro)
         rounds = self.config.train.batch // self.processes // micro
         always = sum(weights.values()) - gradients
         # with several micro-batches the gradients are there from the first on

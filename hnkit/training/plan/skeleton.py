@@ -33,6 +33,10 @@ class Skeleton:
             is one part.
         mode: makes the tensors that the backend takes.
         encoders: bytes of text encoders that are on the card while prompts are encoded, before the first step.
+        whole: bytes of the network's parts that each process has whole at once, beside its share of all of them, where
+            several share it out; 0: they do not.
+        switched: a context in which options of these names are on, where one skeleton serves them all; `None`: each
+            choice of options has a skeleton of its own.
     """
 
     backend: BackendBase
@@ -40,6 +44,8 @@ class Skeleton:
     decode: tuple[Any, str] | None = None
     mode: AbstractContextManager[Any] = field(default_factory=nullcontext)
     encoders: int = 0
+    whole: int = 0
+    switched: Callable[[Iterable[str]], AbstractContextManager[None]] | None = None
 
 
 @runtime_checkable
