@@ -7,29 +7,33 @@
     python benchmarks/device.py --plan                    # no GPU: what `hnkit train --plan` says of the same steps
     python benchmarks/device.py --tiny --out x.json       # the same on a CPU with small layers, within a minute
 
-On a card each part is a process of its own with a limit: it ends by itself before that, and is stopped there if it does
-not. What it has measured is written as it comes, and stays when it fails. Weights are random and of the published
-sizes; nothing is downloaded.
+The libraries are imported once. On a card each part is then a child process with a limit: it ends by itself before
+that, and is stopped there if it does not. What it has measured is written as it comes, and stays when it fails. Weights
+are random and of the published sizes; nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
+import importlib
+import io
 import json
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs" / "results" / "device.json"
-HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 Figures = dict[str, Any]
 _CASE = 15.0
 """Seconds that the next case of a part may take: its backend, a step that warms up and the measured ones."""
@@ -70,11 +74,13 @@ class Part:
         name: its key in the report.
         limit: seconds that it may take on a card.
         run: makes its figures.
+        again: what is run, too, where this one fails on its own and not by its limit.
     """
 
     name: str
     limit: float
     run: Callable[[Turn], Figures]
+    again: Part | None = None
 
 
 def steps(turn: Turn) -> Figures:
@@ -140,6 +146,14 @@ def flux(turn: Turn) -> Figures:
     return found
 
 
+def flux_without_cudnn(turn: Turn) -> Figures:
+    """The same with cuDNN's attention switched off, which is the suspect where the card stops at an illegal access."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return flux(turn)
+
+
 def agreement(turn: Turn) -> Figures:
     """The bundled miniature on the card against the CPU: images, f, gradients and E(J), relative distances."""
     import torch
@@ -175,38 +189,48 @@ def agreement(turn: Turn) -> Figures:
 
 
 def tests(turn: Turn) -> Figures:
-    """The tests that need a card."""
-    environment = os.environ | {"HNKIT_CARD": "cpu" if turn.tiny else "cuda"}
-    words = ["-P", "-m", "pytest", "-q", "-m", "cuda", "-o", "pythonpath=", "-p", "no:cacheprovider"]
-    words += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "--durations=8"]
-    try:
-        done = subprocess.run(
-            [sys.executable, *words, str(ROOT / "tests" / "device")], timeout=max(turn.left, 1), env=environment,
-            capture_output=True, text=True, cwd=ROOT,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as stopped:
-        said = (stopped.stdout or b"").decode(errors="replace").strip().splitlines()
-        return {"failed": f"stopped after {stopped.timeout:.0f} s", "summary": said[-1] if said else "no output"}
-    lines = done.stdout.strip().splitlines()
+    """The tests that need a card, in this process."""
+    import pytest
+
+    os.environ["HNKIT_CARD"] = "cpu" if turn.tiny else "cuda"
+    words = ["-q", "-m", "cuda", "-o", "pythonpath=", "-p", "no:cacheprovider", "--durations=8"]
+    words += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / "device")]
+    said = io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = pytest.main(words, plugins=[_Kept(turn)])
+    lines = said.getvalue().strip().splitlines()
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     found: Figures = {"summary": lines[-1] if lines else "no output", "failures": failures}
-    if done.returncode:
-        found |= {"failed": f"pytest ended with {done.returncode}", "output": (done.stdout + done.stderr)[-8000:]}
+    if status:
+        found |= {"failed": f"pytest ended with {int(status)}", "output": said.getvalue()[-8000:]}
     return found
 
 
-PARTS = (
-    Part("steps", 130, steps),
-    Part("log_det", 90, log_det),
-    Part("flux", 70, flux),
-    Part("tests", 110, tests),
-    Part("agreement", 40, agreement),
-    Part("exact", 95, exact),
-)
-"""In order of worth for their time; the limits add up to less than nine minutes.
+@dataclass
+class _Kept:
+    """A plugin of pytest: what has passed is known if the part is stopped."""
 
-On a machine that has just started, importing the libraries takes up to half a minute of each.
-"""
+    turn: Turn
+    outcomes: dict[str, str] = field(default_factory=dict)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.nodeid.partition("::")[2]] = report.outcome
+            counts = collections.Counter(self.outcomes.values())
+            self.turn.keep({"summary": ", ".join(f"{count} {outcome}" for outcome, count in counts.items())})
+
+
+LOADING = 45.0
+"""Seconds that importing the libraries may take, once, on a machine that has just started."""
+PARTS = (
+    Part("steps", 115, steps),
+    Part("log_det", 80, log_det),
+    Part("flux", 55, flux, again=Part("flux_without_cudnn", 45, flux_without_cudnn)),
+    Part("tests", 80, tests),
+    Part("agreement", 25, agreement),
+    Part("exact", 80, exact),
+)
+"""In order of worth for their time; with the loading the limits add up to less than nine minutes."""
 
 
 def plan_of_steps() -> Figures:
@@ -247,7 +271,7 @@ def _peak(turn: Turn) -> Figures:
 
 
 def main() -> int:
-    """Run the parts one after the other, each in a process of its own; 1 if one failed."""
+    """Run the parts one after the other; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small layers, for a machine without a GPU")
     parser.add_argument("--plan", action="store_true", help="count, and write beside what is measured")
@@ -255,14 +279,8 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=535.0, help="seconds of all parts together")
     parser.add_argument("--limit", action="append", default=[], metavar="PART=SECONDS", help="of one part")
     parser.add_argument("--out", type=Path, default=RESULT, help="the report")
-    parser.add_argument("--inner", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=600.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     by_name = {part.name: part for part in PARTS}
-    if arguments.inner:
-        turn = Turn(arguments.tiny, time.monotonic() + arguments.seconds, arguments.out)
-        turn.keep(by_name[arguments.inner].run(turn))
-        return 0
     for text in arguments.limit:
         name, _, seconds = text.partition("=")
         if name not in by_name or not seconds.isdigit():
@@ -278,27 +296,43 @@ def main() -> int:
         document["plan"] = plan_of_steps()
         _write(arguments.out, document)
         return 0
+    began = time.monotonic()
+    preload()
+    print(f"loaded after {time.monotonic() - began:.0f} s", flush=True)
     import torch
 
-    if not arguments.tiny and not torch.cuda.is_available():
+    run = measured_here if arguments.tiny else measured
+    found = run(Part("card", 60.0, card))
+    if "failed" in found:
         parser.error("the full size needs a GPU: use --tiny here")
-    machine = "CPU, small layers" if arguments.tiny else torch.cuda.get_device_name()
-    document |= {"machine": machine, "tiny": arguments.tiny, "torch": torch.__version__}
-    return int(_run([by_name[name] for name in arguments.parts.split(",")], document, arguments))
+    document |= {"machine": found["machine"], "tiny": arguments.tiny, "torch": torch.__version__}
+    chosen = [by_name[name] for name in arguments.parts.split(",")]
+    return int(_run(chosen, document, arguments, began, run))
 
 
-def _run(parts: Sequence[Part], document: Figures, arguments: argparse.Namespace) -> bool:
+def _run(
+    parts: Sequence[Part],
+    document: Figures,
+    arguments: argparse.Namespace,
+    began: float,
+    run: Callable[[Part], Figures],
+) -> bool:
     """Run the parts within the budget and write the report after each; whether one failed."""
-    failed, began = False, time.monotonic()
-    for part in parts:
+    failed = False
+    waiting = list(parts)
+    while waiting:
+        part = waiting.pop(0)
         left = arguments.budget - (time.monotonic() - began)
         limit = min(600.0 if arguments.tiny else part.limit, left)
-        if limit < 15 and not arguments.tiny:
+        if limit < 10 and not arguments.tiny:
             print(f"{part.name}: left out, {left:.0f} s are left", flush=True)
             continue
-        run = measured_here if arguments.tiny else measured
-        document[part.name] = run(replace(part, limit=limit))
-        failed |= "failed" in document[part.name]
+        found = document[part.name] = run(replace(part, limit=limit))
+        failed |= "failed" in found
+        if part.again is not None:
+            document.pop(part.again.name, None)
+            if "output" in found:  # it has ended by itself
+                waiting.insert(0, part.again)
         _write(arguments.out, document)
     return failed
 
@@ -317,31 +351,63 @@ def measured_here(part: Part) -> Figures:
 
 
 def measured(part: Part, tiny: bool = False) -> Figures:
-    """The figures of one part, whole or as far as it came, and why it failed; and the seconds that it took."""
+    """The figures of one part, whole or as far as it came, and why it failed; and the seconds that it took.
+
+    The part runs in a child of this process, which has the libraries already and a CUDA context of its own: an error on
+    the card ends that part alone.
+    """
     print(f"{part.name}: at most {part.limit:.0f} s", flush=True)
     began = time.perf_counter()
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "part.json"
-        words = ["--inner", part.name, "--seconds", str(part.limit), "--out", str(out), *(["--tiny"] if tiny else [])]
-        before = os.environ.get("PYTHONPATH")
-        path = os.pathsep.join(filter(None, (str(HERE), before, str(ROOT))))
-        try:
-            subprocess.run(
-                [sys.executable, __file__, *words], check=True, timeout=part.limit,
-                env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
+        out, log = Path(folder) / "part.json", Path(folder) / "log"
+        child = multiprocessing.get_context("fork").Process(target=_alone, args=(part, tiny, out, log))
+        child.start()
+        child.join(part.limit)
+        if child.is_alive():
+            child.kill()
+            child.join()
             figures = {"failed": f"stopped at its limit of {part.limit:.0f} s"}
-        except subprocess.CalledProcessError as error:
-            lines = (error.stderr or "").strip().splitlines() or ["no message"]
+        elif child.exitcode:
+            lines = log.read_text(errors="replace").strip().splitlines() or ["no message"]
             # CUDA's errors go on for lines of advice after the one that says what it was
             said = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Expired)\b", line)]
-            figures = {"failed": (said or lines)[-1], "output": "\n".join(lines[-40:])}
+            ended = f"ended by signal {-child.exitcode}" if child.exitcode < 0 else lines[-1]
+            figures = {"failed": said[-1] if said else ended, "output": "\n".join(lines[-40:])}
         if out.exists():
             figures = json.loads(out.read_text()) | figures
     print(f"  {figures.get('failed', 'done')} after {time.perf_counter() - began:.0f} s", flush=True)
     return figures | {"took": time.perf_counter() - began}
+
+
+def _alone(part: Part, tiny: bool, out: Path, log: Path) -> None:
+    """Run a part in this process, whose output goes to a file."""
+    file = log.open("w", buffering=1)  # open as long as the process lives
+    for stream in (1, 2):
+        os.dup2(file.fileno(), stream)
+    sys.stdout = sys.stderr = file
+    turn = Turn(tiny, time.monotonic() + part.limit, out)
+    turn.keep(part.run(turn))
+
+
+def preload() -> None:
+    """Import what the parts need, before there is a child; it must not touch the card, which no fork survives."""
+    for name in ("torch", "diffusers", "peft", "transformers", "pytest", "sana_full", "sana_logdet", "hnkit"):
+        importlib.import_module(name)
+    from hnkit.scaled.backends import BACKENDS  # and the classes of the pipelines, which diffusers imports when asked
+
+    assert BACKENDS
+    for name in ("SanaSprintPipeline", "FluxPipeline", "AutoencoderDC", "AutoencoderKL"):
+        getattr(importlib.import_module("diffusers"), name)
+
+
+def card(turn: Turn) -> Figures:
+    """The name of the card."""
+    import torch
+
+    if turn.tiny or torch.cuda.is_available():
+        return {"machine": "CPU, small layers" if turn.tiny else torch.cuda.get_device_name()}
+    return {"failed": "no card"}
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ class RandomTexts:
         return found
 
 
-def make(name: str, tiny: bool, **changes: Any) -> Model:
-    """The model of a backend's default options: on the GPU in bfloat16, or small ones on the CPU in float32."""
+def make(name: str, tiny: bool, layers: Mapping[str, Mapping[str, Any]] = SMALL, **changes: Any) -> Model:
+    """The model of a backend's default options: on the GPU in bfloat16, or of small `layers` on the CPU in float32."""
     device, dtype = ("cpu", "float32") if tiny else ("cuda", "bfloat16")
     options = backend_factory(name).options(device=device, dtype=dtype, cache_dir="", self_check=False)
     options = replace(options, **changes)
@@ -120,7 +120,7 @@ def make(name: str, tiny: bool, **changes: Any) -> Model:
             continue
         values = {key: value for key, value in config.items() if key != "_class_name"}
         kind: Any = getattr(diffusers, config["_class_name"])
-        small = SMALL.get(config["_class_name"], {}) if tiny else {}
+        small = layers.get(config["_class_name"], {}) if tiny else {}
         parts[part] = _made(kind, values | small, torch.device(device), DTYPES[dtype])
     pipeline: Any = getattr(diffusers, published.pipeline)
     absent = {part: None for part in pipeline._get_signature_keys(pipeline)[0] if part not in parts}
