@@ -282,6 +282,8 @@ def _reward_line(figures: RunFigures) -> CardLine | None:
         value += f" (judge {format_estimate(judge.value, judge.stderr)})"
     if figures.efficiency is None:
         return CardLine("reward", f"{value}; efficiency not known", _EFFICIENCY)
+    if figures.efficiency.stderr > 1:  # tiny nats, few prompts: digits that say nothing
+        return CardLine("reward", f"{value}; efficiency not known to 100 %", _EFFICIENCY, "open")
     share = format_estimate(100 * figures.efficiency.value, 100 * figures.efficiency.stderr)
     least = "at least " if figures.efficiency_at_least else ""
     of = " of what these nats buy" if judge is None else " efficient"

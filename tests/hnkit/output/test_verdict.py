@@ -305,3 +305,11 @@ def test_a_card_of_somebody_else_is_escaped():
     assert "<script>" not in render_html("t", [], card=card)
     assert "\x1b" not in printed(card)
     assert set(CARD_MARKS) == {"good", "bad", "open", ""}
+
+
+def test_an_efficiency_that_few_prompts_of_tiny_nats_cannot_tell_has_no_digits():
+    known = {"kl": Estimate(1e-9, 1e-11), "gain": Estimate(1e-5, 1.3e-4)}
+    vague = str(verdict_card(RunFigures(**known, efficiency=Estimate(3414.3, 45663.8))))
+    assert "efficiency not known to 100 %" in vague
+    assert "3414" not in vague
+    assert "90 ± 40 % of what these nats buy" in str(verdict_card(RunFigures(**known, efficiency=Estimate(0.9, 0.4))))
