@@ -1,9 +1,9 @@
 """What evaluation by two processes costs against one: `docs/results/shared-out.json`.
 
 Each command is run by one process and by two of torchrun's, on the bundled miniature, one thread each, one after the
-other in this run. Figures are seconds of CPU time of the process that needs most of them, from its start to its end,
-loading included, so that a busy machine does not change them; and the least that loading takes is measured beside them,
-by a command that is refused when all is loaded. 1 / W would be 0.5.
+other in this run. Figures are seconds of CPU time, user and system, of each process from its start to its end, so that
+a busy machine does not change them; and what loading takes is measured beside them, by a command that is refused when
+all is loaded. Without loading, 1 / W = 0.5 is the least that the larger share can be, and 1 what both do together.
 
     python benchmarks/shared_out.py             some minutes
     python benchmarks/shared_out.py frontier    the cases whose name holds the word; the others stay as they are
@@ -22,11 +22,12 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "shared-out.json"
 PROMPTS = 8
 DRIVER = """
-import atexit, json, os, time
+import atexit, json, os
 from pathlib import Path
 
 def note():
-    Path(os.environ["TIMES"], os.environ.get("RANK", "0") + ".json").write_text(json.dumps(time.process_time()))
+    used = sum(os.times()[:4])  # user and system, its own and of processes that it has waited for
+    Path(os.environ["TIMES"], os.environ.get("RANK", "0") + ".json").write_text(json.dumps(used))
 
 atexit.register(note)
 from hnkit.cli.app import main
@@ -45,7 +46,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "generate": ("generate", *COMMON, "--count", "48"),
     "frontier": ("frontier", *COMMON, "--reward", "redness=1", "--base-samples", "48", "--samples", "8"),
     "compare": (
-        "compare", *COMMON, "--quick", "--seeds", "1", "--methods", "base,hypernoise,reno",
+        "compare", *COMMON, "--quick", "--seeds", "2", "--methods", "base,hypernoise,reno",
+        "--set", "compare.reno_iterations=100",
         "--set", "compare.ranks=[]", "--set", "compare.losses=[]", "--set", "compare.diversity_seeds=2",
         "--set", "compare.measure_samples=2", "--set", "compare.batch=2", "--set", "compare.steps=[1]",
     ),
@@ -57,8 +59,8 @@ EMPTY = ("generate", "--backend", "digits", "--adapter", "bundled", "--prompt", 
 """What loads all and is then refused."""
 
 
-def seconds(place: Path, processes: int, command: tuple[str, ...], status: tuple[int, ...] = (0, 1)) -> float:
-    """CPU seconds of the process that needs most."""
+def seconds(place: Path, processes: int, command: tuple[str, ...], status: tuple[int, ...] = (0, 1)) -> list[float]:
+    """CPU seconds of every process."""
     with tempfile.TemporaryDirectory() as times:
         start = (str(place / "driver.py"),)
         if processes > 1:
@@ -69,16 +71,22 @@ def seconds(place: Path, processes: int, command: tuple[str, ...], status: tuple
         )
         if done.returncode not in status:
             raise SystemExit(f"{' '.join(command)} by {processes}: {done.returncode}\n{done.stderr[-2000:]}")
-        return max(float(json.loads(path.read_text())) for path in Path(times).glob("*.json"))
+        return [float(json.loads(path.read_text())) for path in sorted(Path(times).glob("*.json"))]
 
 
 def case(place: Path, name: str) -> dict[str, Any]:
     """One command by one process, and by two."""
     kind = name.replace(" ", "-").replace(",", "")
     found = {str(count): seconds(place, count, (*CASES[name], "--out", f"{kind}-{count}")) for count in (1, 2)}
-    load = seconds(place, 1, EMPTY, (2,))
-    work = (found["2"] - load) / (found["1"] - load)
-    return {"seconds": found, "loading": load, "ratio": found["2"] / found["1"], "ratio_without_loading": work}
+    (load,) = seconds(place, 1, EMPTY, (2,))
+    (alone,), work = found["1"], [used - load for used in found["2"]]
+    return {
+        "seconds": found,
+        "loading": load,
+        "ratio": max(found["2"]) / alone,
+        "largest_share": max(work) / (alone - load),
+        "sum_of_shares": sum(work) / (alone - load),
+    }
 
 
 def main() -> None:

@@ -370,8 +370,9 @@ def plans() -> str:
         "decoder and rewards; then they leave the card. "
         f"Steps per hour are at {document['share']:.0%} of the card's roofline, an assumption. Where a step does not "
         "fit, the quickest that make it fit of the options that recompute (`vae_checkpointing`, "
-        "`generator_checkpointing`, `hypernetwork_checkpointing`), or the least that they need. Sizes are read in "
-        "public repositories that quote the models' configurations, and hold to the published number of parameters."
+        "`generator_checkpointing`, `hypernetwork_checkpointing`) and `lora_autocast`, or the least that they need. "
+        "Sizes are read in public repositories that quote the models' configurations, and hold to the published "
+        "number of parameters."
     )
     return to_markdown(Table(headers, tuple(rows), caption))
 
@@ -381,19 +382,24 @@ def shared_out() -> str:
     rows: list[tuple[Cell, ...]] = [
         (
             name,
-            f"{case['seconds']['1']:.0f} s",
-            f"{case['seconds']['2']:.0f} s",
+            f"{case['seconds']['1'][0]:.0f} s",
+            " and ".join(f"{used:.0f} s" for used in case["seconds"]["2"]),
             f"{case['loading']:.0f} s",
             f"{case['ratio']:.2f}",
-            f"{case['ratio_without_loading']:.2f}",
+            f"{case['largest_share']:.2f}",
+            f"{case['sum_of_shares']:.2f}",
         )
         for name, case in _document("shared-out")["cases"].items()
     ]
     caption = (
-        "On the bundled miniature, `python benchmarks/shared_out.py`: CPU time on one thread, of the process that "
-        "needs most. Loading is done by every process; 0.5 is what two processes could reach at best."
+        "On the bundled miniature, `python benchmarks/shared_out.py`: CPU time, user and system, of each process on "
+        "one thread, not time by the clock. Every process loads, which on so small a model is most of it; the ratios "
+        "without loading are of the busier process, of which 0.50 is the least there can be, and of both together."
     )
-    headers = ("command", "one process", "two processes", "of it loading", "ratio", "ratio without loading")
+    headers = (
+        "command", "one process", "each of two", "of it loading", "busier of two / one", "the same without loading",
+        "both / one, without loading",
+    )  # fmt: skip
     return to_markdown(Table(headers, tuple(rows), caption))
 
 
