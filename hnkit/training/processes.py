@@ -171,6 +171,13 @@ def _from_main(value: Tensor, processes: Processes) -> Tensor:
     return same
 
 
+def _given(overrides: Sequence[str], key: str) -> str | None:
+    """What the last of the user's `table.key=value` says of a key, without quotes; `None` where none does."""
+    pairs = (override.partition("=")[::2] for override in overrides)
+    said = [text.strip(" \"'") for name, text in pairs if name.strip() == key]
+    return said[-1] if said else None
+
+
 def evaluation_workers(backend: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Workers:
     """The processes of a command that trains nothing: those of torchrun, else this one alone.
 
@@ -184,11 +191,10 @@ def evaluation_workers(backend: str | None, overrides: Sequence[str], settings: 
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
-    given = [flag.partition("=")[2].strip(" \"'") for flag in overrides if flag.startswith("backend.device=")]
     default = "auto" if backend is None else vars(backend_factory(backend).options()).get("device", "cpu")
-    if any(flag.partition("=")[::2] == ("backend.shard", "true") for flag in overrides):
+    if _given(overrides, "backend.shard") == "true":
         raise InputError("backend.shard: only hnkit train shares a network out over processes: leave it out here")
-    processes = Processes(given[-1] if given else str(default))
+    processes = Processes(_given(overrides, "backend.device") or str(default))
     facts = {name: repr(value) for name, value in settings.items()}
     processes.require_same({"--backend": repr(backend), "--set": repr(tuple(overrides)), **facts, **versions()})
     return processes

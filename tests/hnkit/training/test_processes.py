@@ -160,3 +160,12 @@ def test_processes_that_cannot_find_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="3 processes were started"):
         processes.Processes("auto")
+
+
+@pytest.mark.parametrize(
+    "flags", [["backend.shard=true"], ["backend.shard = true"], ["backend.shard=false", "backend.shard= true"]]
+)
+def test_evaluation_shares_no_network_out_however_the_flag_is_written(flags, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"^backend\.shard: only hnkit train shares a network out"):
+        processes.evaluation_workers(None, flags, {})
