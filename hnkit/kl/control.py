@@ -44,14 +44,14 @@ def controlled_mean(values: Tensor, control: Tensor) -> Estimate:
     n = len(values)
     if n < FEWEST:
         return Estimate(*mean_and_stderr(values))
-    _, residuals = _slopes_of_others(values, control)
+    slopes, residuals = _slopes_of_others(values, control)
     s = control.double()
     s0 = s - s.mean()
     square = s0.square().sum()
     weights = torch.full_like(s, 1 / n)
     if bool(square > 1e-20 * s.square().sum()):
         weights = weights - s.mean() * s0 / square
-    return Estimate(float(leave_one_out(values, control).mean()), float((weights * residuals).norm()))
+    return Estimate(float((values - slopes * control).mean()), float((weights * residuals).norm()))
 
 
 def _slopes_of_others(values: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:

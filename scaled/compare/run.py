@@ -260,8 +260,8 @@ class _Session:
     @property
     def train_steps(self) -> int:
         """Optimiser steps of what is trained here."""
-        most = QUICK_STEPS if self.settings.quick else self.config.train.steps
-        return self.plan.train_steps or min(self.config.train.steps, most)
+        steps = self.config.train.steps
+        return self.plan.train_steps or (min(steps, QUICK_STEPS) if self.settings.quick else steps)
 
     # --- networks ------------------------------------------------------------------------------------------
 

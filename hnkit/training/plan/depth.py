@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hnkit.training.plan.ledger import Ledger, Place, Work
+from hnkit.training.plan.ledger import Ledger, Place, Work, peak_of
 
 LEAST = 12
 """Blocks of a list that is counted on fewer of them."""
@@ -43,7 +43,7 @@ class Trace:
 
     def peak(self, stage: str) -> int:
         """The most bytes that lived at once in a stage."""
-        return max(size for (found, _), size in self.peaks.items() if found == stage)
+        return peak_of(self.peaks, stage)
 
 
 class Depth:

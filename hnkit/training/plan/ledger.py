@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +66,11 @@ class Work:
         return Work(self.counts + other.counts)
 
 
+def peak_of(peaks: Mapping[Place, int], stage: str) -> int:
+    """The largest of the peaks that were noted in a stage, wherever in it."""
+    return max(size for (found, _), size in peaks.items() if found == stage)
+
+
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Account of the storages that are made while it is entered.
 
@@ -97,7 +102,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def peak(self, stage: str) -> int:
         """The most bytes that lived at once in a stage."""
-        return max(size for (found, _), size in self.peaks.items() if found == stage)
+        return peak_of(self.peaks, stage)
 
     def _high(self) -> None:
         key = self.stage, self.place
