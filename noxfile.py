@@ -19,6 +19,7 @@ TEST_TOOLS = (
 )  # fmt: skip
 WITHOUT_DEPENDENCIES = ("open_clip_torch",)
 """Run by the tests of foreign formats; what they declare would bring torchvision, and with it another torch."""
+CHECK_TOOLS = ("ruff", "mypy", "pip-audit")
 PROVER = (
     "coq",
     "libcoq-mathcomp",
@@ -103,28 +104,65 @@ def demo(session: nox.Session) -> None:
     )  # fmt: skip
 
 
+def _install_all(session: nox.Session) -> None:
+    """Install all that tests and checks need: the lock, which holds the tools too, or the pinned versions."""
+    if not _install_locked(session):
+        _install(session, "scaled,testing,certify,docs", *TEST_TOOLS, *CHECK_TOOLS)
+        session.install("-q", "-c", PINS, "--no-deps", *WITHOUT_DEPENDENCIES)
+
+
+def _run_tests(session: nox.Session, *options: str) -> None:
+    session.env.update(OMP_NUM_THREADS="1")  # the workers share the cores
+    # each worker begins with one half of the files, so that what a file prepares is prepared once
+    session.run("pytest", "-q", "-n", "auto", "--dist", "worksteal", *options, *session.posargs)
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The whole test suite, with coverage, on files whose hashes are on record wherever the lock is for."""
-    if not _install_locked(session):
-        _install(session, "scaled,testing,certify,docs", *TEST_TOOLS)
-        session.install("-q", "-c", PINS, "--no-deps", *WITHOUT_DEPENDENCIES)
-    session.env.update(OMP_NUM_THREADS="1")  # the workers share the cores
-    session.run("pytest", "-q", "-n", "auto", "--cov", "--cov-report=term:skip-covered", *session.posargs)
+    """The whole test suite, on files whose hashes are on record wherever the lock is for."""
+    _install_all(session)
+    _run_tests(session)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """The whole test suite and the lines that it does not reach; takes a fifth longer than `tests`."""
+    _install_all(session)
+    _run_tests(session, "--cov", "--cov-report=term:skip-covered")
+
+
+@nox.session
+def gate(session: nox.Session) -> None:
+    """All that a change has to pass, in one environment: lint, types, audit, proofs, tests."""
+    _install_prover(session)
+    _install_all(session)
+    _run_lint(session)
+    _run_types(session)
+    _run_audit(session)
+    _run_proofs(session)
+    _run_tests(session)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style and the checks of ruff."""
     session.install("-q", "-c", PINS, "ruff")
+    _run_lint(session)
+
+
+def _run_lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Strict types of the three folders, and the pins and licences of what they need."""
+    """Strict types of the three folders."""
     _install(session, "scaled,testing,certify", "mypy")
+    _run_types(session)
+
+
+def _run_types(session: nox.Session) -> None:
     # mypy does not follow an editable install's finder: it reads a tree of links laid out as the wheel is
     tree = Path(session.create_tmp()) / "types"
     shutil.rmtree(tree, ignore_errors=True)
@@ -132,13 +170,16 @@ def types(session: nox.Session) -> None:
     for inner in (*Path("hnkit").iterdir(), Path("toy"), Path("scaled")):
         (tree / "hnkit" / inner.name).symlink_to(inner.resolve())
     session.run("mypy", env={"MYPYPATH": str(tree.resolve())})
-    session.run("python", "docs/audit.py")  # everything is installed here already
 
 
 @nox.session
 def audit(session: nox.Session) -> None:
     """Known vulnerabilities of the pinned versions where the data can be reached; pins and licences always."""
-    _install(session, "scaled,testing,certify,docs", "pip-audit")
+    _install_all(session)
+    _run_audit(session)
+
+
+def _run_audit(session: nox.Session) -> None:
     report = Path(session.create_tmp()) / "audit.json"
     report.unlink(missing_ok=True)
     session.run(
@@ -169,6 +210,10 @@ def proofs(session: nox.Session) -> None:
     """Every statement's executable check, and the machine-checked proofs with the axioms they use."""
     _install_prover(session)
     _install(session, "certify", "sympy", "mpmath")
+    _run_proofs(session)
+
+
+def _run_proofs(session: nox.Session) -> None:
     session.run("python", "proofs/coq/check.py")
     session.run("python", "proofs/run.py")
 
