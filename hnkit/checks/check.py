@@ -238,9 +238,9 @@ def confidence_radius(stderr: float, count: int) -> float:
     Raises:
         NotApplicable: fewer than two samples: their error is not known.
     """
-    from scipy.stats import t as student
+    from hnkit.internal.stats import student_quantile
 
     if count < 2:
         raise NotApplicable("one sample has no standard error: use --samples 2 or more")
     _comparisons.set(_comparisons.get() + 1)
-    return float(student.isf(FALSE_ALARM / FAMILY / 2, count - 1)) * stderr
+    return -student_quantile(FALSE_ALARM / FAMILY / 2, count - 1) * stderr

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
-from scipy.stats import norm
+from scipy.special import ndtr
 from torch import Tensor
 
 from hnkit.bounds import BOUNDS
@@ -165,7 +166,7 @@ def _density_plot(measured: MeasuredProblem) -> Plot:
     points = torch.from_numpy(grid)[:, None]
     target = problem.log_p0_star(points).exp().numpy()
     curves = {
-        "base  p₀": norm.pdf(grid),
+        "base  p₀": np.exp(-(grid**2) / 2) / math.sqrt(2 * math.pi),
         "tilted  p₀*": target,
         "optimum of the L2 loss": _pushed_density(problem.l2_map(), grid),
         "optimum of the exact loss": _pushed_density(problem.optimal_map(), grid),
@@ -185,6 +186,6 @@ def _pushed_density(f: NoiseMap, grid: np.ndarray) -> np.ndarray:
         moved = np.maximum.accumulate((x + f(x[:, None]).flatten()).numpy())
     half = (grid[1] - grid[0]) / 2
     edges = np.append(grid - half, grid[-1] + half)
-    mass = norm.cdf(np.interp(edges, moved, x.numpy(), left=-np.inf, right=np.inf))
+    mass = ndtr(np.interp(edges, moved, x.numpy(), left=-np.inf, right=np.inf))
     density: np.ndarray = np.diff(mass) / (2 * half)
     return density

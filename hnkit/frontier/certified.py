@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from hnkit.errors import InputError
 from hnkit.frontier.curve import LEAST_EFFECTIVE, LEAST_SAMPLES, checked_samples, spread_of
+from hnkit.internal.stats import student_quantile
 
 _SCALES = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
 _CLIPS = (0.5, 1.0, 2.0, 3.0)
@@ -105,7 +105,7 @@ def gap_lower_bound(
     log_z = torch.stack([(r / alpha).logsumexp(0) - math.log(len(r)) for r in bases])
     delta = (1 - confidence) / 2
     penalty = math.log(1 / delta) / count
-    lower = mean.value + float(log_z.mean()) - penalty - float(student.isf(delta, mean.freedom)) * mean.stderr
+    lower = mean.value + float(log_z.mean()) - penalty + student_quantile(delta, mean.freedom) * mean.stderr
     normaliser, variance = _normaliser([r / alpha for r in bases])
     weights = [(r / alpha).softmax(0).square().sum() for r in bases]
     effective = 1 / float(torch.stack(weights).mean())

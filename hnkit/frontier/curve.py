@@ -20,13 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from hnkit.errors import InputError
 from hnkit.frontier.cumulant import cumulant, effective_samples, halved, tail_index
 from hnkit.internal.seeds import generator_for
-from hnkit.internal.stats import Estimate, mean_and_stderr, standard_deviation
+from hnkit.internal.stats import Estimate, mean_and_stderr, standard_deviation, student_quantile
 
 LEAST_SAMPLES = 8
 """Base samples that a prompt needs, at least."""
@@ -385,7 +384,7 @@ def _widened(spread: float, bias: float, units: int, growth: float, carrying: fl
         carrying: how many samples carry the spread of the weights.
     """
     freedom = 1 / (1 / (units - 1) + 1 / (2 * carrying))
-    factor = float(student.ppf(0.975, freedom)) / _NORMAL * (1 + growth)
+    factor = student_quantile(0.975, freedom) / _NORMAL * (1 + growth)
     return factor * math.hypot(spread, _BIAS * bias)
 
 
@@ -395,7 +394,7 @@ def over_prompts(gains: Tensor) -> Estimate:
     Of few prompts it is the standard error with Student's factor; of one it is not known, NaN.
     """
     mean, stderr = mean_and_stderr(gains)
-    return Estimate(mean, stderr * float(student.ppf(0.975, len(gains) - 1)) / _NORMAL if len(gains) > 1 else stderr)
+    return Estimate(mean, stderr * student_quantile(0.975, len(gains) - 1) / _NORMAL if len(gains) > 1 else stderr)
 
 
 def _of_a_scale(stderr: float, value: float) -> float:

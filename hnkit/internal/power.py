@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import chi2, norm
-from scipy.stats import t as student
+from scipy.special import chdtri, gammaincinv, ndtr
 from torch import Tensor
 
 from hnkit.errors import InputError
+from hnkit.internal.stats import student_quantile
 
 LEVEL, POWER = 0.05, 0.8
 """Two-sided level of the t-test over prompts, and the probability with which a difference is to be found."""
@@ -140,8 +139,8 @@ def power(difference: float, variance: float, prompts: int, *, level: float = LE
     freedom = prompts - 1
     shift = abs(difference) * math.sqrt(prompts / variance)
     # given the sample's standard deviation s sigma the statistic is Gaussian; scipy's nct is NaN at shifts of 36 or so
-    critical = float(student.isf(level / 2, freedom)) * np.sqrt(chi2.ppf(_NODES, freedom) / freedom)
-    return float(_WEIGHTS @ (norm.cdf(shift - critical) + norm.cdf(-shift - critical)))
+    critical = -student_quantile(level / 2, freedom) * np.sqrt(2 * gammaincinv(freedom / 2, _NODES) / freedom)
+    return float(_WEIGHTS @ (ndtr(shift - critical) + ndtr(-shift - critical)))
 
 
 def needed_prompts(difference: float, variance: float, *, wanted: float = POWER, level: float = LEVEL) -> int:
@@ -175,10 +174,12 @@ def needed_prompts(difference: float, variance: float, *, wanted: float = POWER,
 
 def detectable(variance: float, prompts: int, *, wanted: float = POWER, level: float = LEVEL) -> float:
     """The smallest difference that `prompts` prompts find with probability `wanted`."""
+    from scipy.optimize import brentq
+
     if variance <= 0:
         return 0.0
     unit = math.sqrt(variance / prompts)
-    top = float(student.isf(level / 2, prompts - 1)) + 10
+    top = -student_quantile(level / 2, prompts - 1) + 10
     return unit * float(brentq(lambda z: power(z * unit, variance, prompts, level=level) - wanted, 0.0, 3 * top))
 
 
@@ -206,7 +207,7 @@ def needs(found: Components, difference: float, seeds: tuple[int, ...] = (1, 2, 
     result = []
     for count in (1,) if found.residual is None else seeds:
         variance, freedom = found.variance(count), found.freedom(count)
-        low, high = (variance * freedom / float(chi2.isf(tail, freedom)) for tail in (0.025, 0.975))
+        low, high = (variance * freedom / float(chdtri(freedom, tail)) for tail in (0.025, 0.975))
         prompts, least = (needed_prompts(difference, value) for value in (variance, low))
         most = needed_prompts(difference, high) if power(difference, high, _MOST) >= POWER else None
         result.append(Need(count, prompts, least, most, 2 * prompts * count))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
+from scipy.special import stdtrit
 from torch import Tensor
 
 # A spread below this share of the mean is rounding: every sample has the same value.
@@ -38,6 +39,11 @@ class Estimate:
     def __str__(self) -> str:
         text = rounded_to_error(self.value, self.stderr)
         return f"{text} (bias at most {rounded_up(self.bias_bound, 2)})" if self.bias_bound else text
+
+
+def student_quantile(probability: float, freedom: float) -> float:
+    """What Student's t with `freedom` degrees of freedom stays below with `probability`."""
+    return float(stdtrit(freedom, probability))  # as scipy.stats, which takes half a second to import
 
 
 def rounded_to_error(value: float, stderr: float) -> str:

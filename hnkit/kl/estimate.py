@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
 from hnkit.internal.stats import Estimate, mean_and_stderr, rounded_up
@@ -175,10 +176,8 @@ class Folds:
     @classmethod
     def of(cls, sign: Tensor, density: Tensor) -> Folds:
         """From the signs of `det(I + J)` and the change-of-variables integrand, each `(n,)`."""
-        from scipy.stats import beta
-
         n, negative = len(sign), int((sign < 0).sum())
-        upper = 1.0 if negative == n else float(beta.ppf(0.95, negative + 1, n - negative))
+        upper = 1.0 if negative == n else float(betaincinv(negative + 1, n - negative, 0.95))
         weight = torch.exp(-density)
         return cls(n, negative, upper, Estimate.of(sign * weight), Estimate.of((sign < 0) * weight))
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from hnkit.errors import InputError, MissingDerivativeError
 from hnkit.internal.seeds import check_generator
-from hnkit.internal.stats import Estimate, ratio_and_stderr, rounded_to_error
+from hnkit.internal.stats import Estimate, ratio_and_stderr, rounded_to_error, student_quantile
 from hnkit.jacobian import RowJacobian, check_batch, check_map, rows_per_pass
 from hnkit.kl.estimators import dot, draw_probes
 from hnkit.kl.method import check_counts, check_fractions
@@ -275,7 +274,7 @@ def _interval(least: Tensor, most: Tensor, base: Tensor) -> tuple[float, float]:
     carrying = float(shares.sum().square() / shares.square().sum())
     if carrying < 2:
         return -math.inf, math.inf
-    factor = float(student.ppf((1 + _LEVEL) / 2, carrying - 1))
+    factor = student_quantile((1 + _LEVEL) / 2, carrying - 1)
     ends = [
         value + sign * factor * stderr
         for sign, (value, stderr) in ((-1, _bounded_ratio(least, base)), (1, _bounded_ratio(most, base)))

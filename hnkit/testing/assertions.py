@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import torch
-from scipy.stats import norm as normal_law
+from scipy.special import ndtri
 from torch import Tensor
 
 from hnkit.bounds import BOUNDS, local_theorem7_bound, theorem7_bound
@@ -49,7 +49,7 @@ def fail(message: str) -> None:
 def _threshold(false_alarm: float, tests: int = 1) -> float:
     if not 0 < false_alarm < 1:
         raise InputError(f"false_alarm = {false_alarm}: a probability strictly between 0 and 1")
-    return float(normal_law.isf(false_alarm / (2 * tests)))
+    return -float(ndtri(false_alarm / (2 * tests)))
 
 
 def require_samples(count: int) -> None:
