@@ -257,8 +257,9 @@ def _installed(group: str) -> dict[str, list[EntryPoint]]:
     found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=group):
         same = found.setdefault(point.name, [])
-        if (point.value, _distribution(point)) not in {(other.value, _distribution(other)) for other in same}:
-            same.append(point)  # a distribution that is seen twice, as in a checkout of it, is one
+        # a distribution that is seen twice, as in a checkout of it, is one; a name is read from a file of metadata
+        if not same or (point.value, _distribution(point)) not in {(p.value, _distribution(p)) for p in same}:
+            same.append(point)
     return found
 
 

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
 INK, GREY = "#1c1e21", "#8a9099"
 
+_DPI = 160  # of the files
+
 _STYLE = {
     "figure.dpi": 100,
-    "savefig.dpi": 160,
     "figure.facecolor": "white",
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
@@ -102,13 +103,16 @@ def step_axis(axes: Axes) -> None:
 
 def to_png(figure: Figure) -> bytes:
     """The figure as the bytes of a PNG file without alpha or time stamp, so that equal figures are equal files."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    drawn, buffer = io.BytesIO(), io.BytesIO()
+    # as savefig, which draws twice: once for the layout, once for the file
+    canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
+    figure.set_dpi(_DPI)
     with warnings.catch_warnings():  # prompts are written in every script, the font of plots knows a few
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(drawn, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 0})
-    Image.open(drawn).convert("RGB").save(buffer, format="png")
+        canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, format="png")
     return buffer.getvalue()
 
 
