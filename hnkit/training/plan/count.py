@@ -194,7 +194,7 @@ def _traced(
     first, condition = _inputs(skeleton, rows, backend.noise_shape if shape is None else shape)
     first.requires_grad_(name != F)
     begun: dict[str, int] = {}
-    with counting() as ledger, followed(f"the part {name!r}"), _uncollected():
+    with counting() as ledger, followed(f"the part {name!r}"), _collected_after():
 
         def enter(part: str) -> None:
             begun.setdefault(part, ledger.live)
@@ -214,22 +214,29 @@ def _traced(
                 torch.autograd.backward(wanted, gradients)
                 del gradients
             ledger.enter("over")
-    for parameter in backend.hypernetwork.parameters():
-        parameter.grad = None
-    first.grad = None
-    del outputs, wanted
-    gc.collect()
+        for parameter in backend.hypernetwork.parameters():
+            parameter.grad = None
+        first.grad = None
+        del outputs, wanted
     return Trace(begun, ledger.peaks, ledger.work, ledger.live)
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without collections of cycles: they take a tenth of the time, and free what a cycle holds at any moment."""
-    enabled = gc.isenabled()
+def _collected_after() -> Iterator[None]:
+    """Without collections of cycles, which free what a cycle holds at any moment; at the end, one of what is new.
+
+    What was there before is frozen for so long: all that the libraries hold takes longer to look through than a trace.
+    """
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.disable()
+    if not frozen:
+        gc.freeze()
     try:
         yield
+        gc.collect()
     finally:
+        if not frozen:
+            gc.unfreeze()
         if enabled:
             gc.enable()
 
