@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -44,18 +45,18 @@ def source_files() -> dict[str, Path]:
 FILES = source_files()
 
 
-def imported(path: Path, *, names: dict[str, Path] | None = None, every: bool = False) -> set[str]:
+@functools.cache
+def imported(path: Path, *, every: bool = False) -> frozenset[str]:
     """Modules of hnkit (or `every` one) that a file imports anywhere, lazily or for types, by their longest names."""
-    known = FILES if names is None else names
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             found |= {
-                inner if (inner := f"{node.module}.{alias.name}") in known else node.module for alias in node.names
+                inner if (inner := f"{node.module}.{alias.name}") in FILES else node.module for alias in node.names
             }
-    return {name for name in found if every or name == "hnkit" or name.startswith("hnkit.")}
+    return frozenset(name for name in found if every or name == "hnkit" or name.startswith("hnkit."))
 
 
 def room(name: str) -> str:
