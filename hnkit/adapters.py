@@ -106,7 +106,7 @@ def load_trained(
     run = _run_of(adapter)
     config: RunConfig | None = None
     if run is not None:
-        config = resolve_config(resume=run, overrides=overrides, training=False)
+        config = resolve_config(resume=run, overrides=overrides, rewards_of_files="none")
         if config.backend != name:
             raise InputError(f"--adapter {adapter} was trained with --backend {config.backend}, not {name}")
         options = config.options

@@ -263,7 +263,7 @@ def resolve_config(
     rewards: Sequence[str] = (),
     heldout: Sequence[str] = (),
     resume: str | Path | None = None,
-    training: bool = True,
+    rewards_of_files: Literal["all", "installed", "none"] = "all",
 ) -> RunConfig:
     """Merge defaults, preset, file and flags into one checked configuration.
 
@@ -278,7 +278,8 @@ def resolve_config(
         resume: a run folder; its saved configuration takes the place of the defaults and of the preset `default`. Of a
             run that took several draws by the pathwise gradient, as was once possible, they come back as one: what
             was trained is used as it is, and `train` refuses to go on with it.
-        training: the run is to be trained; else the rewards of files are left out, so that their code is not needed.
+        rewards_of_files: which of them are taken; "all" asks for a flag for each import path, since code is never taken
+            from a file. Only training needs them all.
 
     Raises:
         InputError: in one line, naming the key.
@@ -322,10 +323,14 @@ def resolve_config(
             if path is not None:
                 _require_no_permissions(entries, place, table, set_tables[table])
             if table in ("rewards", "heldout"):
-                if entries and training:
+                wanted = {
+                    name: value for name, value in entries.items()
+                    if rewards_of_files == "all" or (rewards_of_files == "installed" and ":" not in name)
+                }  # fmt: skip
+                if wanted:
                     replaced = bool(flags[table]) and resume is None
-                    known_code = entries if replaced else {parse_reward_flag(flag)[0] for flag in flags[table]}
-                    merged[table] = _reward_specs(entries, place, table, known_code, path)
+                    known_code = wanted if replaced else {parse_reward_flag(flag)[0] for flag in flags[table]}
+                    merged[table] = _reward_specs(wanted, place, table, known_code, path)
             else:
                 accepted = TrainConfig if table == "train" else factory.options
                 known = {key: value for key, value in entries.items() if (table, key) != ("backend", "name")}
@@ -341,6 +346,11 @@ def resolve_config(
         merged["backend"] |= {**_recorded(factory, start), **chosen}
     options = make_options(factory.options, merged["backend"])
     return RunConfig(backend, options, TrainConfig(**merged["train"]), merged["rewards"], merged["heldout"])
+
+
+def own_rewards(run: str | Path) -> list[str]:
+    """The import paths that a run was trained on, functions of its user's."""
+    return [name for name in read_tables(Path(run) / CONFIG_FILE).get("rewards", {}) if ":" in name]
 
 
 def _of_a_run(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -360,8 +370,8 @@ def make_options(build: Callable[..., Any], values: Mapping[str, Any]) -> Any:
 
 
 def resume_command(config: RunConfig, folder: str | Path) -> str:
-    """The flags that go on with a run, as they are typed into a shell: code is named again, it is never in a file."""
-    words = ["--resume", str(folder)]
+    """The command that goes on with a run, as it is typed into a shell: code is named again, it is never in a file."""
+    words = ["hnkit", "train", "--resume", str(folder)]
     for table, specs in (("rewards", config.rewards), ("heldout", config.heldout)):
         for name, spec in specs.items():
             if ":" in name:

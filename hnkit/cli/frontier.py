@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from hnkit.cli.folders import refuse_existing
 from hnkit.cli.options import WithBackend
 from hnkit.errors import InputError
-from hnkit.internal.values import setting
+from hnkit.internal.values import printable, setting
 from hnkit.internal.workers import ALONE, Workers
 
 EXAMPLE = "hnkit frontier --rewards scores.csv"
@@ -68,7 +69,6 @@ def run(options: Options) -> int:
     from hnkit.frontier import frontier_document, methods_on_frontier, page, read_rewards
     from hnkit.internal.files import atomic_write, file_digest, new_run_folder, write_json
     from hnkit.internal.provenance import provenance, record_provenance
-    from hnkit.output import terminal
     from hnkit.output.page import write_html
     from hnkit.training.processes import evaluation_workers
 
@@ -90,30 +90,45 @@ def run(options: Options) -> int:
     document["verdict"] = card.to_json()
     lead = page.sentences(document, beside_card=True)
     picture = page.plot(document)
-    folder = new_run_folder(options.out, "frontier")
-    record_provenance(folder, record)
-    atomic_write(folder / "frontier.png", picture)
-    write_json(folder / "report.json", document)
-    write_html(
-        folder / "report.html", "hnkit frontier: reward per nat", page.sections(document, picture), lead=" ".join(lead),
-        card=card,
-    )  # fmt: skip
+    folder = None
+    try:
+        folder = new_run_folder(options.out, "frontier")
+        record_provenance(folder, record)
+        atomic_write(folder / "frontier.png", picture)
+        write_html(
+            folder / "report.html", "hnkit frontier: reward per nat", page.sections(document, picture),
+            lead=" ".join(lead), card=card,
+        )  # fmt: skip
+        write_json(folder / "report.json", document)
+    except (OSError, InputError):  # what was measured is not lost with the disk
+        _show(document, folder, options, finished=False)
+        raise
+    _show(document, folder, options)
+    return 0
+
+
+def _show(document: dict[str, Any], folder: Path | None, options: Options, *, finished: bool = True) -> None:
+    """Print what was found, as the user asked for it."""
+    from hnkit.frontier import page
+    from hnkit.output import terminal
+
     if options.as_json:
-        terminal.print_json({**document, "run_folder": str(folder)})
-        return 0
+        where = {"run_folder": None if folder is None else str(folder)}
+        terminal.print_json(document | where | ({} if finished else {"finished": False}))
+        return
     screen = terminal.console()
     screen.print(terminal.simple_table(*page.table(document)))
-    for sentence in lead:
+    for sentence in page.sentences(document, beside_card=True):
         screen.print(terminal.Words(sentence))
-    terminal.print_card(card)
-    print(f"report: {folder / 'report.html'}")
-    return 0
+    terminal.print_card_of(document)
+    if finished and folder is not None:
+        print(f"report: {folder / 'report.html'}")
 
 
 def _measured(options: Options, workers: Workers) -> tuple[Any, dict[str, Any]]:
     """The network on the frontier, and what that was made with."""
     from hnkit.adapters import adapter_digests, default_prompts, load_trained, local_files_only, named_adapter
-    from hnkit.config import CONFIG_FILE, parse_reward_flag, resolve_config
+    from hnkit.config import CONFIG_FILE, own_rewards, parse_reward_flag, resolve_config
     from hnkit.frontier.measured import FrontierSettings, network_on_frontier
     from hnkit.internal.provenance import provenance
     from hnkit.prompts import read_prompts
@@ -130,11 +145,10 @@ def _measured(options: Options, workers: Workers) -> tuple[Any, dict[str, Any]]:
     if not specs:
         run_folder = next((folder for folder in (adapter, adapter.parent) if (folder / CONFIG_FILE).is_file()), None)
         if run_folder is not None:
-            specs = dict(resolve_config(resume=run_folder).rewards)
-        if own := next((reward for reward in specs if ":" in reward), None):
-            raise InputError(
-                f"the run was trained on {own!r}, a function of its user's: give --reward {own}=WEIGHT to run it"
-            )
+            if own := own_rewards(run_folder):
+                words = shlex.join(word for reward in own for word in ("--reward", printable(f"{reward}=WEIGHT")))
+                raise InputError(f"{run_folder} was trained on {own[0]!r}, a function of its user's: give {words}")
+            specs = dict(resolve_config(resume=run_folder, rewards_of_files="installed").rewards)
     backend, trained = load_trained(name, adapter, options.all_overrides())
     local = local_files_only(name, options.overrides)
     given = options.prompts

@@ -12,6 +12,7 @@ from hnkit.cli.folders import resumed_folder
 from hnkit.cli.options import WithBackend, flags_of
 from hnkit.config import CONFIG_FILE, RunConfig, TrainConfig, resolve_config
 from hnkit.errors import InputError
+from hnkit.internal.files import require_run_folder
 from hnkit.internal.values import setting
 
 CARD = "h100"
@@ -53,6 +54,7 @@ def run(options: Options) -> int:
         folder = resumed_folder(options.resume, options.out, "train", CONFIG_FILE)
         if not os.path.lexists(folder):
             raise InputError(f"--resume {folder}: no run is there (there is no such folder): name a run folder")
+        require_run_folder(folder, "train")  # before anything is asked for what a foreign configuration says
     flags = [f"train.{name}={value}" for name, value in options.settings.items()]
     config = resolve_config(
         backend=options.backend,

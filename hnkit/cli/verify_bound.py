@@ -175,7 +175,8 @@ def run(options: Options) -> int:
             written = parts.finish(report)
         except (OSError, InputError):  # what was measured is not lost with the disk
             if options.as_json:
-                terminal.print_json({**report.to_json(), "run_folder": None})
+                begun = None if parts.folder is None else str(parts.folder)
+                terminal.print_json({**report.to_json(), "finished": False, "run_folder": begun})
             else:
                 terminal.console().print(report_view(report, verbose=options.verbose))
             raise

@@ -47,8 +47,10 @@ def atomic_write(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):  # writing names no file, and the rest would name one that is gone
+            error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -237,7 +237,10 @@ def describe(annotation: Any) -> str:
         if members[-1] is Ellipsis:
             return f"a list, each entry {describe(members[0])}"
         return f"a list of {len(members)} entries, each {describe(members[0])}"
-    words = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string", Path: "a path"}
+    words = {
+        bool: "true or false", int: "an integer", float: "a finite number", str: "a string", Path: "a path",
+        dict: "a table", list: "a list",
+    }  # fmt: skip
     return words.get(annotation, "none")
 
 

@@ -50,7 +50,7 @@ def export_adapter(
         if not override.startswith("backend."):
             raise InputError(f"--set {override}: only backend.KEY=VALUE applies here")
     run, folder, found = _read(Path(checkpoint))
-    config = resolve_config(resume=run, overrides=overrides, training=False)
+    config = resolve_config(resume=run, overrides=overrides, rewards_of_files="none")
     backend = load_backend(backend_factory(config.backend), config.options)
     trained = completed(backend.direct()) if config.train.objective == "direct" and backend.direct else backend
     with written_here(run):

@@ -11,7 +11,7 @@ from typing import Any
 
 from hnkit.adapters import BUNDLED, adapter_digests, load_backend
 from hnkit.backend import BackendBase, BundlesAdapter, backend_factory
-from hnkit.config import CONFIG_FILE, RunConfig, read_tables, resolve_config, split_model, split_permissions
+from hnkit.config import CONFIG_FILE, RunConfig, own_rewards, resolve_config, split_model, split_permissions
 from hnkit.errors import InputError
 from hnkit.internal.files import read_sealed
 from hnkit.prompts import require_disjoint
@@ -73,8 +73,9 @@ def configuration(backend: str, adapter: str | Path | None, overrides: Sequence[
         recorded: Any = backend_factory(backend)
         flags = [f"backend.{key}={_toml(value)}" for key, value in recorded.recorded(adapter).items()]
         return resolve_config(backend=backend, overrides=[*flags, *overrides])
-    code = [name for name in read_tables(run / CONFIG_FILE).get("rewards", {}) if ":" in name]
-    config = resolve_config(backend=backend, resume=run, overrides=overrides, training=not code)
+    code = own_rewards(run)
+    taken: Any = "none" if code else "installed"  # a held-out score of its user's is not compared
+    config = resolve_config(backend=backend, resume=run, overrides=overrides, rewards_of_files=taken)
     if code and not config.rewards:
         raise InputError(
             f"--adapter {adapter} was trained on {code[0]!r}, a function of its user's: --set rewards.NAME=WEIGHT "

@@ -28,7 +28,7 @@ from hnkit.adapters import adapter_folder
 from hnkit.errors import InputError
 from hnkit.injection import NoiseInjection, read_injection
 from hnkit.internal.files import LARGEST, atomic_write, machine_memory, read_plain, read_tensor_file
-from hnkit.internal.values import reason_of
+from hnkit.internal.values import reason_of, typed_value
 from hnkit.scaled.lora.base import BaseFiles, base_class, base_record, other_base
 from hnkit.scaled.lora.twin import LoraSpec
 
@@ -185,7 +185,8 @@ def adapter_options(
         published: those of an adapter without hnkit's block.
 
     Raises:
-        InputError: the files are missing or damaged, or the weights have another rank than their configuration.
+        InputError: the files are missing or damaged, the weights have another rank than their configuration, or a
+            value is of another type than its option.
     """
     files = _read_files(Path(folder))
     rank, alpha = _lora_fields(files.folder, files.config)
@@ -196,12 +197,13 @@ def adapter_options(
         options["model_id"] = base
     if not isinstance(block, dict):
         return options | dict(published or {})
-    if isinstance(block.get("guidance"), float):
-        options["guidance"] = block["guidance"]
-    recorded = block.get("conditioning", {})
-    for name, kind in (conditioning or {}).items() if isinstance(recorded, dict) else ():
-        if type(recorded.get(name)) is kind:
-            options[name] = recorded[name]
+    where = files.folder / CONFIG
+    if block.get("guidance") is not None:  # of whatever type: what f was trained at is never left to a default
+        options["guidance"] = typed_value(block["guidance"], float, f"{where} guidance")
+    recorded = typed_value(block.get("conditioning", {}), dict, f"{where} conditioning")
+    for name, kind in (conditioning or {}).items():
+        if recorded.get(name) is not None:
+            options[name] = typed_value(recorded[name], kind, f"{where} {name}")
     return options
 
 
@@ -335,12 +337,8 @@ def _check_block(files: _Files, block: Any, expected: Adapter) -> float:
     if block.get("zero_base_layer") != expected.zero_base:
         found = block.get("zero_base_layer")
         raise InputError(f"{where} has zero_base_layer {found!r}: {expected.zero_base!r} is expected")
-    guidance, conditioning = block.get("guidance"), block.get("conditioning", {})
-    if not isinstance(guidance, int | float) or not math.isfinite(guidance):
-        raise InputError(f"{where} has guidance {guidance!r}: it is a finite number")
-    if not isinstance(conditioning, dict):
-        raise InputError(f"{where} has conditioning {conditioning!r}: it is a table of options")
-    return float(guidance)
+    typed_value(block.get("conditioning", {}), dict, f"{where} conditioning")
+    return float(typed_value(block.get("guidance"), float, f"{where} guidance"))
 
 
 def _weights(files: _Files, rank: int) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from hnkit.config import (
     RunConfig,
     TrainConfig,
     differing_keys,
+    own_rewards,
     parse_reward_flag,
     resolve_config,
     resume_command,
@@ -254,17 +255,18 @@ def test_a_run_with_code_in_either_table_goes_on_with_the_flags_that_name_the_co
     assert differing_keys(saved.to_dict(), changed.to_dict()) == ["rewards.pkg.mod:fn"]
 
 
-def test_the_flags_that_go_on_with_a_run_work_as_they_are_printed(tmp_path):
+def test_the_command_that_goes_on_with_a_run_works_as_it_is_printed(tmp_path):
     run = tmp_path / "my run; touch x"
     run.mkdir()
     saved = resolve_config(backend="fake", **CODE)
     write(run / "config.toml", saved.to_toml())
-    words = shlex.split(resume_command(saved, run))
+    program, command, *words = shlex.split(resume_command(saved, run))
+    assert (program, command) == ("hnkit", "train")
     given = {"--resume": [], "--reward": [], "--heldout": []}
     for flag, value in zip(words[::2], words[1::2], strict=True):
         given[flag].append(value)
     assert resolve_config(resume=given["--resume"][0], rewards=given["--reward"], heldout=given["--heldout"]) == saved
-    assert resume_command(resolve_config(backend="fake"), Path("runs/a")) == "--resume runs/a"
+    assert resume_command(resolve_config(backend="fake"), Path("runs/a")) == "hnkit train --resume runs/a"
 
 
 def test_a_saved_configuration_with_code_serves_a_new_run_that_names_it(tmp_path):
@@ -280,10 +282,14 @@ def test_a_saved_configuration_with_code_serves_a_new_run_that_names_it(tmp_path
 def test_only_training_asks_for_the_rewards_of_a_run(tmp_path):
     saved = resolve_config(backend="fake", **CODE, overrides=["train.alpha=3"])
     write(tmp_path / "config.toml", saved.to_toml())
-    used = resolve_config(resume=tmp_path, training=False)
+    used = resolve_config(resume=tmp_path, rewards_of_files="none")
     assert (used.options, used.train) == (saved.options, saved.train)
     assert not used.rewards
     assert not used.heldout
+    measured = resolve_config(resume=tmp_path, rewards_of_files="installed")
+    assert measured.rewards == {name: spec for name, spec in saved.rewards.items() if ":" not in name}
+    assert measured.heldout == {name: spec for name, spec in saved.heldout.items() if ":" not in name}
+    assert own_rewards(tmp_path) == [name for name in saved.rewards if ":" in name] != []
 
 
 @dataclass(frozen=True)
@@ -319,7 +325,7 @@ def test_a_file_cannot_switch_downloads_on(tmp_path, downloading):
             with pytest.raises(InputError, match=f"a file cannot allow that, give --set {wanted}"):
                 resolve_config(backend="fake", **source)
         with pytest.raises(InputError, match="a file cannot allow that"):
-            resolve_config(backend="fake", resume=tmp_path, training=False)
+            resolve_config(backend="fake", resume=tmp_path, rewards_of_files="none")
     file = write(tmp_path / "received.toml", "[backend]\nlocal_files_only = false\n")
     assert resolve_config(backend="fake", config_file=file, overrides=[flag]) == mine
     assert resolve_config(backend="fake", config_file=write(file, "[backend]\nlocal_files_only = true\n"))

@@ -12,10 +12,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from hnkit.adapters import adapter_folder
+from hnkit.adapters import adapter_folder, load_trained
+from hnkit.backend import backend_factory
 from hnkit.config import resolve_config
 from hnkit.errors import InputError
 from hnkit.scaled.attach import attach
+from hnkit.scaled.lora.adapter import CONFIG, _config_checksum
 from hnkit.training.export import export_adapter
 from hnkit.training.run import train
 from tests.hnkit.cli.test_app import run as command
@@ -133,6 +135,37 @@ def test_guidance_and_conditioning_of_the_adapter_go_with_it(checkpoint, make_ba
     other.save_adapter(tmp_path / "second")
     block = json.loads((tmp_path / "second" / "adapter_config.json").read_text())["hnkit"]
     assert block["guidance"] == 2.5, "what f is given, not what the generator is"
+
+
+@pytest.mark.parametrize("guidance", [3, 1.5])
+def test_f_and_generator_take_the_guidance_that_is_recorded_however_it_is_written(
+    guidance, checkpoint, make_backend, tmp_path
+):
+    backend = make_backend("sana", guidance=guidance)
+    backend.save_adapter(tmp_path / "first")
+    assert json.loads((tmp_path / "first" / CONFIG).read_text())["hnkit"]["guidance"] == guidance
+    kept = {key: value for key, value in tiny.options("sana", checkpoint("sana")).items() if "rank" not in key}
+    flags = [f"backend.{key}={tiny.text(value)}" for key, value in kept.items() if key != "lora_alpha"]
+    loaded, _ = load_trained("sana", tmp_path / "first", flags)
+    assert loaded.options.guidance == loaded.hypernetwork.guidance == guidance
+
+
+def test_what_is_recorded_and_cannot_be_read_is_refused_never_left_to_a_default(checkpoint, make_backend, tmp_path):
+    make_backend("sana").save_adapter(tmp_path / "first")
+    document = json.loads((tmp_path / "first" / CONFIG).read_text())
+    for number, (name, spoilt) in enumerate({
+        "guidance": {"guidance": "3"},
+        "guidance is": {"guidance": True},
+        "size": {"conditioning": {"size": "32"}},
+        "instruction": {"conditioning": {"instruction": 1}},
+        "conditioning": {"conditioning": [1]},
+    }.items()):  # fmt: skip
+        block = document["hnkit"] | spoilt
+        block |= {"config_sha256": _config_checksum(document | {"hnkit": block})}
+        folder = shutil.copytree(tmp_path / "first", tmp_path / str(number))
+        (folder / CONFIG).write_text(json.dumps(document | {"hnkit": block}))
+        with pytest.raises(InputError, match=name.removesuffix(" is")):
+            backend_factory("sana").adapter_options(folder)
 
 
 def test_images_go_on_with_a_model_that_has_moved(checkpoint, tmp_path, capsys):

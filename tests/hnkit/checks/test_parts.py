@@ -73,7 +73,9 @@ def test_a_disk_that_fills_up_at_any_write_leaves_the_document_on_stdout(full_at
     code, printed, err = run(capsys, *COMMAND, "--json", "--out", out)
     assert code == 2
     document = json.loads(printed)
-    assert document["run_folder"] is None
+    assert document["finished"] is False
+    assert document["run_folder"] == (str(out) if "go on with hnkit verify-bound --resume" in err else None)
+    assert full_at < 4 or document["run_folder"]
     assert len(document["checks"]) > 20
     assert "no space left on device" in err.lower()
     assert err.strip().splitlines()[-1].startswith("hnkit: ")

@@ -342,12 +342,13 @@ def test_a_run_with_code_is_resumed_by_the_hint_and_its_adapter_is_used_without_
     assert code == 2
     assert "give --reward mymaps:score=WEIGHT" in err
     hint = resume_command(resolve_config(resume="my run", rewards=[CODE[1]], heldout=[CODE[3]]), Path("my run"))
-    code, out, err = run(capsys, "train", *shlex.split(hint), "--steps", "3", "--json")
+    hint = shlex.split(hint)[1:]  # without the program's name
+    code, out, err = run(capsys, *hint, "--steps", "3", "--json")
     assert code == 0, err
     assert json.loads(out)["step"] == 3
     assert json.loads(out)["report"]["config"]["heldout"] == report["config"]["heldout"] != {}
     for flag in ("--heldout", "--reward"):  # another weight is another run
-        code, _, err = run(capsys, "train", *shlex.split(hint), flag, "mymaps:look=3", "--steps", "4")
+        code, _, err = run(capsys, *hint, flag, "mymaps:look=3", "--steps", "4")
         assert code == 2
     again = ("--config", "my run/config.toml", *CODE, "--steps", "2", "--out", "again", "--json")
     code, out, err = run(capsys, "train", *again)
@@ -380,7 +381,18 @@ def test_a_folder_is_a_string_or_a_path_everywhere(here):
     assert (here / "report" / "report.json").is_file()
 
 
-def test_stopping_prints_the_flags_that_go_on(here, capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["train", "generate", "verify-bound"])
+def test_a_foreign_folder_is_no_run_whatever_its_files_say(command, here, capsys):
+    """Nothing is asked for what its configuration names, before it is known to be a run."""
+    config = resolve_config(backend="toy", rewards=[CODE[1]])
+    (here / "theirs").mkdir()
+    (here / "theirs" / "config.toml").write_text(config.to_toml())
+    code, _, err = run(capsys, command, "--resume", "theirs")
+    assert code == 2
+    assert err.startswith("hnkit: --resume theirs: no run is there (.hnkit-run is missing)")
+
+
+def test_stopping_prints_the_command_that_goes_on(here, capsys, monkeypatch):
     """The whole line, as it stands on the terminal, is what a shell takes."""
     from hnkit.training.signals import StopSignals
 
@@ -390,8 +402,8 @@ def test_stopping_prints_the_flags_that_go_on(here, capsys, monkeypatch):
     assert code == 130
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    printed = " ".join(err.split()).partition("go on with ")[2]
-    code, out, err = run(capsys, "train", *shlex.split(printed), "--json")
+    printed = " ".join(err.split()).partition("go on with hnkit ")[2]
+    code, out, err = run(capsys, *shlex.split(printed), "--json")
     assert code == 0, err
     assert json.loads(out)["finished"]
 

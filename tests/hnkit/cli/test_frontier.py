@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import re
 
 import pytest
 
+import hnkit.internal.files
 from hnkit.cli.app import app
 from hnkit.frontier import page
 
@@ -109,6 +111,42 @@ def test_the_miniature(tmp_path, capsys):
     assert document["verdict"] == json.loads(json.dumps(page.card(document).to_json()))
     assert [line["label"] for line in document["verdict"]["lines"]][:4] == ["KL", "L2 term", "injective", "local norm"]
     assert method["gap"]["lower"] == network["gap_lower_bound"]
+
+
+@pytest.mark.parametrize("full_at", range(5))
+def test_a_full_disk_loses_nothing_that_was_measured(full_at, scores, tmp_path, capsys, monkeypatch):
+    plain, writes, out = hnkit.internal.files.atomic_write, iter(range(100)), tmp_path / "o"
+
+    def full(path, content):
+        if next(writes) >= full_at:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        plain(path, content)
+
+    for module in ("hnkit.internal.files", "hnkit.output.page"):
+        monkeypatch.setattr(f"{module}.atomic_write", full)
+    code, printed, err = command("frontier", "--rewards", str(scores), "--json", "--out", str(out), capsys=capsys)
+    document = json.loads(printed)
+    assert code == 2
+    assert "no space left on device" in err.lower()
+    assert set(document["methods"]) >= {"ours", "theirs"}
+    assert document["finished"] is False
+    assert document["run_folder"] == (str(out) if out.exists() else None)
+    assert not (out / "report.json").exists()
+    if full_at == 4:
+        code, printed, _ = command("frontier", "--rewards", str(scores), "--out", str(tmp_path / "p"), capsys=capsys)
+        assert code == 2
+        assert re.search(r"^ours +gain", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("table", "answer"), [("rewards", "give --reward mine:f=WEIGHT"), ("heldout", "no adapter")])
+def test_a_run_with_a_function_of_its_users_asks_for_no_flag_that_is_not_there(table, answer, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(f'[backend]\nname = "digits"\n[{table}]\n"mine:f" = 1.0\n')
+    given = ("--backend", "digits", "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
+    code, _, err = command("frontier", *given, capsys=capsys)
+    assert code == 2
+    assert answer in err
+    assert "--heldout" not in err
 
 
 @pytest.mark.parametrize("allowed", [False, True])

@@ -56,7 +56,9 @@ def test_a_reward_that_raises_in_training_loses_no_step(tmp_path, fake, error):
         with pytest.raises(KeyboardInterrupt):
             run(fake_config(), tmp_path / "run")
     else:
-        with pytest.raises(InputError, match=r"reward 'brightness' raised .* after step 3; go on with --resume"):
+        with pytest.raises(
+            InputError, match=r"reward 'brightness' raised .* after step 3; go on with hnkit train --res"
+        ):
             run(fake_config(), tmp_path / "run")
     assert saved_step(tmp_path / "run") == 3
     with_fault(fake, lambda _, scores: scores)

@@ -461,7 +461,10 @@ def test_an_adapter_is_compared_as_its_run_left_it(make_backend, checkpoint, tmp
     assert (alone.options.rank, alone.options.lora_alpha, alone.options.size) == (4, 8.0, 32)
     assert alone.options.instruction
     assert alone.options.model_id == str(checkpoint("sana"))
-    text = (run / "config.toml").read_text().replace("[rewards.redness]", '[rewards."mine.mod:score"]')
+    plain = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(plain + '\n[heldout]\n"mine.mod:look" = 1.0\n"clipscore" = 1.0\n')
+    assert set(configuration("sana", run, []).heldout) == {"clipscore"}, "a function of its user's is not here"
+    text = plain.replace("[rewards.redness]", '[rewards."mine.mod:score"]')
     (run / "config.toml").write_text(text)
     with pytest.raises(InputError, match=r"mine\.mod:score.*names an installed reward to compare by"):
         configuration("sana", run, [])
