@@ -50,7 +50,8 @@ def _install_locked(session: nox.Session) -> bool:
     _prepare(session)
     lines = Path(LOCK).read_text(encoding="utf-8").splitlines()
     version = ".".join(platform.python_version_tuple()[:2])
-    here = f"{platform.system()}, {platform.python_implementation()} {version}, {platform.machine()}."
+    system = f"{platform.system()} ({platform.libc_ver()[0] or 'no glibc'})"  # musl's wheels have hashes of their own
+    here = f"{system}, {platform.python_implementation()} {version}, {platform.machine()}."
     there = lines[0].rpartition(": ")[2]
     if here != there:
         session.warn(f"{LOCK} is for {there} Here versions are pinned, and no hash is checked.")

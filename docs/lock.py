@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PINS, LOCK = ROOT / "constraints.txt", ROOT / "requirements.lock"
@@ -41,14 +42,18 @@ def found() -> list[tuple[str, str, str]]:
         command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "--no-deps"]
         subprocess.run([*command, "--report", str(report), "-r", str(pins)], check=True)
         entries = json.loads(report.read_text())["install"]
-    return [
-        (
-            entry["metadata"]["name"],
-            entry["metadata"]["version"],
-            entry["download_info"]["archive_info"]["hashes"]["sha256"],
+    return [(entry["metadata"]["name"], entry["metadata"]["version"], _hash_of(entry)) for entry in entries]
+
+
+def _hash_of(entry: dict[str, Any]) -> str:
+    """The SHA-256 of a file in pip's report, which an index may leave out; nothing is written then."""
+    digest = entry["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256")
+    if digest is None:
+        raise SystemExit(
+            f"{entry['metadata']['name']}: {entry['download_info'].get('url')} has no SHA-256: "
+            "use an index that gives one"
         )
-        for entry in entries
-    ]
+    return str(digest)
 
 
 def locked() -> dict[str, str]:
@@ -75,7 +80,8 @@ def main() -> None:
         wrong = differences()
         print("\n".join(wrong) or f"{LOCK.name} has all {len(locked())} pins")
         raise SystemExit(bool(wrong))
-    where = f"{platform.python_implementation()} {'.'.join(platform.python_version_tuple()[:2])}, {platform.machine()}"
+    python = f"{platform.python_implementation()} {'.'.join(platform.python_version_tuple()[:2])}"
+    where = f"{platform.system()} ({platform.libc_ver()[0] or 'no glibc'}), {python}, {platform.machine()}"
     entries = sorted(found(), key=lambda entry: canonical(entry[0]))
     torch = next(version for name, version, _ in entries if name == "torch")
     lines = [
@@ -83,7 +89,7 @@ def main() -> None:
         f"{name}=={version.partition('+')[0]} --hash=sha256:{digest}\n"
         for name, version, digest in entries
     ]
-    LOCK.write_text(HEAD.format(where=f"{platform.system()}, {where}", torch=torch) + "".join(lines))
+    LOCK.write_text(HEAD.format(where=where, torch=torch) + "".join(lines))
     print(f"{len(lines)} packages in {LOCK.name}")
 
 

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
@@ -237,8 +237,14 @@ class JsonLog:
         return {"size": self._size, "sha256": self._hash.hexdigest()}
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; lines since the last `position` that the disk does not take are lost."""
+        close_quietly(self._file)
+
+
+def close_quietly(file: BinaryIO) -> None:
+    """Close a file; what a full disk does not take is dropped, so that the error is seen that ended the run."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 def _digest_of_beginning(path: Path, size: int) -> tuple[Any, int]:

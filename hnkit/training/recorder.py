@@ -18,7 +18,7 @@ from hnkit.internal.folders import FolderIdentity, open_to_append
 from hnkit.internal.provenance import record_provenance
 from hnkit.internal.seeds import seed_global
 from hnkit.internal.versions import versions
-from hnkit.training.checkpoint import Checkpoint, JsonLog, replace_folder, save_checkpoint
+from hnkit.training.checkpoint import Checkpoint, JsonLog, close_quietly, replace_folder, save_checkpoint
 from hnkit.training.nats import reward_per_nat
 from hnkit.training.report import BEST, Ending, write_adapter
 from hnkit.training.session import Session
@@ -73,7 +73,8 @@ class Recorder:
                 self._saved = (start.step, self.looked)
         stack.callback(self.log.close)
         record_provenance(folder, {"versions": versions(), **session.provenance})
-        self.timings = stack.enter_context(open_to_append(folder / TIMINGS))
+        self.timings = open_to_append(folder / TIMINGS)
+        stack.callback(close_quietly, self.timings)
         self.trackers = Trackers(session.config.train.trackers, folder, session.config.to_dict())
         stack.callback(self.trackers.finish)
         self.evaluator = _evaluator(session)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -23,6 +24,7 @@ import hnkit.training.recorder
 import hnkit.training.session
 import hnkit.training.watch
 from hnkit import InputError
+from hnkit.internal.folders import open_to_append
 from hnkit.training.checkpoint import newest_checkpoint
 from hnkit.training.run import train
 from hnkit.training.signals import StopSignals
@@ -62,6 +64,25 @@ def test_a_reward_that_raises_in_training_loses_no_step(tmp_path, fake, error):
             run(fake_config(), tmp_path / "run")
     assert saved_step(tmp_path / "run") == 3
     with_fault(fake, lambda _, scores: scores)
+    assert resume(fake_config(), tmp_path / "run").finished
+    assert same_outcome(tmp_path / "whole", tmp_path / "run", "step-00000006")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timings.jsonl"])
+def test_a_disk_that_takes_no_more_lines_ends_the_run_with_the_command_that_goes_on(name, tmp_path, fake, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(path):
+        return io.BufferedRandom(Full(path, "a+")) if path.name == name else open_to_append(path)
+
+    run(fake_config(), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        for module in ("checkpoint", "recorder"):
+            patch.setattr(f"hnkit.training.{module}.open_to_append", opened)
+        with pytest.raises(InputError, match=r"No space left on device; .* go on with hnkit train --resume"):
+            run(fake_config(), tmp_path / "run")
     assert resume(fake_config(), tmp_path / "run").finished
     assert same_outcome(tmp_path / "whole", tmp_path / "run", "step-00000006")
 

@@ -462,7 +462,8 @@ def test_an_adapter_is_compared_as_its_run_left_it(make_backend, checkpoint, tmp
     assert alone.options.instruction
     assert alone.options.model_id == str(checkpoint("sana"))
     plain = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(plain + '\n[heldout]\n"mine.mod:look" = 1.0\n"clipscore" = 1.0\n')
+    looked = plain.replace("[heldout]\n", '[heldout]\n"mine.mod:look" = 1.0\nclipscore = 1.0\n')
+    (run / "config.toml").write_text(looked)
     assert set(configuration("sana", run, []).heldout) == {"clipscore"}, "a function of its user's is not here"
     text = plain.replace("[rewards.redness]", '[rewards."mine.mod:score"]')
     (run / "config.toml").write_text(text)
