@@ -273,10 +273,10 @@ class _Session:
         total = self.train_steps
         every = max(1, total // 8)
         overrides = [
+            "train.validate_samples=64",
             *settings.overrides,
             f"train.steps={total}",
             f"train.validate_every={every}",
-            "train.validate_samples=64",
             f"train.measure_every={every if kl else 0}",
             f"train.measure_samples={plan.measure_samples}",
         ]

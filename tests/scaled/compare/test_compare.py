@@ -37,7 +37,7 @@ SMALL = [
     "compare.best_of=2", "compare.reno_iterations=2", "compare.ranks=[2]", 'compare.losses=["l2"]',
     "compare.steps=[1, 2]", "compare.diversity_prompts=1", "compare.diversity_seeds=3", "compare.measure_samples=4",
     "compare.grid=2", "compare.train_steps=2", "train.batch=2", "train.accumulate=1", "train.warmup=0",
-    "rewards.redness=1.0",
+    "train.validate_samples=4", "rewards.redness=1.0",
 ]  # fmt: skip
 
 
@@ -95,6 +95,9 @@ def test_every_table_is_filled(finished):
     gains = {row["method"]: row["gain"]["reward"]["value"] for row in document["table_1"]}
     assert gains["best-of-n"] >= 0
     assert gains["reno"] >= 0
+    logged = map(json.loads, (out / "runs/direct/metrics.jsonl").read_text().splitlines())
+    validated = {line["validation"]["scores"]["reward"]["samples"] for line in logged if "validation" in line}
+    assert validated == {4}  # the flag's, not the 64 of a comparison without it
     page = (out / "report.html").read_text()
     assert "What a noise hypernetwork buys" in page
     assert page.count("<h2>") == page.count('<a href="#s'), "a section that was not run is left out"
@@ -167,9 +170,11 @@ def test_a_plan_cannot_switch_downloads_on(overrides, tmp_path):
 
 
 def test_an_interrupted_comparison_ends_as_an_uninterrupted_one(finished, overrides, tmp_path, monkeypatch):
+    """It stops in table 1, which is the same whatever other tables there are."""
     _, document = finished
     from hnkit.scaled.compare import evaluation
 
+    few = [*overrides, "compare.ranks=[]", "compare.losses=[]", "compare.steps=[1]", "compare.diversity_prompts=0"]
     written = 0
     write = evaluation.write_sealed
 
@@ -183,7 +188,7 @@ def test_an_interrupted_comparison_ends_as_an_uninterrupted_one(finished, overri
     monkeypatch.setattr(evaluation, "write_sealed", interrupt)
     methods = ["base", "hypernoise", "direct", "best-of-n", "reno"]
     with pytest.raises(KeyboardInterrupt) as ended:
-        COMPARISON("sana", methods=methods, prompts=PROMPTS, seeds=2, overrides=overrides, out=tmp_path / "my run")
+        COMPARISON("sana", methods=methods, prompts=PROMPTS, seeds=2, overrides=few, out=tmp_path / "my run")
     monkeypatch.setattr(evaluation, "write_sealed", write)
     words = shlex.split(describe_error(ended.value)[0].partition("go on with ")[2])  # as it is printed
     assert words[:5] == ["hnkit", "compare", "--backend", "sana", "--resume"]
