@@ -144,3 +144,18 @@ def test_a_file_of_another_hash_ends_the_session(noxfile, tmp_path, monkeypatch)
     monkeypatch.setattr(session, "install", install)
     with pytest.raises(RuntimeError, match="DO NOT MATCH"):
         noxfile._install_locked(session)
+
+
+def test_the_gate_runs_every_check_in_one_environment(noxfile, tmp_path, monkeypatch):
+    session, ran = Session(tmp_path, "2.13.0+cpu"), []
+    session.posargs, session.run = (), lambda *words, **_: ran.append(" ".join(words[:2]))
+    monkeypatch.setattr(noxfile, "_install_prover", lambda _: ran.append("prover"))
+    noxfile.gate(session)
+    assert ran == [
+        "prover", "ruff check", "ruff format", "mypy", "pip-audit --requirement", "python docs/audit.py",
+        "python proofs/coq/check.py", "python proofs/run.py", "pytest -q",
+    ]  # fmt: skip
+    assert len(session.installed) == 2
+    pins = (tmp_path / "pins.txt").read_text()
+    assert all(f"\n{tool}==" in pins for tool in ("ruff", "mypy", "pip_audit", "pytest-xdist", "sympy", "mpmath"))
+    assert (tmp_path / "types" / "hnkit" / "toy").resolve() == ROOT / "toy"
