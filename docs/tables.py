@@ -403,6 +403,38 @@ def shared_out() -> str:
     return to_markdown(Table(headers, tuple(rows), caption))
 
 
+def compiled() -> str:
+    """Training steps with compiled blocks and without, on the CPU."""
+    document = _document("compiled")
+    rows: list[tuple[Cell, ...]] = []
+    for name, found in document["models"].items():
+        least, most = found["quartiles"]
+        gained = found["seconds"] - found["seconds_compiled"]
+        rows.append(
+            (
+                f"`{name}`, {found['parameters'] / 1e6:.1f} M",
+                f"{1 / found['seconds']:.2f}",
+                f"{1 / found['seconds_compiled']:.2f}",
+                f"{found['ratio']:.2f} ({least:.2f} to {most:.2f})",
+                f"{found['compiling']:.0f} s",
+                f"{found['compiling'] / gained:,.0f}" if gained > 0 else "never",
+                f"{found['losses_apart']:.0e}",
+            )
+        )
+    caption = (
+        "`python benchmarks/compiled.py`: the real classes with random weights and small layers, "
+        f"{document['rows']} rows of 256 tokens, rank {document['rank']}, torch {document['torch']}, one thread of a "
+        "CPU; seconds are CPU time. Both kinds of step were taken in turn, after two of each that do not count; the "
+        "ratio is the median over pairs, with quartiles. Compiling is of f and generator, with the comparison that it "
+        "is refused by if they differ, and comes once a process. On a card it has not been measured."
+    )
+    headers = (
+        "network", "steps per second", "compiled", "ratio", "compiling", "steps that repay it",
+        "losses apart, relative",
+    )  # fmt: skip
+    return to_markdown(Table(headers, tuple(rows), caption))
+
+
 def _on_card(found: dict[str, Any]) -> str:
     """One cell: whether a step fits, by which options, and the pace."""
     if found["fits"]:
@@ -487,6 +519,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kills": kills,
     "plans": plans,
     "shared-out": shared_out,
+    "compiled": compiled,
     "device-steps": lambda: _on_a_card("steps"),
     "device-rest": lambda: _on_a_card("rest"),
     "compare-lead": compare_lead,

@@ -27,12 +27,15 @@ from hnkit.internal.kept import Keep, kept_property, not_kept
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.workers import ALONE, Workers, all_made
 from hnkit.jacobian import RowJacobian, check_finite, check_map, dense_jacobian, rows_per_pass
-from hnkit.kl.divergence import KLEstimate, Method, noise_kl
-from hnkit.kl.estimate import joined_estimates
-from hnkit.kl.verdict import L2Verdict, l2_verdict
+from hnkit.kl.divergence import KLEstimate, Method, noise_kl, proved_lipschitz
+from hnkit.kl.estimate import joined_estimates, joined_moments
+from hnkit.kl.method import Probed, Run, estimator_for
+from hnkit.kl.moments import Moments
+from hnkit.kl.plan import Plan, check_sizes, planned
+from hnkit.kl.verdict import PROBES, L2Verdict, VerdictRows, l2_verdict, verdict_of, verdict_rows
 from hnkit.linalg.matrices import MatrixNumbers, bound_sides
 from hnkit.lipschitz.certify import certified_bounds
-from hnkit.lipschitz.local import LipschitzEstimate, lipschitz_lower, lipschitz_upper, local_lipschitz
+from hnkit.lipschitz.local import LipschitzEstimate, lipschitz_lower, lipschitz_upper, local_lipschitz, local_norms
 from hnkit.maps import NoiseMap, at_rows, chunked, map_numbers, working_type
 
 DENSE_DIM = 1024
@@ -49,6 +52,9 @@ VERDICT_SAMPLES = 16
 
 BLOCKS = 16
 """Blocks of samples that `verify-bound` shares out over its processes; what each is depends on the samples alone."""
+
+_OF_ALL_METHODS = ("form", "lipschitz", "chunk", "compile", "certify", "progress")
+"""Options of `noise_kl` that are of no method."""
 
 _NORM_ERROR = 1e-3
 """Relative error of `local_lipschitz` that is allowed for where a norm is compared with 1."""
@@ -102,6 +108,7 @@ class MeasuredMap:
         workers: the processes that share out the samples; all of them ask for the same things in the same order.
         blocks: how many blocks the samples are shared out in.
         keep: what is dear to compute is taken from here, if it is known there, and left here.
+        keep_block: the same for what is made of each block of samples, by whichever process.
     """
 
     name: str
@@ -122,6 +129,7 @@ class MeasuredMap:
     workers: Workers = ALONE
     blocks: int = 1
     keep: Keep = not_kept
+    keep_block: Keep = not_kept
 
     def validate(self) -> None:
         """Refuse a map that is no batch-first, row-wise, deterministic, differentiable, finite function."""
@@ -163,34 +171,68 @@ class MeasuredMap:
             return self._kl(self.fallback, generator)
 
     def _kl(self, method: str, generator: torch.Generator) -> KLEstimate:
-        named = cast("Method", method)
-        if self.blocks == 1 or {"rel_error", "budget"} & self.options.keys():  # sizes that a pilot of all decides
-            return noise_kl(self.f, self.x, method=named, generator=generator, check=False, **self.options)
+        named, options = cast("Method", method), dict(self.options)
+        if self.blocks == 1:
+            return noise_kl(self.f, self.x, method=named, generator=generator, check=False, **options)
+        samples, pilots = len(self.x), (0, 0)
+        sizes: dict[str, Any] = {name: options.pop(name) for name in ("rel_error", "budget") if name in options}
+        if any(size is not None for size in sizes.values()):
+            common = {name: options.pop(name) for name in _OF_ALL_METHODS if name in options}
+            plan = self._plan(method, options, sizes, common)
+            named, samples, pilots, options = plan.estimator, plan.samples, (plan.num_jvp, plan.num_vjp), common
 
         def one(f: NoiseMap, x: Tensor, index: Tensor) -> KLEstimate:
             own = self.generator(f"kl/{int(index[0])}")
-            return noise_kl(f, x, method=named, generator=own, check=False, **self.options)
+            return noise_kl(f, x, method=named, generator=own, check=False, **options)
 
-        return joined_estimates(self._of_blocks(len(self.x), one), map_numbers(self.f, len(self.x)))
+        parts = self._of_blocks(f"kl by {method}", samples, one)
+        found = joined_estimates(parts, map_numbers(self.f, len(self.x)))
+        moments = found.parts
+        spent = replace(moments, num_jvp=moments.num_jvp + pilots[0], num_vjp=moments.num_vjp + pilots[1])
+        return replace(found, parts=spent)
 
-    def _of_blocks(self, count: int, work: Callable[[NoiseMap, Tensor, Tensor], Any]) -> list[Any]:
-        """What `work` makes of each block of the first samples, each block by one of the processes.
+    def _plan(self, method: str, options: dict[str, Any], sizes: Mapping[str, Any], common: Mapping[str, Any]) -> Plan:
+        """How many samples and probes, by pilots that are shared out as well."""
+        estimator = estimator_for(method, options)
+        check_sizes(estimator, sizes.get("rel_error"), sizes.get("budget"))
+        assert isinstance(estimator, Probed)  # as was checked
+        lipschitz = common.get("lipschitz")
+        if lipschitz is None and common.get("certify", True):
+            lipschitz = proved_lipschitz(self.f)
 
-        `work` takes the map and the noise of its samples, and their numbers. An error that names a sample would name
-        it by its place in the block: the samples are then taken together.
+        def pilot(tried: Probed, index: Tensor) -> Moments:
+            def one(f: NoiseMap, x: Tensor, part: Tensor) -> Moments:
+                own = self.generator(f"pilot/{int(part[0])}")
+                return tried.moments(f, x, Run(own, lipschitz, common.get("chunk")))
+
+            return joined_moments(self._of_blocks(f"pilot of {method} at {int(index[0])}", index, one))
+
+        return planned(self.x, estimator, pilot, **sizes)
+
+    def _of_blocks(
+        self, name: str | None, samples: int | Tensor, work: Callable[[NoiseMap, Tensor, Tensor], Any]
+    ) -> list[Any]:
+        """What `work` makes of each block of the first samples, or of those of an index; a block by one process, once.
+
+        `work` takes the map and the noise of its samples, and their numbers. What has a name is kept, block by block,
+        under the name and the block's first number. An error that names a sample would name it by its place in the
+        block: the samples are then taken together.
         """
-        index = torch.arange(count, device=self.x.device)
-        blocks = torch.split(index, max(1, -(-count // self.blocks)))
+        index = torch.arange(samples, device=self.x.device) if isinstance(samples, int) else samples
+        blocks = torch.split(index, max(1, -(-len(index) // self.blocks)))
 
         def one(part: Tensor) -> Any:
-            return _moved(work(*at_rows(self.f, self.x, part), part), torch.device("cpu"))
+            def make() -> Any:
+                return _moved(work(*at_rows(self.f, self.x, part), part), torch.device("cpu"))
+
+            return make() if name is None else self.keep_block(f"{name} from {int(part[0])}", make)
 
         try:
             return [_moved(made, self.x.device) for made in all_made(blocks, self.workers, one)]
         except ExpansiveMapError:
             raise
         except InputError:
-            return [work(*self.first(count), index)]
+            return [work(*at_rows(self.f, self.x, index), index)]
 
     @property
     def stein(self) -> KLEstimate:
@@ -219,7 +261,7 @@ class MeasuredMap:
         def one(f: NoiseMap, x: Tensor, _: Tensor) -> Tensor:
             return noise_kl(f, x, method="exact", form="change-of-variables", check=False).per_sample
 
-        return torch.cat(self._of_blocks(self.dense_count, one))
+        return torch.cat(self._of_blocks("change of variables", self.dense_count, one))
 
     @cached_property
     def change_from_stein(self) -> Tensor:
@@ -240,7 +282,7 @@ class MeasuredMap:
             return torch.cat([inner(points) for _, inner, points in chunked(f, x, self.pass_rows)])
 
         with torch.no_grad():
-            return torch.cat(self._of_blocks(len(self.x), one))
+            return torch.cat(self._of_blocks(None, len(self.x), one))
 
     @property
     def pass_rows(self) -> int:
@@ -295,7 +337,7 @@ class MeasuredMap:
                 parts.append(torch.stack([(pulled * probe).sum(1), pulled.square().sum(1)]))
             return torch.cat(parts, 1)
 
-        traces, squares = torch.cat(self._of_blocks(len(self.x), one), 1)
+        traces, squares = torch.cat(self._of_blocks("trace", len(self.x), one), 1)
         return traces, squares
 
     @kept_property
@@ -308,7 +350,7 @@ class MeasuredMap:
         def one(f: NoiseMap, x: Tensor, _: Tensor) -> list[RowStatistics]:
             return [_statistics(dense_jacobian(inner, points)) for _, inner, points in chunked(f, x, width)]
 
-        parts = [part for block in self._of_blocks(self.dense_count, one) for part in block]
+        parts = [part for block in self._of_blocks("rows", self.dense_count, one) for part in block]
         return RowStatistics(**{name: _joined([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
     @property
@@ -331,9 +373,22 @@ class MeasuredMap:
             return local_lipschitz(f, x, generator=self.generator("norms" if whole else f"norms/{int(index[0])}"))
 
         try:
-            return torch.cat(self._of_blocks(len(self.x), one))
+            return torch.cat(self._of_blocks("norms", len(self.x), one))
         except MissingDerivativeError as reason:
             raise NotApplicable(str(reason)) from None
+
+    def coarse_norms(self, count: int) -> tuple[Tensor, Tensor, int, float]:
+        """`|J(x)|_2` of the first samples, their relative residuals, products spent and the residual aimed at.
+
+        Three digits are enough for quantiles; a network in bfloat16 does not give as many.
+        """
+
+        def one(f: NoiseMap, x: Tensor, _: Tensor) -> tuple[Tensor, Tensor, int, float]:
+            found = local_norms(f, x, tolerance=1e-3)
+            return found.value, found.residual, found.products, found.tolerance
+
+        values, residuals, products, goals = zip(*self._of_blocks("coarse norms", count, one), strict=True)
+        return torch.cat(values), torch.cat(residuals), sum(products), max(goals)
 
     @kept_property
     def lower(self) -> LipschitzEstimate:
@@ -358,7 +413,14 @@ class MeasuredMap:
         """Whether the L2 term is good enough, from the first samples; `None` where one sample is all there is."""
         if len(self.x) < 2:
             return None
-        return l2_verdict(*self.first(VERDICT_SAMPLES), generator=self.generator("l2 verdict"))
+        if self.blocks == 1:
+            return l2_verdict(*self.first(VERDICT_SAMPLES), generator=self.generator("l2 verdict"))
+
+        def one(f: NoiseMap, x: Tensor, index: Tensor) -> VerdictRows:
+            return verdict_rows(f, x, PROBES, self.generator(f"l2 verdict/{int(index[0])}"))
+
+        count = min(len(self.x), VERDICT_SAMPLES)
+        return verdict_of(VerdictRows.joined(self._of_blocks("l2 verdict", count, one)), self.dim)
 
     @property
     def certified_constant(self) -> float | None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hnkit.errors import ExpansiveMapError, InputError
-from hnkit.figures.measured_map import MeasuredMap
+from hnkit.figures.measured_map import BLOCKS, MeasuredMap
 from hnkit.figures.table import FIGURES, QUANTILES, mean_shift_share
 from hnkit.injection import InjectedBound, NoiseInjection
+from hnkit.internal.kept import Keep, not_kept
 from hnkit.internal.stats import Estimate
 from hnkit.internal.values import finite
-from hnkit.kl.verdict import L2Verdict
-from hnkit.lipschitz.local import RESOLVED, local_norms
+from hnkit.internal.workers import ALONE, Workers
+from hnkit.kl.estimate import KLEstimate
+from hnkit.kl.moments import Moments
+from hnkit.kl.verdict import L2Verdict, VerdictRows
+from hnkit.lipschitz.local import RESOLVED
 from hnkit.maps import NoiseMap
 from hnkit.tilt import TiltedProblem, optimality_gap
 
@@ -25,6 +29,27 @@ EXACT_UP_TO = 512
 """Largest noise dimension at which `method="auto"` takes the exact method: d products per sample, a d x d log-det."""
 _NORM_SAMPLES = 32
 """Samples whose local norm is taken above that dimension: each costs tens of products in both directions."""
+
+
+BLOCK_RECORDS: Mapping[str, type[Any]] = {kind.__name__: kind for kind in (KLEstimate, Moments, VerdictRows)}
+"""What is kept of a block is made of."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the samples of a measurement are shared out; its figures are the same for any number of processes.
+
+    Attributes:
+        seed: every random probe is a function of it and of the block it is for.
+        workers: the processes.
+        keep: where what was made of a block is kept, and taken from by the run that goes on; any process may ask.
+        blocks: how many blocks there are.
+    """
+
+    seed: int = 0
+    workers: Workers = ALONE
+    keep: Keep = not_kept
+    blocks: int = BLOCKS
 
 
 @dataclass(frozen=True)
@@ -106,6 +131,7 @@ def measure(
     problem: TiltedProblem | None = None,
     generator: torch.Generator | None = None,
     injection: NoiseInjection | None = None,
+    sharing: Sharing | None = None,
 ) -> Measurement:
     """Measure the KL of a map both ways, and how they differ.
 
@@ -119,15 +145,21 @@ def measure(
         problem: its tilted law is the target of the optimality gap.
         generator: the generator of the probes.
         injection: how the map is deployed; with injected noise there is a bound of the KL, and no gap.
+        sharing: how the samples are shared out over processes, instead of `generator`; `None`: they are taken together.
 
     Raises:
         ExpansiveMapError: the method that was asked for needs local norms below 1.
         NonFiniteError: the map or one of its products is not finite; the message names the sample.
     """
     measured = MeasuredMap("network", f, x, prompts=prompts, probes=generator, injection=injection)
+    if sharing is not None:
+        measured = replace(
+            measured, probes=None, seed=sharing.seed, workers=sharing.workers, keep_block=sharing.keep,
+            blocks=sharing.blocks,
+        )  # fmt: skip
     measured.validate()
     small = measured.dim <= EXACT_UP_TO
-    norms, note = _local_norms(*measured.first(len(x) if small else _NORM_SAMPLES))
+    norms, note = _local_norms(measured, len(x) if small else min(len(x), _NORM_SAMPLES))
     automatic = method == "auto"
     if automatic:  # an unknown norm counts as one below 1 until Arnoldi finds otherwise
         expansive = norms is not None and float(norms.max()) >= 1
@@ -177,22 +209,21 @@ def _verdict(measured: MeasuredMap) -> L2Verdict | None:
         return None
 
 
-def _local_norms(f: NoiseMap, x: Tensor) -> tuple[Tensor | None, str]:
-    """`|J(x)|_2` per row in float64 on the CPU, and a remark: what they lack, or why there are none.
+def _local_norms(measured: MeasuredMap, count: int) -> tuple[Tensor | None, str]:
+    """`|J(x)|_2` of the first rows in float64 on the CPU, and a remark: what they lack, or why there are none.
 
-    A statistic beside the KL never costs the KL. Three digits are enough for quantiles; a network in bfloat16 does not
-    give as many.
+    A statistic beside the KL never costs the KL.
     """
     try:
-        found = local_norms(f, x, tolerance=1e-3)
+        value, residual, products, goal = measured.coarse_norms(count)
     except InputError as reason:
         return None, f"no local norms: {reason}"
-    worst = float(found.residual.max())
-    if bool(found.converged.all()):
-        return found.value.cpu(), ""
+    worst = float(residual.max())
+    if worst <= goal:
+        return value.cpu(), ""
     if worst <= RESOLVED:
-        return found.value.cpu(), f"local norms to a relative {worst:.1g}: the products of the network resolve no more"
-    return None, f"local norms not converged: relative residual {worst:.1g} after {found.products} products"
+        return value.cpu(), f"local norms to a relative {worst:.1g}: the products of the network resolve no more"
+    return None, f"local norms not converged: relative residual {worst:.1g} after {products} products"
 
 
 def _quantiles(norms: Tensor | None) -> dict[str, float]:

@@ -20,13 +20,12 @@ from hnkit.kl.method import (
     Probed,
     Run,
     check_counts,
-    check_fractions,
     check_lipschitz,
     estimator_for,
     method_names,
 )
 from hnkit.kl.moments import Moments, Progress
-from hnkit.kl.plan import Plan, plan_for_budget, plan_for_error
+from hnkit.kl.plan import check_sizes, pilot_of, planned
 from hnkit.maps import NoiseMap, at_rows, map_numbers
 
 __all__ = ["FORMS", "METHODS", "Form", "KLEstimate", "Method", "noise_kl"]
@@ -90,22 +89,16 @@ def noise_kl(
     """
     if form not in FORMS:
         raise InputError(f"unknown form {form!r}: accepted are {', '.join(FORMS)}")
-    check_counts(budget=budget, chunk=chunk)
-    check_fractions(rel_error=rel_error)
+    check_counts(chunk=chunk)
     check_lipschitz(lipschitz)
     check_generator(generator)
     estimator = estimator_for(method, options)
-    if not isinstance(estimator, Probed) and (rel_error is not None or budget is not None):
-        raise InputError(f"method {estimator.name} uses no probes: rel_error and budget go with the stochastic methods")
-    if rel_error is not None and budget is not None:
-        raise InputError("rel_error and budget are given both: give the one that decides")
-    if isinstance(estimator, Probed) and estimator.probes < estimator.least_probes and rel_error is budget is None:
-        raise InputError(f"xtrace with {estimator.probes} probes: it needs {estimator.least_probes} probes or more")
+    check_sizes(estimator, rel_error, budget)
     check_batch(x)
     if check:
         check_map(f, x, jvp=estimator.name == "lanczos")
     if lipschitz is None and certify and estimator.name != "exact":
-        lipschitz = _proved_lipschitz(f)
+        lipschitz = proved_lipschitz(f)
     run = Run(generator, lipschitz, chunk, progress)
     inner = f
     with reusable_graphs() if compile else nullcontext():
@@ -139,16 +132,12 @@ def _probed(
     f: NoiseMap, x: Tensor, estimator: Probed, rel_error: float | None, budget: int | None, run: Run
 ) -> Moments:
     """The moments of the samples used, with the products of a pilot added."""
-    plan = Plan(estimator, x.shape[0])
-    if rel_error is not None:
-        plan = plan_for_error(f, x, estimator, rel_error, run)
-    elif budget is not None:
-        plan = plan_for_budget(f, x, estimator, budget, run)
+    plan = planned(x, estimator, pilot_of(f, x, run), rel_error=rel_error, budget=budget)
     moments = plan.estimator.moments(*at_rows(f, x, plan.samples), run)
     return replace(moments, num_jvp=moments.num_jvp + plan.num_jvp, num_vjp=moments.num_vjp + plan.num_vjp)
 
 
-def _proved_lipschitz(f: NoiseMap) -> float | None:
+def proved_lipschitz(f: NoiseMap) -> float | None:
     """A certified Lipschitz constant of `f`, where `lipschitz_upper` can give one."""
     if not isinstance(f, nn.Module):
         return None

@@ -198,6 +198,19 @@ def turns_over(sign: Tensor, maps: Tensor) -> bool:
     return bool(torch.isin(where[sign < 0], where[sign > 0]).any())
 
 
+def joined_moments(parts: Sequence[Moments]) -> Moments:
+    """The moments of successive samples as one; products add up."""
+    sums, largest = ("num_jvp", "num_vjp"), ("probes", "steps")
+    found: dict[str, Any] = {}
+    for name in (field.name for field in fields(Moments)):
+        values = [getattr(part, name) for part in parts]
+        if name in sums or name in largest:
+            found[name] = sum(values) if name in sums else max(values)
+        else:
+            found[name] = None if any(value is None for value in values) else torch.cat(values)
+    return Moments(**found)
+
+
 def joined_estimates(parts: Sequence[KLEstimate], maps: Tensor) -> KLEstimate:
     """One estimate from those of successive samples, made by one method.
 
@@ -205,15 +218,8 @@ def joined_estimates(parts: Sequence[KLEstimate], maps: Tensor) -> KLEstimate:
         parts: at least one.
         maps: `(n,)`, which map each sample is of.
     """
-    sums, largest = ("num_jvp", "num_vjp"), ("probes", "steps")
-    found: dict[str, Any] = {}
-    for name in (field.name for field in fields(Moments)):
-        values = [getattr(part.parts, name) for part in parts]
-        if name in sums or name in largest:
-            found[name] = sum(values) if name in sums else max(values)
-        else:
-            found[name] = None if any(value is None for value in values) else torch.cat(values)
-    moments, per_sample = Moments(**found), torch.cat([part.per_sample for part in parts])
+    moments = joined_moments([part.parts for part in parts])
+    per_sample = torch.cat([part.per_sample for part in parts])
     value, stderr = mean_and_stderr(per_sample)
     bound = None if any(part.bias_bound is None for part in parts) else float(moments.bound.mean())
     sign, injective = moments.sign, parts[0].injective

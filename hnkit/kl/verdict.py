@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -177,8 +178,12 @@ def l2_verdict(
         check_map(f, x)
     except MissingDerivativeError:  # products with J itself: local norms stay unknown
         check_map(f, x, jvp=False)
-    moments = _moments(f, x, probes, generator)
-    norm, products = _norms(f, x)
+    return verdict_of(verdict_rows(f, x, probes, generator), x[0].numel(), tolerance)
+
+
+def verdict_of(rows: VerdictRows, dim: int, tolerance: float = TOLERANCE) -> L2Verdict:
+    """The verdict that samples in `dim` dimensions lead to."""
+    moments, norm = rows, rows.norm
     remainder = _beyond_third(moments, norm)
     correction = moments.square / 2 - moments.cube / 3
     lower, upper = _interval(correction - remainder, correction + remainder, moments.l2)
@@ -190,7 +195,7 @@ def l2_verdict(
         advice = "l2"
     elif max(abs(beyond[0]), abs(beyond[1])) <= tolerance:
         advice = "second-order"
-    elif not largest < 1 and x[0].numel() <= _EXACT_UP_TO:
+    elif not largest < 1 and dim <= _EXACT_UP_TO:
         advice = "exact"
     return L2Verdict(
         missed=_share(_ratio(correction, moments.l2)),
@@ -201,13 +206,13 @@ def l2_verdict(
         local_norm=largest,
         tolerance=tolerance,
         advice=advice,
-        samples=len(x),
-        products=products + moments.products,
+        samples=len(moments.l2),
+        products=moments.products,
     )
 
 
 @dataclass(frozen=True)
-class _Moments:
+class VerdictRows:
     """Per sample, `(n,)`: `|f|^2/2` and, from the same probes, estimates of traces and squared Frobenius norms."""
 
     l2: Tensor
@@ -219,10 +224,20 @@ class _Moments:
     """`|J^2|_F^2`"""
     sixth: Tensor
     """`|J^3|_F^2`"""
+    norm: Tensor
+    """`|J|_2`, moved up by the residual that is left; NaN where it is not known"""
     products: int
 
+    @classmethod
+    def joined(cls, parts: Sequence[VerdictRows]) -> VerdictRows:
+        """Those of successive samples as one."""
+        columns = ("l2", "square", "cube", "fourth", "sixth", "norm")
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in columns}
+        return cls(**joined, products=sum(part.products for part in parts))
 
-def _moments(f: NoiseMap, x: Tensor, probes: int, generator: torch.Generator | None) -> _Moments:
+
+def verdict_rows(f: NoiseMap, x: Tensor, probes: int, generator: torch.Generator | None) -> VerdictRows:
+    """What `verdict_of` is told of these samples."""
     n, dim = x.shape[0], x[0].numel()
     columns = []
     products = 0
@@ -237,10 +252,11 @@ def _moments(f: NoiseMap, x: Tensor, probes: int, generator: torch.Generator | N
         columns.append(torch.stack([l2, dot(probe, second), dot(probe, third), *sizes]))
         products += operator.num_vjp
     l2, square, cube, fourth, sixth = torch.cat(columns, 1).reshape(5, n, probes).mean(2)
-    return _Moments(l2, square, cube, fourth, sixth, products)
+    norm, spent = _norms(f, x)
+    return VerdictRows(l2, square, cube, fourth, sixth, norm, products + spent)
 
 
-def _beyond_third(moments: _Moments, norm: Tensor) -> Tensor:
+def _beyond_third(moments: VerdictRows, norm: Tensor) -> Tensor:
     """Bound of `|E(J) - tr(J^2)/2 + tr(J^3)/3|` per sample, linear in what is estimated, so that no bias enters.
 
     Over the eigenvalues, `sum_(k >= 4) |z|^k / k <= |z|^4/4 + (L |z|^4 + |z|^6/L)/10 + |z|^6 / (6 (1 - L))` for

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from hnkit.backend import Backend, completed, image_noise
 from hnkit.figures import measure
-from hnkit.internal.seeds import generator_for
+from hnkit.figures.measurement import BLOCK_RECORDS, Sharing
+from hnkit.internal.files import write_sealed
+from hnkit.internal.kept import Keep, from_document, not_kept, to_document
+from hnkit.internal.seeds import derived_seed
+from hnkit.internal.workers import ALONE, Workers
 from hnkit.maps import ConditionedMap
+from hnkit.scaled.compare.evaluation import read_part
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,30 @@ def rows_within(prompts: int, seeds: int, samples: int) -> tuple[int, int]:
     return chosen, max(1, min(seeds, samples // chosen))
 
 
+def kept_block(folder: Path, name: str, make: Callable[[], T]) -> T:
+    """What was made of a block of noises, from the folder, where any process has left it, or else as it is made now."""
+    path = folder / f"{re.sub('[^a-z0-9]+', '-', name)}.json"
+    saved = read_part(path)
+    if isinstance(saved, dict) and saved.get("block") == name:
+        with contextlib.suppress(ValueError):
+            found: T = from_document(saved.get("value"), BLOCK_RECORDS)
+            return found
+    made = make()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_sealed(path, {"block": name, "value": to_document(made)})
+    return made
+
+
 def network_kl(
-    backend: Backend, prompts: Sequence[str], seeds: int, samples: int, seed: int, *, method: str = "auto"
+    backend: Backend,
+    prompts: Sequence[str],
+    seeds: int,
+    samples: int,
+    seed: int,
+    *,
+    method: str = "auto",
+    workers: Workers = ALONE,
+    keep: Keep = not_kept,
 ) -> NetworkKL:
     """Measure the KL of a network on noises of the comparison.
 
@@ -64,6 +96,8 @@ def network_kl(
         samples: noises to measure on, at most.
         seed: the seed of the comparison.
         method: the method of `hnkit.figures.measure`.
+        workers: the processes that the noises are shared out over.
+        keep: where what was made of a block of noises is kept.
     """
     chosen, each = rows_within(len(prompts), seeds, samples)
     asked = list(prompts[:chosen]) * each
@@ -75,7 +109,7 @@ def network_kl(
         image_noise(backend, condition),
         method=method,
         prompts=asked,
-        generator=generator_for(seed, "compare probes"),
         injection=completed(backend).injection,
+        sharing=Sharing(derived_seed(seed, "compare probes"), workers, keep),
     )
     return NetworkKL(chosen, each, found.to_json(), tuple(found.per_sample.tolist()))

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from hnkit.scaled.compare.baselines import (
 from hnkit.scaled.compare.diversity import DinoSimilarity, Lpips, Metric, pixel_distance
 from hnkit.scaled.compare.evaluation import Evaluation, Job, Scorer, evaluate_in_turn, image_seeds, images_of, read_part
 from hnkit.scaled.compare.frontier import frontier_part
-from hnkit.scaled.compare.nats import NetworkKL, network_kl
+from hnkit.scaled.compare.nats import NetworkKL, kept_block, network_kl
 from hnkit.scaled.compare.networks import Network, given, trained
 from hnkit.scaled.compare.page import card, printed_table, write_page
 from hnkit.scaled.compare.plan import QUICK_STEPS, make_plan
@@ -222,7 +223,7 @@ class _Session:
             ("diversity", "table 7: diversity", self._diversity),
             ("ranks", "tables 9 and 10: ranks", self._ranks),
             ("losses", "losses and their exact KL", self._losses),
-            ("l2", "how close L2 stayed", lambda: self.workers.on_main(self._closeness)),
+            ("l2", "how close L2 stayed", self._closeness),
             ("frontier", "reward per nat", self._frontier),
             ("training", "figure 4", self._training),
             ("grid", "grid of images", lambda: self.workers.on_main(self._grid)),
@@ -440,7 +441,7 @@ class _Session:
         if network is None:
             return []
         path = self.folder / "parts" / "closeness.json"
-        saved: list[dict[str, Any]] | None = read_part(path)
+        saved: list[dict[str, Any]] | None = self.workers.on_main(lambda: read_part(path))
         if isinstance(saved, list):
             return saved
         measured = self._network_kl("hypernoise")
@@ -450,24 +451,25 @@ class _Session:
         method = "arnoldi" if norm is not None and norm < 1 else "lanczos"
         if method != found[0]["method"]:
             found.append(self._measured("hypernoise", method).figures)
-        write_sealed(path, found)
+        self.workers.on_main(lambda: write_sealed(path, found))
         return found
 
     def _network_kl(self, name: str) -> NetworkKL:
         """The KL of a network on noises of the comparison, by the method that fits."""
         path = self.folder / "parts" / f"kl-of-{name}.json"
-        saved = read_part(path)
+        saved = self.workers.on_main(lambda: read_part(path))
         if isinstance(saved, dict):
             return NetworkKL(**saved)
         found = self._measured(name)
-        write_sealed(path, vars(found))
+        self.workers.on_main(lambda: write_sealed(path, vars(found)))
         return found
 
     def _measured(self, name: str, method: str = "auto") -> NetworkKL:
+        """The same by a method, block by block of its noises, each of which is a part."""
         plan = self.plan
         return network_kl(
             self.networks[name].backend, self.settings.prompts, plan.seeds, plan.measure_samples, plan.seed,
-            method=method,
+            method=method, workers=self.workers, keep=partial(kept_block, self.folder / "parts" / f"blocks-of-{name}"),
         )  # fmt: skip
 
     def _frontier(self) -> dict[str, Any]:
@@ -476,7 +478,7 @@ class _Session:
         losses = [f"kl-{kl}" for kl in self.plan.losses]
         nats = {name: math.log(n) - (n - 1) / n for name, n in self.candidates.items() if n > 1}
         known = [name for name in ("hypernoise", *losses) if name in self.networks]
-        measured = self.workers.on_main(lambda: {name: self._network_kl(name) for name in known})
+        measured = {name: self._network_kl(name) for name in known}
         alphas = {name: self.networks[name].alpha for name in measured}
         pool = self._evaluate("best-of-n") if "best-of-n" in named else None
         evaluations = [self._evaluate(name) for name in [*named, *losses]]

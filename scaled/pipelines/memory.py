@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -188,7 +189,12 @@ def _recomputed(module: Callable[..., Any], *arguments: Any, **named: Any) -> An
 
     Lists among them are caches that the module changes as it runs (the decoders of Wan and Qwen-Image keep their last
     features there): the second run is given them as the first found them.
+
+    A module that is shared out over processes is recomputed inside of what gathers its weights and gives them back,
+    which happens once a pass and not once more with the recomputation.
     """
+    if isinstance(module, FSDPModule):
+        return _recomputed_inside(module, *arguments, **named)
     found = [(list(a) if isinstance(a, list) else a) for a in arguments]
     found_named = {name: list(a) if isinstance(a, list) else a for name, a in named.items()}
     ran = False
@@ -202,6 +208,15 @@ def _recomputed(module: Callable[..., Any], *arguments: Any, **named: Any) -> An
         return module(*again, **{name: list(a) if isinstance(a, list) else a for name, a in found_named.items()})
 
     return checkpoint(run, use_reentrant=False, context_fn=_same_attention)
+
+
+def _recomputed_inside(module: Any, *arguments: Any, **named: Any) -> Any:
+    inner = module.forward
+    module.forward = partial(_recomputed, inner)
+    try:
+        return module(*arguments, **named)
+    finally:
+        module.forward = inner
 
 
 def _row_by_row(decode: Callable[..., Any]) -> Callable[..., Any]:

@@ -114,9 +114,6 @@ class PipelineOptions:
                 f"backend.quantize {self.quantize!r}: weights in few bits cannot be sharded, set it to no, or "
                 "backend.shard to false"
             )
-        for name in ("hypernetwork_checkpointing", "generator_checkpointing"):
-            if getattr(self, name):  # torch 2.13's recomputation of a sharded block fails at a batch of one row
-                raise InputError(f"backend.{name}: blocks that are shared out are not recomputed: set it to false")
         if self.compile != "no":
             raise InputError(
                 f"backend.compile {self.compile!r}: a sharded network is not compiled, set it to no, or backend.shard "

@@ -1,6 +1,6 @@
-"""Run by torchrun, `sharded_step.py NAME MODEL OUT`: one step of a sharded backend, of which the adapter is kept.
+"""Run by torchrun, `sharded_step.py NAME MODEL OUT [ROWS [OPTION ...]]`: a step of a sharded backend, its adapter kept.
 
-What the processes have to agree on is asked of them as well.
+Options are switches of the backend that are on. What the processes have to agree on is asked of them as well.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def load(name: str, model: str, **changes: object):
     return factory.load(factory.options(**tiny.options(name, Path(model), **savers | changes)))
 
 
-def gradients(backend, rows: list[int]) -> list[torch.Tensor]:
-    """Of the mean loss over all rows, the share of these."""
-    noise, condition = noise_for(backend, ROWS)[rows], backend.encode([tiny.PROMPTS[row] for row in rows])
+def gradients(backend, rows: list[int], of: int = ROWS) -> list[torch.Tensor]:
+    """Of the mean loss over so many rows, the share of these."""
+    noise, condition = noise_for(backend, of)[rows], backend.encode([tiny.PROMPTS[row] for row in rows])
     f = ConditionedMap(backend.hypernetwork, condition)
     terms = NoiseLoss()(f, noise, lambda x: backend.generate(x, condition), redness)
-    (terms.total.sum() / ROWS).backward()
+    (terms.total.sum() / of).backward()
     return [parameter.grad for parameter in lora_state(backend._twin).values()]
 
 
@@ -84,10 +84,10 @@ def both(backend) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
 
-def main(name: str, model: str, out: str) -> None:
+def main(name: str, model: str, out: str, of: str = str(ROWS), *on: str) -> None:
     torch.distributed.init_process_group("gloo")
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    backend = load(name, model)
+    rows, backend = int(of), load(name, model, **dict.fromkeys(on, True))
     perturb(backend)
     whole = local(backend._base)
     shard(backend)
@@ -97,7 +97,7 @@ def main(name: str, model: str, out: str) -> None:
             refusal()
         except InputError as error:
             refused.append(str(error))
-    found = gradients(backend, list(range(ROWS))[rank * ROWS // count : (rank + 1) * ROWS // count])
+    found = gradients(backend, list(range(rows))[rank * rows // count : (rank + 1) * rows // count], rows)
     for gradient in found:
         torch.distributed.all_reduce(gradient)
     if rank == 0:

@@ -14,7 +14,10 @@ from hnkit.errors import ExpansiveMapError
 from hnkit.figures import mean_shift_share, measure
 from hnkit.figures import measurement as module
 from hnkit.figures.measured_map import VERDICT_SAMPLES, MeasuredMap
+from hnkit.figures.measurement import BLOCK_RECORDS, Sharing
 from hnkit.injection import NoiseInjection
+from hnkit.internal.kept import from_document, not_kept, to_document
+from hnkit.internal.workers import ALONE
 from hnkit.kl.verdict import l2_verdict
 from hnkit.linalg.singular import LocalNorms
 from hnkit.tilt import affine_coefficients
@@ -67,6 +70,67 @@ def test_every_figure_of_an_affine_map():
     assert found.mean_shift_share == pytest.approx(known["mean_shift_share"], abs=0.05)
     assert (found.method, found.injective, found.samples) == ("exact", "certified", 4000)
     assert found.gap is None
+
+
+class Alone:
+    """One process, of which it is written down what it makes of every block."""
+
+    count, index = 1, 0
+
+    def __init__(self) -> None:
+        self.made = []
+
+    def gather(self, value):
+        self.made.append(value)
+        return [value]
+
+
+class OneOfMany:
+    """A process that makes its own share, and gets from the others what `Alone` has made."""
+
+    def __init__(self, index: int, count: int, alone: Alone) -> None:
+        self.index, self.count, self.others = index, count, iter(alone.made)
+
+    def gather(self, value):
+        parts = [{} for _ in range(self.count)]
+        for number, made in next(self.others).items():
+            parts[number % self.count][number] = made
+        assert value.keys() == parts[self.index].keys()
+        parts[self.index] = value
+        return parts
+
+
+@pytest.mark.parametrize("method", ["auto", "arnoldi", "lanczos"])
+def test_a_measurement_that_is_shared_out_is_that_of_one_process_and_keeps_its_blocks(method):
+    """To the last digit; and the exact one is that of samples taken together."""
+    f, x = nn.Sequential(affine(), nn.Tanh()), noise(21)
+    kept = {}
+
+    def keep(name, make):
+        if name not in kept:
+            kept[name] = to_document(make())
+        return from_document(kept[name], BLOCK_RECORDS)
+
+    def measured(workers, keep=not_kept):
+        return measure(f, x, method=method, sharing=Sharing(3, workers, keep))
+
+    alone = Alone()
+    one = measured(alone)
+    for index, count in ((1, 2), (3, 5), (16, 17)):  # the last has no block
+        found = measured(OneOfMany(index, count, alone))
+        assert found.to_json() == one.to_json()
+        assert torch.equal(found.per_sample, one.per_sample)
+    assert measured(ALONE, keep).to_json() == one.to_json()
+    pairs = -(-21 // 2)
+    assert len(kept) == 2 * pairs + VERDICT_SAMPLES + (0 if method == "auto" else 8)  # norms, KL, verdict, pilot
+    names = set(kept)
+    assert measured(ALONE, keep).to_json() == one.to_json()
+    assert set(kept) == names
+    together = measure(f, x, method=method, generator=torch.Generator().manual_seed(0))
+    assert one.samples == together.samples
+    assert one.local_norm == pytest.approx(together.local_norm, rel=1e-3)
+    error = 0 if method == "auto" else 5 * math.hypot(one.error.stderr, together.error.stderr)  # once in 1.7 million
+    assert abs(one.error.value - together.error.value) <= error + 1e-12
 
 
 def test_the_error_of_the_relative_error_is_calibrated():
