@@ -12,8 +12,18 @@ from pathlib import Path
 
 def versions() -> dict[str, str]:
     """Versions of what the figures were computed with."""
-    found = {"python": platform.python_version()}
-    for package in ("hnkit", "torch", "numpy", "scipy"):
+    return {"python": platform.python_version(), **_of("hnkit", "torch", "numpy", "scipy")}
+
+
+def installation() -> dict[str, str]:
+    """All that has to be alike where processes work together: versions, and the code of hnkit, whatever they say."""
+    models = _of("accelerate", "diffusers", "peft", "transformers")
+    return {**versions(), **models, "the code of hnkit": code_digest()[:12]}
+
+
+def _of(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hnkit.backend import backend_factory
 from hnkit.errors import InputError
 from hnkit.internal.values import shortened
-from hnkit.internal.versions import versions
+from hnkit.internal.versions import installation
 from hnkit.internal.workers import ALONE, Workers
 from hnkit.maps import Condition
 
@@ -93,7 +93,7 @@ class Processes:
         return everyone
 
     def require_same(self, facts: Mapping[str, str]) -> None:
-        """Refuse processes that were started with different settings.
+        """Refuse processes that were started with different settings, or run other code or other versions.
 
         Args:
             facts: name -> value, as this process has them.
@@ -103,7 +103,7 @@ class Processes:
         """
         if self.count == 1:
             return
-        everyone = self.gather(dict(facts))
+        everyone = self.gather({**facts, **installation()})
         for index, theirs in enumerate(everyone):
             for name in dict.fromkeys([*everyone[0], *theirs]):
                 first, other = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
@@ -196,7 +196,7 @@ def evaluation_workers(backend: str | None, overrides: Sequence[str], settings: 
         raise InputError("backend.shard: only hnkit train shares a network out over processes: leave it out here")
     processes = Processes(_given(overrides, "backend.device") or str(default))
     facts = {name: repr(value) for name, value in settings.items()}
-    processes.require_same({"--backend": repr(backend), "--set": repr(tuple(overrides)), **facts, **versions()})
+    processes.require_same({"--backend": repr(backend), "--set": repr(tuple(overrides)), **facts})
     return processes
 
 

@@ -26,7 +26,6 @@ from hnkit.internal.files import atomic_write, new_run_folder, require_run_folde
 from hnkit.internal.folders import require_plain, run_lock
 from hnkit.internal.provenance import PROVENANCE
 from hnkit.internal.seeds import kept_generators
-from hnkit.internal.versions import versions
 from hnkit.output import terminal
 from hnkit.training.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint, sweep
 from hnkit.training.processes import Heartbeat, Processes
@@ -122,7 +121,7 @@ def _opened(
     device = str(vars(config.options).get("device", "cpu"))
     processes = Processes(device)
     view.quiet = not processes.main
-    processes.require_same({**_flat(config.to_dict()), **versions()})
+    processes.require_same(_flat(config.to_dict()))
     folder = resume
     session: Session | None = None
     try:

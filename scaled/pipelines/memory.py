@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +27,8 @@ SAVERS = {
 }
 """Options that save memory in training and change no result beyond rounding, with the part of a step that each changes.
 """
+SHARED_OUT = "shared_out"
+"""Attribute of a module whose weights are shared out over processes, and whole only while it runs."""
 _SAVERS = (*SAVERS, "vae_slicing", "vae_tiling")
 _PARITY = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -193,7 +194,7 @@ def _recomputed(module: Callable[..., Any], *arguments: Any, **named: Any) -> An
     A module that is shared out over processes is recomputed inside of what gathers its weights and gives them back,
     which happens once a pass and not once more with the recomputation.
     """
-    if isinstance(module, FSDPModule):
+    if getattr(module, SHARED_OUT, False):
         return _recomputed_inside(module, *arguments, **named)
     found = [(list(a) if isinstance(a, list) else a) for a in arguments]
     found_named = {name: list(a) if isinstance(a, list) else a for name, a in named.items()}

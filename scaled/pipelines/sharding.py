@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from hnkit.errors import InputError
 from hnkit.scaled.lora.base import remember
 from hnkit.scaled.pipelines.loading import find_device, waits_for_shards
-from hnkit.scaled.pipelines.memory import block_lists
+from hnkit.scaled.pipelines.memory import SHARED_OUT, block_lists
 
 
 def shard(backend: Any) -> None:
@@ -105,3 +105,5 @@ def _shard_both(base: nn.Module, twin: nn.Module, mesh: DeviceMesh) -> None:
     trained = {parameter for parameter in twin.parameters() if parameter.requires_grad}
     fully_shard(base, mesh=mesh)
     fully_shard(twin, mesh=mesh, ignored_params=trained)
+    for part in (base, twin):
+        setattr(part, SHARED_OUT, True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from hnkit import InputError, NoiseLoss
 from hnkit.backend import backend_factory
 from hnkit.maps import ConditionedMap
 from hnkit.scaled.lora.twin import lora_state
+from hnkit.scaled.pipelines.memory import block_lists
 from hnkit.scaled.pipelines.sharding import shard
 from hnkit.training.processes import Processes, SameEverywhere
 from tests.scaled import tiny
@@ -77,6 +79,11 @@ def local(network: torch.nn.Module) -> int:
     return sum(getattr(parameter, "_local_tensor", parameter).nbytes for parameter in frozen)
 
 
+def first_layer(network: torch.nn.Module) -> torch.nn.Module:
+    """The first linear layer of the first block."""
+    return next(module for module in block_lists(network)[0][0].modules() if isinstance(module, torch.nn.Linear))
+
+
 def both(backend) -> int:
     """Bytes of the frozen weights that base and twin hold here in all."""
     frozen = [p for network in (backend._base, backend._twin) for p in network.parameters() if not p.requires_grad]
@@ -97,7 +104,11 @@ def main(name: str, model: str, out: str, of: str = str(ROWS), *on: str) -> None
             refusal()
         except InputError as error:
             refused.append(str(error))
+    seen = Counter[str]()
+    for what, network in (("f", backend._twin), ("generator", backend._base)):
+        first_layer(network).register_forward_hook(lambda *_, what=what: seen.update([what]))
     found = gradients(backend, list(range(rows))[rank * rows // count : (rank + 1) * rows // count], rows)
+    runs = dict(seen)
     for gradient in found:
         torch.distributed.all_reduce(gradient)
     if rank == 0:
@@ -108,7 +119,7 @@ def main(name: str, model: str, out: str, of: str = str(ROWS), *on: str) -> None
     sizes = {"whole": whole, "base": local(backend._base), "twin": local(backend._twin), "both": both(backend)}
     agreed = {"broken": broken_in_the_other(backend), "alike": of_the_main_process(backend)}
     if rank == 0:
-        Path(out, "found.json").write_text(json.dumps({"refused": refused, **sizes, **agreed}))
+        Path(out, "found.json").write_text(json.dumps({"refused": refused, "runs": runs, **sizes, **agreed}))
     torch.distributed.destroy_process_group()
 
 

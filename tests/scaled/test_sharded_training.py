@@ -15,6 +15,7 @@ from hnkit.training.run import train
 from tests.scaled.test_training import adapter, overrides, quiet
 
 SHARD = "backend.shard=true"
+RECOMPUTED = ["backend.hypernetwork_checkpointing=true", "backend.generator_checkpointing=true"]
 
 
 def torchrun(name, lines, *more, processes=2, command="train"):
@@ -63,14 +64,15 @@ def same(one, other, rel):
 
 def settings(checkpoint, tmp_path, name="sana", **changes):
     small = {"steps": 2, "batch": 4, "optimizer": "sgd"}
-    plain = ["backend.hypernetwork_checkpointing=false", "backend.generator_checkpointing=false"]
-    return [*overrides(name, checkpoint, tmp_path, **(small | changes)), *plain]
+    return [*overrides(name, checkpoint, tmp_path, **(small | changes)), *RECOMPUTED]
 
 
 def test_two_sharded_processes_train_measure_and_report_as_one_and_one_goes_on(checkpoint, tmp_path):
     lines = [*settings(checkpoint, tmp_path, measure_method="arnoldi", schedule="constant"), SHARD]
     one = resolve_config(backend="sana", overrides=lines, rewards=["redness=1.0"])
-    train(one, out=tmp_path / "one", console=quiet())
+    console = quiet()
+    train(one, out=tmp_path / "one", console=console)
+    assert "backend.shard: there is one process, which holds the whole network" in console.file.getvalue()
     trained("sana", lines, tmp_path / "two")
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-6
     same(records(tmp_path / "one"), records(tmp_path / "two"), 1e-5)
@@ -97,7 +99,7 @@ def goes_on(lines, tmp_path, processes):
 @pytest.mark.parametrize("name", ["flux", "sd-turbo"])
 def test_other_networks_and_an_average_go_on_with_two(name, checkpoint, tmp_path):
     lines = [*settings(checkpoint, tmp_path, name, measure_method="lanczos", schedule="constant", ema=0.5), SHARD]
-    lines += ["backend.hypernetwork_checkpointing=false"]
+    lines += [line.replace("true", "false") for line in RECOMPUTED]
     lines += ["backend.self_check=true"]
     config = resolve_config(backend=name, overrides=lines, rewards=["redness=1.0"])
     train(config, out=tmp_path / "one", console=quiet())
@@ -108,12 +110,14 @@ def test_other_networks_and_an_average_go_on_with_two(name, checkpoint, tmp_path
 
 
 @pytest.mark.slow
-def test_two_sharded_processes_are_two_whole_ones(checkpoint, tmp_path):
+def test_two_and_four_processes_sharded_or_whole_are_one(checkpoint, tmp_path):
+    """Four processes have one row each."""
     lines = settings(checkpoint, tmp_path, measure_every=1, validate_every=1, injection=0.5)
-    trained("sana", lines, tmp_path / "whole")
-    trained("sana", [*lines, SHARD], tmp_path / "sharded")
-    assert largest_difference(tmp_path / "whole", tmp_path / "sharded") < 1e-6
-    same(records(tmp_path / "whole"), records(tmp_path / "sharded"), 1e-5)
+    train(resolve_config(backend="sana", overrides=lines, rewards=["redness=1.0"]), out=tmp_path / "1", console=quiet())
+    for name, more, processes in (("2", [], 2), ("2s", [SHARD], 2), ("4", [], 4), ("4s", [SHARD], 4)):
+        trained("sana", [*lines, *more], tmp_path / name, processes=processes)
+        assert largest_difference(tmp_path / "1", tmp_path / name) < 1e-6
+        same(records(tmp_path / "1"), records(tmp_path / name), 1e-5)
 
 
 @pytest.mark.slow
@@ -132,11 +136,3 @@ def test_what_cannot_be_sharded_is_one_line(checkpoint, tmp_path):
     done = torchrun("sana", backend, "--prompt", "a red fox", "--out", str(tmp_path / "out"), command="generate")
     assert "backend.shard: only hnkit train shares a network out over processes" in done.stderr.replace("\n", " ")
     assert not (tmp_path / "out").exists()
-
-
-def test_one_process_says_that_it_holds_the_whole_network(checkpoint, tmp_path):
-    lines = [*settings(checkpoint, tmp_path, steps=1, measure_every=0, validate_every=0), SHARD]
-    config = resolve_config(backend="sana", overrides=lines, rewards=["redness=1.0"])
-    console = quiet()
-    train(config, out=tmp_path / "one", console=console)
-    assert "backend.shard: there is one process, which holds the whole network" in console.file.getvalue()

@@ -25,14 +25,30 @@ def distance(one, other):
     return float((one - other).norm() / other.norm())
 
 
+RECOMPUTED = ("hypernetwork_checkpointing", "generator_checkpointing")
+
+
 @pytest.mark.slow  # its share of the plain suite is in test_sharded_training.py
-@pytest.mark.parametrize("name", ["sana", "flux"])
-def test_two_processes_take_the_step_of_one_and_one_goes_on(name, checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "rows", "on"),
+    [
+        *((name, 4, ()) for name in ("sana", "flux")),
+        *((name, rows, RECOMPUTED) for name in ("sana", "flux") for rows in (2, 4)),
+        ("sd-turbo", 2, RECOMPUTED),
+        ("flux", 2, (*RECOMPUTED, "lora_autocast")),
+    ],
+)
+def test_two_processes_take_the_step_of_one_and_one_goes_on(name, rows, on, checkpoint, tmp_path):
+    """Blocks are recomputed with one row a process, too, and the step is that of a network that keeps what it needs."""
     model = str(checkpoint(name))
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT), name, model]
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *words, str(tmp_path)], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, *words, str(tmp_path), str(rows), *on],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
@@ -41,19 +57,21 @@ def test_two_processes_take_the_step_of_one_and_one_goes_on(name, checkpoint, tm
     assert found["both"] <= found["whole"] / 2 + 8192  # generator and hypernetwork keep the same shards
     assert found["broken"] == [True, True]
     assert found["alike"]
+    if name != "sd-turbo":  # whose attention blocks the library never recomputes
+        assert found["runs"] == dict.fromkeys(("f", "generator"), 2 if on else 1)
     assert "is sharded already" in found["refused"][0]
     assert "backend.quantize 'fp8': weights in few bits cannot be sharded" in found["refused"][1]
 
-    rows = list(range(sharded_step.ROWS))
-    one = sharded_step.load(name, model)
+    kept = dict.fromkeys(set(on) - set(RECOMPUTED), True)
+    one = sharded_step.load(name, model, **kept)
     perturb(one)
-    expected = [gradient.clone() for gradient in sharded_step.gradients(one, rows)]
+    expected = [gradient.clone() for gradient in sharded_step.gradients(one, list(range(rows)), rows)]
     assert distance(torch.load(tmp_path / "gradients.pt", weights_only=True), expected) < 1e-5
     sharded_step.update(one, expected)
-    resumed = sharded_step.load(name, model)
+    resumed = sharded_step.load(name, model, **kept)
     resumed.load_adapter(tmp_path / "adapter")
     for backend in (one, resumed):
-        sharded_step.update(backend, sharded_step.gradients(backend, rows))
+        sharded_step.update(backend, sharded_step.gradients(backend, list(range(rows)), rows))
     assert distance(lora_state(resumed._twin).values(), lora_state(one._twin).values()) < 1e-5
 
 

@@ -57,6 +57,48 @@ def hnkit(place: Path, processes: int, *arguments: str, status: int = 0) -> str:
     return done.stdout if status == 0 else done.stderr
 
 
+IN_TURN = """
+import contextlib, json, os, pathlib, sys
+from hnkit.cli.app import main
+import torch
+
+rank = os.environ.get("RANK", "0")
+for words in json.loads(sys.argv[1]):
+    if words[0] == "remove":
+        torch.distributed.barrier()
+        if rank == "0":
+            pathlib.Path(words[1]).unlink()
+        torch.distributed.barrier()
+        continue
+    sys.argv = ["hnkit", *words]
+    with open(f"said-{rank}.txt", "w") as file, contextlib.redirect_stdout(file):
+        try:
+            main()
+        except SystemExit as end:
+            if end.code:
+                sys.exit(f"hnkit: {words} ended with {end.code}")
+    if rank == "0":
+        os.replace("said-0.txt", words[words.index("--out") + 1] + ".json" if "--out" in words else "last.json")
+"""
+"""Commands of one interpreter, which loads once for all of them; what each says is kept beside its folder."""
+
+
+def in_turn(place: Path, processes: int, *commands: tuple[str, ...]) -> None:
+    (place / "in_turn.py").write_text(IN_TURN)
+    start = () if processes == 1 else (*TORCHRUN, str(processes))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(place)}
+    done = subprocess.run(
+        [sys.executable, *start, "in_turn.py", json.dumps(commands)],
+        cwd=place, capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def said(place: Path, out: str) -> dict:
+    """The one document of a command, from one process."""
+    return json.loads((place / f"{out}.json").read_text())
+
+
 def files(folder: Path) -> dict[str, bytes]:
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".lock")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
@@ -65,19 +107,47 @@ def files(folder: Path) -> dict[str, bytes]:
 COMMON = ("--backend", "digits", "--adapter", "adapter", "--prompts", "prompts.txt")
 
 
-def test_generate_writes_the_same_files_whoever_writes_them(place):
-    command = ("generate", *COMMON, "--count", "2")
-    one = hnkit(place, 1, *command, "--out", "one", "--json")
-    two = hnkit(place, 2, *command, "--out", "two", "--json")
-    assert json.loads(one) | {"run_folder": "two"} == json.loads(two)  # one document, from one process
+GENERATE = ("generate", *COMMON, "--count", "2", "--json", "--out")
+MAP_VERIFIED = (
+    "--map",
+    "mymap:f",
+    "--shape",
+    "6",
+    "--samples",
+    "40",
+)  # in 14 blocks, of which two processes take seven
+VERIFY = ("verify-bound", *MAP_VERIFIED, "--json", "--out")
+KEPT = "two/prompt-000/base-00.png"
+
+
+@pytest.fixture(scope="module")
+def by_one_and_two(place) -> int:
+    """When the file `KEPT` was written by two processes, before a worker that was killed has cost another prompt."""
+    in_turn(place, 1, (*GENERATE, "one"), (*VERIFY, "verify-one"))
+    in_turn(
+        place, 2, (*GENERATE, "two"), (*VERIFY, "verify-two"), ("remove", "two/prompt-001/prompt.txt"),
+        ("generate", "--resume", "two", "--json"),
+    )  # fmt: skip
+    return (place / "two" / "prompt-001" / "prompt.txt").stat().st_mtime_ns
+
+
+def test_generate_writes_the_same_files_whoever_writes_them(place, by_one_and_two):
+    assert said(place, "one") | {"run_folder": "two"} == said(place, "two") == said(place, "last")
     assert files(place / "one") == files(place / "two")
-    # a worker that was killed has cost its own prompt: what is there is kept, what is not is made by others
-    kept = place / "two" / "prompt-000" / "base-00.png"
-    before = kept.stat().st_mtime_ns
-    (place / "two" / "prompt-001" / "prompt.txt").unlink()
-    hnkit(place, 2, "generate", "--resume", "two")
-    assert files(place / "one") == files(place / "two")
-    assert kept.stat().st_mtime_ns == before
+    # what was there is kept, what was not is made by others
+    assert (place / KEPT).stat().st_mtime_ns < (place / "verify-two.json").stat().st_mtime_ns < by_one_and_two
+
+
+def test_verify_bound_of_a_map_has_the_same_figures_and_plots(place, by_one_and_two):
+    assert by_one_and_two
+    assert said(place, "verify-two") | {"run_folder": 0} == said(place, "verify-one") | {"run_folder": 0}
+    same_report(place / "verify-two", place / "verify-one")
+
+
+def same_report(one: Path, other: Path) -> None:
+    one_by_name, others = files(one), files(other)
+    assert one_by_name.keys() == others.keys()
+    assert all(one_by_name[name] == others[name] for name in others if name.endswith((".png", "report.json")))
 
 
 @pytest.mark.slow
@@ -103,34 +173,28 @@ def test_the_frontier_of_rewards_has_the_same_figures(place):
 
 
 VERIFIED = {
-    "map": ("--map", "mymap:f", "--shape", "6", "--samples", "40"),  # in 14 blocks, of which two processes take seven
+    "map": MAP_VERIFIED,
     "arnoldi": ("--map", "mymap:f", "--shape", "6", "--samples", "24", "--method", "arnoldi", "--probes", "2"),
     "error": ("--map", "mymap:f", "--shape", "6", "--samples", "24", "--method", "lanczos", "--rel-error", "0.2"),
+    "budget": ("--map", "mymap:f", "--shape", "6", "--samples", "24", "--method", "arnoldi", "--budget", "3000"),
     "injected": ("--map", "mymap:f", "--shape", "6", "--samples", "24", "--injection", "0.5"),
     "toys": ("--toy", "linear-gaussian", "--toy", "one-dimensional", "--toy", "rotation", "--samples", "64"),
     "backend": (*COMMON, "--samples", "24"),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "counts"),
-    [
-        ("map", (2,)),
-        *(pytest.param(kind, (2, 4), marks=pytest.mark.slow) for kind in VERIFIED if kind != "map"),
-        pytest.param("map", (4, 17), marks=pytest.mark.slow),  # 17: more than there are blocks
-    ],
-)
+    ("kind", "counts"), [("map", (4, 17)), *((kind, (2, 4)) for kind in VERIFIED if kind != "map")]
+)  # 17: more than there are blocks
 def test_verify_bound_has_the_same_figures_and_plots(kind, counts, place):
-    out = f"verify-{kind}-{counts[0]}"
+    out = f"verify-{kind}"
     command = ("verify-bound", *VERIFIED[kind], "--json", "--out")
     one = json.loads(hnkit(place, 1, *command, f"{out}-alone"))
-    alone = files(place / f"{out}-alone")
     for count in counts:
         found = json.loads(hnkit(place, count, *command, f"{out}-of-{count}"))  # one document, from one process
         assert found | {"run_folder": 0} == one | {"run_folder": 0}
-        shared = files(place / f"{out}-of-{count}")
-        assert shared.keys() == alone.keys()
-        assert all(shared[name] == alone[name] for name in alone if name.endswith((".png", "report.json")))
+        same_report(place / f"{out}-of-{count}", place / f"{out}-alone")
 
 
 @pytest.mark.slow
@@ -154,6 +218,19 @@ def test_compare_has_the_same_figures_and_goes_on_by_any_number(place):
     again = json.loads(hnkit(place, 1, "compare", "--backend", "digits", "--resume", "compare-2", "--json"))
     assert untimed(again) == untimed(two)
     assert parts[1].stat().st_mtime_ns == before
+    # a measurement that was cut short goes on with its blocks
+    parts = place / "compare-2" / "parts"
+    blocks = sorted((parts / "blocks-of-hypernoise").iterdir())
+    others = (place / "compare-4" / "parts" / "blocks-of-hypernoise").iterdir()
+    assert {path.name for path in blocks} == {path.name for path in others}
+    for name in ("closeness", "kl-of-hypernoise"):
+        (parts / f"{name}.json").unlink()
+    blocks[-1].unlink()
+    before = {path: path.stat().st_mtime_ns for path in blocks[:-1]}
+    again = json.loads(hnkit(place, 2, "compare", "--backend", "digits", "--resume", "compare-2", "--json"))
+    assert untimed(again) == untimed(two)
+    assert blocks[-1].exists()
+    assert before == {path: path.stat().st_mtime_ns for path in blocks[:-1]}
 
 
 def untimed(value):
@@ -174,8 +251,8 @@ OF_GENERATE = 'sys.argv[1:] = ["generate", "--backend", "digits", "--count", str
 OF_VERIFY = 'sys.argv[1:] = ["verify-bound", "--toy", "rotation", "--seed", str(count), "--out", "no"]'
 OF_VERSIONS = """
 import hnkit.training.processes as processes
-known = processes.versions()
-processes.versions = lambda: known | {"torch": f"{count}.0"}
+known = processes.installation()
+processes.installation = lambda: known | {"PACKAGE": f"{count}.0"}
 sys.argv[1:] = ["verify-bound", "--toy", "rotation", "--out", "no"]
 """
 
@@ -185,7 +262,14 @@ sys.argv[1:] = ["verify-bound", "--toy", "rotation", "--out", "no"]
     [
         (OF_GENERATE, "process 1 has settings = "),
         pytest.param(OF_VERIFY, "process 1 has seed = 2 where process 0 has 1", marks=pytest.mark.slow),
-        pytest.param(OF_VERSIONS, "process 1 has torch = 2.0 where process 0 has 1.0", marks=pytest.mark.slow),
+        *(
+            pytest.param(
+                OF_VERSIONS.replace("PACKAGE", package),
+                f"process 1 has {package} = 2.0 where process 0 has 1.0",
+                marks=pytest.mark.slow,
+            )
+            for package in ("hnkit", "torch", "diffusers", "the code of hnkit")
+        ),
     ],
 )
 def test_processes_that_differ_are_refused_in_one_line(words, said, place):
