@@ -212,7 +212,7 @@ def verdict_of(rows: VerdictRows, dim: int, tolerance: float = TOLERANCE) -> L2V
 
 
 @dataclass(frozen=True)
-class VerdictRows:
+class _Moments:
     """Per sample, `(n,)`: `|f|^2/2` and, from the same probes, estimates of traces and squared Frobenius norms."""
 
     l2: Tensor
@@ -224,9 +224,15 @@ class VerdictRows:
     """`|J^2|_F^2`"""
     sixth: Tensor
     """`|J^3|_F^2`"""
+    products: int
+
+
+@dataclass(frozen=True)
+class VerdictRows(_Moments):
+    """What `verdict_of` is told of samples."""
+
     norm: Tensor
     """`|J|_2`, moved up by the residual that is left; NaN where it is not known"""
-    products: int
 
     @classmethod
     def joined(cls, parts: Sequence[VerdictRows]) -> VerdictRows:
@@ -238,6 +244,12 @@ class VerdictRows:
 
 def verdict_rows(f: NoiseMap, x: Tensor, probes: int, generator: torch.Generator | None) -> VerdictRows:
     """What `verdict_of` is told of these samples."""
+    moments = _moments(f, x, probes, generator)
+    norm, products = _norms(f, x)
+    return VerdictRows(**{**vars(moments), "products": products + moments.products}, norm=norm)
+
+
+def _moments(f: NoiseMap, x: Tensor, probes: int, generator: torch.Generator | None) -> _Moments:
     n, dim = x.shape[0], x[0].numel()
     columns = []
     products = 0
@@ -252,11 +264,10 @@ def verdict_rows(f: NoiseMap, x: Tensor, probes: int, generator: torch.Generator
         columns.append(torch.stack([l2, dot(probe, second), dot(probe, third), *sizes]))
         products += operator.num_vjp
     l2, square, cube, fourth, sixth = torch.cat(columns, 1).reshape(5, n, probes).mean(2)
-    norm, spent = _norms(f, x)
-    return VerdictRows(l2, square, cube, fourth, sixth, norm, products + spent)
+    return _Moments(l2, square, cube, fourth, sixth, products)
 
 
-def _beyond_third(moments: VerdictRows, norm: Tensor) -> Tensor:
+def _beyond_third(moments: _Moments, norm: Tensor) -> Tensor:
     """Bound of `|E(J) - tr(J^2)/2 + tr(J^3)/3|` per sample, linear in what is estimated, so that no bias enters.
 
     Over the eigenvalues, `sum_(k >= 4) |z|^k / k <= |z|^4/4 + (L |z|^4 + |z|^6/L)/10 + |z|^6 / (6 (1 - L))` for

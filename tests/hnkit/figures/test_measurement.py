@@ -11,7 +11,7 @@ from torch import nn
 
 from hnkit import InputError
 from hnkit.errors import ExpansiveMapError
-from hnkit.figures import mean_shift_share, measure
+from hnkit.figures import mean_shift_share, measure, measured_map
 from hnkit.figures import measurement as module
 from hnkit.figures.measured_map import VERDICT_SAMPLES, MeasuredMap
 from hnkit.figures.measurement import BLOCK_RECORDS, Sharing
@@ -261,7 +261,7 @@ def test_norms_that_are_not_known_do_not_cost_the_kl(monkeypatch, exact_up_to):
     def raising(*args, **kwargs):
         raise InputError("no products today")
 
-    monkeypatch.setattr(module, "local_norms", raising)
+    monkeypatch.setattr(measured_map, "local_norms", raising)
     found = measured()
     assert found.kl.value == pytest.approx(known.kl.value, rel=1e-6)
     assert found.local_norm_note == "no local norms: no products today"
@@ -270,7 +270,7 @@ def test_norms_that_are_not_known_do_not_cost_the_kl(monkeypatch, exact_up_to):
 
     residual = 0.5 * torch.ones(40, dtype=torch.float64)
     unconverged = LocalNorms(residual, residual, noise(40), noise(40), 123, 1e-3)
-    monkeypatch.setattr(module, "local_norms", lambda *args, **kwargs: unconverged)
+    monkeypatch.setattr(measured_map, "local_norms", lambda *args, **kwargs: unconverged)
     found = measured()
     assert found.local_norm_note == "local norms not converged: relative residual 0.5 after 123 products"
     assert all(math.isnan(value) for value in found.local_norm.values())
