@@ -326,8 +326,9 @@ def show(document: dict[str, Any]) -> None:
     for group in ("zoo", "networks"):
         for name, found in document[group].items():
             print(
-                f"{name:<42} E {found['exact']:9.3g}  arnoldi at 64 products {found['relative_at_64']:8.2%} of E "
-                f"({found['best_relative_at_64']:.2%} with xtrace), {found['scaled_at_64']:.2%} of |J|_F^2/2;  "
+                f"{name:<42} E {found['exact']:9.3g}  arnoldi at 64 products {100 * found['relative_at_64']:8.2f} % "
+                f"of E ({100 * found['best_relative_at_64']:.2f} % with xtrace), "
+                f"{100 * found['scaled_at_64']:.2f} % of |J|_F^2/2;  "
                 f"variance of the best alternative x {found['variance_ratio']:.3g}"
             )
     for name, cost in document["product_cost"].items():

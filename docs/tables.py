@@ -172,9 +172,9 @@ def bench_logdet() -> str:
             name,
             case["exact"],
             case["symmetry_index"],
-            f"{case['relative_at_64']:.2%}",
-            f"{case['best_relative_at_64']:.2%}",
-            f"{case['scaled_at_64']:.2%}",
+            f"{100 * case['relative_at_64']:.2f} %",
+            f"{100 * case['best_relative_at_64']:.2f} %",
+            f"{100 * case['scaled_at_64']:.2f} %",
             f"{case['variance_ratio']:,.3g}",
         )
         for group in ("zoo", "networks")
@@ -213,7 +213,7 @@ def low_rank() -> str:
     caption = (
         f"E(J) = {format_estimate(*document['error'])} nats, d = {document['dim']}. Root-mean-square error of the mean "
         f"over {document['matrices']} samples against exact determinants, {document['repeats']} repeats, and standard "
-        f"deviation of one sample's error. Local norms there: median {norms[1]:.2f}, 90% {norms[2]:.1f}, largest "
+        f"deviation of one sample's error. Local norms there: median {norms[1]:.2f}, 90 % {norms[2]:.1f}, largest "
         f"{norms[3]:.1f}; stable rank: median {ranks[1]:.1f}."
     )
     headers = ("method", "products per sample", "error of the mean, nats", "of one sample")
@@ -289,7 +289,7 @@ def injected_noise() -> str:
     if draws is not None:
         share = 100 * draws["gain"] / gains["l2"]
         caption += (
-            f" Four draws by the gradient, {share:.0f}% of what L2 gains, were measured with the version of "
+            f" Four draws by the gradient, {share:.0f} % of what L2 gains, were measured with the version of "
             f"{draws['measured_until']}, the last that took them."
         )
     headers = ("run", "gradient of the reward", "reward calls", "gain in reward", "nats", "CPU time")
@@ -368,8 +368,8 @@ def plans() -> str:
         "of rank 64 in float32, AdamW, no memory option, prompts as long as each pipeline takes them; 1.5 GiB of a "
         "card are kept free. While prompts are encoded, before the first step, the text encoders lie beside network, "
         "decoder and rewards; then they leave the card. "
-        f"Steps per hour are at {document['share']:.0%} of the card's roofline, an assumption. Where a step does not "
-        "fit, the quickest that make it fit of the options that recompute (`vae_checkpointing`, "
+        f"Steps per hour are at {100 * document['share']:.0f} % of the card's roofline, an assumption. Where a step "
+        "does not fit, the quickest that make it fit of the options that recompute (`vae_checkpointing`, "
         "`generator_checkpointing`, `hypernetwork_checkpointing`) and `lora_autocast`, or the least that they need. "
         "Sizes are read in public repositories that quote the models' configurations, and hold to the published "
         "number of parameters."

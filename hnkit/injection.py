@@ -179,7 +179,7 @@ class InjectedBound:
         parts = [f"KL of the deployed law: at most {self.nats} nats (proved for any f; the mean is estimated)"]
         if self.certified is not None:
             parts.append(
-                f"at most {rounded_up(self.certified)} nats with {100 * self.confidence:.0f}% confidence ({self.how})"
+                f"at most {rounded_up(self.certified)} nats with {100 * self.confidence:.0f} % confidence ({self.how})"
             )
         if self.ceiling is not None:
             parts.append(f"at most {rounded_up(self.ceiling)} nats for certain, |f| being clipped")

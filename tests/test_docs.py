@@ -169,6 +169,19 @@ def test_the_package_speaks_of_itself():
             assert found is None, f"{name}: {found}"
 
 
+def test_a_percent_sign_is_written_one_way():
+    """`95 %`, as tables and verdicts have it, in every text of the project; style sheets write their own."""
+    glued = re.compile(r"[0-9}]%(?![a-zA-Z(0-9{])|:[+,0-9]*\.[0-9]%\}|(?<=\d )percent of")
+    assert all(map(glued.search, ("misses 47% of it", 'f"{share:.0%} of it"', "7.3 percent of |f|²")))
+    for folder in ("hnkit", "toy", "scaled", "docs", "proofs", "benchmarks"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".md", ".ipynb"}:
+                for line in path.read_text(encoding="utf-8").splitlines():
+                    assert not glued.search(re.sub(r"(?:width: |max\()100%", "", line)), f"{path}: {line}"
+    for page in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+        assert not glued.search((ROOT / page).read_text(encoding="utf-8")), page
+
+
 @pytest.fixture(scope="module")
 def notebook():
     pytest.importorskip("nbclient")

@@ -63,7 +63,7 @@ def l2_verdict(measured: MeasuredMap) -> Finding:
 
 def _times(ratio: float) -> str:
     """A ratio in words, in percent where it is small."""
-    return f"{ratio:.3g} times" if abs(ratio) >= PERCENT_BELOW else f"{100 * ratio:.3g}% of"
+    return f"{ratio:.3g} times" if abs(ratio) >= PERCENT_BELOW else f"{100 * ratio:.3g} % of"
 
 
 def _trace(B: Tensor) -> Tensor:
@@ -101,15 +101,15 @@ _NUMBER = r"([\d.]+(?:e[-+]?\d+)?)"
 
 def _ratio_in_words(text: str) -> float:
     """`E tr(J^2) / E|f|^2` as the words say it; NaN where it does not."""
-    found = re.search(r"tr\(J²\) is (\S+)(?: ± \S+)? (percent of|times) \|f\|²", text)
-    return float(found[1]) / (100 if found[2] == "percent of" else 1) if found else math.nan
+    found = re.search(r"tr\(J²\) is (\S+)(?: ± \S+)? (% of|times) \|f\|²", text)
+    return float(found[1]) / (100 if found[2] == "% of" else 1) if found else math.nan
 
 
 def _claimed(text: str) -> tuple[float, float]:
-    """The interval of the share that the words claim with 95%; without bounds where they claim none."""
-    if found := re.search(rf"is (?:shown to be )?within {_NUMBER}% of the KL", text):
+    """The interval of the share that the words claim with 95 %; without bounds where they claim none."""
+    if found := re.search(rf"is (?:shown to be )?within {_NUMBER} % of the KL", text):
         return -float(found[1]) / 100, float(found[1]) / 100
-    if found := re.search(rf"(misses|overcounts) {_NUMBER}% to {_NUMBER}% of the KL", text):
+    if found := re.search(rf"(misses|overcounts) {_NUMBER} % to {_NUMBER} % of the KL", text):
         near, far = float(found[2]) / 100, float(found[3]) / 100
         return (near, far) if found[1] == "misses" else (-far, -near)
     return -math.inf, math.inf
@@ -117,7 +117,7 @@ def _claimed(text: str) -> tuple[float, float]:
 
 def _roughly(text: str) -> tuple[float, float]:
     """The interval of the share to third order that the words leave, two digits being rounded outward."""
-    if found := re.search(rf"(misses|overcounts) about {_NUMBER}% of the KL", text):
+    if found := re.search(rf"(misses|overcounts) about {_NUMBER} % of the KL", text):
         size = float(found[2]) / 100
         return (0.9 * size, size) if found[1] == "misses" else (-size, -0.9 * size)
     if found := re.search(rf"is about {_NUMBER} times the KL", text):

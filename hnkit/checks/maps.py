@@ -396,7 +396,8 @@ def injectivity(measured: MeasuredMap) -> Finding:
     status = measured.stein.injective
     rows = measured.rows_or_none
     if status == "violated":
-        share = "" if rows is None else f" (negative at {float((rows.sign < 0).double().mean()):.1%} of the samples)"
+        reversed_at = None if rows is None else 100 * float((rows.sign < 0).double().mean())
+        share = "" if reversed_at is None else f" (negative at {reversed_at:.1f} % of the samples)"
         raise NotApplicable(f"det(I+J) changes sign{share}: T folds, the exact value is a lower bound of the KL")
     if rows is None:
         if status != "certified":

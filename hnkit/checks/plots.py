@@ -113,7 +113,7 @@ def _scatter(measured: MeasuredMap) -> Plot:
         second = (measured.half_square + rows.trace_square / 2).cpu().numpy()
     gap = (l2.mean() - exact.mean()) / exact.mean() if exact.mean() else 0.0
     verb = "misses" if gap < 0 else "adds"
-    title = f"{measured.name}: the L2 term {verb} {abs(gap):.1%} of the KL"
+    title = f"{measured.name}: the L2 term {verb} {100 * abs(gap):.1f} % of the KL"
     caption = (
         f"{measured.name}: the exact integrand of the KL at every sample against its approximations. On the diagonal "
         "the approximation is exact."

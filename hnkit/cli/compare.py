@@ -185,8 +185,8 @@ def power_sentences(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     seeds = first["components"]["seeds"]
     found = [
         f"Prompts that a paired t-test over prompts needs to find a difference of {first['difference']:g} with "
-        f"{100 * first['power']:.0f}% probability at the level {100 * first['level']:.0f}%, by noises a prompt; in "
-        "parentheses 95% intervals, for the variances come from this run."
+        f"{100 * first['power']:.0f} % probability at the level {100 * first['level']:.0f} %, by noises a prompt; in "
+        "parentheses 95 % intervals, for the variances come from this run."
     ]
     if seeds == 1:
         found.append("The run had one noise a prompt, which does not tell noise from prompt: no other number is known.")

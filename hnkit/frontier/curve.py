@@ -63,7 +63,7 @@ class FrontierPoint:
         nats: the budget K, the mean over prompts of KL(q || p).
         gain: the estimate of `R*(K)`, in units of the reward.
         stderr: its standard error: that of a bootstrap over prompts (over samples where there is one prompt), widened
-            so that 1.96 of it to either side cover the truth with 95% (see `Frontier`).
+            so that 1.96 of it to either side cover the truth with 95 % (see `Frontier`).
         beta: the inverse temperature that attains it, one for all prompts.
         effective: effective sample size at that temperature, the harmonic mean over prompts.
         alpha: the temperature, `1 / beta`, in units of the reward; it is the slope `dR*/dK` too.
@@ -374,7 +374,7 @@ class _Levels:
 
 
 def _widened(spread: float, bias: float, units: int, growth: float, carrying: float) -> float:
-    """A standard error of which 1.96 to either side cover with 95% (see `Frontier`).
+    """A standard error of which 1.96 to either side cover with 95 % (see `Frontier`).
 
     Args:
         spread: the bootstrap's standard error.
@@ -389,7 +389,7 @@ def _widened(spread: float, bias: float, units: int, growth: float, carrying: fl
 
 
 def over_prompts(gains: Tensor) -> Estimate:
-    """The mean over prompts `(prompts,)` with a standard error of which 1.96 to either side cover with 95%.
+    """The mean over prompts `(prompts,)` with a standard error of which 1.96 to either side cover with 95 %.
 
     Of few prompts it is the standard error with Student's factor; of one it is not known, NaN.
     """

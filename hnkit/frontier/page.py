@@ -19,7 +19,7 @@ _HOW = (
     "(Gibbs variational principle), and its temperature that of the law that attains it. It is estimated from rewards "
     "of base images alone, and ends where too few of them carry the weight, or where their tail is too heavy "
     "for an error bar. Efficiency is a method's gain as a share of the frontier's at the same nats. Nats that are said "
-    "to be 'at least' come from rewards alone (Donsker and Varadhan) and hold with 95% probability."
+    "to be 'at least' come from rewards alone (Donsker and Varadhan) and hold with 95 % probability."
 )
 
 
@@ -86,7 +86,7 @@ def sentences(document: Mapping[str, Any], *, beside_card: bool = False) -> list
             found += [] if beside_card else [f"{gain} for {nats} nats, {share(method)} of what they could buy."]
         elif method["nats"] is None:
             found.append(
-                f"{gain} and spends {nats} nats (95%). Its nats are not known, and so neither is its efficiency."
+                f"{gain} and spends {nats} nats (95 %). Its nats are not known, and so neither is its efficiency."
             )
         elif method["nats"] <= 0:
             found.append(f"{gain} for {nats} nats: there is no budget whose worth could be told.")
@@ -118,7 +118,7 @@ def contradiction(name: str, method: Mapping[str, Any]) -> str:
         return ""
     if method["nats_lower_bound"] > nats + room:
         shown = rounded_down(method["nats_lower_bound"], 3)
-        return f"The rewards of {name} alone show at least {shown} nats (95%), more than its {nats_text(method)}."
+        return f"The rewards of {name} alone show at least {shown} nats (95 %), more than its {nats_text(method)}."
     efficiency, error = method["efficiency"], method["efficiency_stderr"]
     if efficiency is not None and error is not None and efficiency - 3 * error > 1:
         return f"No law of the nats of {name} gains that much: it has more, or its base is another."
@@ -128,7 +128,7 @@ def contradiction(name: str, method: Mapping[str, Any]) -> str:
 def gap_sentence(name: str, gap: Mapping[str, Any]) -> str:
     """The certified distance from the target, and the estimate where the temperature lets there be one."""
     bound = (
-        f"{name} is at least {rounded_down(gap['lower'], 3)} nats ({100 * gap['confidence']:.0f}%) from the law that "
+        f"{name} is at least {rounded_down(gap['lower'], 3)} nats ({100 * gap['confidence']:.0f} %) from the law that "
         f"its temperature {gap['alpha']:.3g} names"
     )
     if gap["estimate"] is None:
@@ -156,7 +156,7 @@ def share(method: Mapping[str, Any]) -> str:
     stderr = method["efficiency_stderr"]
     error = " ± unknown " if stderr is None else f" ± {100 * stderr:.0f}"
     least = "at least " if method.get("nats_at_most") else ""
-    return f"{least}{100 * method['efficiency']:.0f}{error}%"
+    return f"{least}{100 * method['efficiency']:.0f}{error} %"
 
 
 def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -175,7 +175,7 @@ def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
         for entry in document["best_of"]
     ]
     for point in document["frontier"][::4]:
-        rows.append(("frontier", f"{point['nats']:.3g}", format_estimate(point["gain"], point["stderr"]), "100%"))
+        rows.append(("frontier", f"{point['nats']:.3g}", format_estimate(point["gain"], point["stderr"]), "100 %"))
     return ("", "nats a prompt", "gain in reward", "efficiency"), rows
 
 

@@ -50,7 +50,7 @@ class MethodGain:
     Attributes:
         gain: mean over prompts of the difference of mean rewards.
         stderr: its standard error over prompts, with Student's factor where they are few; NaN where there is one.
-        nats_lower_bound: see the function of that name, at 95%.
+        nats_lower_bound: see the function of that name, at 95 %.
         nats: the method's nats where they are known, else `None`.
         nats_stderr: standard error of these nats; 0 where they are exact, or are not known.
         efficiency: `gain / R*(nats)`, `None` where the nats are unknown or beyond what the samples carry. (At the

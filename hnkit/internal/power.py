@@ -190,7 +190,7 @@ class Need:
     Attributes:
         seeds: noises a prompt.
         prompts: prompts needed.
-        least: the lower end of the 95% interval of that number, for the variance was estimated.
+        least: the lower end of the 95 % interval of that number, for the variance was estimated.
         most: the upper end; `None` beyond 10^9.
         images: images of both methods together.
     """

@@ -356,7 +356,7 @@ def _check_derivative(f: NoiseMap, points: Tensor, index: Tensor, unit: float, j
         )
     if verdict.wrong:
         raise InputError(
-            f"autograd's derivative of the map is wrong by {verdict.difference:.0%} against differences of the map: "
+            f"autograd's derivative of the map is wrong by {100 * verdict.difference:.0f} % against differences of it: "
             "look for detach(), no_grad(), autograd.grad without create_graph, numpy, or a wrong backward in a part of "
             "it"
         )
@@ -380,9 +380,9 @@ def _check_products(
     underflow = directions[0][0].shape[1] * torch.finfo(forward.dtype).smallest_normal
     if difference > min(0.3, 30 * math.sqrt(unit)) * size + underflow:
         raise InputError(
-            f"J v and J^T u of the map disagree, u.(J v) != v.(J^T u), by {difference / size:.0%}: its forward-mode or "
-            "second derivative is wrong (detach(), autograd.grad or a numpy backward in a part of it?); mend it, or "
-            "choose a method that needs vector-Jacobian products only, such as arnoldi"
+            f"J v and J^T u of the map disagree, u.(J v) != v.(J^T u), by {100 * difference / size:.0f} %: its "
+            "forward-mode or second derivative is wrong (detach(), autograd.grad or a numpy backward in a part of it?);"
+            " mend it, or choose a method that needs vector-Jacobian products only, such as arnoldi"
         )
 
 
@@ -424,7 +424,7 @@ def _check_second_derivative(f: NoiseMap, points: Tensor, unit: float) -> None:
     tolerance = max(5e-3, math.sqrt(unit))
     first, second = (_verdict(partial(changes_at, order=order), unit, tolerance) for order in (0, 1))
     if second.wrong and not first.wrong:
-        raise InputError(_not_twice(f"off by {second.difference:.0%} against differences"))
+        raise InputError(_not_twice(f"off by {100 * second.difference:.0f} % against differences"))
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class KLEstimate(Estimate):
     def injectivity(self) -> Injectivity:
         """`injective` with one word more: "no fold seen", for "unknown" where all signs were looked at and positive.
 
-        That is evidence and no proof; `folds.upper` is its measure, the 95% bound of the mass under `N(0, I)` of the
+        That is evidence and no proof; `folds.upper` is its measure, the 95 % bound of the mass under `N(0, I)` of the
         points where orientation is reversed. (Prompts that differ in that mass only make the bound safer.)
         """
         if self.injective == "unknown" and self.folds is not None and self.folds.negative == 0:
@@ -160,7 +160,7 @@ class Folds:
     Attributes:
         samples: n.
         negative: samples with `det(I + J) < 0`.
-        upper: 95% upper confidence bound of the probability of such a sample (Clopper and Pearson).
+        upper: 95 % upper confidence bound of the probability of such a sample (Clopper and Pearson).
         degree: estimate of `E[sgn det(I + J) exp(-ell)]`; the variance of `exp(-ell)` may be large.
         folded: estimate of `E[1{det < 0} exp(-ell)]`.
 
@@ -183,7 +183,7 @@ class Folds:
 
     def __str__(self) -> str:
         if self.negative == 0:
-            return f"no fold in {self.samples} samples (in at most {rounded_up(self.upper, 2)} of them, 95%)"
+            return f"no fold in {self.samples} samples (in at most {rounded_up(self.upper, 2)} of them, 95 %)"
         return f"orientation reversed at {self.negative} of {self.samples} samples; folded mass at most {self.folded}"
 
 

@@ -22,7 +22,7 @@ from hnkit.maps import NoiseMap, at_rows
 _PILOT_SAMPLES = 8
 _PILOT_PROBES = 4
 # The pilot's variance is an estimate of few degrees of freedom: with 24 of them, a chi-square variable is above 0.65 of
-# its mean with 90% probability, so the probes planned for 1 / 0.65 of it meet the target about that often.
+# its mean with 90 % probability, so the probes planned for 1 / 0.65 of it meet the target about that often.
 _SAFETY = 1.5
 _MOST_PROBES = 100_000
 

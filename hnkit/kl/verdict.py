@@ -27,7 +27,7 @@ PROBES = 4
 """Probes per sample, three transposed products each."""
 
 PERCENT_BELOW = 3
-"""Ratio from which words say "47 times" instead of "4,700 percent of"."""
+"""Ratio from which words say "47 times" instead of "4,700 % of"."""
 
 _EXACT_UP_TO = 512
 """Dimension up to which d products per sample are cheap enough to be advised."""
@@ -48,7 +48,7 @@ class L2Verdict:
     Attributes:
         missed: estimate of `(KL - L2) / KL`, to third order; negative where the L2 term overcounts. No unit, as all
             shares here; NaN where the estimated KL is not positive.
-        lower: lower end of its 95% interval, sampling error and remainder together; minus infinity if unbounded.
+        lower: lower end of its 95 % interval, sampling error and remainder together; minus infinity if unbounded.
         upper: upper end.
         ratio: `E tr(J^2) / E|f|^2`, which is `E[tr(J^2)/2]` over the L2 term.
         remainder: bound of what lies beyond the third order, over the L2 term; infinite where a local norm is 1 or more
@@ -73,7 +73,7 @@ class L2Verdict:
 
     @property
     def within(self) -> float:
-        """The share of the KL that the L2 term is within, with 95% confidence; infinite if nothing bounds it."""
+        """The share of the KL that the L2 term is within, with 95 % confidence; infinite if nothing bounds it."""
         return max(abs(self.lower), abs(self.upper))
 
     @property
@@ -99,7 +99,7 @@ class L2Verdict:
         percent = abs(self.ratio.value) < PERCENT_BELOW
         scale = 100 if percent else 1
         ratio = "0" if known else rounded_to_error(scale * self.ratio.value, scale * self.ratio.stderr)
-        base = f"tr(J²) is {ratio} {'percent of' if percent else 'times'} |f|²"
+        base = f"tr(J²) is {ratio} {'% of' if percent else 'times'} |f|²"
         if math.isfinite(self.remainder):
             return f"{base}, and what lies beyond the third order at most {_percent(self.remainder)} of |f|²/2"
         if math.isnan(self.local_norm):
@@ -119,7 +119,7 @@ class L2Verdict:
     def finding(self) -> str:
         """The verdict without its advice."""
         if self.good:
-            return f"the L2 term is within {_percent(self.within)} of the KL (95%): {self.reason}"
+            return f"the L2 term is within {_percent(self.within)} of the KL (95 %): {self.reason}"
         verb = "overcounts" if self.missed < 0 else "misses"
         if math.isnan(self.missed) and self.local_norm >= 1:
             size = "cannot be judged by the third order"  # a divergent series: its sign means nothing
@@ -127,9 +127,9 @@ class L2Verdict:
             size = "is far above the KL to third order"
         elif math.isfinite(self.within) and self.lower * self.upper > 0:
             near, far = sorted((abs(self.lower), abs(self.upper)))
-            size = f"{verb} {_percent(near, up=False)} to {_percent(far)} of the KL (95%)"
+            size = f"{verb} {_percent(near, up=False)} to {_percent(far)} of the KL (95 %)"
         elif math.isfinite(self.within):
-            size = f"is shown to be within {_percent(self.within)} of the KL only (95%)"
+            size = f"is shown to be within {_percent(self.within)} of the KL only (95 %)"
         elif self.missed < -1:
             size = f"is about {1 - self.missed:.2g} times the KL to third order, an estimate that nothing bounds"
         else:
@@ -291,7 +291,7 @@ def _norms(f: NoiseMap, x: Tensor) -> tuple[Tensor, int]:
 
 
 def _interval(least: Tensor, most: Tensor, base: Tensor) -> tuple[float, float]:
-    """95% interval of the share `u / (1 + u)`, `u` between `E least / E base` and `E most / E base`."""
+    """95 % interval of the share `u / (1 + u)`, `u` between `E least / E base` and `E most / E base`."""
     if not bool(base.any()) and not bool(least.any()) and not bool(most.any()):
         return 0.0, 0.0
     if not float(base.mean()) > 0:
@@ -334,11 +334,11 @@ def _share(u: float) -> float:
 
 
 def _percent(share: float, *, up: bool = True) -> str:
-    """Percent to two digits at most, rounded outward: within 4.23% is within 4.3%, and at least 4.28% is 4.2%."""
+    """Percent to two digits at most, rounded outward: within 4.23 % is within 4.3 %, and at least 4.28 % is 4.2 %."""
     percent = 100 * share
     if percent == 0:
-        return "0%"
+        return "0 %"
     unit = 10.0 ** min(0, math.floor(math.log10(percent)) - 1)
     steps = percent / unit
     rounded = math.ceil(steps - 1e-9) if up else math.floor(steps + 1e-9)
-    return f"{rounded * unit:.12g}%"
+    return f"{rounded * unit:.12g} %"

@@ -67,7 +67,7 @@ def convolution_norm_bound(weight: Tensor, stride: Sequence[int], dilation: Sequ
         groups: the channels form this many independent convolutions.
 
     Returns:
-        The bound; with the default grid at most 0.25% per axis above the supremum for small layers.
+        The bound; with the default grid at most 0.25 % per axis above the supremum for small layers.
 
     Source:
         M. Riesz, Jahresber. DMV 23 (1914); H. Ehlich and K. Zeller, Math. Z. 86 (1964), DOI 10.1007/BF01111276.

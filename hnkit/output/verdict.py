@@ -304,7 +304,7 @@ def _target_line(figures: RunFigures) -> CardLine | None:
     if figures.gap_lower is not None:
         bound, confidence = figures.gap_lower
         where = "" if figures.alpha is None else f", alpha = {format_number(figures.alpha, 3)}"
-        away = f"at least {rounded_down(bound, 3)} nats away ({100 * confidence:.0f}% sure{where})"
+        away = f"at least {rounded_down(bound, 3)} nats away ({100 * confidence:.0f} % sure{where})"
         return CardLine("target", away, note)
     if figures.l2_gap is not None:
         away = f"the L2 loss's optimum is {format_number(figures.l2_gap, 3)} nats away"

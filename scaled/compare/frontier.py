@@ -107,7 +107,7 @@ def frontier_table(document: Document) -> Table:
         "any law of so many nats can gain, estimated from rewards of base images alone. Nats of best-of-N are an upper "
         "bound, nats of networks the mean KL integrand (the KL where x + f(x) is injective, else a lower bound of it), "
         "with injected noise the proved bound of the KL; the efficiency at an upper bound is an estimate from below, "
-        "and 'at least' is a 95% bound by the rewards alone. "
+        "and 'at least' is a 95 % bound by the rewards alone. "
     )
     return Table(
         ("method", "nats", "gain in reward", "efficiency", "nats from its target"), tuple(body), caption + _gaps(found)
@@ -127,7 +127,7 @@ def _gaps(found: Mapping[str, Any]) -> str:
     bounds = [method["gap"] for method in found["methods"].values() if method["gap"] is not None]
     if bounds:
         return (
-            f"Nats from its target: with {100 * bounds[0]['confidence']:.0f}% probability a hypernetwork's law is so "
+            f"Nats from its target: with {100 * bounds[0]['confidence']:.0f} % probability a hypernetwork's law is so "
             f"far from the law that its temperature names, KL(p0^phi || p0*), at least, on the mean over "
             f"{bounds[0]['prompts']} prompts."
         )

@@ -364,10 +364,10 @@ def _power_table(document: Document) -> Table:
     caption = (
         f"Standard deviations of the {label_of(score)}: what a prompt and a noise do to base and method alike, which "
         "pairing takes out; what a prompt does to their difference, and a noise to that. The last column is the "
-        f"smallest difference that a t-test over these prompts finds with {100 * POWER:.0f}% probability at the level "
-        f"{100 * LEVEL:.0f}%; hnkit compare --resume DIR --power D says what another needs."
+        f"smallest difference that a t-test over these prompts finds with {100 * POWER:.0f} % probability at the level "
+        f"{100 * LEVEL:.0f} %; hnkit compare --resume DIR --power D says what another needs."
     )
-    headers = ("method", "prompt", "noise", "method x prompt", "rest", "found with 80%")
+    headers = ("method", "prompt", "noise", "method x prompt", "rest", "found with 80 %")
     return Table(headers, tuple(body), caption)
 
 

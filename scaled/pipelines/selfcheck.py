@@ -187,7 +187,8 @@ class Checks:
         slope, difference, unsure = self._slopes(function, inputs, what)
         error = max(0.0, abs(slope - difference) - unsure) / max(abs(slope), 1e-30)
         if not error <= (_SLOPE if what == "f" else _SLOPE_OF_IMAGES)[self.dtype]:
-            self._fail(f"gradient of {what}", f"the gradient by {of} differs from a finite difference by {error:.0%}")
+            reason = f"the gradient by {of} differs from a finite difference by {100 * error:.0f} %"
+            self._fail(f"gradient of {what}", reason)
 
     def _slopes(self, function: Callable[..., Tensor], inputs: list[Tensor], what: str) -> tuple[float, float, float]:
         """The slope along the gradient by autograd, by differences, and how far those can be off.

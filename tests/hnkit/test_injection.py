@@ -146,7 +146,7 @@ def test_the_bound_of_values_in_an_interval_is_hoeffding_s():
 
 
 def test_certificates_hold_as_often_as_they_say():
-    """2,000 repetitions of n = 16: neither certificate misses more than 5% of the time (one-sided z-test at 1e-6)."""
+    """2,000 repetitions of n = 16: neither certificate misses more than 5 % of the time (one-sided z-test at 1e-6)."""
     repeats, n = 2000, 16
     allowed = 0.05 + norm.isf(1e-6) * math.sqrt(0.05 * 0.95 / repeats)
     uniform = torch.rand(repeats, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -48,8 +48,8 @@ def pace(plan: Plan) -> str:
     hours = steps * need.seconds / 3600
     return (
         f"A step is {need.flops / 1e12:.3g} TFLOP on each of {plan.processes} card(s): {rate(need):,.0f} "
-        f"steps per hour and {hours:,.1f} hours for {steps:,}, at {SHARE:.0%} of the card's roofline (an assumption, "
-        "not a measurement)."
+        f"steps per hour and {hours:,.1f} hours for {steps:,}, at {100 * SHARE:.0f} % of the card's roofline "
+        "(an assumption, not a measurement)."
     )
 
 

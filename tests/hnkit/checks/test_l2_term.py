@@ -79,15 +79,15 @@ PLANTED: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "misses for overcounts": ("symmetric", spoken(lambda text: text.replace("misses", "overcounts"))),
     "shares in place of percent": (
         "symmetric",
-        lambda m: m.setattr(verdict, "_percent", lambda share, up=True: f"{share:.3g}%"),
+        lambda m: m.setattr(verdict, "_percent", lambda share, up=True: f"{share:.3g} %"),
     ),
     "shares in place of percent, roughly": (
         "fold",
-        lambda m: m.setattr(verdict, "_percent", lambda share, up=True: f"{share:.3g}%"),
+        lambda m: m.setattr(verdict, "_percent", lambda share, up=True: f"{share:.3g} %"),
     ),
     "four fifths of the percentages": (
         "extremal",
-        lambda m: m.setattr(verdict, "_percent", lambda share, up=True: f"{80 * share:.2g}%"),
+        lambda m: m.setattr(verdict, "_percent", lambda share, up=True: f"{80 * share:.2g} %"),
     ),
     "the ratio in words": ("symmetric", spoken(lambda text: text.replace("tr(J²) is ", "tr(J²) is 9"))),
     "the ratio in the reason": (
@@ -95,7 +95,7 @@ PLANTED: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
         lambda m: m.setattr(verdict, "rounded_to_error", lambda value, error: f"{value / 100:.3g} ± {error:.2g}"),
     ),
     "advice": ("symmetric", changed(advice=lambda v: "l2")),
-    "good in place of bad": ("symmetric", spoken(lambda text: "the L2 term is within 5% of the KL (95%): " + text)),
+    "good in place of bad": ("symmetric", spoken(lambda text: "the L2 term is within 5 % of the KL (95 %): " + text)),
     "a map that vanishes": ("nothing", changed(ratio=lambda v: Estimate(0.0, 0.0))),
 }
 

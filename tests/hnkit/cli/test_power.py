@@ -62,7 +62,7 @@ def test_a_table_and_sentences_are_shown(finished, capsys, monkeypatch):
     code, out, _ = command("--resume", str(folder), "--power", "0.05", capsys=capsys)
     assert code == 0
     assert f"{needed_prompts(0.05, found.variance(1)):,} (" in out
-    assert "80% probability" in out.replace("\n", " ")
+    assert "80 % probability" in out.replace("\n", " ")
     assert f"these 30 prompts of 4 find {detectable(found.variance(4), 30):.3g}" in out.replace("\n", " ")
 
 

@@ -1,7 +1,7 @@
 """Error bars of the frontier against laws whose own is known in closed form: how often 1.96 of them cover it.
 
 A coverage is tested as the share of independent replicates whose interval holds the truth, by a z-test at the file's
-false-alarm rate against the least that is claimed, 93%; at each budget whose point half of the replicates show, and at
+false-alarm rate against the least that is claimed, 93 %; at each budget whose point half of the replicates show, and at
 the last point that each shows. The slow tests have the replicates, the plain ones a share of them.
 """
 

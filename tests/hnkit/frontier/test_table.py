@@ -182,7 +182,7 @@ def test_at_a_hopeless_temperature_only_the_bound_is_said(tmp_path):
         words = page.gap_sentence("ours", asdict(gap))
         assert (gap.estimate is not None) == told
         assert ("is the estimate" in words) == told
-        assert f"at least {rounded_down(gap.lower, 3)} nats (95%)" in words
+        assert f"at least {rounded_down(gap.lower, 3)} nats (95 %)" in words
     assert gap.lower > 10
     assert "how far exactly cannot be told" in words
 

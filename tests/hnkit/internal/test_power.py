@@ -114,7 +114,7 @@ def test_the_interval_of_the_prompts_covers(seeds):
     for _ in range(repetitions):
         (need,) = needs(components(*layout(25, 3, generator)), 0.2, (seeds,))
         inside += need.least <= truth <= need.most
-    # Satterthwaite approximates the law of a sum of mean squares: 95% may be 92%
+    # Satterthwaite approximates the law of a sum of mean squares: 95 % may be 92 %
     assert inside >= binom.isf(1 - FALSE_ALARM, repetitions, 0.92)
 
 

@@ -456,7 +456,7 @@ def test_the_truncation_of_second_order_is_the_third_term_of_a_random_rotation()
     J = c * Q * R.diagonal(dim1=1, dim2=2).sign()[:, None]
     v = probes(rows, dim)
     third = torch.einsum("ri,rij,rjk,rkl,rl->r", v, J, J, J, v) / 3
-    # standard error of the root mean square: 1 / sqrt(2 rows) = 2.2%; five of them
+    # standard error of the root mean square: 1 / sqrt(2 rows) = 2.2 %; five of them
     root_mean_square = float(third.square().mean().sqrt())
     result = second_order(MatrixOperator(J, rows), v)
     assert float(result.truncation.mean()) == pytest.approx(root_mean_square, rel=0.11 + 1 / dim)

@@ -33,7 +33,7 @@ def test_a_gradient_field_loses_half() -> None:
     assert not found.good
     assert found.advice == "second-order"
     assert str(found).startswith("use --kl second-order: the L2 term misses 4")
-    assert "of the KL (95%); tr(J²) is " in str(found)
+    assert "of the KL (95 %); tr(J²) is " in str(found)
 
 
 def test_a_rotation_is_overcounted() -> None:
@@ -59,12 +59,12 @@ def test_a_generic_map_is_counted_right() -> None:
         assert found.good
         assert found.within < 0.1
         assert found.advice == "l2"
-        assert str(found).startswith(f"the L2 term is within {_percent(found.within)} of the KL (95%): tr(J²) is ")
+        assert str(found).startswith(f"the L2 term is within {_percent(found.within)} of the KL (95 %): tr(J²) is ")
         assert not judged(A, tolerance=1e-3).good  # the tolerance decides
 
 
 def test_one_dimension_by_quadrature() -> None:
-    """`f = 0.2 sin 3x`: KL 0.114620 nats, L2 term 0.01, so that 91% is missed."""
+    """`f = 0.2 sin 3x`: KL 0.114620 nats, L2 term 0.01, so that 91 % is missed."""
     found = l2_verdict(lambda x: 0.2 * torch.sin(3 * x), noise(400, 1), generator=seeded())
     missed = 1 - 0.0100000 / 0.114620
     assert found.lower < missed < found.upper
@@ -85,8 +85,8 @@ def test_a_network_against_its_exact_kl() -> None:
 def test_the_interval_covers() -> None:
     """100 runs of 24 samples at a norm so small that the interval is sampling error alone.
 
-    At a coverage of 94%, for the delta method on 24 samples may lose a percent, fewer than 86 hits have a chance of
-    1e-3; all 100 have one of 6e-3 at 95%.
+    At a coverage of 94 %, for the delta method on 24 samples may lose a percent, fewer than 86 hits have a chance of
+    1e-3; all 100 have one of 6e-3 at 95 %.
     """
     A = matrix("gaussian", 0.05, 8)
     truth, hits = linear_missed(A), 0
@@ -133,7 +133,7 @@ def test_a_shear_needs_no_norm() -> None:
     found = l2_verdict(shear, noise(16, 2), generator=seeded())
     assert found.local_norm > 1
     assert (found.remainder, found.lower, found.upper) == (0.0, 0.0, 0.0)
-    assert str(found).startswith("the L2 term is within 0% of the KL (95%)")
+    assert str(found).startswith("the L2 term is within 0 % of the KL (95 %)")
 
 
 def test_nothing_at_all() -> None:
@@ -218,14 +218,14 @@ def test_bad_input() -> None:
 
 def test_percentages_are_rounded_outward() -> None:
     assert [_percent(s) for s in (0.0, 0.0423, 0.0428, 0.5, 1.234, 0.00012)] == [
-        "0%",
-        "4.3%",
-        "4.3%",
-        "50%",
-        "124%",
-        "0.012%",
+        "0 %",
+        "4.3 %",
+        "4.3 %",
+        "50 %",
+        "124 %",
+        "0.012 %",
     ]
-    assert [_percent(s, up=False) for s in (0.0423, 0.0428, 0.5)] == ["4.2%", "4.2%", "50%"]
+    assert [_percent(s, up=False) for s in (0.0423, 0.0428, 0.5)] == ["4.2 %", "4.2 %", "50 %"]
 
 
 @pytest.mark.parametrize("slope", [-0.5, 0.4])

@@ -257,7 +257,7 @@ def test_no_figure_is_broken_across_lines():
         screen = console()
         screen.file, screen.width = out, width
         screen.print(
-            Words("aa bb " * 9 + "at least 12.5 ± 0.3 nats (95%), -7 ± 2 % of alpha = 0.25, --kl second-order now")
+            Words("aa bb " * 9 + "at least 12.5 ± 0.3 nats (95 %), -7 ± 2 % of alpha = 0.25, --kl second-order now")
         )
         for line in out.getvalue().splitlines():
             assert not line.rstrip().endswith(("±", "=", "at least", "--kl", "12.5", "-7"))

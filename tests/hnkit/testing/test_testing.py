@@ -475,7 +475,7 @@ def test_local_norms_of_drawn_images_stay_below_their_certificate():
         (lambda x: x - x.mean(0), "couples rows"),
         (lambda x: x / len(x), "how many rows"),
         (lambda x: x.mul_(0.5), "writes into its input"),
-        (lambda x: x * x.detach(), "derivative of the map is wrong by 50%"),
+        (lambda x: x * x.detach(), "derivative of the map is wrong by 50 %"),
         (lambda x: x + (x.round() - x).detach(), "straight-through"),
         (lambda x: x[:, :1], "shape"),
     ],

@@ -79,7 +79,7 @@ def test_a_shift_is_as_efficient_as_any_law():
     values = torch.tensor([method["efficiency"] for method in found], dtype=torch.float64)
     radius = norm.isf(FALSE_ALARM / 2) * float(values.std()) / math.sqrt(len(values))
     assert abs(float(values.mean()) - 1) < radius
-    # error bars are made for an interval that covers with 95%: they may be wide, for few prompts, and not narrow
+    # error bars are made for an interval that covers with 95 %: they may be wide, for few prompts, and not narrow
     covered = sum(abs(method["efficiency"] - 1) <= 1.96 * method["efficiency_stderr"] for method in found)
     assert covered >= binom.isf(1 - FALSE_ALARM, len(found), 0.95)
     ratio = float(values.std()) / (sum(method["efficiency_stderr"] for method in found) / len(found))
@@ -181,7 +181,7 @@ def test_a_run_ends_with_its_frontier(tmp_path, fake):
     assert read_card(tmp_path / "run" / "adapter") == card_from(report["verdict"])
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert "hypernetwork gains" in card
-    assert "95%" in card
+    assert "95 %" in card
 
 
 def test_direct_fine_tuning_has_a_gain_and_no_nats(tmp_path, fake):

@@ -99,7 +99,7 @@ def test_the_gap_is_that_of_the_prompts_that_were_measured():
         assert document["methods"]["hypernoise"]["gap"]["lower"] == gap.lower
         table = frontier_table({"frontier": document})
         assert table.rows[0][-1] == f"at least {rounded_down(gap.lower, 3)}"
-        assert "95% probability" in table.caption
+        assert "95 % probability" in table.caption
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_no_certificate_without_its_hypotheses(prompts, method, alpha):
     kl = measured(ours, 0.5, prompts, 2, method)
     document = frontier_part(pool, [ours], pool, {}, {"hypernoise": kl}, {"hypernoise": alpha})
     assert document["methods"]["hypernoise"]["gap"] is None
-    assert "95% probability a hypernetwork" not in frontier_table({"frontier": document}).caption
+    assert "95 % probability a hypernetwork" not in frontier_table({"frontier": document}).caption
     assert ("One prompt only: no certificate" in frontier_table({"frontier": document}).caption) == (prompts == 1)
 
 

@@ -63,7 +63,7 @@ def test_the_line_is_that_of_the_closed_form(word: str) -> None:
 PLANTED = {
     "sign": lambda m: plant(m, verdict, "_moments", with_fields(square=lambda record: -record.square)),
     "factor": lambda m: plant(m, verdict, "_moments", with_fields(square=lambda record: record.square / 2)),
-    "shares for percent": lambda m: m.setattr(verdict, "_percent", lambda share, up=True: f"{share:.2g}%"),
+    "shares for percent": lambda m: m.setattr(verdict, "_percent", lambda share, up=True: f"{share:.2g} %"),
     "no line": lambda m: m.setattr(L2Verdict, "sentence", ""),
 }
 
