@@ -371,7 +371,16 @@ def make_options(build: Callable[..., Any], values: Mapping[str, Any]) -> Any:
 
 def resume_command(config: RunConfig, folder: str | Path) -> str:
     """The command that goes on with a run, as it is typed into a shell: code is named again, it is never in a file."""
-    words = ["hnkit", "train", "--resume", str(folder)]
+    return _with_code(["hnkit", "train", "--resume", str(folder)], config)
+
+
+def reproducing_command(config: RunConfig) -> str:
+    """The command that trains the same again, typed in the folder of the run."""
+    return _with_code(["hnkit", "train", "--config", CONFIG_FILE], config)
+
+
+def _with_code(words: list[str], config: RunConfig) -> str:
+    """A command with a flag for each reward that is code."""
     for table, specs in (("rewards", config.rewards), ("heldout", config.heldout)):
         for name, spec in specs.items():
             if ":" in name:

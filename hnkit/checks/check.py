@@ -85,6 +85,11 @@ class Check:
     relation: Relation = "="
     comparisons: int = 0
 
+    @property
+    def exactly(self) -> bool:
+        """Whether the expected value came out to the last digit, where nothing else was allowed."""
+        return self.measured is not None and not self.tolerance and self.measured == self.expected
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -139,8 +139,8 @@ class Parts:
         if self.folder is not None and self._workers.index == 0:
             write_json(self.folder / UNFINISHED, {"finished": False, "parts": self._names})
 
-    def finish(self, report: Report) -> Path:
-        """Write the report, and then take the mark and the parts away.
+    def finish(self, report: Report, command: str) -> Path:
+        """Write the report with the command that makes it again, and then take the mark and the parts away.
 
         Raises:
             InputError: the folder could not be made.
@@ -149,7 +149,7 @@ class Parts:
         if self._problem is not None:
             raise self._problem
         folder = self._begun()
-        report.write(folder)
+        report.write(folder, command)
         shutil.rmtree(folder / PARTS)
         (folder / UNFINISHED).unlink()
         return folder

@@ -43,7 +43,8 @@ def _own_bounds(measured: MeasuredMap) -> list[Plot]:
         own = measured.lower.value if measured.certified_constant is None else measured.certified_constant
     except NotApplicable:  # products with J are missing
         own = float(rows.norm.max())
-    return [_bounds_plot(J, f"the Jacobians of {measured.name}, scaled to norm L", own)]
+    whose = "the largest local norm that was found" if measured.certified_constant is None else "its certified constant"
+    return [_bounds_plot(J, f"the Jacobians of {measured.name}, scaled to norm L", own, whose)]
 
 
 def toy_plots(maps: Sequence[MeasuredMap], problems: Sequence[MeasuredProblem]) -> list[Plot]:
@@ -74,8 +75,8 @@ def _spread(measured: MeasuredMap) -> float:
     return float(measured.error.std(correction=0)) if measured.dim > 1 else -1.0
 
 
-def _bounds_plot(J: Tensor, what: str, own: float | None = None) -> Plot:
-    """`E(t J)` for `t J` of norm L, and the bounds on it, over a grid of L; `own` is the map's, which is marked."""
+def _bounds_plot(J: Tensor, what: str, own: float | None = None, whose: str = "") -> Plot:
+    """`E(t J)` for `t J` of norm L, and the bounds on it, over a grid of L; `own` is the map's, marked as `whose`."""
     J = J[torch.linalg.matrix_norm(J, ord=2) > 0]
     unit = MatrixNumbers(J / torch.linalg.matrix_norm(J, ord=2)[:, None, None])
     at = [unit.scaled(float(level)) for level in _LEVELS]
@@ -90,14 +91,14 @@ def _bounds_plot(J: Tensor, what: str, own: float | None = None) -> Plot:
     inside = own is not None and own <= _LEVELS[-1]
     place = int(np.abs(_LEVELS - own).argmin()) if own is not None and inside else len(_LEVELS) // 2
     loose = float(bounds["Theorem 7"][place] / error[place])
-    where = f"At its L = {own:.2g}" if inside else f"At L = {_LEVELS[place]:.2g}"
+    where = f"At its L = {format_number(own, 3)}" if inside else f"At L = {_LEVELS[place]:.2g}"
     title = f"{where} the bound of Theorem 7 is {format_number(loose, 3)} times E(J)"
     caption = (
         f"The log-det error term against the Lipschitz constant, for {what}, with its bounds: the L2 approximation "
         "drops exactly this term."
     )
     if own is not None:
-        caption += " Marked: the certified Lipschitz constant of the map, or the largest local norm that was found."
+        caption += f" Marked: {whose}."
     drawn = {name: np.asarray(values) for name, values in bounds.items()}
     return Plot(
         "error-against-lipschitz", caption, partial(error_against_lipschitz, _LEVELS, curves, drawn, title, own)

@@ -48,8 +48,11 @@ def finite_numbers(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _sign(check: Check) -> str:
-    return "" if check.measured is None else RELATIONS[check.relation]
+def _against(check: Check) -> tuple[Cell, Cell, Cell]:
+    """The cells of the relation, of what is expected and of the tolerance."""
+    if check.exactly:
+        return "", "exactly", None
+    return "" if check.measured is None else RELATIONS[check.relation], check.expected, check.tolerance
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,8 @@ class Report:
         parts = [f"{count} {verdict}" for verdict, count in self.counts().items() if count]
         return ", ".join(parts) or "no checks"
 
-    def sections(self, pictures: Mapping[str, bytes]) -> list[Section]:
-        """The parts of the HTML page, given the drawn plots by name."""
+    def sections(self, pictures: Mapping[str, bytes], command: str = "") -> list[Section]:
+        """The parts of the HTML page, given the drawn plots by name, and the command that makes it again."""
         sections = []
         if len({check.group for check in self.checks}) > 1:
             sections.append(Section("At a glance", (self._overview(),)))
@@ -164,7 +167,7 @@ class Report:
             "and no certificate exists."
         )
         sections.append(Section("How to read this", (Text(how), Code(config, "Resolved configuration"))))
-        return sections
+        return [*sections, *([Section("Reproduce", (Code(command),))] if command else [])]
 
     def _overview(self) -> Table:
         """The headline figures of every group, and its worst verdict."""
@@ -180,7 +183,7 @@ class Report:
             rows.append((verdict, group, *figures, f"{verdicts.count('holds')} of {applied}"))
             notes[index] = said.get(group, "")
         return Table(
-            ("verdict", "", *HEADLINES, "checks"),
+            ("verdict", "map", *HEADLINES, "checks"),
             tuple(rows),
             "Nats, unless said otherwise; checks: how many hold of those that apply.",
             notes,
@@ -198,7 +201,7 @@ class Report:
         if checks:
             headers = ("verdict", "check", "measured", "", "expected", "tolerance", "kind", "slack")
             rows_ = tuple(
-                (c.verdict, c.name, c.measured, _sign(c), c.expected, c.tolerance, c.kind, c.slack) for c in checks
+                (c.verdict, c.name, c.measured, *_against(c), c.kind, None if c.exactly else c.slack) for c in checks
             )
             notes = {
                 index: check.statement + (f"  ·  {check.note}" if check.note else "")
@@ -206,11 +209,12 @@ class Report:
             }
             yield Table(headers, rows_, notes=notes)
 
-    def write(self, folder: str | Path) -> None:
+    def write(self, folder: str | Path, command: str = "") -> None:
         """Write `config.json`, `report.json`, one PNG per plot and the self-contained `report.html`.
 
         Args:
             folder: an existing, empty run folder.
+            command: the command that makes the report again; none is shown where it is empty.
 
         Raises:
             OSError: the folder is read-only or full; no file is left half-written.
@@ -221,4 +225,4 @@ class Report:
             atomic_write(folder / f"{name}.png", png)
         write_json(folder / "config.json", finite_numbers(dict(self.config)))
         write_json(folder / "report.json", self.to_json())
-        write_html(folder / "report.html", self.title, self.sections(pictures), card=self.card)
+        write_html(folder / "report.html", self.title, self.sections(pictures, command), card=self.card)

@@ -91,7 +91,6 @@ def check_lines(check: Check) -> Group:
     if check.measured is not None:
         from hnkit.checks.check import RELATIONS
 
-        exactly = not check.tolerance and check.measured == check.expected
         # of what is bounded by it an upper bound is rounded up and a lower one down
         roundings: dict[str, Callable[[float], str]] = {"<=": rounded_up, ">=": rounded_down}
         directed = roundings.get(check.relation)
@@ -100,7 +99,7 @@ def check_lines(check: Check) -> Group:
             expected = directed(check.expected)
         numbers = (
             f"measured {format_number(check.measured)}, exactly"
-            if exactly
+            if check.exactly
             else f"measured {format_number(check.measured)} {RELATIONS[check.relation]} {expected}"
             f" ± {format_number(check.tolerance, 2)} ({check.kind}), slack {format_number(check.slack, 3)}"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hnkit.cli.folders import refuse_existing
-from hnkit.cli.options import WithBackend
+from hnkit.cli.options import WithBackend, command_line
 from hnkit.errors import InputError
 from hnkit.internal.values import printable, setting
 from hnkit.internal.workers import ALONE, Workers
@@ -69,7 +69,7 @@ def run(options: Options) -> int:
     from hnkit.frontier import frontier_document, methods_on_frontier, page, read_rewards
     from hnkit.internal.files import atomic_write, file_digest, new_run_folder, write_json
     from hnkit.internal.provenance import provenance, record_provenance
-    from hnkit.output.page import write_html
+    from hnkit.output.page import Code, Section, write_html
     from hnkit.training.processes import evaluation_workers
 
     refuse_existing(options.out)
@@ -90,14 +90,14 @@ def run(options: Options) -> int:
     document["verdict"] = card.to_json()
     lead = page.sentences(document, beside_card=True)
     picture = page.plot(document)
+    sections = [*page.sections(document, picture), Section("Reproduce", (Code(command_line("frontier", options)),))]
     folder = None
     try:
         folder = new_run_folder(options.out, "frontier")
         record_provenance(folder, record)
         atomic_write(folder / "frontier.png", picture)
         write_html(
-            folder / "report.html", "hnkit frontier: reward per nat", page.sections(document, picture),
-            lead=" ".join(lead), card=card,
+            folder / "report.html", "hnkit frontier: reward per nat", sections, lead=" ".join(lead), card=card,
         )  # fmt: skip
         write_json(folder / "report.json", document)
     except (OSError, InputError):  # what was measured is not lost with the disk

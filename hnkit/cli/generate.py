@@ -91,8 +91,8 @@ def run(options: Options) -> int:
         terminal.print_json({**document, "run_folder": str(folder)})
     else:
         terminal.print_card_of(document)
-        whose = "" if document["verdict"] is None else " (the verdict is the adapter's, from its training)"
-        print(f"{document['images']} images{whose}: {folder / 'report.html'}")
+        whose = "" if document["verdict"] is None else "; the verdict is the adapter's, from its training"
+        print(f"{document['images']} images{whose}\nreport: {folder / 'report.html'}")
     return 0
 
 

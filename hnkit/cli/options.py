@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand
 
 from hnkit.errors import InputError
-from hnkit.internal.values import described, field_types, is_union, ranges, setting
+from hnkit.internal.values import described, field_types, is_union, printable, ranges, setting
 
 NEWEST = "newest"
 """What a bare `--resume` stands for: the run in `--out`, or the newest run of `runs/`."""
@@ -104,6 +105,37 @@ def command(module: ModuleType) -> Callable[..., None]:
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
+
+
+def command_line(name: str, options: Any) -> str:
+    """The command that such options are made by, with every flag that is not at its default.
+
+    Where output goes, what is printed and what is gone on with say nothing about the result and are left out.
+
+    Args:
+        name: the command.
+        options: its record of options.
+    """
+    words = ["hnkit", name]
+    for item in _own_fields_first(type(options)):
+        value = getattr(options, item.name)
+        if "record" in item.metadata:
+            parts = {part.name: part for part in dataclasses.fields(item.metadata["record"])}
+            words += [word for key, given in value.items() for word in _words(parts[key], given)]
+        elif item.name not in _OF_THE_CALL and value != item.default:
+            words += _words(item, value)
+    return shlex.join(printable(word) for word in words)
+
+
+_OF_THE_CALL = ("out", "as_json", "verbose", "resume")
+
+
+def _words(item: dataclasses.Field[Any], value: Any) -> list[str]:
+    """A flag with its value, a repeatable one with each of its values."""
+    flag = (item.metadata.get("flags") or (f"--{item.name.replace('_', '-')}",))[0]
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    return [word for given in (value if isinstance(value, tuple) else (value,)) for word in (flag, str(given))]
 
 
 class PlainHelp:

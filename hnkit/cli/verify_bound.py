@@ -9,12 +9,12 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hnkit.cli.folders import refuse_existing, resumed_folder
-from hnkit.cli.options import Common, WithBackend
+from hnkit.cli.options import Common, WithBackend, command_line
 from hnkit.config import split_model, split_permissions
 from hnkit.errors import InputError
 from hnkit.internal.values import printable, setting, typed_values
@@ -172,7 +172,7 @@ def run(options: Options) -> int:
         if workers.index:  # one of several processes writes and speaks
             return 0 if report.ok else 1
         try:
-            written = parts.finish(report)
+            written = parts.finish(report, _command(asked))
         except (OSError, InputError):  # what was measured is not lost with the disk
             if options.as_json:
                 begun = None if parts.folder is None else str(parts.folder)
@@ -286,6 +286,14 @@ def _recorded(options: Options) -> dict[str, Any]:
     if options.adapter is not None:
         found["adapter"] = BUNDLED if str(options.adapter) == BUNDLED else str(options.adapter.resolve())
     return found
+
+
+def _command(options: Options) -> str:
+    """The command that makes the report again, the same for a run that was gone on with."""
+    found = _recorded(options)
+    adapter = None if options.adapter is None else Path(found["adapter"])
+    overrides = tuple(found["overrides"])
+    return command_line("verify-bound", replace(options, adapter=adapter, overrides=overrides, model_id=None))
 
 
 def _asked_then(options: Options, folder: Path) -> tuple[Options, Inputs]:

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from hnkit.backend import BackendBase
-from hnkit.config import RunConfig
+from hnkit.config import RunConfig, reproducing_command
 from hnkit.errors import InputError
 from hnkit.figures import FIGURES
 from hnkit.figures.table import QUANTILES
@@ -44,7 +44,7 @@ from hnkit.tilt import TiltedProblem, affine_coefficients, kl_gaussians
 from hnkit.training.checkpoint import folder_digests, replace_folder
 from hnkit.training.plots import training_plots
 from hnkit.training.validate import Evaluator, prompts_of
-from hnkit.training.view import alpha_sentence, effective_alpha, injected_sentence, loss_term, shown_mean
+from hnkit.training.view import alpha_sentence, effective_alpha, injected_sentence, loss_term, shown_gain, shown_mean
 
 ADAPTER, BEST, REPORT, PAGE = "adapter", "best", "report.json", "report.html"
 OUTPUTS = (ADAPTER, BEST, REPORT, PAGE)
@@ -203,7 +203,10 @@ def finish_run(config: RunConfig, evaluator: Evaluator, folder: Path, ending: En
         pictures.append(Picture(png, plot.caption))
     if validation is not None and validation["images"]:
         pictures.insert(0, _samples(read_plain(folder / validation["images"]), validation["prompts"]))
-    write_html(folder / PAGE, report["title"], _sections(report, pictures, drawn), lead=_lead(report), card=card)
+    command = reproducing_command(config)
+    write_html(
+        folder / PAGE, report["title"], _sections(report, pictures, drawn, command), lead=_lead(report), card=card
+    )
     write_json(folder / REPORT, report)
     return report
 
@@ -397,7 +400,9 @@ def _lead(report: Mapping[str, Any]) -> str:
     return " ".join(part[0].upper() + part[1:] for part in parts)
 
 
-def _sections(report: Mapping[str, Any], pictures: Sequence[Picture], drawn: bytes | None = None) -> list[Section]:
+def _sections(
+    report: Mapping[str, Any], pictures: Sequence[Picture], drawn: bytes | None, command: str
+) -> list[Section]:
     sections = []
     figures = _figures(report["measurement"])
     blocks: list[Block] = [Table(("figure", "value", ""), tuple(figures))] if figures else []
@@ -409,7 +414,7 @@ def _sections(report: Mapping[str, Any], pictures: Sequence[Picture], drawn: byt
         sections.append(Section("What was learned", _closed_form_blocks(report)))
     if report["validation"]:
         rows: list[tuple[Cell, ...]] = [
-            (name, s["role"], shown_mean(s, "base"), shown_mean(s, "steered"), _gain(s))
+            (name, s["role"], shown_mean(s, "base"), shown_mean(s, "steered"), shown_gain(s))
             for name, s in report["validation"]["scores"].items()
         ]
         caption = (
@@ -424,13 +429,9 @@ def _sections(report: Mapping[str, Any], pictures: Sequence[Picture], drawn: byt
     if pictures:
         sections.append(Section("Plots", tuple(pictures)))
     configuration = json.dumps({**report["config"], "versions": report["versions"]}, indent=2, ensure_ascii=False)
-    return [*sections, Section("Configuration", (Code(configuration, "Resolved configuration and versions"),))]
-
-
-def _gain(score: Mapping[str, Any]) -> str:
-    if score["gain"] is None:
-        return "not finite"
-    return format_estimate(score["gain"], or_nan(score["gain_stderr"]))
+    sections.append(Section("Configuration", (Code(configuration, "Resolved configuration and versions"),)))
+    where = Text("In the run folder, whose config.toml has every setting:")
+    return [*sections, Section("Reproduce", (where, Code(command)))]
 
 
 def _closed_form_blocks(report: Mapping[str, Any]) -> tuple[Block, ...]:

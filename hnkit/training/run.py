@@ -242,7 +242,7 @@ def _run(
     except Stopped as stopped:
         stop.over()
         done = f"at step {session.step} after a checkpoint" if session.step else "before the first step"
-        view.say(f"stopped {done}; go on with {resume_command(session.config, folder)}")
+        view.say(f"stopped {done}; go on with {resume_command(session.config, folder)}", whole=True)
         return TrainResult(folder, session.step, False, stopped.exit_code, session.skipped, {})
     except RuntimeError as error:
         if processes.count > 1 and stop.received:  # the others have stopped too, some before they could say so
@@ -255,9 +255,12 @@ def _run(
         if session.step == 0:
             raise
         raise InputError(f"{error}; stopped after step {session.step}{_go_on(session.config, folder)}") from error
-    view.say(f"finished: adapter {folder / 'adapter'}, report {folder / 'report.html'}")
+    view.say(f"finished: adapter {folder / 'adapter'}, report {folder / 'report.html'}", whole=True)
     if len(session.backend.noise_shape) > 1 and session.config.train.objective == "hypernoise":
-        view.say(f"use it: hnkit generate --backend {session.config.backend} --adapter {shlex.quote(str(folder))}")
+        view.say(
+            f"use it: hnkit generate --backend {session.config.backend} --adapter {shlex.quote(str(folder))}",
+            whole=True,
+        )
     return TrainResult(folder, session.step, True, 0, session.skipped, report)
 
 

@@ -28,6 +28,7 @@ from hnkit.internal.streams import Droppable
 from hnkit.internal.values import or_nan
 from hnkit.loss import NoiseLoss
 from hnkit.output.page import format_estimate, format_number
+from hnkit.output.terminal import Words
 from hnkit.training.validate import prompts_of
 
 _SECONDS_BETWEEN_LINES = 20.0
@@ -46,9 +47,13 @@ class TrainView:
         self._term: tuple[str, str] | None = None
         self._last_line = 0.0
 
-    def say(self, text: str) -> None:
-        """One line."""
-        if not self.quiet:
+    def say(self, text: str, *, whole: bool = False) -> None:
+        """A message: on a terminal broken between its words and in no figure, elsewhere, and if `whole`, one line."""
+        if self.quiet:
+            return
+        if self.console.is_terminal and not whole:
+            self.console.print(Words(text))
+        else:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
@@ -106,10 +111,10 @@ class TrainView:
                 self.say(f"step {entry['step']}: {figures['l2_verdict']['text']}")
         if "validation" in entry:
             gains = ", ".join(
-                f"{name} {shown_mean(score, 'base')} -> {shown_mean(score, 'steered')}"
+                f"{name} {shown_mean(score, 'base')} -> {shown_mean(score, 'steered')} ({shown_gain(score)})"
                 for name, score in entry["validation"]["scores"].items()
             )
-            self.say(f"step {entry['step']}: {prompts_of(entry['validation'])}, base -> steered: {gains}")
+            self.say(f"step {entry['step']}: {prompts_of(entry['validation'])}, base -> steered (gain): {gains}")
 
         if "frontier" in entry:
             for sentence in sentences(entry["frontier"]):
@@ -127,6 +132,11 @@ def shown_mean(score: Mapping[str, Any], kind: str) -> str:
     """The mean of the `kind` ("base" or "steered") scores, or that, and how often, they were not finite."""
     count = score["non_finite"][kind]
     return f"not finite ({count} of {score['samples']})" if count else format_number(score[kind])
+
+
+def shown_gain(score: Mapping[str, Any]) -> str:
+    """The paired gain in a score with its standard error."""
+    return "not finite" if score["gain"] is None else format_estimate(score["gain"], or_nan(score["gain_stderr"]))
 
 
 def loss_term(settings: TrainConfig) -> tuple[str, str] | None:

@@ -25,7 +25,7 @@ from hnkit.cli import app as cli
 from hnkit.cli import backends, compare, export, frontier, generate, push, train, verify_bound
 from hnkit.cli.app import describe_error
 from hnkit.cli.folders import resumed_folder
-from hnkit.cli.options import NEWEST, command
+from hnkit.cli.options import NEWEST, command, command_line
 from hnkit.config import GenerateSettings, resolve_config, resume_command
 from hnkit.errors import InputError
 from hnkit.internal.values import CONTROL, described, field_types, setting, shortened
@@ -666,6 +666,47 @@ def test_a_flag_is_one_field_of_a_record(capsys):
     assert "How hot the oven is; at least 50. [default: 200]" in out
     assert "Of the loaf; one of round, long." in out
     assert "A seed (repeatable)." in out
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("frontier", "--backend digits --adapter 'a b/c' --reward redness=1 --reward judge=2 --samples 4 --set a.b=1"),
+        ("verify-bound", "--toy fold --toy rotation --certify --rel-error 0.01 --seed 3 --method low-rank"),
+        ("verify-bound", "--map m:f --shape 3,4,4 --injection 0.5 --max-delta 2.5 --samples 9"),
+        ("generate", "--backend digits --prompt 'a three' --prompt \"two o'clock\" --count 3 --layout geneval"),
+        ("train", "--backend toy --kl exact --alpha 0.3 --steps 7 --reward m:f=2 --heldout g=1 --preset item-e"),
+    ],
+)
+def test_a_command_is_written_as_it_is_read(name, line, capsys, monkeypatch):
+    """What a report prints as the command that makes it again is read as the same options, output apart."""
+    seen = []
+    monkeypatch.setattr(COMMANDS[name], "run", lambda options: seen.append(options) or 0)
+    assert run(capsys, name, *shlex.split(line), "--out", "somewhere", "--json")[0] == 0
+    program, *again = shlex.split(command_line(name, seen[0]))
+    assert (program, len(again)) == ("hnkit", 1 + len(shlex.split(line)))
+    assert run(capsys, *again)[0] == 0
+    assert seen[1] == dataclasses.replace(seen[0], out=None, as_json=False)
+
+
+def test_the_command_in_a_report_makes_it_again(here, capsys):
+    """The page of a map, a table of rewards and a training, and what the command in each page makes."""
+    Path("scores.csv").write_text(
+        "prompt,method,reward\n" + "".join(f"p{n % 3},{'ab'[n % 5 == 0]},{n % 7}\n" for n in range(60))
+    )
+    toy = ("train", "--backend", "toy", "--steps", "2", "--seed", "3", "--reward", "mymaps:score=2")
+    for number, arguments in enumerate(
+        ((*MAP, "mymaps:good", "--seed", "4"), ("frontier", "--rewards", "scores.csv", "--base", "a"), toy)
+    ):
+        folder = Path(f"run{number}")
+        assert run(capsys, *arguments, "--out", folder)[0] == 0
+        page = html.unescape((folder / "report.html").read_text())
+        _, *words = shlex.split(re.search("Reproduce</h2>.*<pre>(.*)</pre>", page)[1])
+        if arguments is toy:
+            words[words.index("--config") + 1] = str(folder / "config.toml")
+        assert run(capsys, *words, "--out", f"again{number}")[0] == 0
+        first, second = ((Path(name) / "report.json").read_text() for name in (folder, f"again{number}"))
+        assert first == second
 
 
 def test_the_command_of_the_contributors_page_works(capsys):

@@ -71,10 +71,27 @@ def test_measured_lines_have_an_error_bar_on_every_figure():
     assert lines.getvalue() == "step 3: KL 1.50 ± 0.25 nats, L2 term 1 ± unknown\n"
 
 
+def test_messages_are_broken_between_words_on_a_terminal_and_not_at_all_elsewhere():
+    score = {"base": 11.33, "steered": 11.58, "gain": 0.25, "gain_stderr": 0.12, "non_finite": {"base": 0, "steered": 0}}
+    entry = {"step": 500, "validation": {"scores": {f"reward {k}": score for k in range(6)}, "held_out": True}}
+    printed = []
+    for terminal in (False, True):
+        lines = io.StringIO()
+        view = TrainView(Console(file=lines, width=80, force_terminal=terminal, color_system=None), quiet=False)
+        view.measured(entry)
+        view.say("go on with hnkit train --resume " + "a/" * 60, whole=True)
+        printed.append(lines.getvalue().splitlines())
+    assert [len(lines) for lines in printed] == [2, 8]
+    *wrapped, last = printed[1]
+    assert [" ".join(wrapped), last] == printed[0]
+    assert max(map(len, wrapped)) <= 80
+    assert sum(line.count("0.25 ± 0.12") for line in wrapped) == 6
+
+
 @pytest.mark.parametrize(("stderr", "shown"), [(0.0, "0.5 ± 0"), (None, "0.5 ± unknown"), (0.1, "0.50 ± 0.10")])
 def test_a_standard_error_of_zero_is_known(stderr, shown):
     score = {"role": "trained", "base": 1.0, "steered": 1.5, "gain": 0.5, "gain_stderr": stderr}
     score["non_finite"] = {"base": 0, "steered": 0}
     report = {"measurement": None, "closed_form": None, "validation": {"scores": {"r": score}}, "config": {}}
-    sections = _sections({**report, "versions": {}}, [])
+    sections = _sections({**report, "versions": {}}, [], None, "")
     assert sections[0].blocks[0].rows[0][-1] == shown
