@@ -54,6 +54,7 @@ SECTIONS = {
 }
 """What the sidebar shows, in its order."""
 
+WIDE = re.compile(r"!\[([^\]]*)\]\((\S+)-wide\.png\)")
 LINK = re.compile(r"\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 CODE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 
@@ -117,6 +118,12 @@ def _tree(title: str, pages: Iterable[tuple[str, str]], hidden: bool = True) -> 
     return "\n".join(["```{toctree}", *options, *entries, "```", "", ""])
 
 
+def _of_both_widths(match: re.Match[str]) -> str:
+    """A picture of a page at the width of a desk, and in its place on a telephone the one of that width."""
+    alternative, name = match.groups()
+    return f"![{alternative}]({name}-wide.png){{.on-desk}} ![{alternative}]({name}-narrow.png){{.on-telephone}}"
+
+
 def _with_links(text: str, page: str, source: Path, staged: Collection[str]) -> str:
     """The text of a page with its links fit for the site; what they lead to is copied beside."""
 
@@ -141,7 +148,7 @@ def _with_links(text: str, page: str, source: Path, staged: Collection[str]) -> 
         return f"[{match[1]}]({target}{match[3] or ''})"
 
     parts = CODE.split(text)
-    parts[::2] = [LINK.sub(link, part) for part in parts[::2]]
+    parts[::2] = [LINK.sub(link, WIDE.sub(_of_both_widths, part)) for part in parts[::2]]
     return "".join(parts)
 
 

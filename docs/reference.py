@@ -65,12 +65,16 @@ def commands() -> str:
         if command.epilog:
             lines += ["```sh", command.epilog.removeprefix("Example: "), "```", ""]
         rows = [
-            (f"`{', '.join(option.opts)}`", option.metavar or "", FLAG.sub(r"`\g<0>`", option.help or ""))
+            (f"`{', '.join(option.opts)} {option.metavar or ''}`".replace(" `", "`"), _flagged(option.help or ""))
             for option in command.params
             if not option.hidden
         ]
-        lines += [to_markdown(Table(("flag", "value", "meaning"), tuple(rows)))]
+        lines += [to_markdown(Table(("flag and value", "meaning"), tuple(rows)))]
     return "\n".join(lines)
+
+
+def _flagged(text: str) -> str:
+    return FLAG.sub(r"`\g<0>`", text)
 
 
 def configuration() -> str:

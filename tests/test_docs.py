@@ -120,6 +120,21 @@ def test_links_of_the_site_lead_somewhere(site):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_pages_of_reports_are_shown_at_the_width_of_the_reader(site):
+    """On a telephone stands the narrow picture in the place of the wide one; flags stand with their values."""
+    page = (site / "docs" / "gallery.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<img[^>]*class="(on-\w+)"[^>]*src="[^"]*/(\w+)-(\w+)\.png"', page)
+    assert {kind for kind, _, _ in shown} == {"on-desk", "on-telephone"}
+    assert all((kind == "on-desk") == (width == "wide") for kind, _, width in shown)
+    assert len({name for kind, name, _ in shown if kind == "on-telephone"}) == 5
+    commands = re.sub("<[^>]+>", "", (site / "reference" / "commands.html").read_text(encoding="utf-8"))
+    assert "--map PKG.MOD:F" in commands
+    assert "--verbose, -v\n" in commands
+    robustness = (site / "docs" / "robustness.html").read_text(encoding="utf-8")
+    assert '<td class="sentence"' in robustness
+    assert not re.search(r"\\\|", commands + robustness)
+
+
 def test_site_needs_no_network(site):
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import latex2mathml.converter
-from docutils.nodes import SkipNode
+from docutils.nodes import SkipNode, document, entry
 
 import hnkit
 
@@ -75,7 +75,19 @@ def _displayed(translator: Any, node: Any) -> None:
     raise SkipNode
 
 
+_SENTENCE = 40
+"""Characters from which a cell of a table is a sentence, for which `hnkit.css` keeps a width."""
+
+
+def _sentences(app: object, doctree: document) -> None:
+    del app
+    for cell in doctree.findall(entry):
+        if len(cell.astext()) > _SENTENCE:
+            cell["classes"].append("sentence")
+
+
 def setup(app: Any) -> None:
-    """Register the escaping before napoleon reads the docstring, and the equations."""
+    """Register the escaping before napoleon reads the docstring, the widths of cells, and the equations."""
+    app.connect("doctree-read", _sentences)
     app.connect("autodoc-process-docstring", _escape, priority=400)
     app.add_html_math_renderer("mathml", (_inline, None), (_displayed, None))

@@ -72,7 +72,13 @@ def test_measured_lines_have_an_error_bar_on_every_figure():
 
 
 def test_messages_are_broken_between_words_on_a_terminal_and_not_at_all_elsewhere():
-    score = {"base": 11.33, "steered": 11.58, "gain": 0.25, "gain_stderr": 0.12, "non_finite": {"base": 0, "steered": 0}}
+    score = {
+        "base": 11.33,
+        "steered": 11.58,
+        "gain": 0.25,
+        "gain_stderr": 0.12,
+        "non_finite": {"base": 0, "steered": 0},
+    }
     entry = {"step": 500, "validation": {"scores": {f"reward {k}": score for k in range(6)}, "held_out": True}}
     printed = []
     for terminal in (False, True):
@@ -81,7 +87,7 @@ def test_messages_are_broken_between_words_on_a_terminal_and_not_at_all_elsewher
         view.measured(entry)
         view.say("go on with hnkit train --resume " + "a/" * 60, whole=True)
         printed.append(lines.getvalue().splitlines())
-    assert [len(lines) for lines in printed] == [2, 8]
+    assert [len(lines) for lines in printed] == [2, 5]
     *wrapped, last = printed[1]
     assert [" ".join(wrapped), last] == printed[0]
     assert max(map(len, wrapped)) <= 80
