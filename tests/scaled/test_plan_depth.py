@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import weakref
+
 import diffusers
 import pytest
 
 from hnkit.config import resolve_config
 from hnkit.training.plan import depth
 from hnkit.training.plan.cards import find_card
-from hnkit.training.plan.count import DECODER, GENERATOR, F
+from hnkit.training.plan.count import DECODER, GENERATOR, F, _collected_after
 from hnkit.training.plan.plan import Counter
 from tests.scaled import tiny
 from tests.scaled.test_plan import configured
@@ -21,16 +25,22 @@ CHANGES = (
 )
 
 
+LAYERS = {"sana": {"num_layers": 13}, "flux": {"num_layers": 23, "num_single_layers": 25}}
+
+
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """Checkpoints of tiny networks with many blocks: one list in SANA, two in FLUX."""
-    made = {}
-    for name, layers in (("sana", {"num_layers": 14}), ("flux", {"num_layers": 23, "num_single_layers": 25})):
+    root = tmp_path_factory.mktemp("deep")
+
+    @functools.cache
+    def made(name):
         pipe = tiny.PIPELINES[name]()
-        pipe.transformer = type(pipe.transformer).from_config({**pipe.transformer.config, **layers})
-        made[name] = tmp_path_factory.mktemp("deep") / name
-        pipe.save_pretrained(made[name])
-    return made.get
+        pipe.transformer = type(pipe.transformer).from_config({**pipe.transformer.config, **LAYERS[name]})
+        pipe.save_pretrained(root / name)
+        return root / name
+
+    return made
 
 
 @pytest.mark.parametrize("name", ["sana", pytest.param("flux", marks=pytest.mark.slow)])
@@ -62,10 +72,35 @@ def test_counts_are_those_of_all_blocks(name, deep, monkeypatch):
 
 def test_blocks_that_are_not_alike_are_all_counted(deep):
     network = diffusers.DiffusionPipeline.from_pretrained(deep("sana")).transformer
-    assert [len(blocks) for blocks in depth.Depth([network]).lists] == [14]
+    assert [len(blocks) for blocks in depth.Depth([network]).lists] == [13]
     assert depth.Depth([network]).pays
     del network.transformer_blocks[7].ff
     assert not depth.Depth([network]).lists
     assert not depth.Depth([network]).pays
     short = resolve_config(backend="toy")
     assert not depth.Depth([Counter(short).skeleton(()).backend.hypernetwork]).lists
+
+
+class Ring:
+    """Freed by a collection of cycles alone."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["as it is", "frozen by the caller"])
+def test_a_trace_is_collected_and_what_was_there_before_is_left_alone(frozen):
+    gc.collect()
+    gc.freeze() if frozen else gc.unfreeze()
+    before = weakref.ref(Ring())
+    with _collected_after():
+        assert not gc.isenabled()
+        inside = weakref.ref(Ring())
+    assert inside() is None
+    assert gc.isenabled()
+    assert (gc.get_freeze_count() > 0) == frozen
+    if not frozen:
+        assert before() is not None
+        gc.collect()
+    assert before() is None
+    gc.freeze()  # as the tests began
