@@ -85,6 +85,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
             errno.EDQUOT: "free some space, or write elsewhere with --out",
             errno.EACCES: "check the permissions, or write elsewhere with --out",
             errno.EROFS: "write elsewhere with --out",
+            errno.EFBIG: "allow larger files (ulimit -f), or write elsewhere with --out",
             errno.ENAMETOOLONG: "choose a shorter name",
             **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL), _IN_THE_WAY),
         }.get(error.errno or 0, "run again with --debug for where it happened")

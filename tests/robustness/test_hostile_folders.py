@@ -32,7 +32,7 @@ from tests.hnkit.fake_backend import FakeBackend, FakeFactory, Options
 from tests.hnkit.training.training_runs import fake_config, interrupt_after, resume, run
 
 VICTIM = "export A=1\n"
-PATIENCE = 20
+PATIENCE = 90
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from hnkit.checks.check import Check
 from hnkit.checks.parts import RECORDS, UNFINISHED, Parts
 from hnkit.cli import app as cli
 from hnkit.internal.files import read_sealed
+from hnkit.internal.folders import run_lock
 from hnkit.internal.kept import from_document, to_document
 from hnkit.internal.provenance import recorded_provenance
 from hnkit.internal.versions import code_digest
@@ -125,6 +126,39 @@ def test_a_map_is_written_in_parts_and_gone_on_with_to_the_bit(count, tmp_path, 
     assert content(out) == content(whole)
     assert not known & {f"{name.replace(' ', '-').strip('_')}.json" for name in made}
     assert run(capsys, *printed)[1].startswith(f"{out} is finished, nothing to do")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_is_removed_or_replaced_under_a_run_is_left_alone(replaced, tmp_path, capsys, monkeypatch):
+    plain, calls, out = hnkit.checks.parts.write_sealed, iter(range(1, 10**6)), tmp_path / "run"
+    other = tmp_path / "other"
+    (other / "parts").mkdir(parents=True)
+    (other / UNFINISHED).write_text("theirs")
+
+    def write(path, content):
+        if next(calls) == 4:
+            out.rename(tmp_path / "away")
+            if replaced:
+                other.rename(out)
+        plain(path, content)
+
+    monkeypatch.setattr(hnkit.checks.parts, "write_sealed", write)
+    code, printed, err = run(capsys, *MAP, "--json", "--out", out)
+    assert (code, "is no longer the folder that this run writes to" in err) == (2, True), err
+    assert json.loads(printed)["checks"]
+    assert out.exists() is replaced
+    if replaced:
+        found = {str(path.relative_to(out)) for path in out.rglob("*")}
+        assert (found, (out / UNFINISHED).read_text()) == ({"parts", UNFINISHED}, "theirs")
+
+
+def test_a_folder_in_use_names_its_holder(tmp_path, capsys, interrupted_at):
+    interrupted_at(3)
+    assert run(capsys, *MAP, "--out", tmp_path / "run")[0] == 130
+    with run_lock(tmp_path / "run"):
+        code, _, err = run(capsys, *MAP[:3], "--resume", tmp_path / "run")
+    assert code == 2
+    assert f"in use by another process (process {os.getpid()} on" in err
 
 
 def test_toys_are_gone_on_with_to_the_bit(tmp_path, capsys, monkeypatch):

@@ -440,6 +440,13 @@ def test_what_was_verified_is_printed_even_where_it_cannot_be_written(full, here
 NASTY = "\x1b]0;owned\x07\x1b[2Jclear\x9b31m\u202ereversed"
 
 
+def test_a_limit_on_the_size_of_files_is_named():
+    """A write names no file, which would leave a user with "file too large" and no idea of which."""
+    line, code = describe_error(OSError(errno.EFBIG, "File too large", "runs/a/report.json"))
+    assert code == 2
+    assert line.startswith("file too large at runs/a/report.json: allow larger files (ulimit -f)")
+
+
 def test_what_comes_from_files_cannot_drive_the_terminal(here, capsys, monkeypatch):
     (here / "a.toml").write_text(f"[train]\n{json.dumps(NASTY)} = 1\n", encoding="utf-8")
     code, _, err = run(capsys, "train", "--backend", "toy", "--config", "a.toml")

@@ -48,7 +48,7 @@ def test_a_table_becomes_a_report(scores, tmp_path, capsys, monkeypatch):
     document = json.loads((out / "report.json").read_text())
     assert document["methods"]["theirs"]["efficiency"] is None
     assert 0 < document["methods"]["ours"]["efficiency"] < 1.5
-    assert {path.name for path in out.iterdir()} >= {"report.html", "report.json", "frontier.png"}
+    assert {path.name for path in out.iterdir()} >= {"report.html", "report.json", "frontier.png", "provenance.json"}
 
 
 def test_json_alone_on_stdout(scores, tmp_path, capsys):

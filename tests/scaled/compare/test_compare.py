@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from hnkit.backend import backend_factory
 from hnkit.cli.app import describe_error
 from hnkit.config import resolve_config
 from hnkit.internal.files import new_run_folder, read_sealed, write_sealed
+from hnkit.internal.folders import run_lock
 from hnkit.internal.provenance import prompts_digest, recorded_provenance
 from hnkit.rewards import CallableReward, RewardSum
 from hnkit.scaled.compare import COMPARISON, evaluation
@@ -218,6 +220,29 @@ def test_damaged_parts_are_found_out_again(finished, tmp_path):
     for path, content in before.items():
         if not path.name.startswith(("base-", "reno-")):  # these hold seconds as well
             assert path.read_bytes() == content, path.name
+
+
+def test_a_folder_that_is_replaced_or_in_use_is_left_alone(finished, tmp_path, monkeypatch):
+    run = shutil.copytree(finished[0], tmp_path / "run", copy_function=shutil.copyfile)
+    with run_lock(run), pytest.raises(InputError, match=rf"in use by another process \(process {os.getpid()} on"):
+        COMPARISON("sana", resume=run)
+    next((run / "parts").glob("base-*.json")).unlink()
+    other = shutil.copytree(run, tmp_path / "other", copy_function=shutil.copyfile)
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    plain = evaluation.write_sealed
+
+    def replaced(path, content):
+        if other.exists():
+            run.rename(tmp_path / "away")
+            other.rename(run)
+        plain(path, content)
+
+    monkeypatch.setattr(evaluation, "write_sealed", replaced)
+    with pytest.raises(InputError, match="is no longer the folder that this run writes to"):
+        COMPARISON("sana", resume=run)
+    after = {path: (run / path.relative_to(other)).read_bytes() for path in before}
+    assert after == before
+    assert len([path for path in run.rglob("*") if path.is_file()]) == len(before)
 
 
 def test_parts_made_with_another_adapter_are_not_mixed_in(finished, overrides, tmp_path):
