@@ -68,7 +68,8 @@ class Recorder:
         else:
             with written_here(folder):
                 self.looked, best = int(start.state["looked"]), start.state["best"]
-                self.best = best and {key: best[key] for key in _BEST_KEYS}
+                if best is not None:
+                    self.best = dict(zip(_BEST_KEYS, (int(best["step"]), float(best["loss"])), strict=True))
                 self.log = JsonLog.resume(folder / METRICS, start.state["metrics"], session.view.warn)
                 self._saved = (start.step, self.looked)
         stack.callback(self.log.close)

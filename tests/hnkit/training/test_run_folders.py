@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from hnkit import InputError
+from hnkit.internal.files import file_digest
+from hnkit.internal.folders import MANIFEST, STATE, TENSORS
 from hnkit.internal.provenance import recorded_provenance
 from hnkit.internal.versions import versions
-from hnkit.training.checkpoint import newest_checkpoint
+from hnkit.training.checkpoint import _manifest, newest_checkpoint
 from tests.hnkit.training.training_runs import fake_config, interrupt_after, records, resume, run, same_outcome, small
 
 LONGER = {"steps": 9}
@@ -173,3 +175,29 @@ def test_noise_of_a_step_resumes_too(tmp_path, monkeypatch):
     monkeypatch.undo()
     resume(config, tmp_path / "cut")
     assert same_outcome(tmp_path / "whole", tmp_path / "cut", "step-00000020")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"best": {"step": 2, "loss": "low"}},
+        {"best": {"step": [], "loss": 1.0}},
+        {"best": []},
+        {"looked": "x"},
+        {"skipped": 0.5},
+        {"metrics": {"size": "x", "sha256": 1}},
+        {"provenance": None},
+        {"optimizer": {"x/step": 1}},
+        {"config": {}},
+    ],
+    ids=str,
+)
+def test_a_forged_state_of_a_checkpoint_is_one_line(change, interrupted):
+    """The sums of a received checkpoint show damage, and not who wrote it."""
+    folder = interrupted / "checkpoints" / "step-00000003"
+    state = json.loads((folder / STATE).read_text())
+    assert change.keys() <= state.keys()
+    (folder / STATE).write_text(json.dumps(state | change))
+    (folder / MANIFEST).write_bytes(_manifest({name: file_digest(folder / name) for name in (TENSORS, STATE)}))
+    with pytest.raises(InputError, match="is not one that this version writes"):
+        resume(fake_config(), interrupted)
