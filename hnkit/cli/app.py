@@ -78,6 +78,11 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return f"{_one_line(usage())} (see {command} --help)", BAD_INPUT
     if isinstance(error, BrokenPipeError):
         return "the reader of the output has gone", BAD_INPUT
+    if _out_of_memory(error):
+        return (
+            "out of memory: use a smaller batch, fewer samples, or a cheaper method, arnoldi instead of exact",
+            BAD_INPUT,
+        )
     if isinstance(error, OSError):
         where = f" at {printable(str(error.filename))}" if error.filename else ""
         cure = {
@@ -90,10 +95,20 @@ def describe_error(error: BaseException) -> tuple[str, int]:
             **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL), _IN_THE_WAY),
         }.get(error.errno or 0, "run again with --debug for where it happened")
         return f"{(error.strerror or text).lower()}{where}: {cure}", BAD_INPUT
-    no_memory = isinstance(error, MemoryError) or name == "OutOfMemoryError"
-    if no_memory or "not enough memory" in text or "allocate memory" in text:
-        return "out of memory: use fewer --samples, a smaller batch, or --method arnoldi instead of exact", BAD_INPUT
     return f"internal error, {name}: {shortened(text, 300)} (run again with --debug for the traceback)", BAD_INPUT
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what was missing: to an array, or to a library that was loaded, which others wrap."""
+    texts = ("not enough memory", "allocate memory", "failed to map segment")
+    while True:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if any(text in str(error) for text in texts):
+            return True
+        if error.__cause__ is None:
+            return False
+        error = error.__cause__
 
 
 def _require_directory() -> None:

@@ -56,7 +56,8 @@ def run(options: Options) -> int:
 
     name = options.named_backend()
     runner = comparison_runner(backend_factory(name))
-    refuse_existing(None if options.resume is not None else options.out)
+    if options.resume is None:
+        refuse_existing(options.out)
     if options.seeds is not None and options.seeds < 1:
         raise InputError(f"--seeds {options.seeds}: give at least 1, and 2 or more for error bars")
     local = local_files_only(name, options.overrides)

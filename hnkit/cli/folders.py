@@ -14,11 +14,12 @@ def refuse_existing(out: Path | None) -> None:
     """Say so before the work, not after it; the folder itself is made when there is something to write."""
     if out is not None and (out.exists() or out.is_symlink()):
         raise InputError(f"--out {out} exists already and is never overwritten: name a new folder")
-    for above in out.absolute().parents if out is not None else ():
+    named, cure = ("runs/", "choose a folder with --out") if out is None else (f"--out {out}", "name another folder")
+    for above in (Path("runs/new") if out is None else out).absolute().parents:
         if above.exists() or above.is_symlink():
             if not above.is_dir() or not os.access(above, os.W_OK):
                 reason = "is read-only" if above.is_dir() else "is not a folder"
-                raise InputError(f"--out {out} cannot be created, {above} {reason}: name another folder")
+                raise InputError(f"{named} cannot be created, {above} {reason}: {cure}")
             return
 
 

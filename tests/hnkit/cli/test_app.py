@@ -440,6 +440,25 @@ def test_what_was_verified_is_printed_even_where_it_cannot_be_written(full, here
 NASTY = "\x1b]0;owned\x07\x1b[2Jclear\x9b31m\u202ereversed"
 
 
+def test_little_memory_is_named_however_it_is_met():
+    def wrapped(error):  # as a library does that imports lazily
+        try:
+            raise error
+        except ImportError as cause:
+            try:
+                raise RuntimeError("Failed to import a.b (look up to see its traceback)") from cause
+            except RuntimeError as outer:
+                return outer
+
+    library = ImportError("libx.so: failed to map segment from shared object")
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), library,
+                  OSError(errno.ENOMEM, "Cannot allocate memory"), wrapped(library)):  # fmt: skip
+        line, code = describe_error(error)
+        assert code == 2
+        assert line.startswith("out of memory: "), line
+    assert describe_error(wrapped(ImportError("no module named x")))[0].startswith("internal error, RuntimeError")
+
+
 def test_a_limit_on_the_size_of_files_is_named():
     """A write names no file, which would leave a user with "file too large" and no idea of which."""
     line, code = describe_error(OSError(errno.EFBIG, "File too large", "runs/a/report.json"))
@@ -761,6 +780,22 @@ def test_closed_stdout_is_quiet(tmp_path):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("asked", [(), ("--out", "there/new")])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(asked, here, capsys, monkeypatch):
+    import hnkit.cli.folders
+
+    place = here / "there" if asked else here
+    place.mkdir(exist_ok=True)
+    (here / "scores.csv").write_text("prompt,method,reward\na,base,1\n")  # of which nothing can be made
+    plain = os.access
+    monkeypatch.setattr(hnkit.cli.folders.os, "access", lambda path, mode: Path(path) != place and plain(path, mode))
+    for words in (("verify-bound", "--toy", "rotation"), ("frontier", "--rewards", "scores.csv")):
+        code, out, err = run(capsys, *words, *asked)
+        assert (code, out) == (2, "")
+        assert f"cannot be created, {place} is read-only: " in err
+        assert ("choose a folder with --out" in err) is not bool(asked)
 
 
 def test_read_only_folder_is_named(here, capsys, monkeypatch):
