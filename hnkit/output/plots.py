@@ -266,20 +266,24 @@ def kl_split(names: Sequence[str], parts: Mapping[str, Sequence[float]], totals:
     return figure
 
 
-def frontier(document: Mapping[str, Any], labels: Mapping[str, str], title: str) -> Figure:
+def frontier(
+    document: Mapping[str, Any], labels: Mapping[str, str], title: str, colours: Mapping[str, str] | None = None
+) -> Figure:
     """Gain over nats: the frontier with its error band, best-of-N, and methods, whose nats are known or bounded.
 
     Args:
         document: what `hnkit.frontier.frontier_document` gives.
         labels: the methods that are drawn, and what they are called.
         title: the finding, in a few words.
+        colours: the colours that methods have in other plots; the others get one in their order.
     """
     points = document["frontier"]
     nats, gain, error = (np.array([point[key] for point in points], dtype=float) for key in ("nats", "gain", "stderr"))
     within = [entry for entry in document["best_of"] if entry["nats"] <= document["most_nats"]]
     figure, (axes,) = new_figure()
-    axes.fill_between(nats, gain - 2 * error, gain + 2 * error, color=BLUE, alpha=0.15, linewidth=0)
-    axes.plot(nats, gain, color=BLUE, label="the most that any law can gain (± 2 standard errors)")
+    curve = BLUE if colours is None else INK  # which no method drawn here has
+    axes.fill_between(nats, gain - 2 * error, gain + 2 * error, color=curve, alpha=0.15, linewidth=0)
+    axes.plot(nats, gain, color=curve, label="the most that any law can gain (± 2 standard errors)")
     best_nats, best_gain = [entry["nats"] for entry in within], [entry["gain"] for entry in within]
     axes.plot(best_nats, best_gain, "o", color=GREY, markersize=4.5, label="best of N (nats: an upper bound)")
     for entry in within:
@@ -291,12 +295,12 @@ def frontier(document: Mapping[str, Any], labels: Mapping[str, str], title: str)
             color=GREY,
             fontsize=8,
         )
-    markers, colours = ("D", "s", "^", "v", "P", "X"), (VERMILION, GREEN, PURPLE, ORANGE, SKY, INK)
+    markers, others = ("D", "s", "^", "v", "P", "X"), (VERMILION, GREEN, PURPLE, ORANGE, SKY, INK)
     for index, (key, name) in enumerate(labels.items()):
         method = document["methods"][key]
         bounded, y, spread = method["nats"] is None, method["gain"], method["stderr"]
         x = method["nats_lower_bound"] if bounded else method["nats"]
-        colour = colours[index % len(colours)]
+        colour = (colours or {}).get(key, others[index % len(others)])
         label = f"{_plain(name)} (nats: at least)" if bounded else _plain(name)
         axes.errorbar(
             x, y, yerr=None if spread is None else 2 * spread, xerr=None, fmt=markers[index % len(markers)],

@@ -128,7 +128,7 @@ def _gaps(found: Mapping[str, Any]) -> str:
     if bounds:
         return (
             f"Nats from its target: with {100 * bounds[0]['confidence']:.0f} % probability a hypernetwork's law is so "
-            f"far from the law that its temperature names, KL(p0^phi || p0*), at least, on the mean over "
+            f"far from the law that its temperature names, at least, on the mean over "
             f"{bounds[0]['prompts']} prompts."
         )
     if found.get("prompts") == 1:

@@ -151,6 +151,11 @@ def to_csv(table: Table) -> str:
     return buffer.getvalue()
 
 
+def _share(value: float | None) -> str:
+    """A share of right images, to two decimals whatever it is."""
+    return format_number(value) if value is None or not math.isfinite(value) else f"{value:.2f}"
+
+
 def _methods_table(document: Document, rows: Sequence[Row]) -> Table:
     score = main_score(document)
     categories = list(rows[0].get("categories", {}))
@@ -164,7 +169,7 @@ def _methods_table(document: Document, rows: Sequence[Row]) -> Table:
                 "–" if row["method"] == "base" else figure_text(row["gain"][score]),
                 format_number(row["seconds_per_image"], 2),
                 evaluations,
-                *(format_number(row["categories"][name]["value"], 2) for name in categories),
+                *(_share(row["categories"][name]["value"]) for name in categories),
             )
         )
     caption = (

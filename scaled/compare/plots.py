@@ -132,7 +132,7 @@ def _along(axis: Axes, x: Array, y: Array, steps: int, colour: str) -> None:
 
 def _frontier(found: Row) -> Figure:
     drawn = {name: network_label(name) for name in found["methods"] if not name.startswith("best-of-")}
-    return draw_frontier(found, drawn, "Reward per nat")
+    return draw_frontier(found, drawn, "Reward per nat", COLOURS)
 
 
 def _losses(document: Document) -> Figure:

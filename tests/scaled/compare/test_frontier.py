@@ -20,7 +20,10 @@ from hnkit.kl import noise_kl
 from hnkit.scaled.compare.baselines import Cost
 from hnkit.scaled.compare.evaluation import Evaluation, Row
 from hnkit.scaled.compare.frontier import base_rewards, frontier_part, frontier_table, network_gap
+from hnkit.scaled.compare.labels import COLOURS, network_label
 from hnkit.scaled.compare.nats import NetworkKL, network_kl, rows_within
+from hnkit.scaled.compare.page import _share
+from hnkit.scaled.compare.plots import _frontier as draw_frontier
 from hnkit.toy.backend import ToyBackend, ToyOptions
 
 
@@ -165,3 +168,19 @@ def test_with_injected_noise_the_nats_are_the_proved_bound_s():
     assert method["nats"] == pytest.approx(expected)
     assert method["gap"] is None
     assert "at least" not in frontier_table({"frontier": document}).rows[0][-1]
+
+
+def test_a_method_has_one_colour_in_every_plot_of_a_comparison():
+    points = [{"nats": nats, "gain": nats**0.5, "stderr": 0.1} for nats in (0.1, 0.2, 0.4)]
+    method = {"nats": 0.2, "gain": 0.3, "stderr": 0.1, "nats_lower_bound": 0.1}
+    names = ("hypernoise", "reno", "direct")
+    found = {"frontier": points, "best_of": [], "most_nats": 0.4, "methods": dict.fromkeys(names, method)}
+    axes = draw_frontier(found).axes[0]
+    drawn = {container.get_label(): container[0].get_color() for container in axes.containers}
+    assert drawn == {network_label(name): COLOURS[name] for name in names}
+    assert axes.lines[0].get_color() not in drawn.values()
+
+
+def test_shares_of_right_images_have_two_decimals_whatever_they_are():
+    shown = [_share(value) for value in (1.0, 0.5, 0.926, 0.0, None, math.nan)]
+    assert shown == ["1.00", "0.50", "0.93", "0.00", "–", "–"]
