@@ -17,12 +17,14 @@ from hnkit import Frontier
 from hnkit.internal.stats import mean_and_stderr
 
 BASE, BUNDLED = "base", "the bundled adapter, gone on"
+BATCH = 32
+"""Samples in a step of what recipes are set against."""
 Key = tuple[str, int, bool]
 """Recipe, step, whether the weights are averaged."""
 
 
 def summary(records: Sequence[dict[str, Any]], frontier: Frontier) -> list[dict[str, Any]]:
-    """A row for each recipe, number of steps and kind of weights, against the base recipe after as many steps.
+    """A row for each recipe, number of steps and kind of weights, against the base recipe after as many samples.
 
     What goes on from the bundled adapter is set against going on from it with the loss alone.
 
@@ -36,7 +38,8 @@ def summary(records: Sequence[dict[str, Any]], frontier: Frontier) -> list[dict[
     rows = []
     for (name, step, averaged), found in runs.items():
         alike = name.split(" with a fold penalty")[0] if name.startswith(BUNDLED) else BASE
-        reference = (alike, step, True)
+        batch = next(iter(found.values()))["settings"]["batch"]
+        reference = (alike, step * batch // BATCH, True)
         against = runs.get(reference, {}) if reference != (name, step, averaged) else {}
         rows.append(_row(name, step, averaged, found, frontier) | _difference(found, against, frontier))
     return rows

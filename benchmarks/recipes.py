@@ -4,11 +4,11 @@
     python benchmarks/recipes.py run --only base --seeds 0 --out runs/recipes
     python benchmarks/recipes.py report --out runs/recipes               # docs/results/recipes.json
 
-The sizes are those of one core: 160 steps of 32, 5,120 samples, for every recipe; of one seed all recipes see the same
-noises in the same order, unless it is these that they change. Every run trains on all but 200 of the training sentences
-and is measured on 800 images of these, the same for all, by the trained reward; neither the judge nor a held-out
-sentence has a part in it. Runs wait in a queue for `--workers` processes; what a process has measured is kept when the
-time is over, and a second call does what is left.
+The sizes are those of one core: 160 steps of 32, 5,120 samples, for every recipe but the default's own and the long
+one; of one seed all recipes see the same noises in the same order, unless it is these that they change. Every run
+trains on all but 200 of the training sentences and is measured on 800 images of these, the same for all, by the
+trained reward; neither the judge nor a held-out sentence has a part in it. Runs wait in a queue for `--workers`
+processes; what a process has measured is kept when the time is over, and a second call does what is left.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from hnkit.kl.estimate import KLEstimate
 from hnkit.loss import KLTerm, NoiseLoss
 from hnkit.maps import Condition, ConditionedMap, NoiseMap
 from hnkit.scaled.digits.scenes import train_prompts
+from hnkit.scaled.lora.twin import ZeroConv2d, ZeroLinear
 from hnkit.training.optimize import WeightAverage, bounded_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +60,7 @@ class Recipe:
         steps: optimiser steps.
         batch: samples of a step.
         alpha: temperature of the loss.
-        lr: rate of AdamW, constant after 20 steps.
+        lr: rate of the optimizer after 20 steps of warm-up.
         bound: bound on each sample's gradient of the reward in the noise.
         ema: decay of the average of the weights.
         rank: of LoRA; 0 trains all weights of a copy of the network.
@@ -77,6 +78,10 @@ class Recipe:
         bundled: whether the training goes on from the adapter that comes with the miniature.
         measure_at: steps at which the map is measured besides the last.
         last_weights: whether the weights of the last step are measured too, not their average alone.
+        optimizer: AdamW, or gradient descent with Nesterov's momentum of 0.9, as the method was published.
+        difference: whether f is the network with LoRA less the network without, so that the last layer keeps its
+            weights, instead of a network whose last layer has LoRA alone.
+        schedule: of the rate after its 20 steps of warm-up: constant, or half a cosine down to 0.
     """
 
     steps: int = 160
@@ -98,6 +103,9 @@ class Recipe:
     bundled: bool = False
     measure_at: tuple[int, ...] = ()
     last_weights: bool = False
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    schedule: Literal["constant", "cosine"] = "constant"
+    difference: bool = False
 
 
 BASE = Recipe()
@@ -105,6 +113,7 @@ ON = Recipe(steps=60, bundled=True)
 RECIPES: dict[str, Recipe] = {
     "base": replace(BASE, steps=240, measure_at=(80, 160), last_weights=True),
     "default": Recipe(steps=500, batch=64, alpha=0.15, measure_at=(250,), last_weights=True),
+    "long": Recipe(steps=3000, batch=64, measure_at=(500, 1000, 2000)),
     "given a gradient": replace(BASE, hint=True),
     "second-order": replace(BASE, kl="second-order"),
     "all weights": replace(BASE, rank=0, lr=3e-4),
@@ -124,6 +133,12 @@ RECIPES: dict[str, Recipe] = {
     "rate 3e-3": replace(BASE, lr=3e-3),
     "antithetic": replace(BASE, antithetic=True),
     "rank 4": replace(BASE, rank=4),
+    "batch 8": replace(BASE, steps=640, batch=8),
+    "batch 128": replace(BASE, steps=40, batch=128),
+    "difference": replace(BASE, difference=True),
+    "cosine": replace(BASE, schedule="cosine"),
+    "momentum": replace(BASE, optimizer="sgd", lr=0.1),
+    "exact": replace(BASE, kl="exact", curved=32),
 }
 SEEDS = (0, 1, 2)
 
@@ -137,6 +152,7 @@ class Steered(nn.Module):
         if recipe.rank == 0:  # the twin's weights are the generator's own: a copy of them is trained
             network.twin = copy.deepcopy(network.twin).requires_grad_(True)
         self.network, self.recipe, self.backend = network, recipe, backend
+        self.start = [with_its_last_layer(network)] if recipe.difference else []  # in a list: it is not trained
         channels = backend.noise_shape[0]
         self.hint = nn.Conv2d(2 * channels, channels, 1, bias=False).to(backend.device) if recipe.hint else None
         if self.hint is not None:
@@ -162,9 +178,22 @@ class Steered(nn.Module):
             delta = self.network(x + nn.functional.conv2d(slope, seen), condition)
             return delta + nn.functional.conv2d(slope, direct)
         delta = self.network(x, condition)
+        for start in self.start:
+            delta = delta - start(x, condition)
         if self.recipe.twice:
             delta = delta + self.network(x + delta, condition)
         return delta
+
+
+def with_its_last_layer(network: Any) -> Any:
+    """Give the twin of a network the weights of its last layer back; a copy of it all as it is, frozen, is returned."""
+    network.twin = copy.deepcopy(network.twin)
+    for layer in network.twin.modules():
+        if isinstance(layer, (ZeroLinear, ZeroConv2d)):
+            layer.__class__ = nn.Linear if isinstance(layer, ZeroLinear) else nn.Conv2d
+    start = copy.copy(network)
+    start._modules = {**network._modules, "twin": copy.deepcopy(network.twin).requires_grad_(False)}
+    return start
 
 
 @dataclass(frozen=True)
@@ -203,7 +232,7 @@ def trained(recipe: Recipe, seed: int, device: str) -> Iterator[tuple[int, bool,
     steered, texts = Steered(recipe, backend), split()[0]
     parameters = steered.trained()
     average = WeightAverage(parameters, recipe.ema)
-    optimizer = torch.optim.AdamW(list(parameters.values()), lr=recipe.lr, weight_decay=0.0)
+    optimizer = optimizer_of(recipe, list(parameters.values()))
     losses = Losses(NoiseLoss(alpha=recipe.alpha), NoiseLoss(kl=recipe.kl, alpha=recipe.alpha))
     draw, probes = (torch.Generator().manual_seed(start + seed) for start in (1000, 2000))
     pool = pooled(recipe, backend, texts, draw) if recipe.pool else None
@@ -211,7 +240,7 @@ def trained(recipe: Recipe, seed: int, device: str) -> Iterator[tuple[int, bool,
         yield 0, True, steered
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * min(1, (step + 1) / 20)
+            group["lr"] = recipe.lr * rate(recipe, step)
         if recipe.objective == "loss":
             names, x = drawn(recipe, recipe.batch, backend, texts, draw)
             value = objective(recipe, losses, steered, backend.encode(names), x, probes)
@@ -228,6 +257,19 @@ def trained(recipe: Recipe, seed: int, device: str) -> Iterator[tuple[int, bool,
                 yield step + 1, True, steered
     if recipe.last_weights:
         yield recipe.steps, False, steered
+
+
+def optimizer_of(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW without decay, or gradient descent with Nesterov's momentum."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0)
+
+
+def rate(recipe: Recipe, step: int) -> float:
+    """The share of the rate that a step takes."""
+    left = (1 + math.cos(math.pi * step / recipe.steps)) / 2 if recipe.schedule == "cosine" else 1.0
+    return left * min(1, (step + 1) / 20)
 
 
 def regressed(
@@ -462,7 +504,7 @@ def run(names: Sequence[str], seeds: Sequence[int], device: str, workers: int, s
         process.start()
     end = time.monotonic() + seconds
     for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
+        process.join(None if math.isinf(end) else max(0.0, end - time.monotonic()))
     for process in processes:
         process.terminate()
 

@@ -17,8 +17,10 @@ RESULTS = Path(__file__).resolve().parent / "results" / "earning.json"
 RECIPES, BUDGET = RESULTS.with_name("recipes.json"), RESULTS.with_name("budget.json")
 BESIDE = {
     "regressed": ("regression on the gradient", "regression on the proximal map"),
-    "maps": ("all weights", "rank 64", "rank 4", "applied twice", "given a gradient"),
-    "losses": ("second-order", "Arnoldi"),
+    "maps": ("all weights", "rank 64", "rank 4", "difference", "applied twice", "given a gradient"),
+    "optimisers": ("batch 8", "batch 128", "rate 3e-3", "cosine", "momentum"),
+    "samples": ("eight noises a sentence", "antithetic", "no bound"),
+    "losses": ("second-order", "Arnoldi", "exact"),
 }
 """Which recipes of benchmarks/recipes.py stand in which table, below the base recipe."""
 
@@ -161,8 +163,11 @@ def beside(names: Sequence[str]) -> Table:
     document = json.loads(RECIPES.read_text(encoding="utf-8"))
     found = {row["recipe"]: row for row in document["rows"] if row["averaged"] and row["recipe"] in names}
     shown = [found[name] for name in names if name in found]
-    (step,) = {row["step"] for row in shown}
-    base = [row for row in document["rows"] if row["recipe"] == "base" and row["averaged"] and row["step"] == step]
+    (samples,) = {row["step"] * row["batch"] for row in shown}
+    base = [
+        row for row in document["rows"]
+        if row["recipe"] == "base" and row["averaged"] and row["step"] * row["batch"] == samples
+    ]  # fmt: skip
     rows: list[tuple[Cell, ...]] = [
         (
             row["recipe"], str(len(row["seeds"])), *_earned(row), _twice(row, "difference", 100),
@@ -172,7 +177,7 @@ def beside(names: Sequence[str]) -> Table:
     ]  # fmt: skip
     headers = ("recipe", "seeds", *_EARNED, "points above base", "orientation reversed")
     caption = (
-        f"{step} steps of {shown[0]['batch']}; {document['images']} images of {document['sentences']} "
+        f"{samples:,} samples each; {document['images']} images of {document['sentences']} "
         f"training sentences that were left out. {_ERRORS}; differences are at the same seeds and noises."
     )
     return Table(headers, tuple(rows), caption)
@@ -181,7 +186,7 @@ def beside(names: Sequence[str]) -> Table:
 def temperatures() -> Table:
     """What a temperature buys, beside the temperature of the frontier at the nats that were spent."""
     document = json.loads(RECIPES.read_text(encoding="utf-8"))
-    shown = ("base", "default", "alpha 0.1", "alpha 0.5", "the bundled adapter")
+    shown = ("base", "alpha 0.1", "alpha 0.5", "default", "long", "the bundled adapter")
     rows: list[tuple[Cell, ...]] = [
         (
             row["recipe"], str(row["step"] or 3000), f"{row['alpha']:g}", str(len(row["seeds"])), *_earned(row),
@@ -214,12 +219,12 @@ def recipe_steps() -> Table:
             "average" if row["averaged"] else "last", str(len(row["seeds"])), *_earned(row),
         )
         for row in document["rows"]
-        if row["recipe"] in ("base", "default", "the bundled adapter")
+        if row["recipe"] in ("base", "default", "long", "the bundled adapter")
     ]  # fmt: skip
     headers = ("recipe", "steps", "weights", "seeds", *_EARNED)
     caption = (
-        "`base` and the bundled adapter have alpha 0.25, `default` 0.15. The adapter was trained on these sentences "
-        f"too. {_ERRORS}."
+        "`base`, `long` and the bundled adapter have alpha 0.25, `default` 0.15. The adapter was trained on these "
+        f"sentences too. {_ERRORS}."
     )
     return Table(headers, tuple(rows), caption)
 

@@ -149,6 +149,17 @@ def test_a_recipe_is_set_against_the_same_seeds_steps_and_start(figures):
     assert "difference" not in rows[start, 160]
 
 
+def test_a_recipe_of_another_batch_is_set_against_as_many_samples(figures):
+    records, frontier = planted(shift=0.1)
+    alike = figures.summary(records, frontier)[1]
+    for one in records:
+        if one["recipe"] == "rank 4":
+            one |= {"step": 40, "settings": one["settings"] | {"batch": 128}}
+    found = figures.summary(records, frontier)[1]
+    assert (found["step"], found["batch"]) == (40, 128)
+    assert found["difference"] == alike["difference"]
+
+
 def test_a_map_beyond_the_frontier_has_no_efficiency(figures):
     records, frontier = planted()
     for one in records:
@@ -280,6 +291,42 @@ def test_the_fold_penalty_is_of_the_smallest_eigenvalue(recipes):
     ).total.mean()  # fmt: skip
     torch.testing.assert_close(value - plain, 2 * (-0.9 - few).clamp(min=0).square().mean())
     assert float((value - plain).detach()) > 0
+
+
+def test_the_rate_of_a_step(recipes):
+    constant = replace(recipes.BASE, steps=40)
+    assert [recipes.rate(constant, step) for step in (0, 19, 39)] == [1 / 20, 1, 1]
+    cosine = replace(constant, schedule="cosine")
+    assert recipes.rate(cosine, 20) == pytest.approx(0.5)
+    assert recipes.rate(cosine, 39) == pytest.approx((1 - math.cos(math.pi / 40)) / 2)
+
+
+def test_momentum_is_that_of_nesterov(recipes):
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    sgd = recipes.optimizer_of(replace(recipes.BASE, optimizer="sgd", lr=0.5), [weight])
+    moved = 0.0
+    for expected in (1.9, 2.71):  # of equal gradients g: g + 0.9 v, where v = g, 1.9 g, ...
+        weight.grad = torch.ones(2)
+        sgd.step()
+        moved += 0.5 * expected
+        torch.testing.assert_close(weight.detach(), torch.tensor([1.0, 2.0]) - moved)
+
+
+def test_the_difference_to_the_network_starts_at_zero_and_learns(recipes):
+    backend = recipes.started(16, "cpu", 0)
+    steered = recipes.Steered(recipes.RECIPES["difference"], backend)
+    names = recipes.split()[0][:2]
+    x = recipes.normal(backend, 2, torch.Generator().manual_seed(0))
+    condition = backend.encode(names)
+    delta = steered(x, condition)
+    assert not delta.any()
+    assert float(steered.network(x, condition).detach().std()) > 0.5, "the last layer has its weights"
+    (delta * x).sum().backward()
+    last = [float(p.grad.abs().max()) for name, p in steered.trained().items() if "lora_B" in name]
+    assert min(last) > 0, "every layer's B has a gradient in the first step, not the last layer's alone"
+    plain = recipes.Steered(recipes.BASE, recipes.started(16, "cpu", 0))
+    assert plain.trained().keys() == steered.trained().keys()
+    assert not plain(x, condition).any(), "the network that runs share is as it was"
 
 
 def test_regressed_on_bounded_gradients(recipes):
