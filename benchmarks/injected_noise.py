@@ -47,7 +47,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "injection": SHARE, "draws": 4, "batch": BATCH // 4, "reward_gradient": "score-function",
     },
     "score function, four times the calls": {"injection": SHARE, "draws": 4, "reward_gradient": "score-function"},
+    "ink on the left": {"injection": SHARE, "alpha": 1.0},
+    "ink on the left, score function, as many calls": {
+        "injection": SHARE, "draws": 4, "batch": BATCH // 4, "reward_gradient": "score-function", "alpha": 1.0,
+    },
 }  # fmt: skip
+LEFT = "ink on the left"
 EARLIER = {"injected, 4 draws, four times the calls": "2026-11-26"}
 """Rows that cannot be measured any more, with the day of the last version that could."""
 
@@ -65,6 +70,23 @@ def values_alone(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return torch.from_numpy(_scorer()(images.detach(), prompts).double().numpy())
 
 
+def ink_on_the_left(images: Tensor, _: Sequence[str]) -> Tensor:
+    """How much more light there is left than right, in units of about half its spread over the noise."""
+    return 25 * (images[..., :16].mean((1, 2, 3)) - images[..., 16:].mean((1, 2, 3)))
+
+
+def ink_on_the_left_alone(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The same through numpy, without a gradient."""
+    return torch.from_numpy(ink_on_the_left(images.detach(), prompts).double().numpy())
+
+
+def rewards_of(name: str, values: bool) -> list[str]:
+    """The rewards of a run, as the command line takes them; none is the miniature's own."""
+    if name.startswith(LEFT):
+        return [f"injected_noise:ink_on_the_left{'_alone' if values else ''}=1"]
+    return ["injected_noise:values_alone=1"] if values else []
+
+
 def measured(name: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One run: its gain on held-out prompts, its nats, and what it spent."""
     chosen = COMMON | settings
@@ -72,7 +94,7 @@ def measured(name: str, settings: dict[str, Any], folder: Path) -> dict[str, Any
     config = resolve_config(
         backend="digits",
         overrides=[f"train.{key}={value}" for key, value in chosen.items()],
-        rewards=["injected_noise:values_alone=1"] if values else [],
+        rewards=rewards_of(name, values),
     )
     begun = time.process_time()
     report = train(config, out=folder / name.replace(" ", "-")).report

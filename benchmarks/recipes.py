@@ -52,6 +52,17 @@ IMAGES, OF_KL, OF_SPECTRUM, OF_FRONTIER = 800, 64, 48, 96
 """Images that a map is measured on; noises of them for E(J), for dense Jacobians; base images a sentence."""
 
 
+SCORER = "the miniature's own"
+REWARDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "light": lambda images: 105 * images.mean((1, 2, 3)),
+    "redness": lambda images: 72 * (images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))),
+    "ink on the left": lambda images: 25 * (images[..., :16].mean((1, 2, 3)) - images[..., 16:].mean((1, 2, 3))),
+}
+"""Rewards of images alone, scaled to the spread over the noise (2) that the miniature's own has within a sentence."""
+SMOOTHED = (0.3, 0.5, 0.7, 0.9)
+"""Correlations of two noises at which a yardstick correlates their rewards."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A way to train f; the defaults are those of `hnkit train --backend digits`, in fewer and smaller batches.
@@ -81,6 +92,7 @@ class Recipe:
         optimizer: AdamW, or gradient descent with Nesterov's momentum of 0.9, as the method was published.
         difference: whether f is the network with LoRA less the network without, so that the last layer keeps its
             weights, instead of a network whose last layer has LoRA alone.
+        reward: what is rewarded: the miniature's own, or another of `REWARDS`.
         schedule: of the rate after its 20 steps of warm-up: constant, or half a cosine down to 0.
     """
 
@@ -106,11 +118,13 @@ class Recipe:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     schedule: Literal["constant", "cosine"] = "constant"
     difference: bool = False
+    reward: str = SCORER
 
 
 BASE = Recipe()
 ON = Recipe(steps=60, bundled=True)
 RECIPES: dict[str, Recipe] = {
+    **{name: replace(BASE, reward=name) for name in REWARDS},
     "base": replace(BASE, steps=240, measure_at=(80, 160), last_weights=True),
     "default": Recipe(steps=500, batch=64, alpha=0.15, measure_at=(250,), last_weights=True),
     "long": Recipe(steps=3000, batch=64, measure_at=(500, 1000, 2000)),
@@ -229,6 +243,7 @@ def started(rank: int, device: str, seed: int) -> BackendBase:
 def trained(recipe: Recipe, seed: int, device: str) -> Iterator[tuple[int, bool, Steered]]:
     """Train, and give step, whether the weights are averaged, and the map each time it is to be measured."""
     backend = gone_on(device) if recipe.bundled else started(recipe.rank or BASE.rank, device, seed)
+    backend = rewarded(backend, recipe.reward)
     steered, texts = Steered(recipe, backend), split()[0]
     parameters = steered.trained()
     average = WeightAverage(parameters, recipe.ema)
@@ -369,6 +384,15 @@ def smallest_eigenvalue(f: Callable[[Tensor], Tensor], x: Tensor, draw: torch.Ge
     return (v * product(v, keep=True)).flatten(1).sum(1)
 
 
+def rewarded(backend: BackendBase, name: str) -> BackendBase:
+    """The backend, with another reward than its own."""
+    if name == SCORER:
+        return backend
+    backend = copy.copy(backend)
+    backend.default_reward = lambda images, _: REWARDS[name](images)
+    return backend
+
+
 @dataclass(frozen=True)
 class Yardstick:
     """What every map is measured on: sentences, noises, base rewards of these, and the frontier of the sentences."""
@@ -380,17 +404,41 @@ class Yardstick:
 
 
 @functools.cache
-def yardstick(device: str, out: Path) -> Yardstick:
+def yardstick(device: str, out: Path, reward: str) -> Yardstick:
     """The yardstick; its base rewards are made once and kept beside the runs."""
-    backend, sentences = load(device=device), split()[1]
+    backend, sentences = rewarded(load(device=device), reward), split()[1]
     texts = [sentences[i % len(sentences)] for i in range(IMAGES)]
-    x, kept = normal(backend, IMAGES, torch.Generator().manual_seed(77)), out / "base.pt"
+    x, kept = normal(backend, IMAGES, torch.Generator().manual_seed(77)), out / f"{base_of(reward)}.pt"
     if not kept.exists():
         draw = torch.Generator().manual_seed(3)
         pool = torch.stack([scored(backend, normal(backend, OF_FRONTIER, draw), [t] * OF_FRONTIER) for t in sentences])
         torch.save({"base": scored(backend, x, texts), "pool": pool}, kept)
     found = torch.load(kept)
+    if "smoothness" not in found:
+        draw = torch.Generator().manual_seed(4)
+        again = {
+            s: scored(backend, s * x + math.sqrt(1 - s**2) * normal(backend, IMAGES, draw), texts) for s in SMOOTHED
+        }
+        found["smoothness"] = {s: correlation(found["base"], other, found["pool"]) for s, other in again.items()}
+        torch.save(found, kept)
     return Yardstick(texts, x, found["base"], Frontier(list(found["pool"])))
+
+
+def base_of(reward: str) -> str:
+    """Name of the file of a reward's yardstick."""
+    return "base" if reward == SCORER else f"base-{reward.replace(' ', '-')}"
+
+
+def correlation(one: Tensor, other: Tensor, pool: Tensor) -> tuple[float, float]:
+    """Correlation, within sentences, of the rewards of two noises; its error is the jackknife's over sentences.
+
+    Means and variances are those of the pool, `(sentences, n)`; `one` and `other` go through the sentences in turn.
+    """
+    mean, variance = pool.mean(1), pool.var(1)
+    product = of_sentences((one - mean.repeat(len(one) // len(mean))) * (other - mean.repeat(len(other) // len(mean))))
+    left = (product.sum() - product) / (variance.sum() - variance)
+    spread = (len(left) - 1) / len(left) * (left - left.mean()).square().sum()
+    return float(product.sum() / variance.sum()), math.sqrt(float(spread))
 
 
 @torch.no_grad()
@@ -462,7 +510,8 @@ def rounded(values: Tensor) -> list[float]:
 
 def job(name: str, seed: int, device: str, out: Path) -> None:
     """Train one recipe with one seed and append what is measured to the file of that run."""
-    recipe, yard, spent = RECIPES[name], yardstick(device, out), 0.0
+    recipe, spent = RECIPES[name], 0.0
+    yard = yardstick(device, out, recipe.reward)
     torch.manual_seed(seed)
     began = time.perf_counter()
     for step, averaged, steered in trained(recipe, seed, device):
@@ -513,11 +562,20 @@ def report(out: Path) -> None:
     """Everything measured so far, as docs/results/recipes.json."""
     records = [json.loads(line) for path in sorted(out.glob("*.jsonl")) if path.name != "failed.jsonl"
                for line in path.read_text(encoding="utf-8").splitlines()]  # fmt: skip
-    pool = torch.load(out / "base.pt")["pool"]
-    frontier = Frontier(list(pool))
-    rows = summary(records, frontier)
+    rows, smooth, sentences = [], {}, 0
+    for reward in (SCORER, *REWARDS):
+        if not (out / f"{base_of(reward)}.pt").exists():
+            continue
+        yard = torch.load(out / f"{base_of(reward)}.pt")
+        frontier, sentences = Frontier(list(yard["pool"])), len(yard["pool"])
+        # records of runs from before there were several say nothing
+        mine = [record for record in records if record["settings"].get("reward", SCORER) == reward]
+        rows += summary(mine, frontier)
+        smooth[reward] = {f"{s:g}": value for s, value in yard.get("smoothness", {}).items()}
+        if reward == SCORER:
+            spreads = spread(mine, frontier)
     rows.sort(key=lambda row: (list(RECIPES).index(row["recipe"]), row["step"], not row["averaged"]))
-    document = {"rows": rows, "spread": spread(records, frontier), "images": IMAGES, "sentences": len(pool)}
+    document = {"rows": rows, "spread": spreads, "smoothness": smooth, "images": IMAGES, "sentences": sentences}
     write_json(OUT, {**document, "versions": versions()})
 
 

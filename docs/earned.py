@@ -183,6 +183,34 @@ def beside(names: Sequence[str]) -> Table:
     return Table(headers, tuple(rows), caption)
 
 
+def smoothness() -> Table:
+    """How far the same recipe goes for rewards that forget the noise sooner or later."""
+    document = json.loads(RECIPES.read_text(encoding="utf-8"))
+    smooth = document["smoothness"]
+    step = 160
+    rows: list[tuple[Cell, ...]] = []
+    for reward, correlations in smooth.items():
+        recipe = reward if any(row["recipe"] == reward for row in document["rows"]) else "base"
+        found = [r for r in document["rows"] if r["recipe"] == recipe and r["step"] == step and r["averaged"]]
+        rows += [
+            (
+                reward,
+                *(format_estimate(*value) for value in correlations.values()),
+                str(len(row["seeds"])),
+                *_earned(row),
+            )
+            for row in found
+        ]
+    levels = next(iter(smooth.values()))
+    headers = ("reward", *(f"correlation at {s}" for s in levels), "seeds", *_EARNED)
+    caption = (
+        f"{step} steps of 32 at alpha 0.25; {document['images']} images of {document['sentences']} training sentences "
+        "that were left out. Correlation of the rewards at x and at s x + √(1-s²) z, within a sentence. "
+        f"{_ERRORS}."
+    )
+    return Table(headers, tuple(rows), caption)
+
+
 def temperatures() -> Table:
     """What a temperature buys, beside the temperature of the frontier at the nats that were spent."""
     document = json.loads(RECIPES.read_text(encoding="utf-8"))
@@ -318,5 +346,6 @@ TABLES: dict[str, Callable[[], Table]] = {
     "earning-folds": recipe_folds,
     "earning-temperatures": temperatures,
     "earning-budget": budget,
+    "earning-smoothness": smoothness,
     **{f"earning-{name}": functools.partial(beside, recipes) for name, recipes in BESIDE.items()},
 }

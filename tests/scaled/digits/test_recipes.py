@@ -196,6 +196,44 @@ def test_the_tables_say_errors_apart_and_one_seed_unknown(figures, earned, monke
     assert len(earned.recipe_steps().rows) == 1
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_correlations_are_within_sentences(recipes, power):
+    """Of noises correlated by s a linear reward by s, a quadratic one by s²; not what differs between sentences."""
+    sentences, each, s, replicates = len(recipes.split()[1]), 4, 0.6, 80
+    draw = torch.Generator().manual_seed(8 + power)
+
+    def normals(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    found = []
+    for _ in range(replicates):
+        one, z, level = normals(each, sentences), normals(each, sentences), 10 * normals(sentences)
+        other, pool = s * one + math.sqrt(1 - s**2) * z, normals(sentences, 96)
+        values = [(level + x**power).flatten() for x in (one, other)]
+        found.append(recipes.correlation(*values, level[:, None] + pool**power))
+    value, error = torch.tensor(found).T
+    spread = float(value.std())
+    assert abs(float(value.mean()) - s**power) < 4 * spread / math.sqrt(replicates), "4 errors: 6e-5"
+    assert float(error.mean()) == pytest.approx(spread, rel=4 / math.sqrt(2 * replicates))
+
+
+def test_another_reward_is_that_of_its_images(recipes):
+    backend = recipes.started(16, "cpu", 0)
+    names, own = list(recipes.split()[0][:3]), backend.default_reward
+    x = recipes.normal(backend, 3, torch.Generator().manual_seed(0))
+    images = backend.generate(x, backend.encode(names)).detach()
+    for name in recipes.REWARDS:
+        found = recipes.scored(recipes.rewarded(backend, name), x, names)
+        torch.testing.assert_close(found, recipes.REWARDS[name](images).double(), check_device=False)
+    assert backend.default_reward == own, "runs share the backend"
+    left = torch.zeros(1, 3, 32, 32)
+    left[..., :16] = 1
+    assert recipes.REWARDS["ink on the left"](left) > 0 > recipes.REWARDS["ink on the left"](left.flip(-1))
+    red = torch.zeros(1, 3, 32, 32)
+    red[:, 0] = 1
+    assert recipes.REWARDS["redness"](red) > 0 > recipes.REWARDS["redness"](1 - red)
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 
