@@ -124,7 +124,7 @@ class Recipe:
 BASE = Recipe()
 ON = Recipe(steps=60, bundled=True)
 RECIPES: dict[str, Recipe] = {
-    **{name: replace(BASE, reward=name) for name in REWARDS},
+    **{name: replace(BASE, reward=name, alpha=2.0) for name in REWARDS},
     "base": replace(BASE, steps=240, measure_at=(80, 160), last_weights=True),
     "default": Recipe(steps=500, batch=64, alpha=0.15, measure_at=(250,), last_weights=True),
     "long": Recipe(steps=3000, batch=64, measure_at=(500, 1000, 2000)),
@@ -150,6 +150,7 @@ RECIPES: dict[str, Recipe] = {
     "batch 8": replace(BASE, steps=640, batch=8),
     "batch 128": replace(BASE, steps=40, batch=128),
     "difference": replace(BASE, difference=True),
+    "rate 3e-4": replace(BASE, lr=3e-4),
     "cosine": replace(BASE, schedule="cosine"),
     "momentum": replace(BASE, optimizer="sgd", lr=0.1),
     "exact": replace(BASE, kl="exact", curved=32),
@@ -226,15 +227,14 @@ def loaded(rank: int, device: str) -> BackendBase:
 
 @torch.no_grad()
 def started(rank: int, device: str, seed: int) -> BackendBase:
-    """The miniature with its LoRA as peft starts it: A uniform by Kaiming's rule, B zero."""
+    """The miniature with its LoRA as `make_twin` starts it: A normal with deviation 1 / rank, B zero."""
     backend = copy.copy(loaded(rank, device))
     backend.hypernetwork = copy.copy(backend.hypernetwork)
     backend.hypernetwork._modules = dict(backend.hypernetwork._modules)
     draw = torch.Generator().manual_seed(seed)
     for name, parameter in backend.hypernetwork.named_parameters():
         if parameter.requires_grad and "lora_A" in name:
-            bound = 1 / math.sqrt(parameter[0].numel())
-            parameter.copy_((2 * torch.rand(parameter.shape, generator=draw) - 1) * bound)
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) / rank)
         elif parameter.requires_grad:
             parameter.zero_()
     return backend
@@ -263,7 +263,7 @@ def trained(recipe: Recipe, seed: int, device: str) -> Iterator[tuple[int, bool,
             names, x, target = pool(step) if pool else regressed(recipe, recipe.batch, backend, texts, draw)
             value = (steered(x, backend.encode(names)) - target).flatten(1).square().sum(1).mean() / 2
         optimizer.zero_grad()
-        (value * recipe.alpha).backward()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
         optimizer.step()
         average.update()
@@ -345,8 +345,8 @@ def objective(
     backend = steered.backend
 
     def generate(x_hat: Tensor) -> Tensor:
-        if math.isfinite(recipe.bound):
-            x_hat = bounded_rows(x_hat, recipe.bound)
+        if math.isfinite(recipe.bound):  # what arrives is the gradient of -r / (alpha rows)
+            x_hat = bounded_rows(x_hat, recipe.bound / (recipe.alpha * len(x)))
         return backend.generate(x_hat, condition)
 
     def reward(images: Tensor) -> Tensor:

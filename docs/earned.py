@@ -204,9 +204,9 @@ def smoothness() -> Table:
     levels = next(iter(smooth.values()))
     headers = ("reward", *(f"correlation at {s}" for s in levels), "seeds", *_EARNED)
     caption = (
-        f"{step} steps of 32 at alpha 0.25; {document['images']} images of {document['sentences']} training sentences "
-        "that were left out. Correlation of the rewards at x and at s x + √(1-s²) z, within a sentence. "
-        f"{_ERRORS}."
+        f"{step} steps of 32, at alpha 0.25 for the miniature's own reward and 2 for the others; {document['images']} "
+        f"images of {document['sentences']} training sentences that were left out. Correlation of the rewards at x and "
+        f"at s x + √(1-s²) z, within a sentence. {_ERRORS}."
     )
     return Table(headers, tuple(rows), caption)
 

@@ -282,6 +282,34 @@ def steered(recipes, **settings):
     return network, recipe, losses
 
 
+@pytest.mark.parametrize("alpha", [0.25, 2.0])
+def test_each_sample_s_gradient_of_the_reward_is_bounded_in_its_own_units(recipes, alpha):
+    """The gradient of the loss is that of `|f|^2/2 - <g, f> / alpha`, g no longer than the bound."""
+    network, recipe, losses = steered(recipes, alpha=alpha)
+    recipe = replace(recipe, bound=1.5)
+    names, x = batch(6)
+    condition = network.backend.encode(names)
+    value = recipes.objective(recipe, losses, network, condition, x, torch.Generator())
+    (found,) = torch.autograd.grad(value, network.weight)
+    delta = network(x, condition).flatten(1)
+    slope = 1 - (x.flatten(1) + delta.detach())  # of the reward
+    size = slope.norm(dim=1, keepdim=True)
+    assert float(size.min()) < 1.5 < float(size.max()), "some are bounded, some are not"
+    bounded = slope * (1.5 / size).clamp(max=1)
+    written = (delta.square().sum(1) / 2 - (bounded * delta).sum(1) / alpha).mean()
+    (expected,) = torch.autograd.grad(written, network.weight)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_recipe_starts_as_training_does(recipes):
+    """LoRA's A is normal with deviation 1 / rank and B zero, as in `hnkit train`."""
+    backend = recipes.started(16, "cpu", 3)
+    weights = {n: p.detach() for n, p in backend.hypernetwork.named_parameters() if p.requires_grad}
+    first = torch.cat([p.flatten() for n, p in weights.items() if "lora_A" in n])
+    assert float(first.std()) * 16 == pytest.approx(1, rel=4 / math.sqrt(2 * len(first)))
+    assert not any(p.any() for n, p in weights.items() if "lora_B" in n)
+
+
 @pytest.mark.parametrize("kl", ["second-order", "arnoldi", "exact"])
 def test_the_curved_part_of_all_rows_is_the_loss_itself(recipes, kl):
     network, recipe, losses = steered(recipes, kl=kl, curved=1)
