@@ -127,6 +127,7 @@ RECIPES: dict[str, Recipe] = {
     **{name: replace(BASE, reward=name, alpha=2.0) for name in REWARDS},
     "base": replace(BASE, steps=240, measure_at=(80, 160), last_weights=True),
     "default": Recipe(steps=500, batch=64, alpha=0.15, measure_at=(250,), last_weights=True),
+    "default, no bound": Recipe(steps=500, batch=64, alpha=0.15, bound=math.inf, measure_at=(250,)),
     "long": Recipe(steps=3000, batch=64, measure_at=(500, 1000, 2000)),
     "given a gradient": replace(BASE, hint=True),
     "second-order": replace(BASE, kl="second-order"),
