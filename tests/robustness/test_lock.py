@@ -146,16 +146,26 @@ def test_a_file_of_another_hash_ends_the_session(noxfile, tmp_path, monkeypatch)
         noxfile._install_locked(session)
 
 
-def test_the_gate_runs_every_check_in_one_environment(noxfile, tmp_path, monkeypatch):
+def test_every_check_besides_the_tests_runs_in_one_environment(noxfile, tmp_path, monkeypatch):
     session, ran = Session(tmp_path, "2.13.0+cpu"), []
     session.posargs, session.run = (), lambda *words, **_: ran.append(" ".join(words[:2]))
     monkeypatch.setattr(noxfile, "_install_prover", lambda _: ran.append("prover"))
-    noxfile.gate(session)
+    noxfile.checks(session)
     assert ran == [
         "prover", "ruff check", "ruff format", "mypy", "pip-audit --requirement", "python docs/audit.py",
-        "python proofs/coq/check.py", "python proofs/run.py", "pytest -q",
+        "python proofs/coq/check.py", "python proofs/run.py",
     ]  # fmt: skip
     assert len(session.installed) == 2
     pins = (tmp_path / "pins.txt").read_text()
     assert all(f"\n{tool}==" in pins for tool in ("ruff", "mypy", "pip_audit", "pytest-xdist", "sympy", "mpmath"))
     assert (tmp_path / "types" / "hnkit" / "toy").resolve() == ROOT / "toy"
+
+
+def test_the_gate_runs_the_tests_as_the_readme_does_and_every_check():
+    script = ROOT / ".ci" / "run"
+    if not script.exists():
+        pytest.skip("not a checkout: hidden files are not part of the source distribution")
+    tests = re.search(r"nox -s tests$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert tests
+    called = [line for line in script.read_text(encoding="utf-8").splitlines() if "nox -s" in line]
+    assert called == [f".venv/bin/{tests[0]}", ".venv/bin/nox -s checks"]
