@@ -18,7 +18,7 @@ RECIPES, BUDGET = RESULTS.with_name("recipes.json"), RESULTS.with_name("budget.j
 BESIDE = {
     "regressed": ("regression on the gradient", "regression on the proximal map"),
     "maps": ("all weights", "rank 64", "rank 4", "difference", "applied twice", "given a gradient"),
-    "optimisers": ("batch 8", "batch 128", "rate 3e-3", "cosine", "momentum"),
+    "optimisers": ("batch 8", "batch 128", "rate 3e-3", "rate 3e-4", "cosine", "momentum"),
     "samples": ("eight noises a sentence", "antithetic", "no bound"),
     "losses": ("second-order", "Arnoldi", "exact"),
 }
@@ -190,7 +190,7 @@ def smoothness() -> Table:
     step = 160
     rows: list[tuple[Cell, ...]] = []
     for reward, correlations in smooth.items():
-        recipe = reward if any(row["recipe"] == reward for row in document["rows"]) else "base"
+        recipe = "base" if reward == next(iter(smooth)) else reward
         found = [r for r in document["rows"] if r["recipe"] == recipe and r["step"] == step and r["averaged"]]
         rows += [
             (

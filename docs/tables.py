@@ -531,7 +531,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         f"earning-{name}": _earning_table(f"earning-{name}")
         for name in (
             *("spectrum", "tails", "bound", "curvature", "stored", "bundled", "steps", "folds", "budget"),
-            *("regressed", "maps", "temperatures", "losses"),
+            *("regressed", "maps", "optimisers", "samples", "smoothness", "temperatures", "losses"),
         )
     },
     **{
