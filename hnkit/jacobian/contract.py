@@ -8,9 +8,10 @@ that kinks, curvature and rounding never read as a wrong derivative.
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -113,13 +114,25 @@ class Acquaintances:
 def _trying(points: Tensor) -> Iterator[None]:
     """Keep the global random states, and say what a map raised in one line, with its cause."""
     try:
-        with kept_generators():
+        with kept_generators(), _uncompiled():
             yield
     except (InputError, KeyboardInterrupt):
         raise
     except Exception as error:  # the user's map may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"the map failed on input {tuple(points.shape)}: {type(error).__name__}: {reason}") from error
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """Inside, nothing that was compiled runs as such, and nothing is compiled.
+
+    A check calls a map in more ways than its use does: with other rows, with and without gradients, under modes. Each
+    would be compiled anew, and beyond a limit torch lets what it has compiled fall back to eager mode for good.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _points(f: NoiseMap, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -248,6 +248,40 @@ def test_compiled_blocks_are_checked_and_equal(name, make_backend):
         assert repeated == {id(module) for module in network.modules() if module._compiled_call_impl is not None}
 
 
+def test_every_training_step_runs_compiled_code(make_backend):
+    """Neither the look at f in the loss's first call nor validation between steps lets blocks fall back to eager."""
+    torch.compiler.reset()  # what other tests compiled of the same blocks would count towards the limit
+    runs = []
+
+    def counted(graph, _):
+        return lambda *inputs: (runs.append(1), graph(*inputs))[1]
+
+    if "counted" not in torch.compiler.list_backends(exclude_tags=()):
+        torch._dynamo.register_backend(counted)
+    backend = make_backend("sana", compile="counted")
+    perturb(backend)
+    trained = [parameter for parameter in backend.hypernetwork.parameters() if parameter.requires_grad]
+    loss, conditions = NoiseLoss(), {rows: backend.encode(PROMPTS[:rows]) for rows in (1, 2, 3)}
+
+    def step():
+        runs.clear()
+        terms = loss(
+            ConditionedMap(backend.hypernetwork, conditions[2]), noise_for(backend, 2),
+            lambda x: backend.generate(x, conditions[2]), lambda images: images.mean((1, 2, 3)),
+        )  # fmt: skip
+        torch.autograd.grad(terms.total.sum(), trained, allow_unused=True)
+        return len(runs)
+
+    step()
+    blocks = sum(len(repeated_blocks(network)) for network in (backend._base, backend._twin))
+    assert step() == step() >= blocks, "each block of f and of the generator runs what was compiled of it"
+    for rows in (2, 1, 3):
+        with torch.no_grad():
+            noise = noise_for(backend, rows)
+            backend.generate(noise + backend.hypernetwork(noise, conditions[rows]), conditions[rows])
+        assert step() >= blocks
+
+
 def test_figures_are_of_f_uncompiled_with_the_same_weights(make_backend):
     compiled = make_backend("flux", compile="aot_eager")  # whose second derivatives, and products of a kept graph, fail
     f = compiled.map_for(PROMPTS[:2])
