@@ -36,8 +36,8 @@ class SanaOptions(PipelineOptions):
 
 # The scripts of the published code (ExplainableML/HyperNoise at bbe3ab4, scripts/*.sh and training/optim.py) give SGD a
 # momentum of 0.9 without Nesterov, and count the warm-up in 100 steps times the number of processes: 6, or 1. They
-# have no bound on each sample's gradient (train.reward_clip), which the miniature's recipe has: docs/earning.md says when
-# it is worth setting here.
+# have no bound on each sample's gradient (train.reward_clip), which the miniature's recipe has: docs/earning.md says
+# when it is worth setting here.
 _SHARED: Preset = {
     **PUBLISHED,
     "train.optimizer": "sgd",
