@@ -55,6 +55,14 @@ def named_adapter(name: str, adapter: str | Path | None) -> Path | None:
     return factory.bundled_adapter()
 
 
+def adapter_word(name: str, adapter: str | Path) -> str:
+    """What `--adapter` is given for this folder: `bundled` where it is the one that the backend's model comes with."""
+    factory = backend_factory(name)
+    if isinstance(factory, BundlesAdapter) and Path(adapter).resolve() == factory.bundled_adapter().resolve():
+        return BUNDLED
+    return str(adapter)
+
+
 def adapter_digests(adapter: str | Path | None) -> dict[str, str]:
     """SHA-256 of each of an adapter's files by name, and of its run's options of the backend where it has a run.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,11 +24,12 @@ from hnkit.internal.workers import ALONE, Workers, shared_out
 from hnkit.maps import slices
 from hnkit.output.images import image_png
 from hnkit.output.layouts import check_layout, write_layout
-from hnkit.output.page import Card, Cell, Picture, Section, Table, write_html
+from hnkit.output.page import Card, Cell, Code, Picture, Section, Table, Text, write_html
 from hnkit.output.plots import GREY, new_canvas, style, to_png
 from hnkit.prompts import Records
 
 PLAN = "generate.json"
+PROMPTS = "prompts.jsonl"
 _SHEET_PROMPTS, _SHEET_IMAGES = 8, 6
 
 
@@ -58,7 +60,13 @@ class GeneratePlan:
     version: str = __version__
 
     def write(self, folder: str | Path) -> None:
-        """Make `folder` the folder of this run; leave to download is not written into it."""
+        """Make `folder` the folder of this run; leave to download is not written into it.
+
+        Prompts that were read from a file are written beside the plan with what that file said of them.
+        """
+        if self.records:
+            lines = [json.dumps({**self.records.get(text, {}), "prompt": text}) for text in self.prompts]
+            atomic_write(Path(folder) / PROMPTS, "\n".join(lines) + "\n")
         document = {**vars(self), "settings": asdict(self.settings), "overrides": split_permissions(self.overrides)[1]}
         write_sealed(Path(folder) / PLAN, document)
 
@@ -111,6 +119,7 @@ def generate_pairs(
     records: Records | None = None,
     workers: Workers = ALONE,
     card: Card | None = None,
+    command: str = "",
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write base and steered images side by side, and what was done.
@@ -128,6 +137,7 @@ def generate_pairs(
             scorer's layout.
         workers: the processes that the prompts are shared out over; they see the same folder.
         card: what is known of the adapter, at the head of the page; `None`: nothing.
+        command: the command that makes these images again, in their folder; empty: the page names none.
         say: a function that is told of each prompt when it begins.
 
     Returns:
@@ -157,7 +167,7 @@ def generate_pairs(
                 for row, image in zip(rows, outputs[kind], strict=True):
                     atomic_write(place / f"{kind}-{row:02d}.png", image_png(image))
         atomic_write(place / "prompt.txt", prompt + "\n")
-    return workers.on_main(lambda: _report(backend, prompts, settings, folder, kinds, records or {}, card))
+    return workers.on_main(lambda: _report(backend, prompts, settings, folder, kinds, records or {}, card, command))
 
 
 def _report(
@@ -168,6 +178,7 @@ def _report(
     kinds: Sequence[str],
     records: Records,
     card: Card | None,
+    command: str,
 ) -> dict[str, Any]:
     """What is made of all images together: the contact sheet, the scorer's layout, the report."""
     sheet = contact_sheet(_shown(folder, prompts[:_SHEET_PROMPTS], kinds, min(settings.count, _SHEET_IMAGES)))
@@ -187,6 +198,9 @@ def _report(
         Section("Prompts", (Table(("folder", "prompt"), rows_),)),
         Section("Settings", (Table(("setting", "value"), chosen),)),
     ]
+    if command:
+        where = [Text(f"In the run folder, whose {PROMPTS} has every prompt:")] if records else []
+        sections.append(Section("Reproduce", (*where, Code(command))))
     lead = "" if card is None else "This is the adapter's verdict, as its training measured it; the images are new."
     write_html(folder / "report.html", f"hnkit generate: {backend.name}", sections, lead=lead, card=card)
     write_json(folder / "report.json", document)

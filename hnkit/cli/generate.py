@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hnkit.cli.folders import refuse_existing, resumed_folder
-from hnkit.cli.options import WithBackend, flags_of
+from hnkit.cli.options import WithBackend, command_line, flags_of
 from hnkit.config import GenerateSettings, split_model, split_permissions
 from hnkit.errors import InputError
 from hnkit.internal.values import setting
@@ -79,7 +79,8 @@ def run(options: Options) -> int:
                 with terminal.steps(len(plan.prompts), lines=False) as shown:
                     document = generate_pairs(
                         backend, plan.prompts, plan.settings, folder, steered=plan.adapter is not None,
-                        records=plan.records, workers=workers, card=recorded_card(plan), say=shown.start,
+                        records=plan.records, workers=workers, card=recorded_card(plan),
+                        command=reproducing_command(plan, backend), say=shown.start,
                     )  # fmt: skip
         except InputError:
             if options.as_json and workers.index == 0:  # what is done is not lost with the disk
@@ -104,6 +105,25 @@ def recorded_card(plan: GeneratePlan) -> Card | None:
     if plan.adapter is None:
         return None
     return read_card(adapter_folder(plan.adapter)) or verdict_card(RunFigures())
+
+
+def reproducing_command(plan: GeneratePlan, backend: BackendBase) -> str:
+    """The command that makes these images again, the same for a run that was gone on with."""
+    from hnkit.adapters import adapter_word, default_prompts
+    from hnkit.generate import PROMPTS
+
+    usual = asdict(GenerateSettings())
+    own = [] if backend.prompts is None else default_prompts(backend)
+    named = () if plan.records or list(plan.prompts) == own else plan.prompts
+    options = Options(
+        backend=plan.backend,
+        adapter=None if plan.adapter is None else Path(adapter_word(plan.backend, plan.adapter)),
+        prompts=PROMPTS if plan.records else None,
+        prompt=named,
+        settings={key: value for key, value in asdict(plan.settings).items() if value != usual[key]},
+        overrides=tuple(split_permissions(plan.overrides)[1]),
+    )
+    return command_line("generate", options)
 
 
 def begun(options: Options, workers: Workers = ALONE) -> tuple[Path, GeneratePlan, BackendBase]:

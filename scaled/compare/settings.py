@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hnkit.adapters import BUNDLED, adapter_digests, load_backend
-from hnkit.backend import BackendBase, BundlesAdapter, backend_factory
+from hnkit.adapters import adapter_digests, adapter_word, load_backend
+from hnkit.backend import BackendBase, backend_factory
 from hnkit.config import CONFIG_FILE, RunConfig, own_rewards, resolve_config, split_model, split_permissions
 from hnkit.errors import InputError
 from hnkit.internal.files import read_sealed
@@ -208,9 +208,7 @@ def reproducing_command(settings: Settings, default: Sequence[str] | None) -> st
     plan, usual = settings.plan.to_json(), plain.to_json()
     words += ["--quick"] * settings.quick
     if settings.adapter is not None:
-        factory = backend_factory(settings.backend)
-        bundled = isinstance(factory, BundlesAdapter) and str(factory.bundled_adapter().resolve()) == settings.adapter
-        words += ["--adapter", BUNDLED if bundled else settings.adapter]
+        words += ["--adapter", adapter_word(settings.backend, settings.adapter)]
     if default is None or tuple(default) != settings.prompts:
         words += ["--prompts", PROMPTS]
     if plan["methods"] != usual["methods"]:

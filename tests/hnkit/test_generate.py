@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import html
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 import hnkit.generate
 from hnkit.cli import app as cli
 from hnkit.errors import InputError, NonFiniteError
-from hnkit.generate import PLAN, GeneratePlan, GenerateSettings, generate_pairs, require_images
+from hnkit.generate import PLAN, PROMPTS, GeneratePlan, GenerateSettings, generate_pairs, require_images
 from hnkit.injection import NoiseInjection
 from hnkit.internal.files import read_sealed, write_sealed
 from tests.hnkit.fake_backend import FakeBackend, FakeFactory, Options
@@ -87,6 +89,32 @@ def test_a_run_that_is_cut_short_at_any_write_goes_on_as_printed_and_ends_alike(
     monkeypatch.setattr(FakeBackend, "generate", None)
     assert run(capsys, *words[1:])[0] == 0  # a finished run makes no image again
     assert files(here / out) == whole
+
+
+@pytest.mark.parametrize("source", ["nothing", "words", "file"])
+def test_the_command_in_a_report_makes_its_images_again(source, here, capsys):
+    """Its prompts are the backend's own, the user's words, or in the run folder with what their file said of them."""
+    records = [
+        {"prompt": prompt, "tag": "single_object", "include": []} for prompt in ("a cat", "it's two \u201cd\u201d")
+    ]
+    (here / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    given = {
+        "nothing": (),
+        "words": ("--prompt", "a cat", "--prompt", 'it\'s "two"'),
+        "file": ("--prompts", "asked.jsonl", "--layout", "geneval"),
+    }[source]
+    command = ("generate", "--backend", "fake", "--adapter", "mine", *given, "--count", "2", "--seed", "3")
+    assert run(capsys, *command, "--out", "whole")[0] == 0
+    (here / "asked.jsonl").unlink()
+    page = html.unescape((here / "whole" / "report.html").read_text(encoding="utf-8"))
+    program, *words = shlex.split(re.search("Reproduce</h2>.*?<pre>(.*?)</pre>", page)[1])
+    assert program == "hnkit"
+    if source == "file":
+        words[words.index("--prompts") + 1] = f"whole/{PROMPTS}"  # the page says that it is meant from there
+    else:
+        assert sorted(words) == sorted(str(here / word) if word == "mine" else word for word in command)
+    assert run(capsys, *words, "--out", "again")[0] == 0
+    assert files(here / "again") == files(here / "whole")
 
 
 def test_images_do_not_depend_on_the_batch_or_on_the_other_prompts(here, capsys):
