@@ -154,6 +154,8 @@ def test_commands_take_it_by_name(tmp_path, capsys, monkeypatch):
     out = tmp_path / "images"
     assert command("generate", *digits, "--prompt", "two fours", "-n", "1", "--out", str(out)) == 0
     assert len(list(out.rglob("*.png"))) >= 2
+    # a path of this machine would make no image elsewhere
+    assert f"--adapter {BUNDLED}" in (out / "report.html").read_text(encoding="utf-8")
     frontier = ("frontier", *digits, "--prompts", str(prompts), "--base-samples", "8", "--samples", "2")
     assert command(*frontier, "--method", "second-order", "--out", str(tmp_path / "frontier")) == 0
     seen: dict[str, object] = {}
