@@ -13,7 +13,7 @@ from hnkit.cli.folders import refuse_existing, resumed_folder
 from hnkit.cli.options import WithBackend
 from hnkit.errors import InputError
 from hnkit.internal.files import read_plain
-from hnkit.internal.values import reason_of, setting
+from hnkit.internal.values import finite, reason_of, setting
 
 EXAMPLE = "hnkit compare --backend digits --methods base,best-of-n --quick"
 
@@ -80,7 +80,7 @@ def run(options: Options) -> int:
     if int(os.environ.get("RANK", "0")):
         return 0  # one of several processes speaks
     if options.as_json:
-        terminal.print_json(dict(document) if needed is None else {**document, "power": needed})
+        terminal.print_json(finite(dict(document) if needed is None else {**document, "power": needed}))
     else:
         if needed is not None:
             screen = terminal.console()

@@ -15,6 +15,7 @@ from torch import Tensor
 from hnkit.backend import Backend, completed, image_noise
 from hnkit.internal.files import read_sealed, write_sealed
 from hnkit.internal.seeds import image_seed
+from hnkit.internal.values import finite, or_nan, typed_values
 from hnkit.internal.workers import ALONE, Workers, shared_out
 from hnkit.maps import Condition, slices
 from hnkit.rewards import RewardSum
@@ -23,7 +24,10 @@ from hnkit.scaled.compare.baselines import Cost, Method, Outcome
 
 @dataclass(frozen=True)
 class Row:
-    """One image: what it was asked for, from which noise, every score of it, and the rewards of its candidates."""
+    """One image: what it was asked for, from which noise, every score of it, and the rewards of its candidates.
+
+    A score that is not finite is NaN.
+    """
 
     prompt: str
     seed: int
@@ -167,6 +171,17 @@ def images_of(
     return replace(outcome, cost=replace(outcome.cost, seconds=time.perf_counter() - start))
 
 
+@dataclass(frozen=True)
+class _KeptRow:
+    """A row as a part holds it: a score that is not finite, which JSON has no word for, is `None`."""
+
+    prompt: str
+    seed: int
+    category: str
+    scores: dict[str, float | None]
+    pool: tuple[float | None, ...]
+
+
 def _finish(device: torch.device) -> None:
     """Wait for what is queued on an accelerator: a clock sees nothing of it."""
     if device.type == "cuda":
@@ -185,11 +200,17 @@ def _document(outcome: Outcome, prompts: Sequence[str], seed: int, backend: Back
         }
         for i, prompt in enumerate(prompts)
     ]
-    return {"prompts": list(prompts), "rows": rows, "cost": asdict(outcome.cost)}
+    document: dict[str, Any] = finite({"prompts": list(prompts), "rows": rows, "cost": asdict(outcome.cost)})
+    return document
 
 
 def _parsed(document: Mapping[str, Any]) -> tuple[list[Row], Cost]:
-    return [Row(**row) for row in document["rows"]], Cost(**document["cost"])
+    rows = []
+    for entry in document["rows"]:
+        kept = _KeptRow(**typed_values(entry, _KeptRow, "a row"))
+        scores = {name: or_nan(value) for name, value in kept.scores.items()}
+        rows.append(Row(kept.prompt, kept.seed, kept.category, scores, [or_nan(value) for value in kept.pool]))
+    return rows, Cost(**typed_values(document["cost"], Cost, "the cost"))
 
 
 def _read(path: Path, prompts: Sequence[str]) -> tuple[list[Row], Cost] | None:
@@ -198,9 +219,11 @@ def _read(path: Path, prompts: Sequence[str]) -> tuple[list[Row], Cost] | None:
     if not isinstance(document, dict) or document.get("prompts") != list(prompts):
         return None
     try:
-        return _parsed(document)
-    except (KeyError, TypeError):
+        rows, cost = _parsed(document)
+    except (KeyError, TypeError, ValueError, AttributeError):
         return None
+    whole = [row.prompt for row in rows] == list(prompts) and all("reward" in row.scores for row in rows)
+    return (rows, cost) if whole else None
 
 
 def read_part(path: Path) -> Any:

@@ -65,8 +65,8 @@ def network_gap(
 ) -> GapBound | None:
     """How far a network is at least from the tilted law of its temperature, over the prompts that were measured.
 
-    `None` where there is no temperature, one prompt, a method of the KL that leaves out a part of it, or injected
-    noise, whose KL is bounded from above alone.
+    `None` where there is no temperature, one prompt, a method of the KL that leaves out a part of it, injected noise,
+    whose KL is bounded from above alone, or a reward that is not finite.
     """
     faithful = measured.figures["method"] in FAITHFUL and not measured.figures.get("injected")
     if alpha is None or measured.prompts < 2 or not faithful:
@@ -74,7 +74,10 @@ def network_gap(
     prompts = list(steered)[: measured.prompts]
     kl = [measured.of_prompt(index) for index in range(len(prompts))]
     rewards = [steered[prompt][: measured.seeds] for prompt in prompts]
-    return gap_lower_bound(kl, rewards, [base[prompt] for prompt in prompts], alpha)
+    bases = [base[prompt] for prompt in prompts]
+    if not all(bool(values.isfinite().all()) for values in [*rewards, *bases]):
+        return None
+    return gap_lower_bound(kl, rewards, bases, alpha)
 
 
 def base_rewards(rows: Sequence[Row], *, pooled: bool = True) -> dict[str, Tensor]:

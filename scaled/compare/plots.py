@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -109,8 +109,8 @@ def _quality(document: Document) -> Figure:
     for axis, score in zip(axes, scores, strict=True):
         for name in names:
             points = [point["scores"] for point in series[name]]
-            rewards = np.array([points[0]["reward"]["base"], *(point["reward"]["steered"] for point in points)])
-            values = np.array([points[0][score]["base"], *(point[score]["steered"] for point in points)])
+            rewards = _along_training(points, "reward")
+            values = _along_training(points, score)
             axis.plot(rewards, values, marker="o", markersize=4, color=COLOURS[name], label=NAMES[name])
             axis.plot(rewards[:1], values[:1], marker="s", markersize=8, color=GREY, linestyle="none")
             _along(axis, rewards, values, series[name][-1]["step"], COLOURS[name])
@@ -121,12 +121,22 @@ def _quality(document: Document) -> Figure:
     return figure
 
 
+def _along_training(points: Sequence[Mapping[str, Any]], score: str) -> Array:
+    """A score of the base, and then of every validation; NaN where it was not finite."""
+    found = [points[0][score]["base"], *(point[score]["steered"] for point in points)]
+    return np.array([or_nan(value) for value in found])
+
+
 def _along(axis: Axes, x: Array, y: Array, steps: int, colour: str) -> None:
     """The direction of time along a curve: arrows between its points, and where it begins and ends."""
     for before, after in zip(zip(x, y, strict=True), zip(x[1:], y[1:], strict=True), strict=False):
         middle = (before[0] + after[0]) / 2, (before[1] + after[1]) / 2
+        if not np.isfinite(middle).all():
+            continue
         axis.annotate("", middle, before, arrowprops={"arrowstyle": "->", "color": colour, "shrinkA": 0, "shrinkB": 0})
     for text, place in (("step 0", 0), (f"step {steps}", -1)):
+        if not (np.isfinite(x[place]) and np.isfinite(y[place])):
+            continue
         axis.annotate(text, (x[place], y[place]), xytext=(0, 9), textcoords="offset points", fontsize=8, ha="center")
 
 

@@ -30,6 +30,7 @@ from hnkit.internal.folders import require_resumable, run_lock, sweep_temporarie
 from hnkit.internal.provenance import provenance, record_provenance
 from hnkit.internal.seeds import derived_seed, image_seed
 from hnkit.internal.stats import mean_and_stderr
+from hnkit.internal.values import finite, or_nan
 from hnkit.internal.workers import Workers, shared_out
 from hnkit.maps import slices
 from hnkit.output.page import Card, Table
@@ -251,7 +252,7 @@ class _Session:
         document["verdict"] = card(document).to_json()
 
         def write() -> None:
-            write_json(self.folder / "report.json", document)
+            write_json(self.folder / "report.json", finite(document))
             write_json(self.folder / PROMPTS, list(self.settings.prompts))
             write_page(self.folder, document)
 
@@ -415,9 +416,10 @@ class _Session:
         prompt = self.settings.prompts[index]
         saved = read_part(path)
         if isinstance(saved, dict) and saved.get("prompt") == prompt and isinstance(saved.get("values"), dict):
-            values: dict[str, float] = saved["values"]
-            if set(metrics) <= set(values):
-                return values
+            with contextlib.suppress(TypeError, ValueError):
+                kept = {metric: float(or_nan(value)) for metric, value in saved["values"].items()}
+                if set(metrics) <= set(kept):
+                    return kept
         network = self.networks.get(name)
         backend = self.base if network is None else network.backend
         seed = derived_seed(self.plan.seed, "diversity")
@@ -426,7 +428,7 @@ class _Session:
         values = {metric: function(images.to(self.device)) for metric, function in metrics.items()}
         if self.base.scenes is not None:
             values["distinct_scenes"] = len(set(self.base.scenes(images))) / len(images)
-        write_sealed(path, {"prompt": prompt, "values": values})
+        write_sealed(path, finite({"prompt": prompt, "values": values}))
         return values
 
     def _images(self, method: Method, backend: Backend, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:

@@ -222,6 +222,60 @@ def test_damaged_parts_are_found_out_again(finished, tmp_path):
             assert path.read_bytes() == content, path.name
 
 
+def test_scores_that_are_not_finite_are_shown_and_end_nothing(overrides, tmp_path):
+    """One prompt's reward, and every image of a held-out score: a comparison ends with all else that it found."""
+    run, small = tmp_path / "run", ["compare.ranks=[]", "compare.losses=[]"]
+    plain, distance = Scorer.__call__, run_module.pixel_distance
+
+    def scores(self, images, prompts):
+        found = plain(self, images, prompts)
+        broken = torch.tensor([prompt == PROMPTS[1] for prompt in prompts])
+        return {"reward": found["reward"].masked_fill(broken, math.nan), "held": found["reward"] * math.inf * 0}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scorer, "__call__", scores)
+        patch.setattr(run_module, "pixel_distance", lambda images: distance(images) * math.nan)
+        methods = ["base", "best-of-n"]
+        made = COMPARISON("sana", methods=methods, prompts=PROMPTS, seeds=2, overrides=[*overrides, *small], out=run)
+    again = COMPARISON("sana", resume=run)  # from its parts
+    for document in (made, again):
+        base = document["table_1"][0]["scores"]
+        assert math.isnan(base["reward"]["value"])
+        assert math.isnan(base["held"]["value"])
+        assert math.isnan(document["diversity"][0]["metrics"]["pixel_distance"]["value"])
+    written = json.loads((run / "report.json").read_text(), parse_constant=pytest.fail)
+    assert written["table_1"][0]["scores"]["held"] == {"value": None, "stderr": None}
+    assert (run / "report.html").is_file()
+    chunk = read_sealed(run / "parts" / "base-steps1-seed0-from0.json")
+    assert [row["scores"]["reward"] is None for row in chunk["rows"]] == [prompt == PROMPTS[1] for prompt in PROMPTS]
+    table, shown = COMPARISON.printed(again)
+    assert [row[1] for row in table.rows] == ["–", "–"]
+    assert shown.sentence
+
+
+FOREIGN = [
+    ("rows", []), ("rows", 3), ("rows", [{"prompt": "a red house"}]), ("cost", {"seconds": "\x1b[2J"}), ("cost", []),
+    ("scores", {"reward": "\x1b[2J"}), ("scores", {}), ("scores", 1), ("pool", 3), ("category", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), FOREIGN)
+def test_a_part_that_holds_something_else_is_made_again(key, value, tmp_path):
+    """Its SHA-256 shows damage, not who wrote it."""
+    row = {"seed": 0, "category": "", "scores": {"reward": 1.0, "held": None}, "pool": [1.0, 2.0]}
+    cost = {"generator": 3, "seconds": 0.5}
+    document = {"prompts": PROMPTS, "rows": [{"prompt": prompt, **row} for prompt in PROMPTS], "cost": cost}
+    path = tmp_path / "part.json"
+    write_sealed(path, document)
+    assert evaluation._read(path, PROMPTS) is not None
+    if key in document:
+        document[key] = value
+    else:
+        document["rows"][0] = {**document["rows"][0], key: value}
+    write_sealed(path, document)
+    assert evaluation._read(path, PROMPTS) is None
+
+
 def test_a_folder_that_is_replaced_or_in_use_is_left_alone(finished, tmp_path, monkeypatch):
     run = shutil.copytree(finished[0], tmp_path / "run", copy_function=shutil.copyfile)
     with run_lock(run), pytest.raises(InputError, match=rf"in use by another process \(process {os.getpid()} on"):
