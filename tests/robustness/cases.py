@@ -337,7 +337,6 @@ CONFLICTS: list[tuple[str, ...]] = [
     (*DIGITS_RUN, "--kl", "arnoldi", "--set", "backend.compile=eager"),
     (*DIGITS_RUN, "--set", "backend.shard=true", "--set", "backend.compile=inductor"),
     (*DIGITS_RUN, "--set", "backend.shard=true", "--set", "backend.quantize=fp8"),
-    (*DIGITS_RUN, "--set", "backend.shard=true", "--set", "backend.generator_checkpointing=true"),
     (*DIGITS_RUN, "--set", "rewards.clipscore=1", "--set", "rewards.clipscore.model_id=absent"),
     (*DIGITS_RUN, "--set", "rewards.clipscore=1", "--set", "rewards.clipscore.model_id=3"),
     (*DIGITS_RUN, "--set", "rewards.clipscore=1", "--set", "rewards.clipscore.model_id=folder"),

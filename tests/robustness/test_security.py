@@ -171,7 +171,6 @@ MAY_READ = {
     "hnkit/frontier/table.py": "rewards that the user names, which may be a pipe",
     "hnkit/training/checkpoint.py": "tensors after their digest; the flush of what was just written",
     "hnkit/training/publish.py": "files that are regular ones",
-    "hnkit/output/plots.py": "a buffer",
     "hnkit/output/images.py": "a buffer",
     "hnkit/output/layouts.py": "images of its own run",
     "hnkit/generate.py": "a buffer",
@@ -315,7 +314,7 @@ def test_the_users_own_flag_can(evil):
                                      "generate --backend toy --prompt a --adapter run"])  # fmt: skip
 def test_a_run_folder_cannot_name_code(command, table, evil, capsys, monkeypatch):
     """Training says so; what uses the adapter needs no rewards, so it leaves them alone (and finds no adapter here)."""
-    Path("run/adapter").mkdir(parents=True)
+    (new_run_folder(Path("run"), "train") / "adapter").mkdir()
     Path("run/config.toml").write_text(f'[backend]\nname = "toy"\n[{table}]\n"evil:r" = 1.0\n')
     said = "code is never taken from a file" in refused(command.split(), capsys, monkeypatch)
     assert said == command.startswith("train")

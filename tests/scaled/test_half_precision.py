@@ -130,7 +130,7 @@ def test_a_side_figure_that_fails_leaves_the_kl(monkeypatch, make_backend):
     def refuse(*_, **__):
         raise InputError("the local norm at sample 3 is not to be had")
 
-    monkeypatch.setattr("hnkit.figures.measurement.local_norms", refuse)
+    monkeypatch.setattr("hnkit.figures.measured_map.local_norms", refuse)
     found = measure(f, x, method="auto", generator=torch.Generator().manual_seed(0))
     assert found.kl.value == pytest.approx(noise_kl(f, x, method="exact").value)
     assert found.local_norm_note == "no local norms: the local norm at sample 3 is not to be had"

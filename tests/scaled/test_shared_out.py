@@ -108,14 +108,8 @@ COMMON = ("--backend", "digits", "--adapter", "adapter", "--prompts", "prompts.t
 
 
 GENERATE = ("generate", *COMMON, "--count", "2", "--json", "--out")
-MAP_VERIFIED = (
-    "--map",
-    "mymap:f",
-    "--shape",
-    "6",
-    "--samples",
-    "40",
-)  # in 14 blocks, of which two processes take seven
+# in 14 blocks, of which two processes take seven
+MAP_VERIFIED = ("--map", "mymap:f", "--shape", "6", "--samples", "40")
 VERIFY = ("verify-bound", *MAP_VERIFIED, "--json", "--out")
 KEPT = "two/prompt-000/base-00.png"
 
