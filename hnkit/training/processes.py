@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,9 @@ class Processes:
                 f"{started} processes were started and found {state.num_processes - 1} others on device {device!r}: "
                 "start one, or use backend.device = cpu or cuda"
             )
+        if state.num_processes > 1:
+            atexit.unregister(_leave)
+            atexit.register(_leave)
         self.count: int = state.num_processes
         self.index: int = state.process_index
         self.device: torch.device = state.device
@@ -205,6 +209,12 @@ def _said_once(message: str) -> InputError:
     error = InputError(message)
     error.everywhere = True
     return error
+
+
+def _leave() -> None:
+    """End what torch runs beside Python for the exchange; at the interpreter's end it can abort the process instead."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Heartbeat:
