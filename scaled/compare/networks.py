@@ -77,8 +77,40 @@ def trainable(backend: Backend) -> int:
     return sum(p.numel() for p in backend.hypernetwork.parameters() if p.requires_grad)
 
 
+@dataclass(frozen=True)
+class _Score:
+    role: str
+    base: float | None
+    steered: float | None
+
+
+@dataclass(frozen=True)
+class _Validation:
+    scores: dict[str, _Score]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a comparison draws of a record."""
+
+    step: int
+    validation: _Validation | None = None
+
+
 def _records(path: Path) -> tuple[dict[str, Any], ...]:
+    """The records of a training; the file may be somebody else's."""
+    from pydantic import TypeAdapter, ValidationError
+
+    record = TypeAdapter(_Record)
     try:
-        return tuple(json.loads(line) for line in read_plain(path).decode().splitlines())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged (not JSON lines): give the adapter's folder alone") from error
+        lines = read_plain(path).decode().splitlines()
+        found = [json.loads(line) for line in lines]
+        read = [record.validate_json(line, strict=True) for line in lines]
+    except (ValidationError, OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is damaged (not the records of a training): give the adapter's folder alone"
+        ) from error
+    names = {frozenset(each.validation.scores) for each in read if each.validation is not None}
+    if len(names) > 1 or any("reward" not in scored for scored in names):
+        raise InputError(f"{path} is damaged (scores that differ): give the adapter's folder alone")
+    return tuple(found)

@@ -202,6 +202,7 @@ class _Session:
             else None
         )
         self.networks: dict[str, Network] = {}
+        self.measured: dict[str, NetworkKL] = {}
         self.candidates = {"best-of-2": 2, "best-of-4": 4, "best-of-n": self.plan.best_of}
         for chunk in slices(len(settings.prompts), self.plan.batch):
             self.base.encode(settings.prompts[chunk])
@@ -439,32 +440,21 @@ class _Session:
 
     def _closeness(self) -> list[dict[str, Any]]:
         """The KL of the trained hypernetwork by each method that fits, on the same noises and prompts."""
-        network = self.networks.get("hypernoise")
-        if network is None:
+        if "hypernoise" not in self.networks:
             return []
-        path = self.folder / "parts" / "closeness.json"
-        saved: list[dict[str, Any]] | None = self.workers.on_main(lambda: read_part(path))
-        if isinstance(saved, list):
-            return saved
-        measured = self._network_kl("hypernoise")
-        found = [measured.figures]
+        found = [self._network_kl("hypernoise").figures]
         # beside the exact figure a stochastic one: Arnoldi's where it applies, else Golub and Kahan's
         norm = found[0]["local_norm"]["max"]
         method = "arnoldi" if norm is not None and norm < 1 else "lanczos"
         if method != found[0]["method"]:
             found.append(self._measured("hypernoise", method).figures)
-        self.workers.on_main(lambda: write_sealed(path, found))
         return found
 
     def _network_kl(self, name: str) -> NetworkKL:
-        """The KL of a network on noises of the comparison, by the method that fits."""
-        path = self.folder / "parts" / f"kl-of-{name}.json"
-        saved = self.workers.on_main(lambda: read_part(path))
-        if isinstance(saved, dict):
-            return NetworkKL(**saved)
-        found = self._measured(name)
-        self.workers.on_main(lambda: write_sealed(path, vars(found)))
-        return found
+        """The KL of a network on noises of the comparison, by the method that fits; from its blocks, once a process."""
+        if name not in self.measured:
+            self.measured[name] = self._measured(name)
+        return self.measured[name]
 
     def _measured(self, name: str, method: str = "auto") -> NetworkKL:
         """The same by a method, block by block of its noises, each of which is a part."""

@@ -23,7 +23,7 @@ from hnkit.internal.files import new_run_folder, read_sealed, write_sealed
 from hnkit.internal.folders import run_lock
 from hnkit.internal.provenance import prompts_digest, recorded_provenance
 from hnkit.rewards import CallableReward, RewardSum
-from hnkit.scaled.compare import COMPARISON, evaluation
+from hnkit.scaled.compare import COMPARISON, evaluation, networks
 from hnkit.scaled.compare import run as run_module
 from hnkit.scaled.compare.baselines import Base, BestOfN
 from hnkit.scaled.compare.evaluation import Job, Row, Scorer
@@ -205,7 +205,8 @@ def test_damaged_parts_are_found_out_again(finished, tmp_path):
     out, document = finished
     run = tmp_path / "run"
     shutil.copytree(out, run, copy_function=shutil.copyfile)
-    damaged = [next((run / "parts").glob(f"{kind}*.json")) for kind in ("base-", "reno-", "diversity-", "closeness")]
+    kinds = ("base-", "reno-", "diversity-", "blocks-of-hypernoise/kl-")
+    damaged = [next((run / "parts").glob(f"{kind}*.json")) for kind in kinds]
     before = {path: path.read_bytes() for path in [*damaged, run / "parts" / "grid.safetensors"]}
     for path in damaged:
         altered = re.sub(r"\.\d", lambda found: f".{9 - int(found[0][1])}", path.read_text(), count=1)
@@ -251,6 +252,21 @@ def test_scores_that_are_not_finite_are_shown_and_end_nothing(overrides, tmp_pat
     table, shown = COMPARISON.printed(again)
     assert [row[1] for row in table.rows] == ["–", "–"]
     assert shown.sentence
+
+
+LOGS = [
+    "1", "[]", '{"step": 1.5}', '{"step": 1, "validation": 3}', '{"step": 1, "validation": {"scores": []}}',
+    '{"step": 1, "validation": {"scores": {"reward": {"role": "reward", "base": "\\u001b[2J", "steered": 1}}}}',
+    '{"step": 1, "validation": {"scores": {"held": {"role": "held-out", "base": 1, "steered": 1}}}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LOGS)
+def test_a_log_that_is_not_one_of_a_training_is_one_line(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl is damaged \(.*\): give the adapter's folder alone"):
+        networks._records(path)
 
 
 FOREIGN = [
