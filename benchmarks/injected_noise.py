@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recipes import REWARDS
 from torch import Tensor
 
 from hnkit.backend import Reward
@@ -71,8 +72,8 @@ def values_alone(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def ink_on_the_left(images: Tensor, _: Sequence[str]) -> Tensor:
-    """How much more light there is left than right, in units of about half its spread over the noise."""
-    return 25 * (images[..., :16].mean((1, 2, 3)) - images[..., 16:].mean((1, 2, 3)))
+    """How much more light there is left than right, as the recipes are trained on it."""
+    return REWARDS[LEFT](images)
 
 
 def ink_on_the_left_alone(images: Tensor, prompts: Sequence[str]) -> Tensor:

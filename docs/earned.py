@@ -30,6 +30,12 @@ def _records() -> dict[str, dict[str, Any]]:
     return {record["experiment"]: record for record in json.loads(RESULTS.read_text(encoding="utf-8"))["records"]}
 
 
+def _recipes() -> dict[str, Any]:
+    """What benchmarks/recipes.py has measured."""
+    found: dict[str, Any] = json.loads(RECIPES.read_text(encoding="utf-8"))
+    return found
+
+
 def spectrum() -> Table:
     """How fast the reward forgets the noise."""
     found = _records()["spectrum"]
@@ -160,7 +166,7 @@ def scaled() -> str:
 
 def beside(names: Sequence[str]) -> Table:
     """Recipes at the end of their training, below the base recipe after as many steps."""
-    document = json.loads(RECIPES.read_text(encoding="utf-8"))
+    document = _recipes()
     found = {row["recipe"]: row for row in document["rows"] if row["averaged"] and row["recipe"] in names}
     shown = [found[name] for name in names if name in found]
     (samples,) = {row["step"] * row["batch"] for row in shown}
@@ -185,7 +191,7 @@ def beside(names: Sequence[str]) -> Table:
 
 def smoothness() -> Table:
     """How far the same recipe goes for rewards that forget the noise sooner or later."""
-    document = json.loads(RECIPES.read_text(encoding="utf-8"))
+    document = _recipes()
     smooth = document["smoothness"]
     step = 160
     rows: list[tuple[Cell, ...]] = []
@@ -213,7 +219,7 @@ def smoothness() -> Table:
 
 def temperatures() -> Table:
     """What a temperature buys, beside the temperature of the frontier at the nats that were spent."""
-    document = json.loads(RECIPES.read_text(encoding="utf-8"))
+    document = _recipes()
     shown = ("base", "alpha 0.1", "alpha 0.5", "default", "long", "the bundled adapter")
     rows: list[tuple[Cell, ...]] = [
         (
@@ -229,7 +235,7 @@ def temperatures() -> Table:
 
 def spread() -> str:
     """How the bundled map spreads its nats over sentences, in a sentence."""
-    found = json.loads(RECIPES.read_text(encoding="utf-8"))["spread"]
+    found = _recipes()["spread"]
     low, middle, high = found["quantiles"]
     return (
         f"The L2 term of the bundled map (gone on with for a few steps) lies between {low:.2g} and {high:.2g} nats at "
@@ -240,7 +246,7 @@ def spread() -> str:
 
 def recipe_steps() -> Table:
     """What more steps bring, and the average of the weights."""
-    document = json.loads(RECIPES.read_text(encoding="utf-8"))
+    document = _recipes()
     rows: list[tuple[Cell, ...]] = [
         (
             row["recipe"], f"{row['step']} of {row['batch']}" if row["step"] else "3000 of 64",
@@ -259,7 +265,7 @@ def recipe_steps() -> Table:
 
 def recipe_folds() -> Table:
     """What the fold penalty does to a map that folds, and its price."""
-    document = json.loads(RECIPES.read_text(encoding="utf-8"))
+    document = _recipes()
     rows: list[tuple[Cell, ...]] = [
         (
             row["recipe"], str(len(row["seeds"])), _over_seeds(row["lowest"]), _over_seeds(row["beyond -1"], 100, " %"),

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class NetworkKL:
-    """What was measured of a network; a part of the comparison's folder.
+    """What was measured of a network; joined from its blocks, which are the parts of the comparison's folder.
 
     Attributes:
         prompts: how many of the comparison's prompts, from the first.
