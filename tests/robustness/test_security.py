@@ -166,7 +166,7 @@ MAY_READ = {
     "hnkit/internal/versions.py": "the code itself",
     "hnkit/cli/app.py": "the null device",
     "hnkit/cli/verify_bound.py": "the source of the user's own map",
-    "hnkit/config.py": "a configuration that the user names, which may be a pipe",
+    "hnkit/config/sources.py": "a configuration that the user names, which may be a pipe",
     "hnkit/prompts.py": "prompts that the user names, which may be a pipe",
     "hnkit/frontier/table.py": "rewards that the user names, which may be a pipe",
     "hnkit/training/checkpoint.py": "tensors after their digest; the flush of what was just written",
