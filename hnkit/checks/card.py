@@ -94,7 +94,7 @@ def _l2_range(found: dict[str, RunFigures]) -> CardLine | None:
     if not off:
         return None
     least, most = (choose(off, key=lambda name: off[name]) for choose in (min, max))
-    text = f"from {100 * off[least]:+.0f} % of the KL ({least}) to {100 * off[most]:+.0f} % ({most})"
+    text = f"from {_signed(off[least])} of the KL ({least}) to {_signed(off[most])} ({most})"
     return CardLine("L2 term off", text, "what the usual training loss takes for the KL, less the exact KL")
 
 
@@ -112,3 +112,9 @@ def _norms(found: dict[str, RunFigures]) -> CardLine | None:
     most = max(norms, key=lambda name: norms[name])
     note = "the most that a map stretches a small difference between two noises"
     return CardLine("local norm", f"{format_number(norms[most], 3)} the largest seen ({most})", note)
+
+
+def _signed(share: float) -> str:
+    """A share in percent with its sign, which nothing has none of."""
+    percent = round(100 * share)
+    return f"{percent:+d} %" if percent else "0 %"

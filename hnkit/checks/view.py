@@ -97,11 +97,12 @@ def check_lines(check: Check) -> Group:
         expected = format_number(check.expected)
         if directed is not None and check.expected is not None and math.isfinite(check.expected):
             expected = directed(check.expected)
+        room = f" ± {format_number(check.tolerance, 2)}" if check.tolerance else ""
         numbers = (
             f"measured {format_number(check.measured)}, exactly"
             if check.exactly
             else f"measured {format_number(check.measured)} {RELATIONS[check.relation]} {expected}"
-            f" ± {format_number(check.tolerance, 2)} ({check.kind}), slack {format_number(check.slack, 3)}"
+            f"{room} ({check.kind}), slack {format_number(check.slack, 3)}"
         )
         lines.append(Padding(Text(f"{numbers}: {check.verdict}"), (0, 0, 0, 4)))
     if check.note:

@@ -12,7 +12,7 @@ from hnkit.cli.folders import refuse_existing, resumed_folder
 from hnkit.cli.options import WithBackend, command_line, flags_of
 from hnkit.config import GenerateSettings, split_model, split_permissions
 from hnkit.errors import InputError
-from hnkit.internal.values import setting
+from hnkit.internal.values import number_of, setting
 from hnkit.internal.workers import ALONE, Workers
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def run(options: Options) -> int:
     else:
         terminal.print_card_of(document)
         whose = "" if document["verdict"] is None else "; the verdict is the adapter's, from its training"
-        print(f"{document['images']} images{whose}\nreport: {folder / 'report.html'}")
+        print(f"{number_of(document['images'], 'image')}{whose}\nreport: {folder / 'report.html'}")
     return 0
 
 

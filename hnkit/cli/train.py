@@ -105,5 +105,6 @@ def _plan(config: RunConfig, options: Options) -> int:
     if options.as_json:
         terminal.print_json(as_document(plan))
     else:
-        print(as_text(plan))
+        for line in as_text(plan).splitlines():
+            terminal.console().print(terminal.Words(line))
     return 0

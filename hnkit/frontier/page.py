@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from hnkit.internal.stats import Estimate, rounded_down, rounded_up
-from hnkit.internal.values import or_nan
+from hnkit.internal.values import number_of, or_nan
 from hnkit.output.page import Card, CardLine, Picture, Section, Table, Text, format_estimate, format_number
 from hnkit.output.plots import frontier as draw
 from hnkit.output.plots import style, to_png
@@ -127,10 +127,10 @@ def contradiction(name: str, method: Mapping[str, Any]) -> str:
 
 def gap_sentence(name: str, gap: Mapping[str, Any]) -> str:
     """The certified distance from the target, and the estimate where the temperature lets there be one."""
-    bound = (
-        f"{name} is at least {rounded_down(gap['lower'], 3)} nats ({100 * gap['confidence']:.0f} %) from the law that "
-        f"its temperature {gap['alpha']:.3g} names"
-    )
+    law, confidence = f"the law that its temperature {gap['alpha']:.3g} names", f"{100 * gap['confidence']:.0f} %"
+    bound = f"{name} is at least {rounded_down(gap['lower'], 3)} nats ({confidence}) from {law}"
+    if gap["lower"] <= 0:
+        bound = f"these images do not show ({confidence}) that {name} is away from {law}"
     if gap["estimate"] is None:
         return (
             f"{bound}; how far exactly cannot be told, since {gap['effective']:.2g} base samples a prompt are "
@@ -208,8 +208,8 @@ def section(document: Mapping[str, Any], picture: bytes | None, *, say: Sequence
     blocks: list[Any] = [Text(text) for text in say]
     if document["methods"] or document["best_of"]:
         caption = (
-            f"{document['prompts']} prompts, {document['base_samples']} base images. ± is one standard error over "
-            "prompts."
+            f"{number_of(document['prompts'], 'prompt')}, {number_of(document['base_samples'], 'base image')}. ± is "
+            "one standard error over prompts."
         )
         headers, rows = table(document)
         blocks += [] if picture is None else [Picture(picture, caption)]

@@ -49,18 +49,21 @@ def student_quantile(probability: float, freedom: float) -> float:
 def rounded_to_error(value: float, stderr: float) -> str:
     """`value ± stderr`, both rounded to the second digit of the standard error, as errors are quoted.
 
-    An error that is not known (NaN) is said to be unknown; one of zero, or of rounding, is `0`.
+    An error that is not known (NaN) is said to be unknown. Where there is none, or rounding alone, every sample has the
+    same value, which the mean is exactly.
     """
     if math.isnan(stderr):
         return f"{value:.5g} ± unknown"
-    if not math.isfinite(value) or stderr <= _ROUNDING * abs(value):
+    if not math.isfinite(value):
         return f"{value:.6g} ± {0 if math.isfinite(stderr) else stderr}"
+    if stderr <= _ROUNDING * abs(value):
+        return short_exponents(f"exactly {value:.6g}") if value else "0"
     if not math.isfinite(stderr):
         return f"{value:.5g} ± {stderr}"
     places = max(0, 1 - math.floor(math.log10(stderr)))
     if abs(value) >= 1e6 or 0 < max(abs(value), stderr) < 1e-4:
         return short_exponents(f"{value:.3g} ± {stderr:.2g}")
-    return f"{value:.{places}f} ± {stderr:.{places}f}"
+    return f"{round(value, places) + 0.0:.{places}f} ± {stderr:.{places}f}"  # + 0.0: no zero has a sign
 
 
 def short_exponents(text: str) -> str:

@@ -83,6 +83,11 @@ def shortened(text: str, longest: int) -> str:
     return f"{beginning.rstrip()} ... {end.lstrip()}"
 
 
+def number_of(count: int, one: str, more: str = "") -> str:
+    """`1 prompt`, `12 prompts`; `more` is the plural of a word that takes no s."""
+    return f"{count} {one if count == 1 else more or f'{one}s'}"
+
+
 def reason_of(error: BaseException, longest: int = 160) -> str:
     """What another library's exception says, in one short line; its name where it says nothing."""
     return shortened(" ".join(str(error).split()), longest) or type(error).__name__

@@ -183,7 +183,7 @@ class Folds:
 
     def __str__(self) -> str:
         if self.negative == 0:
-            return f"no fold in {self.samples} samples (in at most {rounded_up(self.upper, 2)} of them, 95 %)"
+            return f"no fold in {self.samples} samples (at most {rounded_up(100 * self.upper, 2)} % of the noise, 95 %)"
         return f"orientation reversed at {self.negative} of {self.samples} samples; folded mass at most {self.folded}"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hnkit.errors import InputError, MissingDerivativeError
 from hnkit.internal.seeds import check_generator
-from hnkit.internal.stats import Estimate, ratio_and_stderr, rounded_to_error, student_quantile
+from hnkit.internal.stats import Estimate, ratio_and_stderr, rounded_to_error, short_exponents, student_quantile
 from hnkit.jacobian import RowJacobian, check_batch, check_map, rows_per_pass
 from hnkit.kl.estimators import dot, draw_probes
 from hnkit.kl.method import check_counts, check_fractions
@@ -341,4 +341,4 @@ def _percent(share: float, *, up: bool = True) -> str:
     unit = 10.0 ** min(0, math.floor(math.log10(percent)) - 1)
     steps = percent / unit
     rounded = math.ceil(steps - 1e-9) if up else math.floor(steps + 1e-9)
-    return f"{rounded * unit:.12g} %"
+    return short_exponents(f"{rounded * unit:.12g} %")

@@ -191,7 +191,7 @@ def format_estimate(value: float, stderr: float | None = None, bias_bound: float
     elif math.isnan(stderr):
         text = f"{format_number(value)} ± unknown"
     elif stderr <= 1e-12 * abs(value):  # rounding: every sample has the same value
-        text = f"{format_number(value, 6)} ± 0" if value else "0"
+        text = f"exactly {format_number(value, 6)}" if value else "0"
     else:
         text = rounded_to_error(value, stderr)
     if bias_bound:
@@ -205,8 +205,9 @@ _WHOLE = 26
 
 FIGURE = re.compile(
     r"--\w[\w-]*(?: [\w-]+)?"  # a flag with its value
+    r"|\bexp\([^()]{1,40}\)"
     r"|\|[^|\s]+\|[²\w]*"  # a norm
-    r"|(?:\b\w+ = |at least |at most )?-?\d[\w.]*(?: ± [\w.]+)?(?: (?:%|nats)(?!\w))?"  # a figure with its unit
+    r"|(?:\b\w+ = |at least |at most |exactly )?-?\d[\w.]*(?: ± [\w.]+)?(?: (?:%|nats)(?!\w))?"  # with its unit
 )
 """What is never broken into lines, on the terminal and on a page: `1.23 ± 0.04 nats`, `a = 1`, `--kl exact`, `|f|²`."""
 

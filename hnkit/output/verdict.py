@@ -26,6 +26,8 @@ LEAST_EFFICIENCY = 1 / 3
 _TEMPERATURES = 2.0
 """Factor between two temperatures from which it is worth naming the other."""
 _EXACT_UP_TO = 512
+_TERMS = ("l2", "second-order", "arnoldi", "exact")
+"""What `--kl` takes, each nearer to the KL than those before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class RunFigures:
         relative_error: `(L2 - KL) / KL`, no unit.
         l2_good: whether `hnkit.l2_verdict` shows the L2 term to be within its tolerance of the KL.
         advice: the term that it advises, as `--kl` names it.
+        trained_with: the term of the loss that the map was trained with, as `--kl` names it.
         injective: "certified", "unknown" or "violated".
         folds: samples at which `x + f(x)` reverses orientation, and samples that were looked at.
         local_norm: largest `|J(x)|_2` of the samples.
@@ -62,6 +65,7 @@ class RunFigures:
     relative_error: Estimate | None = None
     l2_good: bool | None = None
     advice: str | None = None
+    trained_with: str | None = None
     injective: str | None = None
     folds: tuple[int, int] | None = None
     local_norm: float | None = None
@@ -111,6 +115,8 @@ class RunFigures:
                 return True
             if abs(off.value) + spread <= TOLERANCE:
                 return None if self.injective == "violated" else False  # near a lower bound of the KL is no praise
+            if abs(off.value) > TOLERANCE:
+                return None  # two estimates that contradict each other
         return False if self.l2_good and self.injective != "violated" else None
 
 
@@ -301,7 +307,7 @@ def _target_line(figures: RunFigures) -> CardLine | None:
     note = "the target is the base law tilted by exp(reward / alpha), alpha being the price of a nat in reward"
     if figures.gap is not None:
         return CardLine("target", f"{format_estimate(figures.gap.value, figures.gap.stderr)} nats away", note)
-    if figures.gap_lower is not None:
+    if figures.gap_lower is not None and figures.gap_lower[0] > 0:
         bound, confidence = figures.gap_lower
         where = "" if figures.alpha is None else f", alpha = {format_number(figures.alpha, 3)}"
         away = f"at least {rounded_down(bound, 3)} nats away ({100 * confidence:.0f} % sure{where})"
@@ -388,15 +394,33 @@ def _actions(figures: RunFigures) -> list[str]:
 
 def _term(figures: RunFigures) -> str:
     """Which term of the loss stands for the KL."""
-    matters = figures.l2_matters
+    matters, own = figures.l2_matters, figures.trained_with
     if figures.bound is not None or (matters is None and figures.advice is None):
         return ""
     if matters is False:
-        return "keep --kl l2 in the loss"
+        return "keep --kl l2 in the loss" if own in (None, "l2") else f"--kl l2 would do as well as --kl {own}"
     advice = figures.advice
+    if matters is None and advice == "l2":
+        return "measure more samples to see whether the L2 term is near enough"
     if advice in (None, "l2"):  # measured to be off by more than those samples had shown
         advice = "exact" if figures.dim is not None and figures.dim <= _EXACT_UP_TO else "arnoldi"
+    if _is_as_near(own, advice):
+        return f"keep --kl {own} in the loss"
     return f"train with --kl {advice}" if matters else f"to be safe train with --kl {advice}"
+
+
+def _is_as_near(own: str | None, advice: str | None) -> bool:
+    """Whether the term that a map was trained with is as near to the KL as the one that is advised."""
+    return own in _TERMS and advice in _TERMS and _TERMS.index(own) >= _TERMS.index(advice)
+
+
+def l2_words(verdict: Mapping[str, Any], trained_with: str | None) -> str:
+    """What the record of an `hnkit.l2_verdict` says, without advice to take a term that the loss has, or has better."""
+    text = str(verdict["text"])
+    finding = text.removeprefix(f"Use --kl {verdict.get('advice')}: ")
+    if finding == text or not _is_as_near(trained_with, verdict["advice"]):
+        return text
+    return finding[0].upper() + finding[1:]
 
 
 def _more(figures: RunFigures) -> list[str]:

@@ -22,7 +22,7 @@ from hnkit.frontier import page as frontier_page
 from hnkit.injection import NoiseInjection
 from hnkit.internal.files import atomic_write, encoded, read_plain, write_json
 from hnkit.internal.stats import Estimate
-from hnkit.internal.values import finite, or_nan
+from hnkit.internal.values import finite, number_of, or_nan
 from hnkit.internal.versions import versions
 from hnkit.maps import NoiseMap
 from hnkit.output.images import grid_cells
@@ -39,7 +39,7 @@ from hnkit.output.page import (
     write_html,
 )
 from hnkit.output.plots import image_grid, style, to_png
-from hnkit.output.verdict import VERDICT_FILE, RunFigures, figures_of, verdict_card, with_frontier
+from hnkit.output.verdict import VERDICT_FILE, RunFigures, figures_of, l2_words, verdict_card, with_frontier
 from hnkit.tilt import TiltedProblem, affine_coefficients, kl_gaussians
 from hnkit.training.checkpoint import folder_digests, replace_folder
 from hnkit.training.plots import training_plots
@@ -216,6 +216,7 @@ def run_figures(report: Mapping[str, Any]) -> RunFigures:
     known = replace(
         figures_of(None if report["not_measured"] else report["measurement"]),
         alpha=report["effective_alpha"],
+        trained_with=report["config"]["train"]["kl"],
         tuned=report["config"]["train"]["objective"] == "direct",
         dim=math.prod(report["noise_shape"]),
     )
@@ -275,15 +276,15 @@ def model_card(config: RunConfig, backend: BackendBase, report: Mapping[str, Any
     options = config.to_dict()["backend"]
     source = {key: options[key] for key in ("model_id", "problem") if options.get(key)}
     base = ", ".join([config.backend, *map(str, source.values())])
-    rewards = " + ".join(f"{weight:g} {name}" for name, weight in report["rewards"].items())
+    rewards = ", ".join(f"{name} (weight {weight:g})" for name, weight in report["rewards"].items())
     lines = [
         "# Noise hypernetwork" if config.train.objective == "hypernoise" else "# Fine-tuned generator (baseline)",
         "",
         f"- Base: {base}",
         f"- Reward: {rewards}",
         f"- Prompts: {_prompt_source(config)}",
-        f"- Training: {report['step']} steps of {config.train.batch} samples, loss with {_term(config)}, "
-        f"seed {config.train.seed}, {report['skipped']} batches skipped",
+        f"- Training: {number_of(report['step'], 'step')} of {number_of(config.train.batch, 'sample')}, loss with "
+        f"{_term(config)}, seed {config.train.seed}, {number_of(report['skipped'], 'batch', 'batches')} skipped",
         *([f"- Started from: the adapter {config.train.from_adapter}"] if config.train.from_adapter else []),
         f"- {report['temperature']}",
     ]
@@ -292,7 +293,7 @@ def model_card(config: RunConfig, backend: BackendBase, report: Mapping[str, Any
         share = f"1 - a^2 = {injection.share:g}{most}"
         lines += [f"- Deployed with fresh noise eps: x_hat = a (x + f(x)) + sqrt(1 - a^2) eps, {share}"]
     if (report["measurement"] or {}).get("l2_verdict"):
-        lines += [f"- {report['measurement']['l2_verdict']['text']}"]
+        lines += [f"- {l2_words(report['measurement']['l2_verdict'], config.train.kl)}"]
     lines += [f"- {name}: {value}" for name, value, _ in _figures(report["measurement"])]
     lines += [f"- {_unmeasured(report)}"] if report.get("not_measured") else []
     if (report.get("frontier") or {}).get("methods"):
@@ -393,7 +394,10 @@ def _unmeasured(report: Mapping[str, Any]) -> str:
 
 
 def _lead(report: Mapping[str, Any]) -> str:
-    parts = [f"{report['step']} steps, {report['skipped']} batches skipped.", f"{report['temperature']}."]
+    parts = [
+        f"{number_of(report['step'], 'step')}, {number_of(report['skipped'], 'batch', 'batches')} skipped.",
+        f"{report['temperature']}.",
+    ]
     best = report["best"]
     if best is not None and best["step"] != report["step"]:
         parts.append(f"The lowest held-out loss was that of step {best['step']}; its adapter is in the folder {BEST}.")

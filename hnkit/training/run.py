@@ -26,6 +26,7 @@ from hnkit.internal.files import atomic_write, new_run_folder, require_run_folde
 from hnkit.internal.folders import require_plain, run_lock
 from hnkit.internal.provenance import PROVENANCE
 from hnkit.internal.seeds import kept_generators
+from hnkit.internal.values import number_of
 from hnkit.output import terminal
 from hnkit.training.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint, sweep
 from hnkit.training.processes import Heartbeat, Processes
@@ -185,7 +186,7 @@ def _reopen(
             _require_same(checkpoint.state["config"], config, folder)
     report = finished_report(folder)
     if report is not None and report["step"] == config.train.steps:
-        view.say(f"{folder} is finished: {config.train.steps} steps, nothing to do")
+        view.say(f"{folder} is finished: {number_of(config.train.steps, 'step')}, nothing to do")
         return TrainResult(folder, report["step"], True, 0, report["skipped"], report)
     sweep(folder)
     return checkpoint

@@ -29,6 +29,7 @@ from hnkit.internal.values import or_nan
 from hnkit.loss import NoiseLoss
 from hnkit.output.page import format_estimate, format_number
 from hnkit.output.terminal import Words
+from hnkit.output.verdict import l2_words
 from hnkit.training.validate import prompts_of
 
 _SECONDS_BETWEEN_LINES = 20.0
@@ -45,6 +46,7 @@ class TrainView:
         self._task: TaskID | None = None
         self._steps = 0
         self._term: tuple[str, str] | None = None
+        self._kl: str | None = None
         self._last_line = 0.0
 
     def say(self, text: str, *, whole: bool = False) -> None:
@@ -63,7 +65,7 @@ class TrainView:
     def start(self, settings: TrainConfig, backend: str, dim: int, parameters: int, step: int, folder: Path) -> None:
         """Say what is about to run, and what temperature it aims at."""
         self._steps = settings.steps
-        self._term = loss_term(settings)
+        self._term, self._kl = loss_term(settings), settings.kl
         self.say(f"training {backend} (d = {dim}, {parameters:,} trained parameters), run folder {folder}")
         if settings.objective == "hypernoise":
             self.say(alpha_sentence(settings, dim))
@@ -83,8 +85,8 @@ class TrainView:
     def progress(self, record: Mapping[str, Any]) -> None:
         """One step has been taken."""
         step = record["step"]
-        term = "" if self._term is None else f"  {self._term[1]} {record[self._term[0]]:.4g}"
-        text = f"loss {record['loss']:.4g}{term}  reward {record['reward']:.4g}"
+        term = "" if self._term is None else f"  {self._term[1]} {format_number(record[self._term[0]])}"
+        text = f"loss {format_number(record['loss'])}{term}  reward {format_number(record['reward'])}"
         if record["skipped"]:
             self.say(f"step {step}: loss or gradient is not finite, batch skipped")
         if self._progress is not None and self._task is not None:
@@ -108,7 +110,7 @@ class TrainView:
                 text += f", {format_estimate(known['gap'], known['gap_stderr'])} nats from the optimum"
             self.say(f"step {entry['step']}: {text}")
             if figures.get("l2_verdict"):
-                self.say(f"step {entry['step']}: {figures['l2_verdict']['text']}")
+                self.say(f"step {entry['step']}: {l2_words(figures['l2_verdict'], self._kl)}")
         if "validation" in entry:
             gains = ", ".join(
                 f"{name} {shown_mean(score, 'base')} -> {shown_mean(score, 'steered')} ({shown_gain(score)})"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
+
 from hnkit.adapters import load_trained
 from hnkit.backend import Backend, backend_factory
 from hnkit.config import CONFIG_FILE, RunConfig
@@ -79,9 +81,9 @@ def trainable(backend: Backend) -> int:
 
 @dataclass(frozen=True)
 class _Score:
-    role: str
-    base: float | None
-    steered: float | None
+    role: StrictStr
+    base: StrictFloat | None
+    steered: StrictFloat | None
 
 
 @dataclass(frozen=True)
@@ -93,19 +95,16 @@ class _Validation:
 class _Record:
     """What a comparison draws of a record."""
 
-    step: int
+    step: StrictInt
     validation: _Validation | None = None
 
 
 def _records(path: Path) -> tuple[dict[str, Any], ...]:
     """The records of a training; the file may be somebody else's."""
-    from pydantic import TypeAdapter, ValidationError
-
     record = TypeAdapter(_Record)
     try:
-        lines = read_plain(path).decode().splitlines()
-        found = [json.loads(line) for line in lines]
-        read = [record.validate_json(line, strict=True) for line in lines]
+        found = [json.loads(line) for line in read_plain(path).decode().splitlines()]
+        read = [record.validate_python(each) for each in found]
     except (ValidationError, OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} is damaged (not the records of a training): give the adapter's folder alone"

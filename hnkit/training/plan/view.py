@@ -45,11 +45,15 @@ def verdict(plan: Plan) -> str:
 def pace(plan: Plan) -> str:
     """One sentence: operations and hours, and what they rest on."""
     need, steps = plan.need, plan.config.train.steps
-    hours = steps * need.seconds / 3600
+    seconds, work = steps * need.seconds, need.flops / 1e12
+    size = f"{work:,.0f}" if work >= 100 else f"{work:.3g}"
+    cards = "the card" if plan.processes == 1 else f"each of {plan.processes} cards"
+    units = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+    unit, word = next((pair for pair in units if seconds >= pair[0]), units[-1])
     return (
-        f"A step is {need.flops / 1e12:.3g} TFLOP on each of {plan.processes} card(s): {rate(need):,.0f} "
-        f"steps per hour and {hours:,.1f} hours for {steps:,}, at {100 * SHARE:.0f} % of the card's roofline "
-        "(an assumption, not a measurement)."
+        f"A step is {size} TFLOP on {cards}: {rate(need):,.0f} steps per hour, {steps:,} steps in "
+        f"{seconds / unit:,.1f} {word}, at {100 * SHARE:.0f} % of the card's roofline (an assumption, "
+        "not a measurement)."
     )
 
 

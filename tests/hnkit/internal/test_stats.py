@@ -11,6 +11,7 @@ import torch
 import hnkit
 from hnkit import Estimate
 from hnkit.internal.stats import rounded_down, rounded_to_error, rounded_up
+from hnkit.internal.values import number_of
 from hnkit.output.page import format_estimate
 
 
@@ -30,9 +31,11 @@ def test_an_estimate_of_samples() -> None:
         (7.51783, 0.0678, "7.518 ± 0.068"),
         (-12.3456, 1.5, "-12.3 ± 1.5"),
         (1234.5, 67.8, "1234 ± 68"),
-        (0.25, 0.0, "0.25 ± 0"),  # known, and none
-        (0.25, 1e-16, "0.25 ± 0"),  # rounding
+        (0.25, 0.0, "exactly 0.25"),  # known, and none
+        (0.0, 0.0, "0"),
+        (0.25, 1e-16, "exactly 0.25"),  # rounding
         (0.25, math.nan, "0.25 ± unknown"),
+        (-1e-5, 0.037, "0.000 ± 0.037"),
         (1e-9, 2e-10, "1e-9 ± 2e-10"),
         (2.5e8, 1e7, "2.5e8 ± 1e7"),
         (math.inf, math.nan, "inf ± unknown"),
@@ -71,3 +74,8 @@ def test_bounds_are_rounded_to_their_own_side() -> None:
     assert (rounded_up(1 - 1e-9, 6), rounded_up(1 - 1e-9, 6, below=1.0)) == ("1", "0.999999999")
     assert rounded_down(-1 + 1e-9, 6, above=-1.0) == "-0.999999999"
     assert rounded_up(1.00004, 4, below=1.0) == "1.001"
+
+
+def test_one_thing_is_not_many() -> None:
+    words = [number_of(1, "prompt"), number_of(2, "prompt"), number_of(0, "batch", "batches")]
+    assert words == ["1 prompt", "2 prompts", "0 batches"]

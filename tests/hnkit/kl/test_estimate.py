@@ -69,7 +69,7 @@ def test_no_fold_is_said_with_its_bound() -> None:
     assert folds is not None
     assert folds.negative == 0
     assert folds.upper == pytest.approx(1 - 0.05 ** (1 / 59))
-    assert str(folds) == "no fold in 59 samples (in at most 0.05 of them, 95 %)"
+    assert str(folds) == "no fold in 59 samples (at most 5 % of the noise, 95 %)"
     assert noise_kl(network(), noise(5, 6), method="arnoldi").folds is None
 
 

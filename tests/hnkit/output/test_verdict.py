@@ -28,6 +28,7 @@ from hnkit.output.verdict import (
     card_from,
     figures_of,
     fitting_temperature,
+    l2_words,
     read_card,
     verdict_card,
     with_frontier,
@@ -152,7 +153,7 @@ def test_a_wrong_figure_changes_the_words(key):
 def test_every_figure_is_said():
     """Whatever is added to the record is added to the card; what guides advice is tried below."""
     fields = {field.name for field in dataclasses.fields(RunFigures)}
-    assert fields - set(PLANTED) == {"l2_good", "advice", "dim"}
+    assert fields - set(PLANTED) == {"l2_good", "advice", "trained_with", "dim"}
 
 
 def test_what_guides_the_advice():
@@ -164,6 +165,42 @@ def test_what_guides_the_advice():
     far = replace(open_case, relative_error=Estimate(-0.5, 0.05), advice="l2")
     assert "--kl exact" in verdict_card(replace(far, dim=64)).sentence
     assert "--kl arnoldi" in verdict_card(replace(far, dim=4096)).sentence
+
+
+def test_no_other_term_is_advised_than_the_better_one_it_was_trained_with():
+    """A loss with a term as near to the KL as the advised one has nothing to gain by that."""
+    off = RunFigures(kl=Estimate(1.0, 0.01), l2=Estimate(0.5, 0.01), relative_error=Estimate(-0.5, 0.01))
+    record = {"text": "Use --kl arnoldi: the L2 term misses half.", "advice": "arnoldi"}
+    for own, kept in (("l2", False), ("second-order", False), ("arnoldi", True), ("exact", True), (None, False)):
+        words = verdict_card(replace(off, advice="arnoldi", trained_with=own)).sentence
+        assert (f"keep --kl {own}" in words) == kept
+        assert ("train with --kl arnoldi" in words) != kept
+        assert l2_words(record, own) == ("The L2 term misses half." if kept else record["text"])
+    near = replace(off, relative_error=Estimate(-0.01, 0.001), advice="l2", trained_with="exact")
+    assert "--kl l2 would do as well as --kl exact" in verdict_card(near).sentence
+    good = {"text": "The L2 term is within 5 % of the KL.", "advice": "l2"}
+    assert l2_words(good, "exact") == good["text"]
+
+
+def test_a_figure_beyond_the_tolerance_is_not_called_good():
+    """11.9 % off stands beside no "good enough" because other samples had shown less."""
+    known = RunFigures(
+        kl=Estimate(1.0, 0.1),
+        l2=Estimate(0.881, 0.1),
+        relative_error=Estimate(-0.119, 0.014),
+        l2_good=True,
+        advice="l2",
+    )
+    assert known.l2_matters is None
+    card = verdict_card(known)
+    assert card.lines[1].value.endswith("may matter")
+    assert "measure more samples" in card.sentence
+
+
+def test_a_distance_of_nothing_is_not_said():
+    known = RunFigures(kl=Estimate(1.0, 0.1), gap_lower=(0.0, 0.95), alpha=0.15)
+    assert [line.label for line in verdict_card(known).lines] == ["KL"]
+    assert "target" in [line.label for line in verdict_card(replace(known, gap_lower=(0.1, 0.95))).lines]
 
 
 @pytest.mark.parametrize(

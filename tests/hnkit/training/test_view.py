@@ -94,7 +94,7 @@ def test_messages_are_broken_between_words_on_a_terminal_and_not_at_all_elsewher
     assert sum(line.count("0.25 ± 0.12") for line in wrapped) == 6
 
 
-@pytest.mark.parametrize(("stderr", "shown"), [(0.0, "0.5 ± 0"), (None, "0.5 ± unknown"), (0.1, "0.50 ± 0.10")])
+@pytest.mark.parametrize(("stderr", "shown"), [(0.0, "exactly 0.5"), (None, "0.5 ± unknown"), (0.1, "0.50 ± 0.10")])
 def test_a_standard_error_of_zero_is_known(stderr, shown):
     score = {"role": "trained", "base": 1.0, "steered": 1.5, "gain": 0.5, "gain_stderr": stderr}
     score["non_finite"] = {"base": 0, "steered": 0}

@@ -255,6 +255,7 @@ def test_scores_that_are_not_finite_are_shown_and_end_nothing(overrides, tmp_pat
 
 
 LOGS = [
+    '{"step": "1"}', '{"step": true}',
     "1", "[]", '{"step": 1.5}', '{"step": 1, "validation": 3}', '{"step": 1, "validation": {"scores": []}}',
     '{"step": 1, "validation": {"scores": {"reward": {"role": "reward", "base": "\\u001b[2J", "steered": 1}}}}',
     '{"step": 1, "validation": {"scores": {"held": {"role": "held-out", "base": 1, "steered": 1}}}}',
