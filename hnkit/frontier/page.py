@@ -39,7 +39,7 @@ def card(document: Mapping[str, Any]) -> Card:
         gain = format_estimate(method["gain"], or_nan(method["stderr"]))
         value = f"gain {gain} for {nats_text(method)} nats"
         if method["efficiency"] is not None:
-            value += f", {share(method)} of what they buy"
+            value += f", {share(method)} of what they buy" if _told(method) else f"; efficiency {_UNTOLD}"
         note = "" if lines else "the share is of the most that any law of so many nats can gain"
         lines.append(CardLine(name, value, note))
     if len(ranked) > _SHOWN:
@@ -83,7 +83,8 @@ def sentences(document: Mapping[str, Any], *, beside_card: bool = False) -> list
         gain = f"{name} gains {format_estimate(method['gain'], method['stderr'])}"
         nats = nats_text(method)
         if method["efficiency"] is not None:
-            found += [] if beside_card else [f"{gain} for {nats} nats, {share(method)} of what they could buy."]
+            bought = f", {share(method)} of what they could buy" if _told(method) else f"; its efficiency is {_UNTOLD}"
+            found += [] if beside_card else [f"{gain} for {nats} nats{bought}."]
         elif method["nats"] is None:
             found.append(
                 f"{gain} and spends {nats} nats (95 %). Its nats are not known, and so neither is its efficiency."
@@ -159,10 +160,23 @@ def share(method: Mapping[str, Any]) -> str:
     return f"{least}{100 * method['efficiency']:.0f}{error} %"
 
 
+_UNTOLD = "not known to 100 %"
+
+
+def _told(method: Mapping[str, Any]) -> bool:
+    """Whether the digits of an efficiency say something: of tiny nats and few prompts they do not."""
+    return not (method["efficiency_stderr"] or 0.0) > 1
+
+
+def _worth(method: Mapping[str, Any]) -> str:
+    """The efficiency as a cell of a table."""
+    return share(method) if method["efficiency"] is None or _told(method) else _UNTOLD
+
+
 def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headers and rows: the methods, best-of-N, and some points of the frontier."""
     rows: list[tuple[str, ...]] = [
-        (name, nats_text(method), format_estimate(method["gain"], or_nan(method["stderr"])), share(method))
+        (name, nats_text(method), format_estimate(method["gain"], or_nan(method["stderr"])), _worth(method))
         for name, method in document["methods"].items()
     ]
     rows += [

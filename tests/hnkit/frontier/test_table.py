@@ -189,6 +189,19 @@ def test_at_a_hopeless_temperature_only_the_bound_is_said(tmp_path):
     assert "how far exactly cannot be told" in words
 
 
+def test_digits_that_say_nothing_are_not_shown(tmp_path):
+    """An efficiency of 7 +- 121 % is one that is not known."""
+    table = read_rewards(write(tmp_path / "r.csv", [*rows_of(prompts=3), *(f"p{k},x,1" for k in range(3))]))
+    document = frontier_document(*methods_on_frontier(table))
+    method = document["methods"]["x"]
+    for stderr, told in ((0.5, True), (1.21, False)):
+        found = {**method, "nats": 0.2, "efficiency": 0.07, "efficiency_stderr": stderr}
+        known = {**document, "methods": {"x": found}}
+        words = [page.table(known)[1][0][-1], page.card(known).lines[0].value, page.sentences(known)[0]]
+        assert [("7 ± 50 %" in text) for text in words] == [told] * 3
+        assert [("not known to 100 %" in text) for text in words] == [not told] * 3
+
+
 @pytest.mark.parametrize("offset", [1e6, 1e12])
 def test_a_constant_beside_the_rewards_changes_nothing(tmp_path, offset):
     """Figures are of differences; of float64 at 1e12 these keep four digits."""
