@@ -18,6 +18,7 @@ from hnkit import __version__
 from hnkit.cli import backends, compare, export, frontier, generate, push, train, verify_bound
 from hnkit.cli.options import NEWEST, Command, PlainHelp, command
 from hnkit.errors import InputError
+from hnkit.internal.stops import Stopped, stoppable
 from hnkit.internal.streams import drop_what_cannot_be_written
 from hnkit.internal.values import printable, shortened
 
@@ -45,7 +46,8 @@ class _Commands(PlainHelp, TyperGroup):
         extra.pop("standalone_mode", None)
         try:
             _require_directory()
-            returned = super().main(arguments, standalone_mode=False, **extra)
+            with stoppable():
+                returned = super().main(arguments, standalone_mode=False, **extra)
             code = returned if isinstance(returned, int) else OK
             sys.stdout.flush()
             if (problem := getattr(sys.stdout, "problem", None)) is not None:
@@ -71,6 +73,8 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return text, BAD_INPUT
     if isinstance(error, KeyboardInterrupt | _Interrupted) or name == "Abort":
         return f"interrupted; {text}" if text else "interrupted", INTERRUPTED
+    if isinstance(error, Stopped):
+        return text, error.exit_code
     usage = getattr(error, "format_message", None)  # typer's (or click's) usage errors
     if usage is not None:
         context = getattr(error, "ctx", None)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hnkit.errors import InputError
+from hnkit.internal.stops import Stopped, advised
 from hnkit.internal.values import printable
 
 MARK = ".hnkit-run"
@@ -200,18 +201,33 @@ def resumable(*command: str) -> Iterator[None]:
         KeyboardInterrupt: with the advice as its text.
         SystemExit: a signal has ended what was done; the advice is printed.
     """
-    again = f"go on with {shlex.join(printable(word) for word in command)}"
+    again = f"go on with {pasted(*command)}"
     try:
-        yield
+        with advised(again):
+            yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(again) from None
+    except Stopped as stopped:
+        _say_once(str(stopped))
+        raise SystemExit(stopped.exit_code) from None
     except SystemExit as stopped:
         if isinstance(stopped.code, int) and stopped.code > 128:
-            print(f"hnkit: stopped; {again}", file=sys.stderr)
+            _say_once(f"stopped; {again}")
         raise
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(f"{error.filename or 'a file'}: {reason}: mend that and {again}") from error
+
+
+def pasted(*command: str) -> str:
+    """A command as it is printed to be pasted: quoted for a shell, without what a terminal obeys."""
+    return shlex.join(printable(word) for word in command)
+
+
+def _say_once(text: str) -> None:
+    """A line of the command, which one of several processes says."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"hnkit: {text}", file=sys.stderr)
 
 
 def file_digest(path: Path) -> str:

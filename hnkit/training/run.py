@@ -26,6 +26,7 @@ from hnkit.internal.files import atomic_write, new_run_folder, require_run_folde
 from hnkit.internal.folders import require_plain, run_lock
 from hnkit.internal.provenance import PROVENANCE
 from hnkit.internal.seeds import kept_generators
+from hnkit.internal.stops import Stopped
 from hnkit.internal.values import number_of
 from hnkit.output import terminal
 from hnkit.training.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint, sweep
@@ -33,7 +34,7 @@ from hnkit.training.processes import Heartbeat, Processes
 from hnkit.training.recorder import METRICS, TIMINGS, Follower, Recorder, written_here
 from hnkit.training.report import OUTPUTS, finish_run, finished_report
 from hnkit.training.session import Session
-from hnkit.training.signals import Stopped, StopSignals
+from hnkit.training.signals import StopSignals
 from hnkit.training.validate import SAMPLES
 from hnkit.training.view import TrainView
 from hnkit.training.watch import Watch
@@ -71,6 +72,7 @@ def train(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     console: Console | None = None,
+    again: str | None = None,
 ) -> TrainResult:
     """Train a hypernetwork (or the direct fine-tuning baseline) and write a run folder.
 
@@ -82,6 +84,8 @@ def train(
         resume: the folder of a run to go on with; its configuration must be `config`, but for a
             larger `train.steps` and for where its model, prompts and starting adapter now lie.
         console: where progress goes; `None`: stderr.
+        again: the command that goes on with what this training is a part of, which is said where it ends early;
+            `None`: `hnkit train --resume`.
 
     Returns:
         How it ended. An interrupted run has written a checkpoint and can be resumed.
@@ -100,7 +104,7 @@ def train(
         watch = stack.enter_context(Watch(view, stop))
         stack.enter_context(kept_generators())
         try:
-            return _opened(stack, config, out, resume, view, stop, watch)
+            return _opened(stack, config, out, resume, again, view, stop, watch)
         except Stopped as stopped:  # nothing has been done yet, so there is nothing to lose
             view.say("stopped before the first step: nothing was lost")
             if stopped.signum == signal.SIGINT:
@@ -113,6 +117,7 @@ def _opened(
     config: RunConfig,
     out: Path | None,
     resume: Path | None,
+    again: str | None,
     view: TrainView,
     stop: StopSignals,
     watch: Watch,
@@ -145,21 +150,21 @@ def _opened(
         if resume is not None:
             processes.on_main(lambda: atomic_write(folder / CONFIG_FILE, config.to_toml()))
         stack.enter_context(Heartbeat(processes, lambda reason: watch.end_process(2, reason)))
-        return _run(session, folder, start, stop, watch, stack)
+        return _run(session, folder, start, again or resume_command(config, folder), stop, watch, stack)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
         raise InputError(
             f"{error.filename or folder}: {error.strerror}; older checkpoints are intact: mend that"
-            f"{_go_on(config, folder)}"
+            f"{_go_on(config, folder, again)}"
         ) from error
     except torch.OutOfMemoryError as error:
         advice = session.memory_advice() if session is not None else "a smaller model or batch helps"
-        raise InputError(f"out of memory: {advice}{_go_on(config, folder)}") from error
+        raise InputError(f"out of memory: {advice}{_go_on(config, folder, again)}") from error
 
 
-def _go_on(config: RunConfig, folder: Path | None) -> str:
-    return f"; go on with {resume_command(config, folder)}" if folder is not None else ""
+def _go_on(config: RunConfig, folder: Path | None, again: str | None) -> str:
+    return f"; go on with {again or resume_command(config, folder)}" if folder is not None else ""
 
 
 def _flat(tables: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -217,6 +222,7 @@ def _run(
     session: Session,
     folder: Path,
     start: Checkpoint | None,
+    again: str,
     stop: StopSignals,
     watch: Watch,
     stack: contextlib.ExitStack,
@@ -243,19 +249,19 @@ def _run(
     except Stopped as stopped:
         stop.over()
         done = f"at step {session.step} after a checkpoint" if session.step else "before the first step"
-        view.say(f"stopped {done}; go on with {resume_command(session.config, folder)}", whole=True)
+        view.say(f"stopped {done}; go on with {again}", whole=True)
         return TrainResult(folder, session.step, False, stopped.exit_code, session.skipped, {})
     except RuntimeError as error:
         if processes.count > 1 and stop.received:  # the others have stopped too, some before they could say so
             return TrainResult(folder, session.step, False, 128 + stop.received, session.skipped, {})
         if processes.count > 1 and _connection_lost(error):
             reason = str(error).splitlines()[0]
-            raise InputError(f"another process has gone ({reason}){_go_on(session.config, folder)}") from error
+            raise InputError(f"another process has gone ({reason}); go on with {again}") from error
         raise
     except InputError as error:
         if session.step == 0:
             raise
-        raise InputError(f"{error}; stopped after step {session.step}{_go_on(session.config, folder)}") from error
+        raise InputError(f"{error}; stopped after step {session.step}; go on with {again}") from error
     view.say(f"finished: adapter {folder / 'adapter'}, report {folder / 'report.html'}", whole=True)
     if len(session.backend.noise_shape) > 1 and session.config.train.objective == "hypernoise":
         view.say(

@@ -16,23 +16,11 @@ from typing import Any, Self
 
 import torch
 
+from hnkit.internal.stops import Stopped
 from hnkit.training.processes import Processes
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGBREAK")
 """Each where the system has it."""
-
-
-class Stopped(BaseException):
-    """A signal has asked for the end; raised in the main thread, once no write is under way."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-    @property
-    def exit_code(self) -> int:
-        """As a shell shows a process that ended by that signal."""
-        return 128 + self.signum
 
 
 class StopSignals:

@@ -37,13 +37,14 @@ class Network:
     alpha: float | None = None
 
 
-def trained(name: str, config: RunConfig, folder: Path) -> Network:
+def trained(name: str, config: RunConfig, folder: Path, again: str | None = None) -> Network:
     """Train a network in `folder`, go on with it, or load it if it is finished.
 
     Args:
         name: the name of the network in tables.
         config: the configuration of its training.
         folder: its run folder.
+        again: the command that goes on with the comparison.
 
     Raises:
         KeyboardInterrupt: the run was stopped by SIGINT, after a checkpoint.
@@ -51,7 +52,7 @@ def trained(name: str, config: RunConfig, folder: Path) -> Network:
     """
     backend = config.backend
     begun = (folder / CONFIG_FILE).is_file()
-    result = train(config, resume=folder) if begun else train(config, out=folder)
+    result = train(config, resume=folder, again=again) if begun else train(config, out=folder, again=again)
     if not result.finished:
         if result.exit_code == 130:
             raise KeyboardInterrupt

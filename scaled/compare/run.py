@@ -21,6 +21,7 @@ from hnkit.internal.files import (
     atomic_write,
     file_digest,
     new_run_folder,
+    pasted,
     read_plain,
     resumable,
     write_json,
@@ -162,9 +163,10 @@ class Comparison:
             record_provenance(folder, record)
 
         lock = run_lock(folder) if workers.index == 0 else contextlib.nullcontext()
-        with lock, resumable("hnkit", "compare", "--backend", backend, "--resume", str(folder)):
+        again = ("hnkit", "compare", "--backend", backend, "--resume", str(folder))
+        with lock, resumable(*again):
             workers.on_main(entered)
-            document = session.run(folder)
+            document = session.run(folder, pasted(*again))
         return document | {"run_folder": str(folder)}
 
 
@@ -207,9 +209,9 @@ class _Session:
         for chunk in slices(len(settings.prompts), self.plan.batch):
             self.base.encode(settings.prompts[chunk])
 
-    def run(self, folder: Path) -> dict[str, Any]:
-        """All parts, then the report, in the run's folder."""
-        self.folder, plan = folder, self.plan
+    def run(self, folder: Path, again: str) -> dict[str, Any]:
+        """All parts, then the report, in the run's folder; `again` is the command that goes on with it."""
+        self.folder, self.again, plan = folder, again, self.plan
         wanted = [name for name in plan.methods if name in ("hypernoise", "direct")]
         jobs: list[tuple[str, Callable[[], None]]] = [(f"network {n}", lambda n=n: self._network(n)) for n in wanted]  # type: ignore[misc]
         for rank in plan.ranks:
@@ -237,7 +239,10 @@ class _Session:
                 job()
             for key, title, part in parts:
                 progress.start(title)
-                results[key] = part()
+                try:
+                    results[key] = part()
+                except InputError as error:  # of a reward, say; what was found out before lies in the parts
+                    raise InputError(f"{error}; go on with {again}") from error
         document = {
             "title": f"hnkit compare: {self.settings.backend}",
             "train_steps": self.train_steps,
@@ -292,7 +297,7 @@ class _Session:
         if kl is not None:
             overrides.append(f"train.kl={kl}")
         config = configuration(settings.backend, settings.adapter, overrides)
-        self.networks[name] = trained(name, config, self.folder / "runs" / name)
+        self.networks[name] = trained(name, config, self.folder / "runs" / name, self.again)
 
     # --- evaluations ---------------------------------------------------------------------------------------
 

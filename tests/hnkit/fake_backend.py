@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hnkit.errors import InputError
 from hnkit.maps import Condition
 
 
@@ -85,7 +87,10 @@ class FakeBackend:
         save_file(self.hypernetwork.state_dict(), folder / "adapter.safetensors")
 
     def load_adapter(self, folder: Path) -> None:
-        self.hypernetwork.load_state_dict(load_file(folder / "adapter.safetensors"))
+        try:
+            self.hypernetwork.load_state_dict(load_file(folder / "adapter.safetensors"))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise InputError(f"{folder} holds no adapter: {error}") from error
 
 
 @dataclass(frozen=True)
