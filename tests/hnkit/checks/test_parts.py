@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import signal
 
 import pytest
 import torch
@@ -89,14 +90,16 @@ MAP = ("verify-bound", "--map", "torch:sin", "--shape", "2", "--samples", "8")
 
 @pytest.fixture
 def interrupted_at(monkeypatch):
-    """Interrupts a run where it would write its n-th part."""
+    """Interrupts a run where it would write its n-th part, by a signal where one is named."""
 
-    def at(count):
+    def at(count, signum=None):
         plain, calls = hnkit.checks.parts.write_sealed, iter(range(1, 10**6))
 
         def write(path, content):
             if next(calls) == count + 1:  # the first is the plan
-                raise KeyboardInterrupt
+                if signum is None:
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), signum)
             plain(path, content)
 
         monkeypatch.setattr(hnkit.checks.parts, "write_sealed", write)
@@ -126,6 +129,21 @@ def test_a_map_is_written_in_parts_and_gone_on_with_to_the_bit(count, tmp_path, 
     assert content(out) == content(whole)
     assert not known & {f"{name.replace(' ', '-').strip('_')}.json" for name in made}
     assert run(capsys, *printed)[1].startswith(f"{out} is finished, nothing to do")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_ends_a_run_with_the_command_that_goes_on(name, tmp_path, capsys, monkeypatch, interrupted_at):
+    out, signum = tmp_path / "my run", getattr(signal, name)
+    interrupted_at(5, signum)
+    code, printed, err = run(capsys, *MAP, "--out", out)
+    said = err.strip().splitlines()
+    assert (code, printed, len(said)) == (128 + signum, "", 1), err
+    assert said[0].startswith(f"hnkit: stopped by {name}; go on with hnkit verify-bound --map torch:sin --resume ")
+    assert len(json.loads((out / UNFINISHED).read_text())["parts"]) == 4
+    monkeypatch.undo()
+    code, printed, err = run(capsys, *shlex.split(said[0].partition("go on with hnkit ")[2]))
+    assert code == 0, err
+    assert not (out / UNFINISHED).exists()
 
 
 @pytest.mark.parametrize("replaced", [False, True])

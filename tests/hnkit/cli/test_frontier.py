@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import re
+import signal
 
 import pytest
 
+import hnkit.frontier
 import hnkit.internal.files
 from hnkit.cli.app import app
 from hnkit.frontier import page
@@ -136,6 +139,20 @@ def test_a_full_disk_loses_nothing_that_was_measured(full_at, scores, tmp_path, 
         code, printed, _ = command("frontier", "--rewards", str(scores), "--out", str(tmp_path / "p"), capsys=capsys)
         assert code == 2
         assert re.search(r"^ours +gain", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_ends_it_in_one_line(name, scores, tmp_path, capsys, monkeypatch):
+    signum, plain = getattr(signal, name), hnkit.frontier.methods_on_frontier
+
+    def interrupted(*given, **named):
+        os.kill(os.getpid(), signum)
+        return plain(*given, **named)
+
+    monkeypatch.setattr(hnkit.frontier, "methods_on_frontier", interrupted)
+    shown = command("frontier", "--rewards", str(scores), "--out", str(tmp_path / "o"), capsys=capsys)
+    assert shown == (128 + signum, "", f"hnkit: stopped by {name}\n")
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(("table", "answer"), [("rewards", "give --reward mine:f=WEIGHT"), ("heldout", "no adapter")])

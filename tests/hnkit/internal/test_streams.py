@@ -17,10 +17,15 @@ from hnkit.cli import app as cli
 from hnkit.internal.streams import Droppable
 
 RUN = ("verify-bound", "--map", "torch:sin", "--shape", "2", "--samples", "4", "--out", "run")
+SCORES = "prompt,method,reward\n" + "".join(
+    f"{prompt},{method},{number % 7}\n" for prompt in "ab" for method in ("base", "ours") for number in range(20)
+)
+RUNS = {"verify-bound": RUN, "frontier": ("frontier", "--rewards", "scores.csv", "--out", "run")}
 
 
 def ended(monkeypatch, tmp_path: Path, *arguments: str) -> int:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "scores.csv").write_text(SCORES)
     monkeypatch.setattr(sys, "argv", ["hnkit", *arguments])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -43,15 +48,29 @@ def test_a_run_whose_terminal_is_gone_ends_as_it_would_have(json_flag, monkeypat
     assert not (tmp_path / "run" / "unfinished.json").exists()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_full_disk_under_stdout_is_said_after_all_is_written(monkeypatch, tmp_path, capsys):
-    with contextlib.suppress(OSError), Path("/dev/full").open("w") as out:
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("json_flag", [(), ("--json",)], ids=["text", "json"])
+@pytest.mark.parametrize("where", ["full disk", "unread pipe"])
+def test_output_that_cannot_be_written_is_said_after_all_is_written(
+    where, json_flag, name, monkeypatch, tmp_path, capsys
+):
+    if where == "full disk":
+        if not Path("/dev/full").exists():
+            pytest.skip("no /dev/full")
+        descriptor, words = os.open("/dev/full", os.O_WRONLY), "standard output cannot be written (no space left on"
+    else:
+        reader, descriptor = os.pipe()
+        os.close(reader)
+        words = "the reader of the output has gone"
+    with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        code = ended(monkeypatch, tmp_path, *RUN)
-    assert code == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("hnkit: standard output cannot be written (no space left on device)")
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["ok"] is True
+        code = ended(monkeypatch, tmp_path, *RUNS[name], *json_flag)
+    said = capsys.readouterr().err.splitlines()
+    assert (code, len(said)) == (2, 1)
+    assert said[0].startswith(f"hnkit: {words}")
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["verdict"]
+    assert (tmp_path / "run" / "report.html").exists()
+    assert not (tmp_path / "run" / "unfinished.json").exists()
 
 
 def test_closed_streams_are_no_error_and_no_file_takes_their_place(tmp_path):
