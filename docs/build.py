@@ -56,6 +56,8 @@ SECTIONS = {
 
 WIDE = re.compile(r"!\[([^\]]*)\]\((\S+)-wide\.png\)")
 LINK = re.compile(r"\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+FIGURE = re.compile(r"(?<=\d) (?:± (?=\d)|%)")
+"""What a line of a page is not broken at: `0.67 ± 0.46`, `12 %`."""
 CODE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 
 
@@ -124,6 +126,10 @@ def _of_both_widths(match: re.Match[str]) -> str:
     return f"![{alternative}]({name}-wide.png){{.on-desk}} ![{alternative}]({name}-narrow.png){{.on-telephone}}"
 
 
+def _held(match: re.Match[str]) -> str:
+    return match[0].replace(" ", "\N{NO-BREAK SPACE}")
+
+
 def _with_links(text: str, page: str, source: Path, staged: Collection[str]) -> str:
     """The text of a page with its links fit for the site; what they lead to is copied beside."""
 
@@ -148,7 +154,7 @@ def _with_links(text: str, page: str, source: Path, staged: Collection[str]) -> 
         return f"[{match[1]}]({target}{match[3] or ''})"
 
     parts = CODE.split(text)
-    parts[::2] = [LINK.sub(link, WIDE.sub(_of_both_widths, part)) for part in parts[::2]]
+    parts[::2] = [FIGURE.sub(_held, LINK.sub(link, WIDE.sub(_of_both_widths, part))) for part in parts[::2]]
     return "".join(parts)
 
 

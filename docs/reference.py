@@ -161,9 +161,12 @@ def api() -> Iterator[tuple[str, str]]:
         if module in NOUNS:
             lines += [f"## {NOUNS[module]}", ""]
         for name in names:
-            home = getattr(getattr(hnkit, name), "__module__", f"hnkit.{module}")
+            value = getattr(hnkit, name)
+            made = inspect.isclass(value) or inspect.isroutine(value)
+            home = value.__module__ if made else f"hnkit.{module}"
             home = "hnkit" if home.startswith(HIDDEN) else home
-            lines += [f"- {{py:obj}}`hnkit.{name} <{home}.{name}>`: {_first_sentence(getattr(hnkit, name))}"]
+            said = _first_sentence(inspect.getdoc(value) or "" if made else _below(home, name))
+            lines += [f"- {{py:obj}}`hnkit.{name} <{home}.{name}>`: {said}"]
             hidden += [name] * (home == "hnkit")
         lines += [""]
     for name in hidden:  # it has no module of its own to stand in
@@ -177,9 +180,14 @@ def api() -> Iterator[tuple[str, str]]:
         yield f"{room}.md", "\n".join(text)
 
 
-def _first_sentence(value: object) -> str:
-    text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
-    return text.partition(". ")[0].removesuffix(".") + "."
+def _below(module: str, name: str) -> str:
+    """What the string below a name says that is neither class nor function, such as a type."""
+    return "\n".join(ModuleAnalyzer.for_module(module).find_attr_docs()["", name])
+
+
+def _first_sentence(text: str) -> str:
+    first = " ".join(text.split("\n\n")[0].split())
+    return first.partition(". ")[0].removesuffix(".") + "."
 
 
 def rooms() -> dict[str, list[str]]:
