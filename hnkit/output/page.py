@@ -92,8 +92,14 @@ class Card:
         """The card as plain values."""
         return asdict(self)
 
+    @property
+    def label_width(self) -> int:
+        """Characters that a terminal gives to the labels: names of methods may be long, and longer ones are broken."""
+        return max(13, *(min(len(line.label) + 2, 28) for line in self.lines)) if self.lines else 13
+
     def __str__(self) -> str:
-        lines = [f"{line.label:<13}{CARD_MARKS[line.mark]} {line.value}" for line in self.lines]
+        width = self.label_width
+        lines = [f"{line.label:<{width}}{CARD_MARKS[line.mark]} {line.value}" for line in self.lines]
         return "\n".join([*lines, *textwrap.wrap(self.sentence, 80, break_on_hyphens=False)])
 
 

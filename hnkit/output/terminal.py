@@ -131,8 +131,8 @@ def print_card(card: Card) -> None:
 def card_view(card: Card) -> RenderableType:
     """The card of a run, which a command prints last of all: a line each, and the sentence."""
     table = Table.grid()
-    for width in (13, 2):
-        table.add_column(width=width, no_wrap=True)
+    for width in (card.label_width, 2):
+        table.add_column(width=width, overflow="fold")
     table.add_column()
     for line in card.lines:
         mark = Text(CARD_MARKS[line.mark], style=_MARK_STYLES[line.mark])
@@ -140,15 +140,40 @@ def card_view(card: Card) -> RenderableType:
     return Group(table, Words(card.sentence, "bold"))
 
 
-def simple_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
+def simple_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> RenderableType:
     """A light table: the first `left` columns left-aligned, the others right-aligned."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for index, header in enumerate(headers):
-        longest = max((len(row[index]) for row in rows), default=0)
-        table.add_column(
-            header, justify="left" if index < left else "right", no_wrap=index >= left, overflow="fold",
-            min_width=min(longest, 8),
-        )  # fmt: skip
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return _Rows(headers, rows, left)
+
+
+_NARROWEST = 8
+"""Characters of a column of names, which are broken; figures are not."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A table, or a list where the screen is too narrow for its figures, of which none is cut."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        longest = [max(map(len, column)) for column in zip(self.headers, *self.rows, strict=True)]
+        least = [min(width, _NARROWEST) if index < self.left else width for index, width in enumerate(longest)]
+        if sum(least) + 2 * len(least) <= options.max_width:  # a column is two characters apart from the next
+            yield self._table()
+            return
+        for row in self.rows:
+            yield Words(" ".join(cell for cell in row[: self.left] if cell), "bold")
+            for header, cell in list(zip(self.headers, row, strict=True))[self.left :]:
+                if cell:
+                    yield Words(f"  {header}  {cell}")
+
+    def _table(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        for index, header in enumerate(self.headers):
+            figures = index >= self.left
+            table.add_column(header, justify="right" if figures else "left", no_wrap=figures, overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        return table

@@ -21,7 +21,7 @@ from hnkit.frontier.table import Rewards
 from hnkit.injection import NoiseInjection
 from hnkit.internal.stats import Estimate
 from hnkit.output.page import CARD_MARKS, Card, CardLine, Section, Text, render_html
-from hnkit.output.terminal import Words, card_view, console
+from hnkit.output.terminal import Words, card_view, console, simple_table
 from hnkit.output.verdict import (
     VERDICT_FILE,
     RunFigures,
@@ -286,6 +286,28 @@ def test_the_card_fits_the_last_ten_lines(name):
     lines = printed(verdict_card(figures(name))).splitlines()
     assert len(lines) <= 9 - (name in ("certified", "contracting", "expansive", "folding"))
     assert max(map(len, lines)) <= 80
+
+
+def test_no_name_is_cut():
+    card = Card((CardLine("prompt-optimisation", "gain 0.5"), CardLine("a" * 40, "gain 0.1")), "Good.")
+    assert "prompt-optimisation" in printed(card)
+    assert printed(card).count("a") >= 40
+    assert "prompt-optimisation  " in str(card)
+
+
+@pytest.mark.parametrize("width", [30, 44, 60, 80])
+def test_no_figure_of_a_table_is_cut(width):
+    """Too narrow for the columns, it becomes a list; it never loses a digit."""
+    rows = [("+ prompt optimisation", "0.825 ± 0.013", "0.042 ± 0.016", ""), ("base", "0.783 ± 0.021", "–", "12.5 %")]
+    out = io.StringIO()
+    screen = console()
+    screen.file, screen.width = out, width
+    screen.print(simple_table(("method", "judge's mean", "gain", "efficiency"), rows))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    for text in ("judge's mean", "0.825 ± 0.013", "0.042 ± 0.016", "0.783 ± 0.021", "12.5 %"):
+        assert any(text in line for line in lines)
+    assert ("–––" in out.getvalue().replace("─", "–")) == (width >= 60)
 
 
 def test_no_figure_is_broken_across_lines():
