@@ -323,4 +323,7 @@ def contact_sheet(sheets: dict[str, dict[str, list[Tensor]]]) -> bytes:
 
 def _shortened(prompt: str, longest: int) -> str:
     text = " ".join(prompt.replace("$", r"\$").split())
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+    if len(text) <= longest:
+        return text
+    beginning = text[: longest - 3]
+    return f"{beginning if text[len(beginning)] == ' ' else beginning.rpartition(' ')[0] or beginning}..."

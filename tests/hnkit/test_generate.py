@@ -338,3 +338,12 @@ def test_huge_weights_are_an_error(tmp_path):
         generate_pairs(backend, ["a very long prompt about cats"], GenerateSettings(count=2), tmp_path)
     require_images(backend, ["a cat"], GenerateSettings())  # the base images are sound
     assert torch.isfinite(backend.generate(torch.zeros(1, 3, 4, 4), backend.encode(["a"]))).all()
+
+
+@pytest.mark.parametrize("longest", range(8, 40))
+def test_a_long_prompt_is_cut_between_words(longest):
+    prompt = "a red fox beside two blue cats on a roof"
+    shown = hnkit.generate._shortened(prompt, longest)
+    assert len(shown) <= longest
+    assert shown.endswith("...")
+    assert f"{prompt} ".startswith(f"{shown.removesuffix('...')} ")
