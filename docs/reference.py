@@ -174,8 +174,6 @@ def api() -> Iterator[tuple[str, str]]:
     yield "api.md", "\n".join(lines)
     for room, modules in rooms().items():
         text = [f"# {room}", ""]
-        if room not in modules:  # a package in which nothing is made, but something said
-            text += ["```{eval-rst}", f".. automodule:: {room}", "   :no-members:", "```", ""]
         for module in modules:
             text += [f"## {module}", ""] * (module != room)
             text += ["```{eval-rst}", f".. automodule:: {module}", "   :ignore-module-all:", "```", ""]
