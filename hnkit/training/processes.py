@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from hnkit.backend import backend_factory
 from hnkit.errors import InputError
-from hnkit.internal.values import shortened
 from hnkit.internal.versions import installation
 from hnkit.internal.workers import ALONE, Workers
 from hnkit.maps import Condition
@@ -252,8 +251,9 @@ class Heartbeat:
                 torch.distributed.all_reduce(leaving, op=torch.distributed.ReduceOp.MAX, group=self._group)
             except RuntimeError as error:
                 if not self._leaving.is_set():
-                    reason = shortened(str(error).splitlines()[0], 200)
-                    self._lost(f"another process has not been heard of for {_SILENCE.seconds} s or has gone ({reason})")
+                    silent = "timed out" in str(error).lower()  # gloo has no exception of its own
+                    what = f"has not been heard of for {_SILENCE.seconds} s" if silent else "has gone"
+                    self._lost(f"another process {what}")
                 return
             if bool(leaving):
                 return

@@ -149,7 +149,8 @@ def _opened(
                 session.restore(start)
         if resume is not None:
             processes.on_main(lambda: atomic_write(folder / CONFIG_FILE, config.to_toml()))
-        stack.enter_context(Heartbeat(processes, lambda reason: watch.end_process(2, reason)))
+        go_on = _go_on(config, folder, again)
+        stack.enter_context(Heartbeat(processes, lambda reason: watch.end_process(2, f"{reason}{go_on}")))
         return _run(session, folder, start, again or resume_command(config, folder), stop, watch, stack)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
@@ -247,16 +248,12 @@ def _run(
             processes.on_main(lambda: None)  # the others wait for the report
         stop.over()
     except Stopped as stopped:
-        stop.over()
-        done = f"at step {session.step} after a checkpoint" if session.step else "before the first step"
-        view.say(f"stopped {done}; go on with {again}", whole=True)
-        return TrainResult(folder, session.step, False, stopped.exit_code, session.skipped, {})
+        return _stopped(session, folder, again, stopped.exit_code)
     except RuntimeError as error:
         if processes.count > 1 and stop.received:  # the others have stopped too, some before they could say so
-            return TrainResult(folder, session.step, False, 128 + stop.received, session.skipped, {})
+            return _stopped(session, folder, again, 128 + stop.received)
         if processes.count > 1 and _connection_lost(error):
-            reason = str(error).splitlines()[0]
-            raise InputError(f"another process has gone ({reason}); go on with {again}") from error
+            raise InputError(f"another process has gone; go on with {again}") from error
         raise
     except InputError as error:
         if session.step == 0:
@@ -269,6 +266,12 @@ def _run(
             whole=True,
         )
     return TrainResult(folder, session.step, True, 0, session.skipped, report)
+
+
+def _stopped(session: Session, folder: Path, again: str, code: int) -> TrainResult:
+    done = f"at step {session.step} after a checkpoint" if session.step else "before the first step"
+    session.view.say(f"stopped {done}; go on with {again}", whole=True)
+    return TrainResult(folder, session.step, False, code, session.skipped, {})
 
 
 def _connection_lost(error: RuntimeError) -> bool:
@@ -325,7 +328,10 @@ def _loop(
 
 @contextlib.contextmanager
 def _saved_on_the_way_out(recorder: Recorder | None, stop: StopSignals, watch: Watch) -> Iterator[None]:
-    """Whatever leaves this block leaves a checkpoint of the last whole step; what cannot be written is said."""
+    """Whatever leaves this block leaves a checkpoint of the last whole step; what cannot be written is said.
+
+    A signal that arrives from then on, as torchrun sends one where another process has died, has nothing left to end.
+    """
 
     def save() -> None:
         if recorder is None or not recorder.behind():
@@ -339,7 +345,8 @@ def _saved_on_the_way_out(recorder: Recorder | None, stop: StopSignals, watch: W
     try:
         yield
     except BaseException:
-        with stop.masked():
+        stop.over()
+        with stop.steady:
             save()
         raise
     finally:

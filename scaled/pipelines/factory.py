@@ -57,11 +57,7 @@ class PipelineFactory:
             InputError: a package or the model is missing, damaged or of another class; the device cannot be used.
         """
         self._require_packages()
-        chosen = self.located(self.options() if options is None else options)
-        if not chosen.model_id:
-            raise InputError(
-                f"backend {self.name!r}: name a model's folder or hub name by --model-id or --set backend.model_id="
-            )
+        chosen = self._with_a_model(self.options() if options is None else options)
         pipe, family, chosen = load_pipeline(self.name, self.family, chosen)
         return self.backend(family, chosen, pipe, name=self.name)
 
@@ -74,13 +70,13 @@ class PipelineFactory:
         """The backend without weights, to count a step on; see `hnkit.training.plan`.
 
         Raises:
-            InputError: a package is missing, or the model's configuration is not known here.
+            InputError: a package is missing, no model is named, or its configuration is not known here.
         """
         self._require_packages()
         from hnkit.scaled.pipelines.skeleton import make_skeleton
 
         build = functools.partial(self.backend, name=self.name)
-        return make_skeleton(self.name, self.family, self.located(options), build, objective)
+        return make_skeleton(self.name, self.family, self._with_a_model(options), build, objective)
 
     def adapter_options(self, folder: str | Path) -> PipelineOptions:
         """The default options, at what the adapter in `folder` records: rank, alpha, base model and conditioning."""
@@ -96,6 +92,14 @@ class PipelineFactory:
     def located(self, options: PipelineOptions) -> PipelineOptions:
         """The options with the model named that they leave to the backend; here they are taken as they are."""
         return options
+
+    def _with_a_model(self, options: PipelineOptions) -> PipelineOptions:
+        chosen = self.located(options)
+        if not chosen.model_id:
+            raise InputError(
+                f"backend {self.name!r}: name a model's folder or hub name by --model-id or --set backend.model_id="
+            )
+        return chosen
 
     def status(self) -> str:
         """Ready, or what is missing and how to get it; loads no weights."""

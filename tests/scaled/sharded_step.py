@@ -25,6 +25,8 @@ from tests.scaled import tiny
 from tests.scaled.conftest import noise_for, perturb, redness
 
 ROWS = 4
+LOSS = NoiseLoss()
+"""One for all steps: it tries a network when it first meets it, and never again."""
 
 
 def load(name: str, model: str, **changes: object):
@@ -37,7 +39,7 @@ def gradients(backend, rows: list[int], of: int = ROWS) -> list[torch.Tensor]:
     """Of the mean loss over so many rows, the share of these."""
     noise, condition = noise_for(backend, of)[rows], backend.encode([tiny.PROMPTS[row] for row in rows])
     f = ConditionedMap(backend.hypernetwork, condition)
-    terms = NoiseLoss()(f, noise, lambda x: backend.generate(x, condition), redness)
+    terms = LOSS(f, noise, lambda x: backend.generate(x, condition), redness)
     (terms.total.sum() / of).backward()
     return [parameter.grad for parameter in lora_state(backend._twin).values()]
 
@@ -91,6 +93,17 @@ def both(backend) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
 
+def runs_of_a_step(backend, mine: list[int], rows: int) -> dict[str, int]:
+    """How often f and the generator run in a step of networks that the loss knows."""
+    for parameter in lora_state(backend._twin).values():
+        parameter.grad = None
+    seen = Counter[str]()
+    for what, network in (("f", backend._twin), ("generator", backend._base)):
+        first_layer(network).register_forward_hook(lambda *_, what=what: seen.update([what]))
+    gradients(backend, mine, rows)
+    return dict(seen)
+
+
 def main(name: str, model: str, out: str, of: str = str(ROWS), *on: str) -> None:
     torch.distributed.init_process_group("gloo")
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -104,11 +117,9 @@ def main(name: str, model: str, out: str, of: str = str(ROWS), *on: str) -> None
             refusal()
         except InputError as error:
             refused.append(str(error))
-    seen = Counter[str]()
-    for what, network in (("f", backend._twin), ("generator", backend._base)):
-        first_layer(network).register_forward_hook(lambda *_, what=what: seen.update([what]))
-    found = gradients(backend, list(range(rows))[rank * rows // count : (rank + 1) * rows // count], rows)
-    runs = dict(seen)
+    mine = list(range(rows))[rank * rows // count : (rank + 1) * rows // count]
+    found = [gradient.clone() for gradient in gradients(backend, mine, rows)]
+    runs = runs_of_a_step(backend, mine, rows)
     for gradient in found:
         torch.distributed.all_reduce(gradient)
     if rank == 0:

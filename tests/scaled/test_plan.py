@@ -17,8 +17,10 @@ from hnkit.cli.app import app
 from hnkit.config import RewardSpec, resolve_config
 from hnkit.output import terminal
 from hnkit.scaled.pipelines.published import PUBLISHED_MODELS
+from hnkit.training.plan import plan
 from hnkit.training.plan.cards import RESERVED, find_card
 from hnkit.training.plan.count import DECODER, GENERATOR, REWARDS, F
+from hnkit.training.plan.ledger import stored
 from hnkit.training.plan.plan import Counter, plan_training
 from hnkit.training.plan.skeleton import without_weights
 from hnkit.training.plan.view import as_text
@@ -261,6 +263,17 @@ def test_the_rows_of_a_plan_add_up_to_its_peak(checkpoint):
         assert min(need.at_peak().values()) >= 0
 
 
+def test_what_lives_all_the_time_is_looked_through_once(checkpoint, monkeypatch):
+    """A large network has thousands of tensors, and a plan asks for them with every choice of options."""
+    counter, card, looked = Counter(configured("sana", checkpoint)), find_card("h100"), []
+    monkeypatch.setattr(plan, "stored", lambda tensors: looked.append(1) or stored(tensors))
+    first = counter.need((), 1, card)
+    once = len(looked)
+    assert once
+    assert counter.need(CHECKPOINTING, 1, card).weights == first.weights
+    assert len(looked) == once
+
+
 def test_what_a_plan_cannot_follow_is_one_line(checkpoint):
     card = find_card("h100")
     with pytest.raises(InputError, match="unknown card 'abacus': accepted are rtx-3090"):
@@ -269,6 +282,8 @@ def test_what_a_plan_cannot_follow_is_one_line(checkpoint):
         plan_training(configured("sana", checkpoint, "train.kl=arnoldi"), card)
     with pytest.raises(InputError, match="no plan for 'nobody/nothing': its configuration is not here"):
         plan_training(configured("sana", checkpoint, "backend.model_id=nobody/nothing"), card)
+    with pytest.raises(InputError, match="backend 'diffusers': name a model's folder or hub name by --model-id"):
+        plan_training(resolve_config(backend="diffusers"), card)
     with pytest.raises(InputError, match="leaves a remainder"):
         plan_training(configured("sana", checkpoint), card, processes=2)
     config = replace(configured("sana", checkpoint), rewards={"tests.scaled.test_plan:valued": RewardSpec()})

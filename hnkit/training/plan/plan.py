@@ -10,6 +10,7 @@ divided by `SHARE`. Nothing of it is measured.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -246,8 +247,9 @@ class Counter:
             return bool(getattr(options, "vae_slicing", False))
         return name == F and ("lora_autocast" in changes or bool(getattr(options, "lora_autocast", False)))
 
-    def weights(self) -> dict[str, int]:
-        """Bytes that live from step to step, by name."""
+    @functools.cached_property
+    def weights(self) -> Mapping[str, int]:
+        """Bytes that live from step to step, by name, whichever options are switched on."""
         skeleton, settings = self.skeleton(()), self.config.train
         lora = stored(self._trained)
         trained = {id(parameter) for parameter in self._trained}
@@ -270,7 +272,7 @@ class Counter:
 
     def need(self, changes: Changes, micro: int, card: Card) -> Need:
         """What one process needs with these options at micro-batches of this size."""
-        weights = self.weights()
+        weights = self.weights
         gradients = weights["gradients"]
         order = self.order()
         trained = F if F in order else "generator"

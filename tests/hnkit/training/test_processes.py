@@ -27,6 +27,7 @@ import hnkit.training.session as session
 from datetime import timedelta
 from hnkit import InputError
 from hnkit.config import RunConfig, TrainConfig
+import hnkit.training.run as run
 from hnkit.training.run import train
 from tests.hnkit.fake_backend import FakeFactory, Options
 
@@ -68,6 +69,19 @@ def raising(rank):
     factory.prepare_backend = lambda backend: setattr(backend.default_reward, "fault", fault)
     return attempt(work / "raising", settings())
 
+def killed(rank):  # and the other is asked to stop, as by torchrun, when it has just seen that
+    def fault(call, scores):
+        if call == 4 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return scores
+    def lost(error):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return known(error)
+    known, run._connection_lost = run._connection_lost, lost
+    processes._BEAT = 60.0  # so that it is not the heartbeat that sees it
+    factory.prepare_backend = lambda backend: setattr(backend.default_reward, "fault", fault)
+    return attempt(work / "killed", settings())
+
 def two(name, port):
     children, codes = {}, {}
     for rank in (0, 1):
@@ -96,7 +110,7 @@ assert [os.wait()[1], os.wait()[1]] == [0, 0]
 """
 
 
-SCENARIOS = ("stopped", "different", "automatic", "raising")
+SCENARIOS = ("stopped", "different", "automatic", "raising", "killed")
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +169,17 @@ def test_a_stopped_rank_is_noticed_and_the_main_process_leaves_a_checkpoint(work
     said, codes = ended(work, "stopped")
     assert codes == [2, -signal.SIGKILL]
     assert said == [None, None]
-    assert "another process has not been heard of" in (work / "stderr").read_text()
+    assert "another process has not been heard of for 4 s; " in (work / "stderr").read_text()
+    assert f"go on with hnkit train --resume {work / 'stopped'}" in (work / "stderr").read_text()
     assert checkpoints(work / "stopped") == ["step-00000001"]
+
+
+def test_a_killed_rank_is_one_line_of_the_other_though_it_is_asked_to_stop_as_well(work):
+    said, codes = ended(work, "killed")
+    assert codes == [0, -signal.SIGKILL]
+    assert said[0] is not None
+    assert said[0].startswith("another process has gone; go on with hnkit train --resume ")
+    assert checkpoints(work / "killed") == ["step-00000003"]
 
 
 def test_processes_that_cannot_find_each_other_are_refused(monkeypatch):
