@@ -12,17 +12,18 @@ import pytest
 
 from hnkit.config import resolve_config
 from hnkit.training.run import train
+from tests.scaled.test_shared_out import in_turn
 from tests.scaled.test_training import adapter, overrides, quiet
 
 SHARD = "backend.shard=true"
 RECOMPUTED = ["backend.hypernetwork_checkpointing=true", "backend.generator_checkpointing=true"]
 
 
-def torchrun(name, lines, *more, processes=2, command="train"):
+def torchrun(name, lines, *more, command="train"):
     flags = [flag for line in lines for flag in ("--set", line)]
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "hnkit", command]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hnkit", command]
     return subprocess.run(
-        [sys.executable, *words, *(["--backend", name] if name else []), *flags, *more],
+        [sys.executable, *words, "--backend", name, *flags, *more],
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -31,10 +32,13 @@ def torchrun(name, lines, *more, processes=2, command="train"):
     )
 
 
+def command(name, lines, out):
+    return ("train", "--backend", name, *(word for line in lines for word in ("--set", line)),
+            "--reward", "redness=1.0", "--out", str(out))  # fmt: skip
+
+
 def trained(name, lines, out, processes=2):
-    done = torchrun(name, lines, "--reward", "redness=1.0", "--out", str(out), processes=processes)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    in_turn(out.parent, processes, command(name, lines, out))
 
 
 def largest_difference(one, other):
@@ -83,16 +87,17 @@ def test_two_sharded_processes_train_measure_and_report_as_one_and_one_goes_on(c
 
 def goes_on(lines, tmp_path, processes):
     """A run of one process and one of two, both gone on with by this many."""
-    longer = [*lines, "train.steps=3"]
-    for name in ("one", "two"):
-        folder = tmp_path / f"longer-{name}-{processes}"
+    folders = [tmp_path / f"longer-{name}-{processes}" for name in ("one", "two")]
+    for name, folder in zip(("one", "two"), folders, strict=True):
         shutil.copytree(tmp_path / name, folder)
-        if processes == 1:
-            train(resolve_config(resume=folder, overrides=longer), resume=folder, console=quiet())
-        else:
-            done = torchrun(None, ["train.steps=3"], "--resume", str(folder), processes=processes)
-            assert done.returncode == 0, done.stderr[-3000:]
-    assert largest_difference(*(tmp_path / f"longer-{name}-{processes}" for name in ("one", "two"))) < 1e-6
+    if processes == 1:
+        for folder in folders:
+            longer = resolve_config(resume=folder, overrides=[*lines, "train.steps=3"])
+            train(longer, resume=folder, console=quiet())
+    else:
+        resumed = [("train", "--resume", str(folder), "--set", "train.steps=3") for folder in folders]
+        in_turn(tmp_path, processes, *resumed)
+    assert largest_difference(*folders) < 1e-6
 
 
 @pytest.mark.slow
@@ -114,10 +119,12 @@ def test_two_and_four_processes_sharded_or_whole_are_one(checkpoint, tmp_path):
     """Four processes have one row each."""
     lines = settings(checkpoint, tmp_path, measure_every=1, validate_every=1, injection=0.5)
     train(resolve_config(backend="sana", overrides=lines, rewards=["redness=1.0"]), out=tmp_path / "1", console=quiet())
-    for name, more, processes in (("2", [], 2), ("2s", [SHARD], 2), ("4", [], 4), ("4s", [SHARD], 4)):
-        trained("sana", [*lines, *more], tmp_path / name, processes=processes)
-        assert largest_difference(tmp_path / "1", tmp_path / name) < 1e-6
-        same(records(tmp_path / "1"), records(tmp_path / name), 1e-5)
+    for processes in (2, 4):
+        whole, sharded = tmp_path / f"{processes}", tmp_path / f"{processes}s"
+        in_turn(tmp_path, processes, command("sana", lines, whole), command("sana", [*lines, SHARD], sharded))
+        for folder in (whole, sharded):
+            assert largest_difference(tmp_path / "1", folder) < 1e-6
+            same(records(tmp_path / "1"), records(folder), 1e-5)
 
 
 @pytest.mark.slow
