@@ -167,8 +167,13 @@ def _pipeline(backend: str, family: Family | None, options: PipelineOptions) -> 
     if family is not None and found != family.pipeline_class:
         raise InputError(f"{options.model_id} is a {found}: backend {backend} needs a {family.pipeline_class}")
     family = family or family_of(found)
+    network = family.network or ("transformer" if "transformer" in configs else "unet")
+    if missing := [name for name in (network, "vae", "scheduler") if name not in configs]:
+        raise InputError(
+            f"no plan for {options.model_id!r}: the configuration of its {missing[0]} is not there; the folder needs "
+            "that of every component, as diffusers saves them (weights are not needed)"
+        )
     try:
-        network = family.network or ("transformer" if "transformer" in configs else "unet")
         parts = {name: _component(configs[name], DTYPES[options.dtype]) for name in (network, "vae")}
         scheduler: Any = getattr(diffusers, configs["scheduler"]["_class_name"])
         parts["scheduler"] = scheduler.from_config(configs["scheduler"])

@@ -274,7 +274,7 @@ def test_what_lives_all_the_time_is_looked_through_once(checkpoint, monkeypatch)
     assert len(looked) == once
 
 
-def test_what_a_plan_cannot_follow_is_one_line(checkpoint):
+def test_what_a_plan_cannot_follow_is_one_line(checkpoint, tmp_path):
     card = find_card("h100")
     with pytest.raises(InputError, match="unknown card 'abacus': accepted are rtx-3090"):
         find_card("abacus")
@@ -284,6 +284,10 @@ def test_what_a_plan_cannot_follow_is_one_line(checkpoint):
         plan_training(configured("sana", checkpoint, "backend.model_id=nobody/nothing"), card)
     with pytest.raises(InputError, match="backend 'diffusers': name a model's folder or hub name by --model-id"):
         plan_training(resolve_config(backend="diffusers"), card)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(InputError, match="the configuration of its unet is not there"):
+        plan_training(configured("sd-turbo", checkpoint, f"backend.model_id={tmp_path / 'bare'}"), card)
     with pytest.raises(InputError, match="leaves a remainder"):
         plan_training(configured("sana", checkpoint), card, processes=2)
     config = replace(configured("sana", checkpoint), rewards={"tests.scaled.test_plan:valued": RewardSpec()})
