@@ -23,7 +23,7 @@ from hnkit.scaled.digits.checkpoint import (
     verified_folder,
 )
 from hnkit.scaled.digits.propose import propose
-from hnkit.scaled.digits.scenes import eval_prompts, train_prompts, validate_prompt
+from hnkit.scaled.digits.scenes import eval_prompts, training_mixture, validate_prompt
 from hnkit.scaled.lora.adapter import Adapter
 from hnkit.scaled.pipelines.backend import PipelineBackend
 from hnkit.scaled.pipelines.factory import PipelineFactory, Preset
@@ -76,7 +76,7 @@ class DigitsBackend(PipelineBackend):
 
     def prompts(self) -> tuple[list[str], list[str]]:
         """Training sentences and held-out ones, disjoint."""
-        return list(train_prompts()), list(eval_prompts())
+        return list(training_mixture()), list(eval_prompts())
 
     @cached_property
     def default_reward(self) -> Reward:  # type: ignore[override]
@@ -165,7 +165,13 @@ _DEFAULT: Preset = {
     "heldout.legibility": 1.0,
     "heldout.redness": 1.0,
 }
-_LONG: Preset = {"train.steps": 3000, "train.alpha": 0.25, "train.measure_samples": 64, "train.validate_samples": 316}
+_LONG: Preset = {
+    "train.steps": 9000,
+    "train.alpha": 0.3,
+    "train.ema": 0.998,
+    "train.measure_samples": 64,
+    "train.validate_samples": 316,
+}
 
 FACTORY = DigitsFactory(
     name="digits",

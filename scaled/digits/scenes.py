@@ -27,6 +27,15 @@ Kind = Literal["single", "two", "counting", "colours", "position", "attribution"
 Split = Literal["generator", "scorer", "judge"]
 
 KINDS: tuple[Kind, ...] = ("single", "two", "counting", "colours", "position", "attribution")
+KIND_WEIGHTS: Mapping[Kind, float] = {
+    "single": 1.0,
+    "two": 1.5,
+    "counting": 1.5,
+    "colours": 1.5,
+    "position": 2.0,
+    "attribution": 2.5,
+}
+"""Proportions of the kinds in all training: four training sentences of five are of the last kind."""
 DIGITS: tuple[str, ...] = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLURALS: tuple[str, ...] = (
     "zeros", "ones", "twos", "threes", "fours", "fives", "sixes", "sevens", "eights", "nines",
@@ -259,6 +268,21 @@ def _splits() -> tuple[tuple[str, ...], tuple[str, ...]]:
 def train_prompts() -> tuple[str, ...]:
     """The sentences used for training, the same for generator, scorer and hypernetwork; disjoint from evaluation."""
     return _splits()[0]
+
+
+@cache
+def training_mixture() -> tuple[str, ...]:
+    """The training sentences, each as often as the proportions of its kind ask for, to whole times.
+
+    Those of the commonest kind stand there once, so that going through the mixture meets the kinds as generator and
+    scorer met them.
+    """
+    groups: dict[Kind, list[str]] = {kind: [] for kind in KINDS}
+    for text in train_prompts():
+        groups[all_prompts()[text].kind].append(text)
+    scale = max(len(groups[kind]) / KIND_WEIGHTS[kind] for kind in KINDS)
+    times = {kind: round(scale * KIND_WEIGHTS[kind] / len(groups[kind])) for kind in KINDS}
+    return tuple(text for kind in KINDS for text in groups[kind] for _ in range(times[kind]))
 
 
 def eval_prompts() -> tuple[str, ...]:

@@ -16,18 +16,9 @@ from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
 from hnkit.internal.files import write_json
-from hnkit.scaled.digits.scenes import KINDS, Kind, Prompt, all_prompts, train_prompts
+from hnkit.scaled.digits.scenes import KIND_WEIGHTS, KINDS, Kind, Prompt, all_prompts, train_prompts
 
 Network = TypeVar("Network", bound=nn.Module)
-
-KIND_WEIGHTS: Mapping[Kind, float] = {
-    "single": 1.0,
-    "two": 1.5,
-    "counting": 1.5,
-    "colours": 1.5,
-    "position": 2.0,
-    "attribution": 2.5,
-}
 
 
 class PromptSampler:
