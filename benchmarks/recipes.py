@@ -42,7 +42,7 @@ from hnkit.jacobian import dense_jacobian
 from hnkit.kl.estimate import KLEstimate
 from hnkit.loss import KLTerm, NoiseLoss
 from hnkit.maps import Condition, ConditionedMap, NoiseMap
-from hnkit.scaled.digits.scenes import train_prompts
+from hnkit.scaled.digits.scenes import train_prompts, training_mixture
 from hnkit.scaled.lora.twin import ZeroConv2d, ZeroLinear
 from hnkit.training.optimize import WeightAverage, bounded_rows
 
@@ -65,7 +65,7 @@ SMOOTHED = (0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to train f; the defaults are those of `hnkit train --backend digits`, in fewer and smaller batches.
+    """A way to train f; the defaults are near those of `hnkit train --backend digits`, in fewer and smaller batches.
 
     Attributes:
         steps: optimiser steps.
@@ -93,6 +93,8 @@ class Recipe:
         difference: whether f is the network with LoRA less the network without, so that the last layer keeps its
             weights, instead of a network whose last layer has LoRA alone.
         reward: what is rewarded: the miniature's own, or another of `REWARDS`.
+        mixture: whether the kinds of sentences come in the proportions of the presets, not as often as there are
+            sentences of them.
         schedule: of the rate after its 20 steps of warm-up: constant, or half a cosine down to 0.
     """
 
@@ -118,17 +120,20 @@ class Recipe:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     schedule: Literal["constant", "cosine"] = "constant"
     difference: bool = False
+    mixture: bool = False
     reward: str = SCORER
 
 
 BASE = Recipe()
-ON = Recipe(steps=60, bundled=True)
+DEFAULT = Recipe(steps=500, batch=64, alpha=0.15, measure_at=(250,), last_weights=True)
+ON = Recipe(steps=60, bundled=True, mixture=True)
 RECIPES: dict[str, Recipe] = {
     **{name: replace(BASE, reward=name, alpha=2.0) for name in REWARDS},
     "base": replace(BASE, steps=240, measure_at=(80, 160), last_weights=True),
-    "default": Recipe(steps=500, batch=64, alpha=0.15, measure_at=(250,), last_weights=True),
-    "default, no bound": Recipe(steps=500, batch=64, alpha=0.15, bound=math.inf, measure_at=(250,)),
-    "long": Recipe(steps=3000, batch=64, measure_at=(500, 1000, 2000)),
+    "default": replace(DEFAULT, mixture=True),
+    "default, sentences as they come": DEFAULT,
+    "default, no bound": replace(DEFAULT, bound=math.inf, last_weights=False),
+    "3,000 steps, sentences as they come": Recipe(steps=3000, batch=64, measure_at=(500, 1000, 2000)),
     "given a gradient": replace(BASE, hint=True),
     "second-order": replace(BASE, kl="second-order"),
     "all weights": replace(BASE, rank=0, lr=3e-4),
@@ -246,6 +251,9 @@ def trained(recipe: Recipe, seed: int, device: str) -> Iterator[tuple[int, bool,
     backend = gone_on(device) if recipe.bundled else started(recipe.rank or BASE.rank, device, seed)
     backend = rewarded(backend, recipe.reward)
     steered, texts = Steered(recipe, backend), split()[0]
+    if recipe.mixture:
+        allowed = set(texts)
+        texts = [text for text in training_mixture() if text in allowed]
     parameters = steered.trained()
     average = WeightAverage(parameters, recipe.ema)
     optimizer = optimizer_of(recipe, list(parameters.values()))
