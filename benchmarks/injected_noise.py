@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipes import REWARDS
+from recipe_training import REWARDS
 from torch import Tensor
 
 from hnkit.backend import Reward

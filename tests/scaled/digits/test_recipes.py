@@ -26,6 +26,12 @@ def recipes(monkeypatch):
 
 
 @pytest.fixture
+def training(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return import_module("recipe_training")
+
+
+@pytest.fixture
 def figures(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return import_module("recipe_figures")
@@ -217,21 +223,21 @@ def test_correlations_are_within_sentences(recipes, power):
     assert float(error.mean()) == pytest.approx(spread, rel=4 / math.sqrt(2 * replicates))
 
 
-def test_another_reward_is_that_of_its_images(recipes):
-    backend = recipes.started(16, "cpu", 0)
+def test_another_reward_is_that_of_its_images(recipes, training):
+    backend = training.started(16, "cpu", 0)
     names, own = list(recipes.split()[0][:3]), backend.default_reward
     x = recipes.normal(backend, 3, torch.Generator().manual_seed(0))
     images = backend.generate(x, backend.encode(names)).detach()
-    for name in recipes.REWARDS:
-        found = recipes.scored(recipes.rewarded(backend, name), x, names)
-        torch.testing.assert_close(found, recipes.REWARDS[name](images).double(), check_device=False)
+    for name in training.REWARDS:
+        found = recipes.scored(training.rewarded(backend, name), x, names)
+        torch.testing.assert_close(found, training.REWARDS[name](images).double(), check_device=False)
     assert backend.default_reward == own, "runs share the backend"
     left = torch.zeros(1, 3, 32, 32)
     left[..., :16] = 1
-    assert recipes.REWARDS["ink on the left"](left) > 0 > recipes.REWARDS["ink on the left"](left.flip(-1))
+    assert training.REWARDS["ink on the left"](left) > 0 > training.REWARDS["ink on the left"](left.flip(-1))
     red = torch.zeros(1, 3, 32, 32)
     red[:, 0] = 1
-    assert recipes.REWARDS["redness"](red) > 0 > recipes.REWARDS["redness"](1 - red)
+    assert training.REWARDS["redness"](red) > 0 > training.REWARDS["redness"](1 - red)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -275,21 +281,30 @@ def batch(rows):
     return [f"prompt {i}" for i in range(rows)], x
 
 
-def steered(recipes, **settings):
-    network, recipe = Curved(), replace(recipes.BASE, bound=math.inf, **settings)
+def steered(training, **settings):
+    network, recipe = Curved(), replace(training.Recipe(), bound=math.inf, **settings)
     network.recipe, network.backend = recipe, Fake()
-    losses = recipes.Losses(NoiseLoss(alpha=recipe.alpha), NoiseLoss(kl=recipe.kl, alpha=recipe.alpha))
+    losses = training.Losses(NoiseLoss(alpha=recipe.alpha), NoiseLoss(kl=recipe.kl, alpha=recipe.alpha))
     return network, recipe, losses
 
 
+def test_the_mixture_leaves_out_what_maps_are_measured_on(recipes, training):
+    left, measured = recipes.split()
+    mixed = training.sentences(training.Recipe(mixture=True))
+    assert training.sentences(training.Recipe()) == left
+    assert set(mixed) == set(left)
+    assert set(mixed).isdisjoint(measured)
+    assert len(mixed) > 2 * len(left), "rare kinds recur"
+
+
 @pytest.mark.parametrize("alpha", [0.25, 2.0])
-def test_each_sample_s_gradient_of_the_reward_is_bounded_in_its_own_units(recipes, alpha):
+def test_each_sample_s_gradient_of_the_reward_is_bounded_in_its_own_units(training, alpha):
     """The gradient of the loss is that of `|f|^2/2 - <g, f> / alpha`, g no longer than the bound."""
-    network, recipe, losses = steered(recipes, alpha=alpha)
+    network, recipe, losses = steered(training, alpha=alpha)
     recipe = replace(recipe, bound=1.5)
     names, x = batch(6)
     condition = network.backend.encode(names)
-    value = recipes.objective(recipe, losses, network, condition, x, torch.Generator())
+    value = training.objective(recipe, losses, network, condition, x, torch.Generator())
     (found,) = torch.autograd.grad(value, network.weight)
     delta = network(x, condition).flatten(1)
     slope = 1 - (x.flatten(1) + delta.detach())  # of the reward
@@ -301,9 +316,9 @@ def test_each_sample_s_gradient_of_the_reward_is_bounded_in_its_own_units(recipe
     torch.testing.assert_close(found, expected)
 
 
-def test_a_recipe_starts_as_training_does(recipes):
+def test_a_recipe_starts_as_training_does(training):
     """LoRA's A is normal with deviation 1 / rank and B zero, as in `hnkit train`."""
-    backend = recipes.started(16, "cpu", 3)
+    backend = training.started(16, "cpu", 3)
     weights = {n: p.detach() for n, p in backend.hypernetwork.named_parameters() if p.requires_grad}
     first = torch.cat([p.flatten() for n, p in weights.items() if "lora_A" in n])
     assert float(first.std()) * 16 == pytest.approx(1, rel=4 / math.sqrt(2 * len(first)))
@@ -311,11 +326,11 @@ def test_a_recipe_starts_as_training_does(recipes):
 
 
 @pytest.mark.parametrize("kl", ["second-order", "arnoldi", "exact"])
-def test_the_curved_part_of_all_rows_is_the_loss_itself(recipes, kl):
-    network, recipe, losses = steered(recipes, kl=kl, curved=1)
+def test_the_curved_part_of_all_rows_is_the_loss_itself(training, kl):
+    network, recipe, losses = steered(training, kl=kl, curved=1)
     names, x = batch(6)
     condition, backend = network.backend.encode(names), network.backend
-    value = recipes.objective(recipe, losses, network, condition, x, torch.Generator().manual_seed(7))
+    value = training.objective(recipe, losses, network, condition, x, torch.Generator().manual_seed(7))
     (mine,) = torch.autograd.grad(value, network.weight)
     terms = NoiseLoss(kl=kl, alpha=recipe.alpha)(
         ConditionedMap(network, condition), x, lambda moved: moved,
@@ -326,10 +341,10 @@ def test_the_curved_part_of_all_rows_is_the_loss_itself(recipes, kl):
     torch.testing.assert_close(mine, whole)
 
 
-def test_the_curved_part_of_some_rows_is_their_mean(recipes):
-    network, recipe, losses = steered(recipes, kl="exact", curved=3)
+def test_the_curved_part_of_some_rows_is_their_mean(training):
+    network, recipe, losses = steered(training, kl="exact", curved=3)
     names, x = batch(6)
-    value = recipes.objective(recipe, losses, network, network.backend.encode(names), x, torch.Generator())
+    value = training.objective(recipe, losses, network, network.backend.encode(names), x, torch.Generator())
     J = network.jacobians(x)
     rest = torch.diagonal(J, dim1=1, dim2=2).sum(1) - torch.linalg.slogdet(torch.eye(4) + J)[1]
     delta = network(x, network.backend.encode(names))
@@ -337,20 +352,20 @@ def test_the_curved_part_of_some_rows_is_their_mean(recipes):
     torch.testing.assert_close(value, l2.mean() + rest[:2].mean())
 
 
-def test_the_fold_penalty_is_of_the_smallest_eigenvalue(recipes):
-    network, recipe, losses = steered(recipes, curved=1, fold_penalty=2.0)
+def test_the_fold_penalty_is_of_the_smallest_eigenvalue(training):
+    network, recipe, losses = steered(training, curved=1, fold_penalty=2.0)
     names, x = batch(5)
     with torch.no_grad():
         network.weight.mul_(5)
     condition, J = network.backend.encode(names), network.jacobians(x)
     lowest = torch.linalg.eigvalsh((J + J.mT) / 2)[:, 0]
-    found = recipes.smallest_eigenvalue(
+    found = training.smallest_eigenvalue(
         lambda noise: network(noise, condition), x, torch.Generator().manual_seed(0), iterations=300
     )
     torch.testing.assert_close(found, lowest, rtol=1e-6, atol=1e-6)
-    few = recipes.smallest_eigenvalue(lambda noise: network(noise, condition), x, torch.Generator().manual_seed(0))
+    few = training.smallest_eigenvalue(lambda noise: network(noise, condition), x, torch.Generator().manual_seed(0))
     assert bool((few >= lowest - 1e-9).all()), "a Rayleigh quotient is never below"
-    value = recipes.objective(recipe, losses, network, condition, x, torch.Generator().manual_seed(0))
+    value = training.objective(recipe, losses, network, condition, x, torch.Generator().manual_seed(0))
     plain = losses.l2(
         ConditionedMap(network, condition), x, lambda moved: moved,
         lambda images: network.backend.default_reward(images, names),
@@ -359,17 +374,17 @@ def test_the_fold_penalty_is_of_the_smallest_eigenvalue(recipes):
     assert float((value - plain).detach()) > 0
 
 
-def test_the_rate_of_a_step(recipes):
-    constant = replace(recipes.BASE, steps=40)
-    assert [recipes.rate(constant, step) for step in (0, 19, 39)] == [1 / 20, 1, 1]
+def test_the_rate_of_a_step(training):
+    constant = replace(training.Recipe(), steps=40)
+    assert [training.rate(constant, step) for step in (0, 19, 39)] == [1 / 20, 1, 1]
     cosine = replace(constant, schedule="cosine")
-    assert recipes.rate(cosine, 20) == pytest.approx(0.5)
-    assert recipes.rate(cosine, 39) == pytest.approx((1 - math.cos(math.pi / 40)) / 2)
+    assert training.rate(cosine, 20) == pytest.approx(0.5)
+    assert training.rate(cosine, 39) == pytest.approx((1 - math.cos(math.pi / 40)) / 2)
 
 
-def test_momentum_is_that_of_nesterov(recipes):
+def test_momentum_is_that_of_nesterov(training):
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    sgd = recipes.optimizer_of(replace(recipes.BASE, optimizer="sgd", lr=0.5), [weight])
+    sgd = training.optimizer_of(replace(training.Recipe(), optimizer="sgd", lr=0.5), [weight])
     moved = 0.0
     for expected in (1.9, 2.71):  # of equal gradients g: g + 0.9 v, where v = g, 1.9 g, ...
         weight.grad = torch.ones(2)
@@ -378,9 +393,9 @@ def test_momentum_is_that_of_nesterov(recipes):
         torch.testing.assert_close(weight.detach(), torch.tensor([1.0, 2.0]) - moved)
 
 
-def test_the_difference_to_the_network_starts_at_zero_and_learns(recipes):
-    backend = recipes.started(16, "cpu", 0)
-    steered = recipes.Steered(recipes.RECIPES["difference"], backend)
+def test_the_difference_to_the_network_starts_at_zero_and_learns(recipes, training):
+    backend = training.started(16, "cpu", 0)
+    steered = training.Steered(recipes.RECIPES["difference"], backend)
     names = recipes.split()[0][:2]
     x = recipes.normal(backend, 2, torch.Generator().manual_seed(0))
     condition = backend.encode(names)
@@ -390,15 +405,15 @@ def test_the_difference_to_the_network_starts_at_zero_and_learns(recipes):
     (delta * x).sum().backward()
     last = [float(p.grad.abs().max()) for name, p in steered.trained().items() if "lora_B" in name]
     assert min(last) > 0, "every layer's B has a gradient in the first step, not the last layer's alone"
-    plain = recipes.Steered(recipes.BASE, recipes.started(16, "cpu", 0))
+    plain = training.Steered(training.Recipe(), training.started(16, "cpu", 0))
     assert plain.trained().keys() == steered.trained().keys()
     assert not plain(x, condition).any(), "the network that runs share is as it was"
 
 
-def test_regressed_on_bounded_gradients(recipes):
+def test_regressed_on_bounded_gradients(training):
     names, _ = batch(8)
-    recipe = replace(recipes.BASE, objective="gradient", bound=1.5, alpha=0.5, batch=8)
-    drawn_names, noise, target = recipes.regressed(recipe, 8, Fake(), names, torch.Generator().manual_seed(5))
+    recipe = replace(training.Recipe(), objective="gradient", bound=1.5, alpha=0.5, batch=8)
+    drawn_names, noise, target = training.regressed(recipe, 8, Fake(), names, torch.Generator().manual_seed(5))
     slope = 1 - noise.double()  # of the reward
     size = slope.flatten(1).norm(dim=1)
     shrunk = slope * (1.5 / size).clamp(max=1)[:, None, None, None]
@@ -406,31 +421,31 @@ def test_regressed_on_bounded_gradients(recipes):
     assert set(drawn_names) <= set(names)
 
 
-def test_regressed_on_the_proximal_map(recipes):
+def test_regressed_on_the_proximal_map(training):
     """Of the quadratic reward it is x + (1 - x) / (1 + alpha)."""
     names, _ = batch(8)
-    recipe = replace(recipes.BASE, objective="proximal map", bound=math.inf, alpha=2.0, batch=8)
-    _, noise, target = recipes.regressed(recipe, 8, Fake(), names, torch.Generator().manual_seed(5))
+    recipe = replace(training.Recipe(), objective="proximal map", bound=math.inf, alpha=2.0, batch=8)
+    _, noise, target = training.regressed(recipe, 8, Fake(), names, torch.Generator().manual_seed(5))
     best = (1 - noise) / 3
     assert float((target - best).norm()) < 0.6 * float(best.norm()), "five steps go most of the way"
 
 
-def test_a_pool_is_gone_through_evenly(recipes):
+def test_a_pool_is_gone_through_evenly(training):
     names, _ = batch(8)
-    recipe = replace(recipes.BASE, objective="gradient", batch=4, steps=9, pool=12)
-    batches = recipes.pooled(recipe, Fake(), names, torch.Generator().manual_seed(5))
+    recipe = replace(training.Recipe(), objective="gradient", batch=4, steps=9, pool=12)
+    batches = training.pooled(recipe, Fake(), names, torch.Generator().manual_seed(5))
     seen = [tuple(row.flatten().tolist()) for step in range(9) for row in batches(step)[1]]
     assert {seen.count(row) for row in seen} == {3}
     assert len(set(seen)) == 12
 
 
-def test_antithetic_noises_and_sentences_of_several(recipes):
+def test_antithetic_noises_and_sentences_of_several(training):
     names, _ = batch(8)
     draw = torch.Generator().manual_seed(5)
-    some, x = recipes.drawn(replace(recipes.BASE, antithetic=True), 8, Fake(), names, draw)
+    some, x = training.drawn(replace(training.Recipe(), antithetic=True), 8, Fake(), names, draw)
     assert some[::2] == some[1::2]
     torch.testing.assert_close(x[::2], -x[1::2])
-    some, x = recipes.drawn(replace(recipes.BASE, noises=4), 8, Fake(), names, draw)
+    some, x = training.drawn(replace(training.Recipe(), noises=4), 8, Fake(), names, draw)
     assert some[:4] == [some[0]] * 4
     assert float((x[0] - x[1]).norm()) > 0
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hnkit.scaled.digits.scenes import all_prompts, train_prompts
+from hnkit.scaled.digits.scenes import all_prompts, train_prompts, training_mixture
 from hnkit.scaled.digits.train import common, scorer, teacher
 from hnkit.scaled.digits.train.tokenizers import clip_tokenizer, gemma_tokenizer
 
@@ -42,6 +42,16 @@ def test_sampler_keeps_to_training_prompts_and_proportions() -> None:
         share = weight / total
         deviation = (counts[kind] - 8000 * share) / math.sqrt(8000 * share * (1 - share))
         assert abs(deviation) < 4.5  # one fixed seed; 4e-5 false alarms in six looks
+
+
+def test_the_mixture_has_the_kinds_in_the_proportions_of_the_generator_s_training() -> None:
+    counts = Counter(PROMPTS[text].kind for text in training_mixture())
+    assert set(training_mixture()) == set(train_prompts())
+    assert Counter(training_mixture()).most_common()[-1][1] == 1, "the commonest kind stands there once"
+    total = sum(common.KIND_WEIGHTS.values())
+    for kind, weight in common.KIND_WEIGHTS.items():
+        # a whole number of times, five at the least: a tenth of it at most
+        assert counts[kind] / sum(counts.values()) == pytest.approx(weight / total, rel=0.1)
 
 
 def test_average_is_the_exponential_mean() -> None:
