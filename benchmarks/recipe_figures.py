@@ -108,6 +108,34 @@ def spread(records: Sequence[dict[str, Any]], frontier: Frontier) -> dict[str, A
     }
 
 
+def by_kind(records: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """Gain and L2 term of the last step's average by kind of sentence, a row for each recipe and kind.
+
+    Args:
+        records: what `recipes.job` wrote.
+        kinds: of the sentences that the maps were measured on, in their order.
+    """
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        before = runs.setdefault(record["recipe"], {}).get(record["seed"])
+        if record["averaged"] and (before is None or before["step"] < record["step"]):
+            runs[record["recipe"]][record["seed"]] = record
+    rows = []
+    for name, found in runs.items():
+        for kind in dict.fromkeys(kinds):
+            at = torch.tensor([place for place, other in enumerate(kinds) if other == kind])
+            gains, squares = (
+                torch.tensor([run[key] for run in found.values()], dtype=torch.float64)[:, at]
+                for key in ("gains", "squares")
+            )
+            rows.append({
+                "recipe": name, "kind": kind, "sentences": len(at), "seeds": sorted(found),
+                "gain": over_seeds(gains.mean(1).tolist()), "l2": over_seeds(squares.mean(1).tolist()),
+                "gain over sentences": mean_and_stderr(gains.mean(0))[1],
+            })  # fmt: skip
+    return rows
+
+
 def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean with its standard error over seeds; `None` of one seed, which says nothing about it."""
     mean, stderr = mean_and_stderr(torch.tensor(values, dtype=torch.float64))

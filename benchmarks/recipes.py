@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from earning import load, normal, rewards, split
-from recipe_figures import spread, summary
+from recipe_figures import by_kind, spread, summary
 from recipe_training import REWARDS, SCORER, Recipe, Steered, rewarded, trained
 from torch import Tensor
 
@@ -38,6 +38,7 @@ from hnkit.internal.versions import versions
 from hnkit.jacobian import dense_jacobian
 from hnkit.kl.estimate import KLEstimate
 from hnkit.maps import ConditionedMap, NoiseMap
+from hnkit.scaled.digits.scenes import validate_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "results" / "recipes.json"
@@ -51,7 +52,7 @@ SMOOTHED = (0.3, 0.5, 0.7, 0.9)
 
 BASE = Recipe()
 DEFAULT = Recipe(steps=500, batch=64, alpha=0.15, measure_at=(250,), last_weights=True)
-ON = Recipe(steps=60, bundled=True, mixture=True)
+ON = Recipe(steps=60, bundled=True, mixture=True, alpha=0.3)
 RECIPES: dict[str, Recipe] = {
     **{name: replace(BASE, reward=name, alpha=2.0) for name in REWARDS},
     "base": replace(BASE, steps=240, measure_at=(80, 160), last_weights=True),
@@ -87,6 +88,10 @@ RECIPES: dict[str, Recipe] = {
     "exact": replace(BASE, kl="exact", curved=32),
 }
 SEEDS = (0, 1, 2)
+KINDS_OF = ("default", "default, sentences as they come", "the bundled adapter")
+"""Recipes whose gains are told apart by kind of sentence."""
+COMMON = ("attribution", "position")
+"""Kinds of which there are enough among the sentences that maps are measured on."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,12 @@ def figures(steered: Steered, yard: Yardstick, *, spectrum: bool) -> dict[str, A
     return found
 
 
+def groups() -> list[str]:
+    """Kind of each sentence that maps are measured on; those that are rare there together."""
+    kinds = [validate_prompt(text).kind for text in split()[1]]
+    return [kind if kind in COMMON else "the other four" for kind in kinds]
+
+
 def integrand(f: NoiseMap, x: Tensor, ranks: Sequence[int]) -> KLEstimate:
     """The KL integrand, with more rank where the remainder of a low one is expansive, and then exact."""
     with torch.enable_grad():
@@ -270,8 +281,10 @@ def report(out: Path) -> None:
         smooth[reward] = {f"{s:g}": value for s, value in yard.get("smoothness", {}).items()}
         if reward == SCORER:
             spreads = spread(mine, frontier)
+            kinds = by_kind([record for record in mine if record["recipe"] in KINDS_OF], groups())
     rows.sort(key=lambda row: (list(RECIPES).index(row["recipe"]), row["step"], not row["averaged"]))
-    document = {"rows": rows, "spread": spreads, "smoothness": smooth, "images": IMAGES, "sentences": sentences}
+    document = {"rows": rows, "spread": spreads, "kinds": kinds, "smoothness": smooth}
+    document |= {"images": IMAGES, "sentences": sentences}
     write_json(OUT, {**document, "versions": versions()})
 
 

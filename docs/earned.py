@@ -23,11 +23,17 @@ BESIDE = {
     "losses": ("second-order", "Arnoldi", "exact"),
 }
 """Which recipes of benchmarks/recipes.py stand in which table, below the base recipe."""
+LESS, AS_THEY_COME = "default, sentences as they come", "3,000 steps, sentences as they come"
 
 
 def _records() -> dict[str, dict[str, Any]]:
     """Experiment -> its record; there is one seed of each."""
     return {record["experiment"]: record for record in json.loads(RESULTS.read_text(encoding="utf-8"))["records"]}
+
+
+def _bundled_steps() -> int:
+    """Steps of the training of the adapter that comes with the miniature."""
+    return int(read_figures(model_folder())["steps"])
 
 
 def _recipes() -> dict[str, Any]:
@@ -220,11 +226,11 @@ def smoothness() -> Table:
 def temperatures() -> Table:
     """What a temperature buys, beside the temperature of the frontier at the nats that were spent."""
     document = _recipes()
-    shown = ("base", "alpha 0.1", "alpha 0.5", "default", "long", "the bundled adapter")
+    shown = ("base", "alpha 0.1", "alpha 0.5", "default", AS_THEY_COME, "the bundled adapter")
     rows: list[tuple[Cell, ...]] = [
         (
-            row["recipe"], str(row["step"] or 3000), f"{row['alpha']:g}", str(len(row["seeds"])), *_earned(row),
-            _over_seeds(row["temperature"]), f"{row['efficiency'][0] * row['temperature'][0]:.2f}",
+            row["recipe"], str(row["step"] or _bundled_steps()), f"{row['alpha']:g}", str(len(row["seeds"])),
+            *_earned(row), _over_seeds(row["temperature"]), f"{row['efficiency'][0] * row['temperature'][0]:.2f}",
         )
         for row in document["rows"]
         if row["recipe"] in shown and row["averaged"] and row["efficiency"] is not None
@@ -249,18 +255,32 @@ def recipe_steps() -> Table:
     document = _recipes()
     rows: list[tuple[Cell, ...]] = [
         (
-            row["recipe"], f"{row['step']} of {row['batch']}" if row["step"] else "3000 of 64",
+            row["recipe"], f"{row['step'] or _bundled_steps()} of {row['batch'] if row['step'] else 64}",
             "average" if row["averaged"] else "last", str(len(row["seeds"])), *_earned(row),
         )
         for row in document["rows"]
-        if row["recipe"] in ("base", "default", "long", "the bundled adapter")
+        if row["recipe"] in ("base", "default", LESS, AS_THEY_COME, "the bundled adapter")
     ]  # fmt: skip
     headers = ("recipe", "steps", "weights", "seeds", *_EARNED)
     caption = (
-        "`base`, `long` and the bundled adapter have alpha 0.25, `default` 0.15. The adapter was trained on these "
-        f"sentences too. {_ERRORS}."
+        "Alpha: 0.15 for `default`, 0.3 for the bundled adapter, else 0.25. The adapter was trained on these sentences "
+        f"too. {_ERRORS}."
     )
     return Table(headers, tuple(rows), caption)
+
+
+def recipe_kinds() -> Table:
+    """What is earned on each kind of sentence, met in proportion or as often as there are sentences of it."""
+    rows: list[tuple[Cell, ...]] = [
+        (
+            row["recipe"], row["kind"], str(row["sentences"]), str(len(row["seeds"])), _twice(row, "gain"),
+            format_estimate(*row["l2"]) if row["l2"][1] else f"{row['l2'][0]:.3f}",
+        )
+        for row in _recipes()["kinds"]
+    ]  # fmt: skip
+    return Table(
+        ("recipe", "kind", "sentences", "seeds", "gain in reward", "L2 term, nats"), tuple(rows), f"{_ERRORS}."
+    )
 
 
 def recipe_folds() -> Table:
@@ -349,6 +369,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "earning-stored": stored,
     "earning-bundled": bundled,
     "earning-steps": recipe_steps,
+    "earning-kinds": recipe_kinds,
     "earning-folds": recipe_folds,
     "earning-temperatures": temperatures,
     "earning-budget": budget,

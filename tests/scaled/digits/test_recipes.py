@@ -177,6 +177,28 @@ def test_a_map_beyond_the_frontier_has_no_efficiency(figures):
     assert "gain difference" in rows[1]
 
 
+def test_gains_by_kind_are_those_of_its_sentences_after_the_last_step(figures, earned, monkeypatch, tmp_path):
+    records, _ = planted()
+    records += [one | {"step": 80, "gains": [9.0] * SENTENCES} for one in records]  # another time, another map
+    records.append(records[0] | {"averaged": False, "step": 500, "gains": [9.0] * SENTENCES})
+    kinds = ["rare"] * 10 + ["common"] * (SENTENCES - 10)
+    rows = {(row["recipe"], row["kind"]): row for row in figures.by_kind(records, kinds)}
+    for name in ("base", "rank 4"):
+        gains = torch.tensor([one["gains"] for one in records[:6] if one["recipe"] == name], dtype=torch.float64)
+        for kind, part in (("rare", gains[:, :10]), ("common", gains[:, 10:])):
+            row, means = rows[name, kind], part.mean(1)
+            assert (row["sentences"], row["seeds"]) == (part.shape[1], [0, 1, 2])
+            assert row["gain"] == pytest.approx((float(means.mean()), float(means.std()) / math.sqrt(3)))
+            spread = float(part.mean(0).std()) / math.sqrt(part.shape[1])
+            assert row["gain over sentences"] == pytest.approx(spread)
+    (tmp_path / "recipes.json").write_text(json.dumps({"kinds": list(rows.values())}))
+    monkeypatch.setattr(earned, "RECIPES", tmp_path / "recipes.json")
+    assert [row[:4] for row in earned.recipe_kinds().rows][:2] == [
+        ("base", "rare", "10", "3"),
+        ("base", "common", "30", "3"),
+    ]
+
+
 def test_the_tables_say_errors_apart_and_one_seed_unknown(figures, earned, monkeypatch, tmp_path):
     records, frontier = planted(shift=0.1)
     records = [r for r in records if r["recipe"] == "base" or r["seed"] == 0]
