@@ -159,15 +159,20 @@ def bundled() -> Table:
     return Table(("figure", "value"), tuple(rows), caption)
 
 
-def scaled() -> str:
-    """The bundled map at another scale, in a sentence."""
-    ((scale, entry),) = _records()["scaled"]["scales"].items()
-    share = format_estimate(*(100 * value for value in entry["efficiency"]))
-    return (
-        f"On 800 images of 200 training sentences the map of its first 414 steps, taken {scale} times as large, gains "
-        f"{format_estimate(*entry['gain'])} for {format_estimate(*entry['kl'])} nats: {share} % of the frontier "
-        "there.\n"
+def scaled() -> Table:
+    """The bundled map at other scales."""
+    rows: list[tuple[Cell, ...]] = [
+        (
+            scale, format_estimate(*entry["gain"]), f"{entry['l2'][0]:.3f}", format_estimate(*entry["kl"]),
+            "–" if entry["efficiency"] is None else format_estimate(*(100 * v for v in entry["efficiency"])),
+        )
+        for scale, entry in _records()["scaled"]["scales"].items()
+    ]  # fmt: skip
+    caption = (
+        "800 images of 200 training sentences, which the adapter was trained on; KL integrand by dense Jacobians on 32 "
+        "of them."
     )
+    return Table(("scale of f", *_EARNED), tuple(rows), caption)
 
 
 def beside(names: Sequence[str]) -> Table:
@@ -370,6 +375,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "earning-bundled": bundled,
     "earning-steps": recipe_steps,
     "earning-kinds": recipe_kinds,
+    "earning-scaled": scaled,
     "earning-folds": recipe_folds,
     "earning-temperatures": temperatures,
     "earning-budget": budget,

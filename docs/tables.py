@@ -475,12 +475,6 @@ def _earning_table(name: str) -> Callable[[], str]:
     return table
 
 
-def _earning_scaled() -> str:
-    import earned
-
-    return earned.scaled()
-
-
 def _earning_spread() -> str:
     import earned
 
@@ -523,7 +517,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "device-steps": lambda: _on_a_card("steps"),
     "device-rest": lambda: _on_a_card("rest"),
     "compare-lead": compare_lead,
-    "earning-scaled": _earning_scaled,
     "earning-spread": _earning_spread,
     "earning-lead": _earning_lead("earning.md"),
     "earning-readme": _earning_lead("docs/earning.md"),
@@ -532,6 +525,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         for name in (
             *("spectrum", "tails", "bound", "curvature", "stored", "bundled", "steps", "folds", "budget"),
             *("regressed", "maps", "optimisers", "samples", "smoothness", "temperatures", "losses"),
+            *("kinds", "scaled"),
         )
     },
     **{
