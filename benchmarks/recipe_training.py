@@ -62,8 +62,8 @@ class Recipe:
         difference: whether f is the network with LoRA less the network without, so that the last layer keeps its
             weights, instead of a network whose last layer has LoRA alone.
         reward: what is rewarded: the miniature's own, or another of `REWARDS`.
-        mixture: whether the kinds of sentences come in the proportions of the presets, not as often as there are
-            sentences of them.
+        weigh_kinds: whether the kinds of sentences come in the proportions of the preset `long`, not as often as there
+            are sentences of them.
         schedule: of the rate after its 20 steps of warm-up: constant, or half a cosine down to 0.
     """
 
@@ -89,7 +89,7 @@ class Recipe:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     schedule: Literal["constant", "cosine"] = "constant"
     difference: bool = False
-    mixture: bool = False
+    weigh_kinds: bool = False
     reward: str = SCORER
 
 
@@ -212,7 +212,7 @@ def trained(recipe: Recipe, seed: int, device: str) -> Iterator[tuple[int, bool,
 def sentences(recipe: Recipe) -> list[str]:
     """The sentences that a recipe draws from, those that maps are measured on left out."""
     texts = split()[0]
-    if not recipe.mixture:
+    if not recipe.weigh_kinds:
         return texts
     allowed = set(texts)
     return [text for text in training_mixture() if text in allowed]

@@ -52,14 +52,14 @@ SMOOTHED = (0.3, 0.5, 0.7, 0.9)
 
 BASE = Recipe()
 DEFAULT = Recipe(steps=500, batch=64, alpha=0.15, measure_at=(250,), last_weights=True)
-ON = Recipe(steps=60, bundled=True, mixture=True, alpha=0.3)
+ON = Recipe(steps=60, bundled=True, weigh_kinds=True, alpha=0.3)
 RECIPES: dict[str, Recipe] = {
     **{name: replace(BASE, reward=name, alpha=2.0) for name in REWARDS},
     "base": replace(BASE, steps=240, measure_at=(80, 160), last_weights=True),
-    "default": replace(DEFAULT, mixture=True),
-    "default, sentences as they come": DEFAULT,
+    "default": DEFAULT,
+    "default, kinds weighed": replace(DEFAULT, weigh_kinds=True),
     "default, no bound": replace(DEFAULT, bound=math.inf, last_weights=False),
-    "3,000 steps, sentences as they come": Recipe(steps=3000, batch=64, measure_at=(500, 1000, 2000)),
+    "3,000 steps": Recipe(steps=3000, batch=64, measure_at=(500, 1000, 2000)),
     "given a gradient": replace(BASE, hint=True),
     "second-order": replace(BASE, kl="second-order"),
     "all weights": replace(BASE, rank=0, lr=3e-4),
@@ -88,7 +88,7 @@ RECIPES: dict[str, Recipe] = {
     "exact": replace(BASE, kl="exact", curved=32),
 }
 SEEDS = (0, 1, 2)
-KINDS_OF = ("default", "default, sentences as they come", "the bundled adapter")
+KINDS_OF = ("default", "default, kinds weighed", "3,000 steps", "the bundled adapter")
 """Recipes whose gains are told apart by kind of sentence."""
 COMMON = ("attribution", "position")
 """Kinds of which there are enough among the sentences that maps are measured on."""

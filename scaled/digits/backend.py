@@ -23,7 +23,7 @@ from hnkit.scaled.digits.checkpoint import (
     verified_folder,
 )
 from hnkit.scaled.digits.propose import propose
-from hnkit.scaled.digits.scenes import eval_prompts, training_mixture, validate_prompt
+from hnkit.scaled.digits.scenes import eval_prompts, train_prompts, training_mixture, validate_prompt
 from hnkit.scaled.lora.adapter import Adapter
 from hnkit.scaled.pipelines.backend import PipelineBackend
 from hnkit.scaled.pipelines.factory import PipelineFactory, Preset
@@ -51,6 +51,9 @@ class DigitsOptions(SanaOptions):
     cache_dir: str = ""
     self_check: bool = False
     """The bundled files are known by their checksums, and checked where they were made."""
+    weigh_kinds: bool = False
+    """Train on the kinds of sentences in the proportions that the generator was trained in, instead of each sentence
+    as often as any other."""
 
     def folder(self) -> Path:
         """The model's folder, every file of it checked.
@@ -75,8 +78,9 @@ class DigitsBackend(PipelineBackend):
         super().prepare([validate_prompt(prompt).text for prompt in prompts])
 
     def prompts(self) -> tuple[list[str], list[str]]:
-        """Training sentences and held-out ones, disjoint."""
-        return list(training_mixture()), list(eval_prompts())
+        """Training sentences, rare kinds several times where kinds are weighed, and held-out ones, disjoint."""
+        assert isinstance(self.options, DigitsOptions)
+        return list(training_mixture() if self.options.weigh_kinds else train_prompts()), list(eval_prompts())
 
     @cached_property
     def default_reward(self) -> Reward:  # type: ignore[override]
@@ -169,6 +173,7 @@ _LONG: Preset = {
     "train.steps": 9000,
     "train.alpha": 0.3,
     "train.ema": 0.998,
+    "backend.weigh_kinds": True,
     "train.measure_samples": 64,
     "train.validate_samples": 316,
 }

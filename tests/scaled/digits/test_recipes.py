@@ -312,7 +312,7 @@ def steered(training, **settings):
 
 def test_the_mixture_leaves_out_what_maps_are_measured_on(recipes, training):
     left, measured = recipes.split()
-    mixed = training.sentences(training.Recipe(mixture=True))
+    mixed = training.sentences(training.Recipe(weigh_kinds=True))
     assert training.sentences(training.Recipe()) == left
     assert set(mixed) == set(left)
     assert set(mixed).isdisjoint(measured)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from hnkit.scaled.digits.scenes import all_prompts, train_prompts, training_mixture
+from hnkit.backend import backend_factory
+from hnkit.config import resolve_config
+from hnkit.scaled.digits.scenes import all_prompts, eval_prompts, train_prompts, training_mixture
 from hnkit.scaled.digits.train import common, scorer, teacher
 from hnkit.scaled.digits.train.tokenizers import clip_tokenizer, gemma_tokenizer
 
@@ -52,6 +54,14 @@ def test_the_mixture_has_the_kinds_in_the_proportions_of_the_generator_s_trainin
     for kind, weight in common.KIND_WEIGHTS.items():
         # a whole number of times, five at the least: a tenth of it at most
         assert counts[kind] / sum(counts.values()) == pytest.approx(weight / total, rel=0.1)
+
+
+@pytest.mark.parametrize(("preset", "texts"), [("default", train_prompts()), ("long", training_mixture())])
+def test_a_preset_trains_on_its_sentences(preset: str, texts: tuple[str, ...]) -> None:
+    factory = backend_factory("digits")
+    config = resolve_config(backend="digits", preset=preset)
+    backend = factory.load(config.options)
+    assert backend.prompts() == (list(texts), list(eval_prompts()))
 
 
 def test_average_is_the_exponential_mean() -> None:
