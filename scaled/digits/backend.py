@@ -170,7 +170,7 @@ _DEFAULT: Preset = {
     "heldout.redness": 1.0,
 }
 _LONG: Preset = {
-    "train.steps": 9000,
+    "train.steps": 6000,
     "train.alpha": 0.3,
     "train.ema": 0.998,
     "backend.weigh_kinds": True,
