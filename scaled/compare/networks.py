@@ -12,7 +12,7 @@ from pydantic import StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationE
 
 from hnkit.adapters import load_trained
 from hnkit.backend import Backend, backend_factory
-from hnkit.config import CONFIG_FILE, RunConfig
+from hnkit.config import CONFIG_FILE, RunConfig, TrainConfig
 from hnkit.errors import InputError
 from hnkit.internal.files import read_plain
 from hnkit.training.run import METRICS, train
@@ -35,6 +35,16 @@ class Network:
     parameters: int
     metrics: tuple[dict[str, Any], ...]
     alpha: float | None = None
+
+
+def average_of(settings: TrainConfig, steps: int) -> float:
+    """`train.ema` of a training of other length: the average spans the same share of it.
+
+    An average of 500 steps would hold half of the first weights after 400.
+    """
+    if not settings.ema or steps >= settings.steps:
+        return settings.ema
+    return max(0.0, 1 - (1 - settings.ema) * settings.steps / steps)
 
 
 def trained(name: str, config: RunConfig, folder: Path, again: str | None = None) -> Network:

@@ -50,7 +50,7 @@ from hnkit.scaled.compare.diversity import DinoSimilarity, Lpips, Metric, pixel_
 from hnkit.scaled.compare.evaluation import Evaluation, Job, Scorer, evaluate_in_turn, image_seeds, images_of, read_part
 from hnkit.scaled.compare.frontier import frontier_part
 from hnkit.scaled.compare.nats import NetworkKL, kept_block, network_kl
-from hnkit.scaled.compare.networks import Network, given, trained
+from hnkit.scaled.compare.networks import Network, average_of, given, trained
 from hnkit.scaled.compare.page import card, printed_table, write_page
 from hnkit.scaled.compare.plan import QUICK_STEPS, make_plan
 from hnkit.scaled.compare.settings import (
@@ -282,6 +282,7 @@ class _Session:
         every = max(1, total // 8)
         overrides = [
             "train.validate_samples=64",
+            f"train.ema={average_of(self.config.train, total)!r}",
             *settings.overrides,
             f"train.steps={total}",
             f"train.validate_every={every}",

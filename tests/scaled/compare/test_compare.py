@@ -18,7 +18,7 @@ import torch
 from hnkit import InputError
 from hnkit.backend import backend_factory
 from hnkit.cli.app import describe_error
-from hnkit.config import resolve_config
+from hnkit.config import TrainConfig, resolve_config
 from hnkit.internal.files import new_run_folder, read_sealed, write_sealed
 from hnkit.internal.folders import run_lock
 from hnkit.internal.provenance import prompts_digest, recorded_provenance
@@ -122,6 +122,26 @@ def test_a_quick_comparison_trains_few_steps_unless_told_otherwise(tmp_path):
     comparison.plan, comparison.settings = Plan(), SimpleNamespace(quick=True)
     comparison.config = resolve_config(backend="toy", overrides=["train.steps=5"])
     assert comparison.train_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("ema", "steps", "here", "expected"),
+    [(0.998, 6000, 400, 0.97), (0.99, 500, 500, 0.99), (0.99, 500, 900, 0.99), (0.0, 500, 5, 0.0), (0.9, 500, 5, 0.0)],
+)
+def test_an_average_spans_the_same_share_of_a_shorter_training(ema, steps, here, expected):
+    assert networks.average_of(TrainConfig(ema=ema, steps=steps), here) == pytest.approx(expected)
+
+
+def test_a_quick_comparison_shortens_the_average_of_what_it_trains(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_module, "trained", lambda _, config, *rest: asked.append(config.train))
+    comparison = object.__new__(run_module._Session)
+    comparison.plan, comparison.networks, comparison.folder, comparison.again = Plan(), {}, tmp_path, None
+    comparison.settings = SimpleNamespace(quick=True, adapter=None, overrides=(), backend="sana")
+    comparison.config = resolve_config(backend="sana", overrides=["train.steps=6000", "train.ema=0.998"])
+    comparison._network("direct")
+    (found,) = asked
+    assert (found.steps, found.ema) == (400, pytest.approx(0.97))
 
 
 def test_resumption_repeats_nothing_and_changes_nothing(finished):
