@@ -2,6 +2,7 @@
 
     python benchmarks/recipes.py run --out runs/recipes                  # all, one and a half hours of one core
     python benchmarks/recipes.py run --only base --seeds 0 --out runs/recipes
+    python benchmarks/recipes.py checkpoint --of RUN/checkpoints/step-00004000 --out runs/recipes   # of the preset long
     python benchmarks/recipes.py report --out runs/recipes               # docs/results/recipes.json
 
 The sizes are those of one core: 160 steps of 32, 5,120 samples, for every recipe but the default's own and the long
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from earning import load, normal, rewards, split
 from recipe_figures import by_kind, spread, summary
-from recipe_training import REWARDS, SCORER, Recipe, Steered, rewarded, trained
+from recipe_training import REWARDS, SCORER, Recipe, Steered, rewarded, started, trained
 from torch import Tensor
 
 from hnkit import ExpansiveMapError, Frontier, noise_kl
@@ -39,6 +40,8 @@ from hnkit.jacobian import dense_jacobian
 from hnkit.kl.estimate import KLEstimate
 from hnkit.maps import ConditionedMap, NoiseMap
 from hnkit.scaled.digits.scenes import validate_prompt
+from hnkit.training.checkpoint import load_checkpoint
+from hnkit.training.optimize import load_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "results" / "recipes.json"
@@ -88,6 +91,8 @@ RECIPES: dict[str, Recipe] = {
     "exact": replace(BASE, kl="exact", curved=32),
 }
 SEEDS = (0, 1, 2)
+TRAINING = "the bundled adapter's training"
+"""What rows of its checkpoints are called."""
 KINDS_OF = ("default", "default, kinds weighed", "3,000 steps", "the bundled adapter")
 """Recipes whose gains are told apart by kind of sentence."""
 COMMON = ("attribution", "position")
@@ -231,6 +236,22 @@ def job(name: str, seed: int, device: str, out: Path) -> None:
     (out / f"{name.replace(' ', '-')}.{seed}.done").touch()
 
 
+def measure_checkpoint(checkpoint: Path, device: str, out: Path) -> None:
+    """Append what the average of a checkpoint's weights earns to the file of the bundled adapter's training."""
+    found = load_checkpoint(checkpoint)
+    backend = started(Recipe.rank, device, 0)
+    steered, prefix = Steered(ON, backend), "average/"
+    load_parameters(
+        {name.removeprefix("network."): value for name, value in steered.trained().items()},
+        {name.removeprefix(prefix): value for name, value in found.tensors.items() if name.startswith(prefix)},
+    )
+    record = {"recipe": TRAINING, "seed": found.state["config"]["train"]["seed"], "step": found.step, "averaged": True}
+    settings = asdict(replace(ON, batch=found.state["config"]["train"]["batch"]))
+    measured = figures(steered, yardstick(device, out, SCORER), spectrum=False)
+    with (out / f"{TRAINING.replace(' ', '-')}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**record, "seconds": 0.0, **measured, "settings": settings}) + "\n")
+
+
 def worker(queue: multiprocessing.Queue[tuple[str, int] | None], device: str, out: Path) -> None:
     """Take runs from the queue until it is empty; one that fails is recorded and is no end of the others."""
     torch.set_num_threads(1)
@@ -282,7 +303,8 @@ def report(out: Path) -> None:
         if reward == SCORER:
             spreads = spread(mine, frontier)
             kinds = by_kind([record for record in mine if record["recipe"] in KINDS_OF], groups())
-    rows.sort(key=lambda row: (list(RECIPES).index(row["recipe"]), row["step"], not row["averaged"]))
+    order = [*RECIPES, TRAINING]
+    rows.sort(key=lambda row: (order.index(row["recipe"]), row["step"], not row["averaged"]))
     document = {"rows": rows, "spread": spreads, "kinds": kinds, "smoothness": smooth}
     document |= {"images": IMAGES, "sentences": sentences}
     write_json(OUT, {**document, "versions": versions()})
@@ -291,8 +313,9 @@ def report(out: Path) -> None:
 def main() -> None:
     """Parse the command line and run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("what", choices=["run", "checkpoint", "report"])
     parser.add_argument("--only", action="append", choices=list(RECIPES), help="recipes; all by default")
+    parser.add_argument("--of", type=Path, help="a checkpoint")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
@@ -301,6 +324,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "report":
         report(arguments.out)
+        return
+    if arguments.what == "checkpoint":
+        measure_checkpoint(arguments.of, arguments.device, arguments.out)
         return
     names = arguments.only or list(RECIPES)
     run(names, arguments.seeds, arguments.device, arguments.workers, arguments.seconds, arguments.out)
