@@ -112,7 +112,7 @@ def test_every_table_is_filled(finished):
 
 
 def test_a_quick_comparison_trains_few_steps_unless_told_otherwise(tmp_path):
-    """The bundled adapter had 3,000 steps; direct LoRA, trained as long beside it, took three quarters of an hour."""
+    """The bundled adapter has thousands; direct LoRA, trained as long beside it, took three quarters of an hour."""
     for quick, wanted, given in ((True, 400, 0), (False, 3000, 0), (True, 7, 7)):
         comparison = object.__new__(run_module._Session)
         comparison.plan = replace(Plan(), train_steps=given)
