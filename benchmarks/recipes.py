@@ -302,7 +302,8 @@ def report(out: Path) -> None:
         smooth[reward] = {f"{s:g}": value for s, value in yard.get("smoothness", {}).items()}
         if reward == SCORER:
             spreads = spread(mine, frontier)
-            kinds = by_kind([record for record in mine if record["recipe"] in KINDS_OF], groups())
+            told_apart = [record for name in KINDS_OF for record in mine if record["recipe"] == name]
+            kinds = by_kind(told_apart, groups())
     order = [*RECIPES, TRAINING]
     rows.sort(key=lambda row: (order.index(row["recipe"]), row["step"], not row["averaged"]))
     document = {"rows": rows, "spread": spreads, "kinds": kinds, "smoothness": smooth}
