@@ -50,7 +50,7 @@ def test_a_backend_without_one_says_so(backend):
 
 def test_it_loads_with_the_temperature_and_options_of_its_training(steered):
     backend, alpha = steered
-    assert alpha == 0.25
+    assert alpha == 0.3
     assert backend.options.rank == 16
     x = torch.randn(3, *backend.noise_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -94,10 +94,10 @@ def test_figures_are_paired_gains_and_the_exact_integrand(steered):
     """Against the same written out for two sentences, image by image."""
     backend, _ = steered
     texts = ["a three", "two fours"]
-    found = stage.held_out_figures(backend, texts, images=2, kl_images=1, base_images=8)
+    found = stage.held_out_figures(backend, texts, images=2, kl_images=1, base_images=64)
     gains, rows = [], []
     for index, text in enumerate(texts):
-        noise = torch.randn(8, *backend.noise_shape, generator=stage.generator_for(0, "adapter figures", index))
+        noise = torch.randn(64, *backend.noise_shape, generator=stage.generator_for(0, "adapter figures", index))
         one = []
         for x in noise[:2]:
             condition = backend.encode([text])
