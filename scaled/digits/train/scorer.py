@@ -24,6 +24,7 @@ from hnkit.scaled.digits.scenes import (
     CELLS,
     COLOURS,
     EMPTY,
+    KIND_WEIGHTS,
     KINDS,
     NUMBERS,
     RELATIONS,
@@ -38,7 +39,6 @@ from hnkit.scaled.digits.scenes import (
     truth_table,
 )
 from hnkit.scaled.digits.train.common import (
-    KIND_WEIGHTS,
     Average,
     PromptSampler,
     load_autoencoder,

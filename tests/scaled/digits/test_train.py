@@ -13,7 +13,7 @@ from torch import nn
 
 from hnkit.backend import backend_factory
 from hnkit.config import resolve_config
-from hnkit.scaled.digits.scenes import all_prompts, eval_prompts, train_prompts, training_mixture
+from hnkit.scaled.digits.scenes import KIND_WEIGHTS, all_prompts, eval_prompts, train_prompts, training_mixture
 from hnkit.scaled.digits.train import common, scorer, teacher
 from hnkit.scaled.digits.train.tokenizers import clip_tokenizer, gemma_tokenizer
 
@@ -39,8 +39,8 @@ def test_swaps_exchange_what_is_bound() -> None:
 def test_sampler_keeps_to_training_prompts_and_proportions() -> None:
     drawn = common.PromptSampler(3)(8000)
     assert {p.text for p in drawn} <= set(train_prompts())
-    counts, total = Counter(p.kind for p in drawn), sum(common.KIND_WEIGHTS.values())
-    for kind, weight in common.KIND_WEIGHTS.items():
+    counts, total = Counter(p.kind for p in drawn), sum(KIND_WEIGHTS.values())
+    for kind, weight in KIND_WEIGHTS.items():
         share = weight / total
         deviation = (counts[kind] - 8000 * share) / math.sqrt(8000 * share * (1 - share))
         assert abs(deviation) < 4.5  # one fixed seed; 4e-5 false alarms in six looks
@@ -50,8 +50,8 @@ def test_the_mixture_has_the_kinds_in_the_proportions_of_the_generator_s_trainin
     counts = Counter(PROMPTS[text].kind for text in training_mixture())
     assert set(training_mixture()) == set(train_prompts())
     assert Counter(training_mixture()).most_common()[-1][1] == 1, "the commonest kind stands there once"
-    total = sum(common.KIND_WEIGHTS.values())
-    for kind, weight in common.KIND_WEIGHTS.items():
+    total = sum(KIND_WEIGHTS.values())
+    for kind, weight in KIND_WEIGHTS.items():
         # a whole number of times, five at the least: a tenth of it at most
         assert counts[kind] / sum(counts.values()) == pytest.approx(weight / total, rel=0.1)
 
