@@ -330,7 +330,7 @@ def test_held_out_prompts_scores_and_images(tmp_path, fake):
     card = (tmp_path / "run/adapter/README.md").read_text()
     for text in (
         "fake",
-        "2 brightness",
+        "brightness (weight 2)",
         "40 steps of 4 samples",
         "effective alpha = 1",
         "KL (Stein form):",
