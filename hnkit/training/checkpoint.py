@@ -57,7 +57,7 @@ class DamagedCheckpointError(Exception):
 
 
 def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `step` and remove all but the `keep` newest.
+    """Write the checkpoint of `step` and remove all but it and the newest others, `keep` in all.
 
     Args:
         run: the run folder.
@@ -96,7 +96,8 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], state: 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in _folders(run)[keep:]:
+    others = [folder for folder in _folders(run) if folder != final]  # some may claim to be newer than this one
+    for old in others[keep - 1 :]:
         if {path.name for path in old.iterdir()} <= set(CHECKPOINT_FILES):  # what somebody put there is kept
             _remove(old)
     return final

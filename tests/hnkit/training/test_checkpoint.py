@@ -296,6 +296,14 @@ def test_what_somebody_put_into_a_folder_is_kept_when_it_is_replaced(tmp_path):
     assert outside.read_text() == "mine"
 
 
+def test_what_has_just_been_written_stays_whatever_claims_to_be_newer(tmp_path):
+    for step in (99_999_997, 99_999_998, 99_999_999):
+        save(tmp_path, step)
+    written = save(tmp_path, 8)
+    assert names(tmp_path) == ["step-00000008", "step-99999998", "step-99999999"]
+    assert load_checkpoint(written).step == 8
+
+
 def test_checkpoints_are_ordered_by_number_and_only_hnkit_s_own_are_removed(tmp_path):
     for step in (5, 6):
         save(tmp_path, step)
