@@ -105,6 +105,12 @@ def gradients(backend: BackendBase, x: Tensor, prompts: Sequence[str]) -> tuple[
     return value.detach(), slope
 
 
+def bounded(slope: Tensor, bound: float) -> Tensor:
+    """Gradients `(n, c, h, w)`, longer ones cut to a norm of `bound`."""
+    size = slope.flatten(1).norm(dim=1).clamp(min=1e-9)
+    return slope * (bound / size).clamp(max=1)[:, None, None, None]
+
+
 def normal(backend: BackendBase, rows: int, generator: torch.Generator) -> Tensor:
     return torch.randn(rows, *backend.noise_shape, generator=generator).to(backend.device)
 
@@ -288,7 +294,7 @@ def ascended(
 
     def objective(u: Tensor) -> tuple[Tensor, Tensor]:
         value, slope = gradients(backend, u, prompts)
-        slope = slope * (bound / slope.flatten(1).norm(dim=1).clamp(min=1e-9)).clamp(max=1)[:, None, None, None]
+        slope = bounded(slope, bound)
         return value / alpha - (u - x).flatten(1).square().sum(1) / 2, slope / alpha - (u - x)
 
     u, step = x.clone(), torch.full((len(x),), 0.1, device=x.device)
@@ -341,8 +347,7 @@ def stored(name: str, seed: int, batch: int = 64) -> dict[str, Any]:
         if recipe.correlation < 1:
             s = recipe.correlation + (1 - recipe.correlation) * torch.rand(batch, 1, 1, 1, generator=draw)
             x = s * x + (1 - s * s).sqrt() * normal(backend, batch, draw)
-        norm = slope.flatten(1).norm(dim=1).clamp(min=1e-9)
-        slope = slope * (recipe.bound / norm).clamp(max=1)[:, None, None, None]
+        slope = bounded(slope, recipe.bound)
         delta = backend.map_for([data["prompts"][row] for row in rows.tolist()])(x)
         loss = (delta.square() / 2 - delta * slope / recipe.alpha).flatten(1).sum(1).mean() * recipe.alpha
         optimizer.zero_grad()

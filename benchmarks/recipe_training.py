@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from earning import ascended, gradients, load, normal, rewards, split
+from earning import ascended, bounded, gradients, load, normal, rewards, split
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -121,8 +121,7 @@ class Steered(nn.Module):
                 leaf = x if x.requires_grad else x.detach().requires_grad_()
                 value = rewards(self.backend, leaf, condition.prompts, condition).sum()
                 (slope,) = torch.autograd.grad(value, leaf, create_graph=x.requires_grad)
-            size = slope.flatten(1).norm(dim=1).clamp(min=1e-9)
-            slope = slope * (self.recipe.bound / size).clamp(max=1)[:, None, None, None]
+            slope = bounded(slope, self.recipe.bound)
             # the gradient moves the input of the network and, by itself, the delta
             seen, direct = self.hint.weight.chunk(2, dim=1)
             delta = self.network(x + nn.functional.conv2d(slope, seen), condition)
@@ -239,8 +238,7 @@ def regressed(
     if recipe.objective == "proximal map":
         return names, x, ascended(backend, x, names, recipe.alpha, 5, recipe.bound) - x
     slope = gradients(backend, x, names)[1]
-    size = slope.flatten(1).norm(dim=1).clamp(min=1e-9)
-    return names, x, slope * (recipe.bound / size).clamp(max=1)[:, None, None, None] / recipe.alpha
+    return names, x, bounded(slope, recipe.bound) / recipe.alpha
 
 
 def pooled(

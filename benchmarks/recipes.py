@@ -220,6 +220,12 @@ def rounded(values: Tensor) -> list[float]:
     return [round(value, 6) for value in values.tolist()]
 
 
+def append(file: Path, record: dict[str, Any]) -> None:
+    """Add a record to a file of JSON lines."""
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record) + "\n")
+
+
 def job(name: str, seed: int, device: str, out: Path) -> None:
     """Train one recipe with one seed and append what is measured to the file of that run."""
     recipe, spent = RECIPES[name], 0.0
@@ -230,8 +236,7 @@ def job(name: str, seed: int, device: str, out: Path) -> None:
         spent += time.perf_counter() - began
         found = figures(steered, yard, spectrum=recipe.bundled)
         record = {"recipe": name, "seed": seed, "step": step, "averaged": averaged, "seconds": spent, "device": device}
-        with (out / f"{name.replace(' ', '-')}.{seed}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**record, **found, "settings": asdict(recipe)}) + "\n")
+        append(out / f"{name.replace(' ', '-')}.{seed}.jsonl", {**record, **found, "settings": asdict(recipe)})
         began = time.perf_counter()
     (out / f"{name.replace(' ', '-')}.{seed}.done").touch()
 
@@ -248,8 +253,7 @@ def measure_checkpoint(checkpoint: Path, device: str, out: Path) -> None:
     record = {"recipe": TRAINING, "seed": found.state["config"]["train"]["seed"], "step": found.step, "averaged": True}
     settings = asdict(replace(ON, batch=found.state["config"]["train"]["batch"]))
     measured = figures(steered, yardstick(device, out, SCORER), spectrum=False)
-    with (out / f"{TRAINING.replace(' ', '-')}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**record, "seconds": 0.0, **measured, "settings": settings}) + "\n")
+    append(out / f"{TRAINING.replace(' ', '-')}.jsonl", {**record, "seconds": 0.0, **measured, "settings": settings})
 
 
 def worker(queue: multiprocessing.Queue[tuple[str, int] | None], device: str, out: Path) -> None:
@@ -259,8 +263,7 @@ def worker(queue: multiprocessing.Queue[tuple[str, int] | None], device: str, ou
         try:
             job(*item, device, out)
         except Exception as error:  # noqa: BLE001, recorded
-            with (out / "failed.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"recipe": item[0], "seed": item[1], "error": repr(error)}) + "\n")
+            append(out / "failed.jsonl", {"recipe": item[0], "seed": item[1], "error": repr(error)})
 
 
 def run(names: Sequence[str], seeds: Sequence[int], device: str, workers: int, seconds: float, out: Path) -> None:

@@ -105,6 +105,7 @@ def _plan(config: RunConfig, options: Options) -> int:
     if options.as_json:
         terminal.print_json(as_document(plan))
     else:
+        screen = terminal.console()
         for line in as_text(plan).splitlines():
-            terminal.console().print(terminal.Words(line))
+            screen.print(terminal.Words(line))
     return 0
