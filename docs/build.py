@@ -175,7 +175,7 @@ def build(out: Path) -> list[Path]:
 
 def main() -> int:
     """Build into the folder that the command line names."""
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(__doc__, file=sys.stderr)
         return 2
     out = Path(sys.argv[1])

@@ -79,6 +79,7 @@ def _flagged(text: str) -> str:
 
 def configuration() -> str:
     """The page of configuration: every key of every table, with its type, default, range and meaning."""
+    from hnkit import config
     from hnkit.backend import backend_factory, installed_names
     from hnkit.config import GenerateSettings, TrainConfig
 
@@ -87,6 +88,8 @@ def configuration() -> str:
         "",
         "A run is described by one TOML file (`--config FILE`); `--set TABLE.KEY=VALUE` overrides one key, and many",
         "keys of `[train]` have a flag of their own. The file that a run writes, `config.toml`, holds every value.",
+        "",
+        _paragraph(config.__doc__).partition("\n\n")[2],
         "",
         "## [train]",
         "",
@@ -174,6 +177,8 @@ def api() -> Iterator[tuple[str, str]]:
     yield "api.md", "\n".join(lines)
     for room, modules in rooms().items():
         text = [f"# {room}", ""]
+        if room not in modules:  # a package that makes nothing itself: what it says of its modules
+            text += ["```{eval-rst}", f".. automodule:: {room}", "   :no-members:", "```", ""]
         for module in modules:
             text += [f"## {module}", ""] * (module != room)
             text += ["```{eval-rst}", f".. automodule:: {module}", "   :ignore-module-all:", "```", ""]

@@ -171,6 +171,14 @@ def test_site_has_every_key_and_flag(site):
         assert flag in commands, flag
 
 
+def test_site_says_what_packages_say_of_their_modules(site):
+    """Which source of a setting wins, above all, where settings are looked up and where they are described."""
+    for page in ("configuration", "hnkit.config"):
+        text = re.sub("<[^>]+>", "", (site / "reference" / f"{page}.html").read_text(encoding="utf-8"))
+        assert "Later sources win: the dataclasses’ defaults, the backend’s preset" in text, page
+        assert "Bases: object" not in text
+
+
 def test_the_package_speaks_of_itself():
     """No path of a machine and no registry host in what is shipped."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
