@@ -35,7 +35,7 @@ class Quantity:
     def text(self) -> str:
         """`value +- stderr (+ bias bound)`; a bound is rounded to its own side."""
         if self.side and self.stderr is None and math.isfinite(self.value):
-            return (rounded_up if self.side == "upper" else rounded_down)(self.value, 5)
+            return (rounded_up if self.side == "upper" else rounded_down)(self.value)
         return format_estimate(self.value, self.stderr, self.bias_bound)
 
     @classmethod

@@ -318,7 +318,7 @@ class Frontier:
         """
         least = min(len(r) for r in self.base)
         if not 1 <= n <= least:
-            raise InputError(f"best of {n}: give a number from 1 to {least}, the base samples of a prompt")
+            raise InputError(f"best-of-{n}: give a number from 1 to {least}, the base samples of a prompt")
         gain = over_prompts(torch.stack([_mean_of_best(r, n) - r.mean() for r in self.base]))
         return BestOf(n, math.log(n) - (n - 1) / n, gain.value, gain.stderr)
 

@@ -131,7 +131,7 @@ def gap_sentence(name: str, gap: Mapping[str, Any]) -> str:
     law, confidence = f"the law that its temperature {gap['alpha']:.3g} names", f"{100 * gap['confidence']:.0f} %"
     bound = f"{name} is at least {rounded_down(gap['lower'], 3)} nats ({confidence}) from {law}"
     if gap["lower"] <= 0:
-        bound = f"these images do not show ({confidence}) that {name} is away from {law}"
+        bound = f"These images do not show ({confidence}) that {name} is away from {law}"
     if gap["estimate"] is None:
         return (
             f"{bound}; how far exactly cannot be told, since {gap['effective']:.2g} base samples a prompt are "
@@ -154,10 +154,8 @@ def share(method: Mapping[str, Any]) -> str:
     """The efficiency with its error bar, in percent; nothing where it is not known."""
     if method["efficiency"] is None:
         return ""
-    stderr = method["efficiency_stderr"]
-    error = " ± unknown " if stderr is None else f" ± {100 * stderr:.0f}"
     least = "at least " if method.get("nats_at_most") else ""
-    return f"{least}{100 * method['efficiency']:.0f}{error} %"
+    return f"{least}{format_estimate(100 * method['efficiency'], 100 * or_nan(method['efficiency_stderr']))} %"
 
 
 _UNTOLD = "not known to 100 %"
@@ -181,7 +179,7 @@ def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
     ]
     rows += [
         (
-            f"best of {entry['n']}",
+            f"best-of-{entry['n']}",
             f"at most {rounded_up(entry['nats'], 3)}",
             format_estimate(entry["gain"], or_nan(entry["stderr"])),
             "",
@@ -226,6 +224,6 @@ def section(document: Mapping[str, Any], picture: bytes | None, *, say: Sequence
             "one standard error over prompts."
         )
         headers, rows = table(document)
-        blocks += [] if picture is None else [Picture(picture, caption)]
+        blocks += [] if picture is None else [Picture(picture, "The frontier, and where each method lies under it.")]
         blocks.append(Table(headers, tuple(rows), caption))
     return Section("Reward per nat", tuple(blocks))

@@ -285,7 +285,7 @@ def frontier(
     axes.fill_between(nats, gain - 2 * error, gain + 2 * error, color=curve, alpha=0.15, linewidth=0)
     axes.plot(nats, gain, color=curve, label="the most that any law can gain (± 2 standard errors)")
     best_nats, best_gain = [entry["nats"] for entry in within], [entry["gain"] for entry in within]
-    axes.plot(best_nats, best_gain, "o", color=GREY, markersize=4.5, label="best of N (nats: an upper bound)")
+    axes.plot(best_nats, best_gain, "o", color=GREY, markersize=4.5, label="best-of-N (nats: an upper bound)")
     for entry in within:
         axes.annotate(
             str(entry["n"]),

@@ -11,7 +11,7 @@ from torch import Tensor
 from hnkit.errors import InputError
 from hnkit.frontier import GapBound, Rewards, frontier_document, gap_lower_bound, methods_on_frontier, no_frontier
 from hnkit.frontier.measured import FAITHFUL
-from hnkit.frontier.page import nats_text
+from hnkit.frontier.page import nats_text, share
 from hnkit.internal.stats import rounded_down
 from hnkit.internal.values import or_nan
 from hnkit.output.page import Table, format_estimate
@@ -101,7 +101,7 @@ def frontier_table(document: Document) -> Table:
                 network_label(name),
                 nats_text(method),
                 format_estimate(method["gain"], or_nan(method["stderr"])),
-                _share(method),
+                share(method) or "–",
                 "–" if method["gap"] is None else f"at least {rounded_down(method['gap']['lower'], 3)}",
             )
         )
@@ -115,14 +115,6 @@ def frontier_table(document: Document) -> Table:
     return Table(
         ("method", "nats", "gain in reward", "efficiency", "nats from its target"), tuple(body), caption + _gaps(found)
     )
-
-
-def _share(method: Mapping[str, Any]) -> str:
-    """The efficiency with its error, in percent."""
-    if method["efficiency"] is None:
-        return "–"
-    least = "at least " if method["nats_at_most"] else ""
-    return f"{least}{format_estimate(100 * method['efficiency'], 100 * or_nan(method['efficiency_stderr']))} %"
 
 
 def _gaps(found: Mapping[str, Any]) -> str:

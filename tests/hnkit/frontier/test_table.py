@@ -184,7 +184,7 @@ def test_at_a_hopeless_temperature_only_the_bound_is_said(tmp_path):
         assert ("is the estimate" in words) == told
         shown = gap.lower > 0
         assert (f"at least {rounded_down(gap.lower, 3)} nats (95 %)" in words) == shown
-        assert words.startswith("these images do not show (95 %) that ours is away from the law") != shown
+        assert words.startswith("These images do not show (95 %) that ours is away from the law") != shown
     assert gap.lower > 10
     assert "how far exactly cannot be told" in words
 
