@@ -10,16 +10,20 @@ from statistics import median
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from hnkit.backend import Backend, completed, image_noise
-from hnkit.internal.files import read_sealed, write_sealed
+from hnkit.internal.files import atomic_write, file_digest, read_plain, read_sealed, write_sealed
 from hnkit.internal.seeds import image_seed
 from hnkit.internal.values import finite, or_nan, typed_values
 from hnkit.internal.workers import ALONE, Workers, shared_out
 from hnkit.maps import Condition, slices
 from hnkit.rewards import RewardSum
 from hnkit.scaled.compare.baselines import Cost, Method, Outcome
+
+_IMAGES, _SUFFIX = "images", ".safetensors"
+"""The key of a part under which its images have their digest, and their file is beside it."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Job:
         batch: images at once.
         seed: the seed of the comparison.
         folder: where chunks are kept.
+        shown: prompts, from the first, of which the images of the first noise are kept beside their scores.
     """
 
     name: str
@@ -110,6 +115,7 @@ class Job:
     batch: int
     seed: int
     folder: Path
+    shown: int = 0
 
     @property
     def chunks(self) -> list[tuple[int, slice]]:
@@ -119,21 +125,49 @@ class Job:
     def chunk(self, index: int, chunk: slice) -> tuple[list[Row], Cost]:
         """The rows and the cost of one chunk, made if they are not on the disk."""
         part = self.prompts[chunk]
-        path = self.folder / f"{self.name}-steps{self.steps}-seed{index}-from{chunk.start}.json"
+        path = self._path(index, chunk)
         found = _read(path, part)
         if found is None:
-            outcome = images_of(self.method, self.backend, part, image_seeds(self.seed, part, index), self.steps)
+            outcome = self._made(index, chunk)
             document = _document(outcome, part, index, self.backend, self.scorer)
             self.folder.mkdir(parents=True, exist_ok=True)
+            if shown := self._shown(index, chunk):
+                document[_IMAGES] = _kept(path, outcome.images[:shown])
             write_sealed(path, document)
             found = _parsed(document)
         return found
 
+    def shown_images(self) -> Tensor:
+        """The images of the first noise of the first `shown` prompts, float32 on the CPU: those that were scored.
+
+        What the folder has lost of them is made again.
+        """
+        parts = []
+        for index, chunk in self.chunks:
+            if count := self._shown(index, chunk):
+                self.chunk(index, chunk)
+                path = self._path(index, chunk)
+                file, document = path.with_suffix(_SUFFIX), read_part(path)
+                if not (file.is_file() and document.get(_IMAGES) == file_digest(file)):
+                    images = self._made(index, chunk).images[:count]
+                    write_sealed(path, document | {_IMAGES: _kept(path, images)})
+                parts.append(load(read_plain(file))[_IMAGES])
+        return torch.cat(parts)
+
     def warm_up(self) -> None:
         """Make the first chunk and forget it: what a first pass sets up is in no figure of time."""
-        index, chunk = self.chunks[0]
+        self._made(*self.chunks[0])
+
+    def _path(self, index: int, chunk: slice) -> Path:
+        return self.folder / f"{self.name}-steps{self.steps}-seed{index}-from{chunk.start}.json"
+
+    def _made(self, index: int, chunk: slice) -> Outcome:
         part = self.prompts[chunk]
-        images_of(self.method, self.backend, part, image_seeds(self.seed, part, index), self.steps)
+        return images_of(self.method, self.backend, part, image_seeds(self.seed, part, index), self.steps)
+
+    def _shown(self, index: int, chunk: slice) -> int:
+        """How many images of a chunk are shown, from its first."""
+        return 0 if index else max(0, min(chunk.stop, self.shown) - chunk.start)
 
     def result(self) -> Evaluation:
         """All chunks together."""
@@ -157,6 +191,17 @@ def evaluate_in_turn(jobs: Sequence[Job], workers: Workers = ALONE) -> None:
         for job in jobs:
             job.chunk(*place)
     workers.gather(None)  # nobody reads before all have written
+
+
+def without_images(job: Job, workers: Workers) -> str:
+    """One sentence where there are fewer chunks than processes, else nothing."""
+    chunks = len(job.chunks)
+    if chunks >= workers.count:
+        return ""
+    return (
+        f"{chunks} batches of prompts and seeds for {workers.count} processes, so that {workers.count - chunks} make "
+        f"no images: a compare.batch below {job.batch} makes more of them"
+    )
 
 
 def images_of(
@@ -202,6 +247,13 @@ def _document(outcome: Outcome, prompts: Sequence[str], seed: int, backend: Back
     ]
     document: dict[str, Any] = finite({"prompts": list(prompts), "rows": rows, "cost": asdict(outcome.cost)})
     return document
+
+
+def _kept(path: Path, images: Tensor) -> str:
+    """Keep the images of a part beside it; the digest of their file."""
+    file = path.with_suffix(_SUFFIX)
+    atomic_write(file, save({_IMAGES: images.float().cpu().contiguous()}))
+    return file_digest(file)
 
 
 def _parsed(document: Mapping[str, Any]) -> tuple[list[Row], Cost]:

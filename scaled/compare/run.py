@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from hnkit.adapters import adapter_digests, load_backend
@@ -19,10 +20,8 @@ from hnkit.backend import Backend, Reward, backend_factory
 from hnkit.errors import InputError
 from hnkit.internal.files import (
     atomic_write,
-    file_digest,
     new_run_folder,
     pasted,
-    read_plain,
     resumable,
     write_json,
     write_sealed,
@@ -47,7 +46,15 @@ from hnkit.scaled.compare.baselines import (
     find_proposer,
 )
 from hnkit.scaled.compare.diversity import DinoSimilarity, Lpips, Metric, pixel_distance
-from hnkit.scaled.compare.evaluation import Evaluation, Job, Scorer, evaluate_in_turn, image_seeds, images_of, read_part
+from hnkit.scaled.compare.evaluation import (
+    Evaluation,
+    Job,
+    Scorer,
+    evaluate_in_turn,
+    images_of,
+    read_part,
+    without_images,
+)
 from hnkit.scaled.compare.frontier import frontier_part
 from hnkit.scaled.compare.nats import NetworkKL, kept_block, network_kl
 from hnkit.scaled.compare.networks import Network, average_of, given, trained
@@ -220,6 +227,8 @@ class _Session:
                 for n in (f"hypernoise-rank{rank}", f"direct-rank{rank}")
             ]
         jobs += [(f"network kl-{k}", lambda k=k: self._network(f"kl-{k}", kl=k)) for k in plan.losses]  # type: ignore[misc]
+        if self.workers.index == 0 and (idle := without_images(self._job("base"), self.workers)):
+            print(f"hnkit: {idle}", file=sys.stderr)
         results: dict[str, Any] = {}
         parts: list[tuple[str, str, Callable[[], Any]]] = [
             ("table_1", "table 1: methods", self._table_1),
@@ -326,6 +335,7 @@ class _Session:
             self.plan.batch,
             self.plan.seed,
             self.folder / "parts",
+            self.plan.grid if at == 1 and name in self.plan.methods else 0,
         )
 
     def _evaluate(self, name: str, *, at: int = 1) -> Evaluation:
@@ -496,21 +506,8 @@ class _Session:
 
     def _grid(self) -> dict[str, Any]:
         prompts = list(self.settings.prompts[: self.plan.grid])
-        seeds = image_seeds(self.plan.seed, prompts, 0)
-        path = self.folder / "parts" / "grid.safetensors"
-        seal = path.with_suffix(".json")
-        images: dict[str, Tensor] = {}
-        if path.is_file() and read_part(seal) == {"sha256": file_digest(path)}:
-            images = load(read_plain(path))
-        missing = [name for name in self.plan.methods if name not in images]
-        for name in missing:
-            network = self.networks.get(name)
-            backend = self.base if network is None else network.backend
-            images[name] = self._images(self._method(name), backend, prompts, seeds)
-        if missing:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, save({name: tensor.contiguous() for name, tensor in images.items()}))
-            write_sealed(seal, {"sha256": file_digest(path)})
+        images = {name: self._job(name).shown_images() for name in self.plan.methods}
+        atomic_write(self.folder / "parts" / "grid.safetensors", save(images))
         judge = self.scorer.judge
         verdicts = {} if judge is None else {name: judge(images[name], prompts).tolist() for name in self.plan.methods}
         return {"prompts": prompts, "methods": list(self.plan.methods), "correct": verdicts}

@@ -229,7 +229,7 @@ FLAGS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
                                "adapter-path")),
     (("train", *DIGITS), "--model-id", ("absent", "folder", "precious.txt", LONG)),
     (TRAIN, "--out", ("folder", "precious.txt", "precious.txt/below", "loop", "loop/below", "dangling", LONG, "")),
-    (("train", "--backend", "toy", "--plan"), "--card", ("", "abacus", "H100", "24", LONG)),
+    (("train", "--backend", "toy", "--plan"), "--card", ("", "abacus", "h1000", "24", LONG)),
     (("train",), "--resume", (*NONE_SUCH, "run-cut", "run-foreign", "run-key", "run-code", "precious.txt")),
     (TRAIN, "--set", SETS),
     (("generate",), "--backend", ("", "nonesuch", "toy", LONG)),

@@ -18,7 +18,7 @@ from hnkit.config import RewardSpec, resolve_config
 from hnkit.output import terminal
 from hnkit.scaled.pipelines.published import PUBLISHED_MODELS
 from hnkit.training.plan import plan
-from hnkit.training.plan.cards import RESERVED, find_card
+from hnkit.training.plan.cards import CARDS, RESERVED, find_card
 from hnkit.training.plan.count import DECODER, GENERATOR, REWARDS, F
 from hnkit.training.plan.ledger import stored
 from hnkit.training.plan.plan import Counter, plan_training
@@ -278,6 +278,8 @@ def test_what_a_plan_cannot_follow_is_one_line(checkpoint, tmp_path):
     card = find_card("h100")
     with pytest.raises(InputError, match="unknown card 'abacus': accepted are rtx-3090"):
         find_card("abacus")
+    assert {find_card(name) for name in ("H100", "h 100", "H100 SXM 80 GB")} == {card}
+    assert find_card("RTX_4090") == find_card("GeForce RTX 4090") == CARDS["rtx-4090"]
     with pytest.raises(InputError, match=r"no plan for train\.kl = 'arnoldi'"):
         plan_training(configured("sana", checkpoint, "train.kl=arnoldi"), card)
     with pytest.raises(InputError, match="no plan for 'nobody/nothing': its configuration is not here"):

@@ -66,11 +66,16 @@ SHARE = 0.4
 
 
 def find_card(name: str) -> Card:
-    """The card of this name.
+    """The card of this name, or of its maker's, in upper or lower case, with spaces or hyphens.
 
     Raises:
         InputError: it is not among the known ones.
     """
-    if name not in CARDS:
-        raise InputError(f"unknown card {name!r}: accepted are {', '.join(CARDS)}")
-    return CARDS[name]
+    for card in CARDS.values():
+        if _plain(name) in (_plain(card.name), _plain(card.title)):
+            return card
+    raise InputError(f"unknown card {name!r}: accepted are {', '.join(CARDS)}")
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())

@@ -227,14 +227,16 @@ def test_damaged_parts_are_found_out_again(finished, tmp_path):
     shutil.copytree(out, run, copy_function=shutil.copyfile)
     kinds = ("base-", "reno-", "diversity-", "blocks-of-hypernoise/kl-")
     damaged = [next((run / "parts").glob(f"{kind}*.json")) for kind in kinds]
-    before = {path: path.read_bytes() for path in [*damaged, run / "parts" / "grid.safetensors"]}
+    images = [run / "parts" / name for name in ("grid.safetensors", "direct-steps1-seed0-from0.safetensors")]
+    before = {path: path.read_bytes() for path in [*damaged, *images]}
     for path in damaged:
         altered = re.sub(r"\.\d", lambda found: f".{9 - int(found[0][1])}", path.read_text(), count=1)
         assert altered.encode() != before[path]
         path.write_text(altered)
-    grid = bytearray(before[run / "parts" / "grid.safetensors"])
-    grid[-9] ^= 16
-    (run / "parts" / "grid.safetensors").write_bytes(grid)
+    for path in images:
+        altered = bytearray(before[path])
+        altered[-9] ^= 16
+        path.write_bytes(altered)
     again = COMPARISON("sana", resume=run)
     assert again["table_1"][0]["scores"] == document["table_1"][0]["scores"]
     assert again["l2"] == document["l2"]
@@ -487,6 +489,39 @@ def test_an_image_does_not_depend_on_batch_order_or_number_of_prompts(make_backe
     for batch, prompts in ((1, tiny.PROMPTS), (3, tiny.PROMPTS[::-1]), (2, tiny.PROMPTS[2:])):
         for image, values in scores(batch, prompts).items():
             torch.testing.assert_close(values, whole[image], atol=1e-6, rtol=0)
+
+
+def test_the_grid_shows_the_images_that_were_scored(make_backend, tmp_path, monkeypatch):
+    """A method that takes minutes an image is not run again for a picture, and by one process while others wait."""
+    backend, made = make_backend("sana"), []
+    scorer = Scorer(RewardSum([CallableReward("redness", 1.0, lambda images, _: redness(images))]), RewardSum([]), None)
+    shown = 3  # more than a chunk, and not all
+    job = Job(
+        "base", Base("base"), backend, tiny.PROMPTS, scorer, seeds=2, steps=1, batch=2, seed=5, folder=tmp_path,
+        shown=shown,
+    )  # fmt: skip
+    rows = [row for row in job.result().rows if row.seed == 0][:shown]
+    counted = evaluation.images_of
+    monkeypatch.setattr(evaluation, "images_of", lambda *words: made.append(words[2]) or counted(*words))
+    images = job.shown_images()
+    assert not made
+    assert images.dtype == torch.float32
+    assert redness(images).tolist() == pytest.approx([row.scores["reward"] for row in rows], abs=1e-6)
+    assert len({row.scores["reward"] for row in rows}) == shown
+    (kept,) = tmp_path.glob("*seed0-from0.safetensors")
+    content = kept.read_bytes()
+    for damage in (content[:-1] + bytes([content[-1] ^ 1]), None):
+        kept.unlink() if damage is None else kept.write_bytes(damage)
+        made.clear()
+        assert torch.equal(job.shown_images(), images)
+        assert made == [tiny.PROMPTS[:2]]
+        assert kept.read_bytes() == content
+    assert job.result().rows[:1] == tuple(rows[:1])
+    # four batches: two of each noise
+    assert not evaluation.without_images(job, SimpleNamespace(count=4))
+    assert evaluation.without_images(job, SimpleNamespace(count=6)).startswith(
+        "4 batches of prompts and seeds for 6 processes, so that 2 make no images: a compare.batch below 2 "
+    )
 
 
 def test_methods_take_turns_and_their_seconds_are_medians(make_backend, tmp_path, monkeypatch):
