@@ -135,6 +135,14 @@ def test_pages_of_reports_are_shown_at_the_width_of_the_reader(site):
     assert not re.search(r"\\\|", commands + robustness)
 
 
+def test_figures_of_the_site_stay_on_one_line(site):
+    """`0.66 ± 0.10` and `45 %` are held together by no-break spaces, everywhere but in what is to be copied."""
+    for name in ("index", "docs/earning", "docs/digits"):
+        text = re.sub(r"(?s)<pre>.*?</pre>|<[^>]+>", "", (site / f"{name}.html").read_text(encoding="utf-8"))
+        assert "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}" in text, name
+        assert not re.search(r"\d (?:± \d|%)", text), name
+
+
 def test_site_needs_no_network(site):
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text(encoding="utf-8"))
