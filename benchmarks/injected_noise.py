@@ -2,8 +2,8 @@
 
 Short runs of one recipe that differ in one thing each: the L2 loss without injected noise; injected noise with one
 draw, by the gradient through reward and generator; and by the score function with four draws, on a copy of the reward
-that has no gradient, at the same number of reward calls and at four times as many. Gains are on held-out prompts. Four
-draws by the gradient were measured up to the day that `EARLIER` names; training has refused them since.
+that has no gradient, at the same number of reward calls and at four times as many; and both on a reward of the image
+alone that is smooth over the noise. Gains are on held-out prompts. Four draws by the gradient were measured up to the day that `EARLIER` names; training has refused them since.
 
     python benchmarks/injected_noise.py                 all runs, half an hour of one core
     python benchmarks/injected_noise.py --only l2       one of them
@@ -48,7 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "injection": SHARE, "draws": 4, "batch": BATCH // 4, "reward_gradient": "score-function",
     },
     "score function, four times the calls": {"injection": SHARE, "draws": 4, "reward_gradient": "score-function"},
-    "ink on the left": {"injection": SHARE, "alpha": 1.0},
+    "ink on the left, injected": {"injection": SHARE, "alpha": 1.0},
     "ink on the left, score function, as many calls": {
         "injection": SHARE, "draws": 4, "batch": BATCH // 4, "reward_gradient": "score-function", "alpha": 1.0,
     },

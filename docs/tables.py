@@ -276,15 +276,16 @@ def injected_noise() -> str:
         )
         gain = format_estimate(run["gain"], run["gain_stderr"])
         used = "yes" if run["gradient_of_the_reward"] else "no"
-        length = f" ({run['settings']['steps']} steps)" if "steps" in run["settings"] else ""
-        rows.append((run["name"] + length, used, f"{run['reward_calls']:,}", gain, nats, f"{run['cpu_seconds']} s"))
+        alpha = f", alpha {run['settings']['alpha']:g}" if "alpha" in run["settings"] else ""
+        rows.append((run["name"] + alpha, used, f"{run['reward_calls']:,}", gain, nats, f"{run['cpu_seconds']} s"))
     gains = {run["name"]: run["gain"] for run in document["runs"]}
     draws = next((run for run in document["runs"] if "measured_until" in run), None)
     images = document["runs"][0]["images"]
     caption = (
         f"{document['common']['steps']} steps, one seed each; ± is the error over {images} held-out images, not over "
         "seeds. Nats without injected noise are the mean KL integrand, a lower bound of the KL where x + f(x) folds; "
-        "the others are the proved bound."
+        "the others are the proved bound. The reward is the miniature's own unless the row names another, at a "
+        "temperature of its own."
     )
     if draws is not None:
         share = 100 * draws["gain"] / gains["l2"]
