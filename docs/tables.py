@@ -419,7 +419,9 @@ def compiled() -> str:
                 f"{found['ratio']:.2f} ({least:.2f} to {most:.2f})",
                 f"{found['compiling']:.0f} s",
                 f"{found['compiling'] / gained:,.0f}" if gained > 0 else "never",
-                f"{found['losses_apart']:.0e}",
+                f"{found['regions_run']['forward']} of {found['block_calls']}; {found['graphs']}, "
+                f"{found['graph_breaks']} breaks",
+                f"{found['losses_apart']:.0e}" if found["losses_apart"] else "equal",
             )
         )
     caption = (
@@ -427,11 +429,13 @@ def compiled() -> str:
         f"{document['rows']} rows of 256 tokens, rank {document['rank']}, torch {document['torch']}, one thread of a "
         "CPU; seconds are CPU time. Both kinds of step were taken in turn, after two of each that do not count; the "
         "ratio is the median over pairs, with quartiles. Compiling is of f and generator, with the comparison that it "
-        "is refused by if they differ, and comes once a process. On a card it has not been measured."
+        "is refused by if they differ, and comes once a process. Calls are of repeated blocks in one more step, by "
+        "torch's profile of it. Losses are of the last step, in float32, and may well be "
+        "equal: the rounding of a block is far below that of a mean over an image. On a card it has not been measured."
     )
     headers = (
         "network", "steps per second", "compiled", "ratio", "compiling", "steps that repay it",
-        "losses apart, relative",
+        "calls that ran compiled; graphs", "losses apart, relative",
     )  # fmt: skip
     return to_markdown(Table(headers, tuple(rows), caption))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,8 @@ def run(options: Options) -> int:
     from hnkit.output.page import Code, Section, write_html
     from hnkit.training.processes import evaluation_workers
 
+    if options.backend is None and int(os.environ.get("RANK", "0")):
+        return 0  # a table of rewards is no work to share out: one of several processes does it
     refuse_existing(options.out)
     extra: dict[str, Any] = {}
     workers = ALONE

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -136,7 +137,7 @@ def run(options: Options) -> int:
     from hnkit.internal.folders import require_resumable
     from hnkit.internal.provenance import provenance
     from hnkit.output import terminal
-    from hnkit.training.processes import evaluation_workers
+    from hnkit.training.processes import evaluation_workers, said_once
 
     folder, asked, before = None, options, None
     if options.resume is None:
@@ -145,15 +146,16 @@ def run(options: Options) -> int:
         folder = resumed_folder(str(options.resume), options.out, "verify", PLAN)
         require_resumable(folder, "verify")
         if (finished := finished_report(folder)) is not None:
-            if options.as_json:
+            speaks = os.environ.get("RANK", "0") == "0"  # one of several processes
+            if speaks and options.as_json:
                 terminal.print_json({**finished, "run_folder": str(folder)})
-            else:
+            elif speaks:
                 print(f"{folder} is finished, nothing to do; report: {folder / 'report.html'}")
             return 0 if finished["ok"] else 1
         asked, before = _asked_then(options, folder)
     workers = evaluation_workers(asked.backend, asked.all_overrides(), vars(options))
     if folder is not None and workers.count > 1:
-        raise InputError(f"--resume {folder} with {workers.count} processes: one process goes on: leave torchrun out")
+        raise said_once(f"--resume {folder} with {workers.count} processes: one process goes on: leave torchrun out")
     subject = loaded_subject(asked, None if before is None else before.prompts, workers)
     if folder is not None and before is not None:
         _require_same(folder, before, subject.inputs)

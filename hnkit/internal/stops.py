@@ -41,7 +41,12 @@ class Stopped(BaseException):
 
 def stopped_words(signum: int) -> str:
     """What is said of a command that a signal has ended, with the way on where there is one."""
-    return "; ".join([f"stopped by {signal.Signals(signum).name}", *_ADVICE[-1:]])
+    return with_advice(f"stopped by {signal.Signals(signum).name}")
+
+
+def with_advice(text: str) -> str:
+    """A line on what has ended a command, with the way on where there is one."""
+    return "; ".join([text, *_ADVICE[-1:]])
 
 
 @contextlib.contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from hnkit.backend import backend_factory
 from hnkit.errors import InputError
+from hnkit.internal.stops import with_advice
 from hnkit.internal.versions import installation
 from hnkit.internal.workers import ALONE, Workers
 from hnkit.maps import Condition
@@ -83,7 +85,7 @@ class Processes:
                 raise
         torch.distributed.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
-            raise _said_once(outcome[1])
+            raise said_once(outcome[1])
         result: Result = outcome[0]
         return result
 
@@ -111,7 +113,7 @@ class Processes:
             for name in dict.fromkeys([*everyone[0], *theirs]):
                 first, other = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
                 if first != other:
-                    raise _said_once(
+                    raise said_once(
                         f"process {index} has {name} = {other} where process 0 has {first}: start all processes with "
                         "the same settings and the same versions"
                     )
@@ -131,6 +133,33 @@ class Processes:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         torch.distributed.broadcast(flat, src=0)
         _unflatten(flat, tensors)
+
+
+class _Evaluating(Processes):
+    """Processes of a command that trains nothing, where one that has gone is one line that says the way on."""
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        with _noticed():
+            return super().on_main(work)
+
+    def gather(self, value: Any) -> list[Any]:
+        with _noticed():
+            return super().gather(value)
+
+
+@contextlib.contextmanager
+def _noticed() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not connection_lost(error):
+            raise
+        raise InputError(with_advice("another process has gone")) from error
+
+
+def connection_lost(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because its other side is gone; gloo has no exception of its own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 class SameEverywhere(nn.Module):
@@ -196,14 +225,14 @@ def evaluation_workers(backend: str | None, overrides: Sequence[str], settings: 
         return ALONE
     default = "auto" if backend is None else vars(backend_factory(backend).options()).get("device", "cpu")
     if _given(overrides, "backend.shard") == "true":
-        raise InputError("backend.shard: only hnkit train shares a network out over processes: leave it out here")
-    processes = Processes(_given(overrides, "backend.device") or str(default))
+        raise said_once("backend.shard: only hnkit train shares a network out over processes: leave it out here")
+    processes = _Evaluating(_given(overrides, "backend.device") or str(default))
     facts = {name: repr(value) for name, value in settings.items()}
     processes.require_same({"--backend": repr(backend), "--set": repr(tuple(overrides)), **facts})
     return processes
 
 
-def _said_once(message: str) -> InputError:
+def said_once(message: str) -> InputError:
     """Bad input that all processes know of: one of them says it."""
     error = InputError(message)
     error.everywhere = True

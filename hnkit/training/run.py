@@ -30,7 +30,7 @@ from hnkit.internal.stops import Stopped
 from hnkit.internal.values import number_of
 from hnkit.output import terminal
 from hnkit.training.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint, sweep
-from hnkit.training.processes import Heartbeat, Processes
+from hnkit.training.processes import Heartbeat, Processes, connection_lost
 from hnkit.training.recorder import METRICS, TIMINGS, Follower, Recorder, written_here
 from hnkit.training.report import OUTPUTS, finish_run, finished_report
 from hnkit.training.session import Session
@@ -252,7 +252,7 @@ def _run(
     except RuntimeError as error:
         if processes.count > 1 and stop.received:  # the others have stopped too, some before they could say so
             return _stopped(session, folder, again, 128 + stop.received)
-        if processes.count > 1 and _connection_lost(error):
+        if processes.count > 1 and connection_lost(error):
             raise InputError(f"another process has gone; go on with {again}") from error
         raise
     except InputError as error:
@@ -272,11 +272,6 @@ def _stopped(session: Session, folder: Path, again: str, code: int) -> TrainResu
     done = f"at step {session.step} after a checkpoint" if session.step else "before the first step"
     session.view.say(f"stopped {done}; go on with {again}", whole=True)
     return TrainResult(folder, session.step, False, code, session.skipped, {})
-
-
-def _connection_lost(error: RuntimeError) -> bool:
-    """Whether a collective operation failed because its other side is gone; gloo has no exception of its own."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 def _loop(

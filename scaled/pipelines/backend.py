@@ -8,7 +8,7 @@ place of the network, stopped at its first network call.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,7 +98,7 @@ class PipelineBackend(BackendBase):
             self.noise_shape = self.first_step.layout(options.sides, self.any_condition).shape
             self.last_layer = family.last_layer or find_last_layer(self._base, self.first_step, self.any_condition)
             self.hypernetwork = self._install(self._own_spec())
-            self._compile_generator()
+            self._compile_generator(self._base)
             if options.self_check and known is None and not waits_for_shards(options):
                 check(self)
 
@@ -307,37 +307,41 @@ class PipelineBackend(BackendBase):
         self._spec = spec
         zero_base = self.last_layer if self.objective == "hypernoise" else None
         twin = make_twin(self._base, spec, zero_base=zero_base, seed=options.seed, autocast=options.lora_autocast)
+        trained: list[Tensor] = [parameter for parameter in twin.parameters() if parameter.requires_grad]
         if self.objective == "direct":
             setattr(self.pipeline, self._network, twin)
             memory.set_checkpointing(twin, options.generator_checkpointing)
+            self._compile_generator(twin, trained)
             return NoDelta(twin)
         memory.set_checkpointing(twin, options.hypernetwork_checkpointing)
         advice = memory.advice(options)
         hypernetwork = HyperNetwork(self.first_step, twin, options.guidance, advice)
-        if options.compile != "no":
-            noise, one = self._any_row()
-            trained: list[Tensor] = [parameter for parameter in twin.parameters() if parameter.requires_grad]
-            with memory.moved_at_random(trained):
-                memory.compile_checked(
-                    twin,
-                    options.compile,
-                    "f",
-                    lambda: memory.values_and_gradients(lambda x: hypernetwork(x, one), noise, trained),
-                )
+        self._compile(twin, "f", hypernetwork, trained)
         return hypernetwork
 
-    def _compile_generator(self) -> None:
-        options, base = self.options, self._base
-        if options.compile == "no":
+    def _compile_generator(self, network: nn.Module, trained: Sequence[Tensor] = ()) -> None:
+        options = self.options
+
+        def predicted(x: Tensor, condition: Condition) -> Tensor:
+            return self.first_step.output(network, x, condition, options.guidance, options.sides).float()
+
+        self._compile(network, "the generator", predicted, trained)
+
+    def _compile(
+        self, network: nn.Module, what: str, run: Callable[[Tensor, Condition], Tensor], trained: Sequence[Tensor]
+    ) -> None:
+        """Compile a network's blocks if the options say so; `run` is what is compared, with its gradients."""
+        if self.options.compile == "no":
             return
         noise, one = self._any_row()
-
-        def predicted(x: Tensor) -> Tensor:
-            return self.first_step.output(base, x, one, options.guidance, options.sides).float()
-
-        memory.compile_checked(
-            base, options.compile, "the generator", lambda: memory.values_and_gradients(predicted, noise, [])
-        )
+        weights = list(trained)
+        with memory.moved_at_random(weights):
+            memory.compile_checked(
+                network,
+                self.options.compile,
+                what,
+                lambda: memory.values_and_gradients(lambda x: run(x, one), noise, weights),
+            )
 
     def _any_row(self) -> tuple[Tensor, Condition]:
         one = self.any_condition.select(torch.zeros(1, dtype=torch.long))

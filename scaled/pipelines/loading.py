@@ -46,15 +46,13 @@ def load_pipeline(backend: str, family: Family | None, options: PipelineOptions)
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    _said_once()
+    say_once()
     folder = find_model(options.model_id, options.local_files_only)
     found = _class_name(folder)
     if family is not None and found != family.pipeline_class:
         raise InputError(f"{folder} holds a {found}: backend {backend} needs a {family.pipeline_class}")
     family = family or family_of(found)
-    kind = getattr(diffusers, found, None)
-    if kind is None or not hasattr(kind, "encode_prompt"):
-        raise InputError(f"{folder} holds a {found}: noise hypernetworks are for text-to-image pipelines of diffusers")
+    kind = text_to_image(found, folder)
     bars = without_bars(diffusers.utils.logging, transformers.utils.logging)
     try:
         with bars, torch.random.fork_rng(devices=[]):  # models draw initial weights before the real ones are read
@@ -125,11 +123,31 @@ class _NoImages(logging.Filter):
         return "requires torchvision" not in record.getMessage()
 
 
-def _said_once() -> None:
+def say_once() -> None:
+    """Have the libraries say each thing one time, and nothing that is of no concern here."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    assert diffusers.utils.logging  # it is there, and so are its handlers
+    assert transformers.utils.logging
     for library, kind in (("diffusers", _Once), ("transformers", _NoImages)):
         for handler in logging.getLogger(library).handlers:
             if not any(isinstance(found, kind) for found in handler.filters):
                 handler.addFilter(kind())
+
+
+def text_to_image(name: str, where: object) -> Any:
+    """The class of diffusers' pipelines of this name.
+
+    Raises:
+        InputError: there is none, or it takes no prompts; the message says `where` it was named.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    if kind is None or not hasattr(kind, "encode_prompt"):
+        raise InputError(f"{where} holds a {name}: noise hypernetworks are for text-to-image pipelines of diffusers")
+    return kind
 
 
 def left_out(kind: type) -> dict[str, Any]:

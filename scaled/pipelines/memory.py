@@ -33,6 +33,13 @@ _SAVERS = (*SAVERS, "vae_slicing", "vae_tiling")
 _PARITY = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
+_VARIANTS = 64
+"""Times that torch may compile one kind of block in a process; at its own limit of 8 it goes on uncompiled.
+
+It counts all networks together: f and the generator, with and without gradients, for one row and for more are eight.
+"""
+
+
 def advice(options: PipelineOptions) -> str:
     """The options that would still reduce memory, as the end of a sentence."""
     unused = [f"backend.{name} = true" for name in _SAVERS if not getattr(options, name)]
@@ -142,10 +149,12 @@ def compile_checked(network: nn.Module, backend: str, what: str, measure: Callab
     if not blocks:
         raise InputError(f"backend.compile {backend!r}: {type(network).__name__} repeats no blocks, set it to no")
     eager = measure()
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
     try:
         for block in blocks:
             block.compile(backend=backend)
-        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else it runs uncompiled without a word
+        with dynamo.patch(fail_on_recompile_limit_hit=True):  # else it runs uncompiled without a word
             compiled = measure()
     except Exception as error:  # whatever goes wrong in a compiler, its user can switch it off
         raise InputError(f"backend.compile {backend!r} failed on {what}: {reason_of(error)}; set it to no") from error

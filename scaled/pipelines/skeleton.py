@@ -25,7 +25,7 @@ from hnkit.scaled.pipelines.families.family import Family
 from hnkit.scaled.pipelines.families.table import family_of
 from hnkit.scaled.pipelines.hypernetwork import FirstStep
 from hnkit.scaled.pipelines.layout import Layout
-from hnkit.scaled.pipelines.loading import find_model, left_out, resolved
+from hnkit.scaled.pipelines.loading import find_model, left_out, resolved, say_once, text_to_image
 from hnkit.scaled.pipelines.options import DTYPES, PipelineOptions
 from hnkit.scaled.pipelines.parts import exchange_scheduler
 from hnkit.scaled.pipelines.published import PUBLISHED_MODELS
@@ -163,9 +163,11 @@ def _pipeline(backend: str, family: Family | None, options: PipelineOptions) -> 
     """
     import diffusers
 
+    say_once()
     found, configs = component_configs(options.model_id)
     if family is not None and found != family.pipeline_class:
         raise InputError(f"{options.model_id} is a {found}: backend {backend} needs a {family.pipeline_class}")
+    pipeline = text_to_image(found, options.model_id)
     family = family or family_of(found)
     network = family.network or ("transformer" if "transformer" in configs else "unet")
     if missing := [name for name in (network, "vae", "scheduler") if name not in configs]:
@@ -177,7 +179,6 @@ def _pipeline(backend: str, family: Family | None, options: PipelineOptions) -> 
         parts = {name: _component(configs[name], DTYPES[options.dtype]) for name in (network, "vae")}
         scheduler: Any = getattr(diffusers, configs["scheduler"]["_class_name"])
         parts["scheduler"] = scheduler.from_config(configs["scheduler"])
-        pipeline: Any = getattr(diffusers, family.pipeline_class)
         absent = {name: None for name in pipeline._get_signature_keys(pipeline)[0] if name not in parts}
         pipe = pipeline(**(absent | parts | left_out(pipeline)))
         encoders = encoders_size(configs, DTYPES[options.dtype])

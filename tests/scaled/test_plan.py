@@ -290,6 +290,12 @@ def test_what_a_plan_cannot_follow_is_one_line(checkpoint, tmp_path):
     (tmp_path / "bare" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(InputError, match="the configuration of its unet is not there"):
         plan_training(configured("sd-turbo", checkpoint, f"backend.model_id={tmp_path / 'bare'}"), card)
+    for unknown in ("PipelineOfNoOne", "DDPMPipeline"):
+        (tmp_path / "bare" / "model_index.json").write_text(json.dumps({"_class_name": unknown}))
+        with pytest.raises(InputError, match=f"bare holds a {unknown}: noise hypernetworks are for text-to-image"):
+            plan_training(
+                resolve_config(backend="diffusers", overrides=[f"backend.model_id={tmp_path / 'bare'}"]), card
+            )
     with pytest.raises(InputError, match="leaves a remainder"):
         plan_training(configured("sana", checkpoint), card, processes=2)
     config = replace(configured("sana", checkpoint), rewards={"tests.scaled.test_plan:valued": RewardSpec()})

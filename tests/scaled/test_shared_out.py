@@ -207,6 +207,8 @@ def test_verify_bound_has_the_same_figures_and_plots(kind, counts, place):
 def test_a_process_that_is_killed_ends_the_run_and_leaves_what_is_known(place):
     error = hnkit(place, 2, "verify-bound", "--map", "mymap:killed", "--shape", "6", "--out", "killed", status=1)
     assert "Signal 9" in error or "SIGKILL" in error
+    assert "internal error" not in error
+    assert "another process has gone" in error or "stopped by SIGTERM" in error  # whichever it is told of first
     assert not (place / "killed" / "report.json").exists()
 
 

@@ -129,6 +129,8 @@ def test_a_map_is_written_in_parts_and_gone_on_with_to_the_bit(count, tmp_path, 
     assert content(out) == content(whole)
     assert not known & {f"{name.replace(' ', '-').strip('_')}.json" for name in made}
     assert run(capsys, *printed)[1].startswith(f"{out} is finished, nothing to do")
+    monkeypatch.setenv("RANK", "1")  # one of several processes speaks
+    assert run(capsys, *printed) == (0, "", "")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])

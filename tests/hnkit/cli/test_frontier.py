@@ -54,6 +54,14 @@ def test_a_table_becomes_a_report(scores, tmp_path, capsys, monkeypatch):
     assert {path.name for path in out.iterdir()} >= {"report.html", "report.json", "frontier.png", "provenance.json"}
 
 
+def test_one_of_several_processes_reads_a_table(scores, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "out"
+    assert command("frontier", "--rewards", str(scores), "--out", str(out), capsys=capsys) == (0, "", "")
+    assert not out.exists()
+
+
 def test_json_alone_on_stdout(scores, tmp_path, capsys):
     code, out, _ = command("frontier", "--rewards", str(scores), "--json", "--out", str(tmp_path / "o"), capsys=capsys)
     document = json.loads(out)

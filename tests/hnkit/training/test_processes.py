@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from hnkit import InputError
+from hnkit.internal.stops import advised
 from hnkit.training import processes
 
 ROOT = Path(__file__).parents[3]
@@ -77,7 +78,7 @@ def killed(rank):  # and the other is asked to stop, as by torchrun, when it has
     def lost(error):
         os.kill(os.getpid(), signal.SIGTERM)
         return known(error)
-    known, run._connection_lost = run._connection_lost, lost
+    known, run.connection_lost = run.connection_lost, lost
     processes._BEAT = 60.0  # so that it is not the heartbeat that sees it
     factory.prepare_backend = lambda backend: setattr(backend.default_reward, "fault", fault)
     return attempt(work / "killed", settings())
@@ -180,6 +181,28 @@ def test_a_killed_rank_is_one_line_of_the_other_though_it_is_asked_to_stop_as_we
     assert said[0] is not None
     assert said[0].startswith("another process has gone; go on with hnkit train --resume ")
     assert checkpoints(work / "killed") == ["step-00000003"]
+
+
+@pytest.mark.parametrize("collective", ["gather", "on_main"])
+def test_an_evaluation_whose_other_process_is_gone_is_one_line_with_the_way_on(collective, monkeypatch):
+    def failing(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(
+        processes, "PartialState", lambda **_: SimpleNamespace(num_processes=2, process_index=1, device="cpu")
+    )
+    monkeypatch.setattr(processes.torch.distributed, "all_gather_object", failing)
+    monkeypatch.setattr(processes.torch.distributed, "barrier", failing)
+    monkeypatch.setattr(processes.Processes, "require_same", lambda *_: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    workers = processes.evaluation_workers("toy", (), {})
+    said = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:50883. This is typically ..."
+    with advised("go on with hnkit generate --resume x"), pytest.raises(InputError) as ended:
+        getattr(workers, collective)(lambda: None)
+    assert str(ended.value) == "another process has gone; go on with hnkit generate --resume x"
+    said = "an error of another kind"
+    with pytest.raises(RuntimeError, match="of another kind"):
+        getattr(workers, collective)(lambda: None)
 
 
 def test_processes_that_cannot_find_each_other_are_refused(monkeypatch):

@@ -246,10 +246,19 @@ def test_compiled_blocks_are_checked_and_equal(name, make_backend):
         repeated = {id(block) for block in repeated_blocks(network)}
         assert repeated
         assert repeated == {id(module) for module in network.modules() if module._compiled_call_impl is not None}
+    if name == "sana":  # direct fine-tuning trains neither of these two networks
+        direct, plain = compiled.direct(), plain.direct()
+        assert all(block._compiled_call_impl is not None for block in repeated_blocks(direct.network))
+        perturb(direct)
+        perturb(plain)
+        torch.testing.assert_close(direct.generate(noise, condition), plain.generate(noise, condition))
 
 
 def test_every_training_step_runs_compiled_code(make_backend):
-    """Neither the look at f in the loss's first call nor validation between steps lets blocks fall back to eager."""
+    """Neither the look at f in the loss's first call nor validation between steps lets blocks fall back to eager.
+
+    Validation itself is no exception: torch would compile no more of a block at eight variants of it.
+    """
     torch.compiler.reset()  # what other tests compiled of the same blocks would count towards the limit
     runs = []
 
@@ -276,9 +285,11 @@ def test_every_training_step_runs_compiled_code(make_backend):
     blocks = sum(len(repeated_blocks(network)) for network in (backend._base, backend._twin))
     assert step() == step() >= blocks, "each block of f and of the generator runs what was compiled of it"
     for rows in (2, 1, 3):
+        runs.clear()
         with torch.no_grad():
             noise = noise_for(backend, rows)
             backend.generate(noise + backend.hypernetwork(noise, conditions[rows]), conditions[rows])
+        assert len(runs) >= blocks
         assert step() >= blocks
 
 
