@@ -22,15 +22,37 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "shared-out.json"
 PROMPTS = 8
 DRIVER = """
-import atexit, json, os
+import atexit, json, os, time
 from pathlib import Path
+
+shared, inside = 0.0, False
 
 def note():
     used = sum(os.times()[:4])  # user and system, its own and of processes that it has waited for
-    Path(os.environ["TIMES"], os.environ.get("RANK", "0") + ".json").write_text(json.dumps(used))
+    Path(os.environ["TIMES"], os.environ.get("RANK", "0") + ".json").write_text(json.dumps([used, shared]))
+
+def timed(work):
+    def run(*words, **named):
+        global shared, inside
+        if inside:
+            return work(*words, **named)
+        inside, begun = True, time.process_time()
+        try:
+            return work(*words, **named)
+        finally:
+            inside, shared = False, shared + time.process_time() - begun
+    return run
 
 atexit.register(note)
 from hnkit.cli.app import main
+from hnkit.figures import measured_map
+from hnkit.scaled.compare import evaluation, run
+
+# what is shared out of a measurement and of a comparison
+all_made = measured_map.all_made
+measured_map.all_made = lambda items, workers, work: all_made(items, workers, timed(work))
+evaluation.Job.chunk = timed(evaluation.Job.chunk)
+run._Session._prompt_diversity = timed(run._Session._prompt_diversity)
 main()
 """
 MAP = """
@@ -55,12 +77,16 @@ CASES: dict[str, tuple[str, ...]] = {
     "verify-bound, toys": ("verify-bound",),
     "verify-bound, a network": ("verify-bound", *COMMON, "--samples", "16"),
 }  # fmt: skip
+TIMED = ("compare", "verify-bound, a")
+"""Cases whose shared work is all in functions of its own, so that it can be timed."""
 EMPTY = ("generate", "--backend", "digits", "--adapter", "bundled", "--prompt", "no digit", "--out", "empty")
 """What loads all and is then refused."""
 
 
-def seconds(place: Path, processes: int, command: tuple[str, ...], status: tuple[int, ...] = (0, 1)) -> list[float]:
-    """CPU seconds of every process."""
+def seconds(
+    place: Path, processes: int, command: tuple[str, ...], status: tuple[int, ...] = (0, 1)
+) -> list[tuple[float, float]]:
+    """CPU seconds of every process, and those that went into what is shared out."""
     with tempfile.TemporaryDirectory() as times:
         start = (str(place / "driver.py"),)
         if processes > 1:
@@ -71,19 +97,22 @@ def seconds(place: Path, processes: int, command: tuple[str, ...], status: tuple
         )
         if done.returncode not in status:
             raise SystemExit(f"{' '.join(command)} by {processes}: {done.returncode}\n{done.stderr[-2000:]}")
-        return [float(json.loads(path.read_text())) for path in sorted(Path(times).glob("*.json"))]
+        return [tuple(json.loads(path.read_text())) for path in sorted(Path(times).glob("*.json"))]
 
 
 def case(place: Path, name: str) -> dict[str, Any]:
     """One command by one process, and by two."""
     kind = name.replace(" ", "-").replace(",", "")
     found = {str(count): seconds(place, count, (*CASES[name], "--out", f"{kind}-{count}")) for count in (1, 2)}
-    (load,) = seconds(place, 1, EMPTY, (2,))
-    (alone,), work = found["1"], [used - load for used in found["2"]]
+    ((load, _),) = seconds(place, 1, EMPTY, (2,))
+    ((alone, shared),) = found["1"]
+    both = [used for used, _ in found["2"]]
+    work = [used - load for used in both]
     return {
-        "seconds": found,
+        "seconds": {"1": [alone], "2": both},
+        "shared": shared if name.startswith(TIMED) else None,
         "loading": load,
-        "ratio": max(found["2"]) / alone,
+        "ratio": max(both) / alone,
         "largest_share": max(work) / (alone - load),
         "sum_of_shares": sum(work) / (alone - load),
     }

@@ -389,19 +389,29 @@ def shared_out() -> str:
             f"{case['ratio']:.2f}",
             f"{case['largest_share']:.2f}",
             f"{case['sum_of_shares']:.2f}",
+            _shareable(case),
         )
         for name, case in _document("shared-out")["cases"].items()
     ]
     caption = (
         "On the bundled miniature, `python benchmarks/shared_out.py`: CPU time, user and system, of each process on "
         "one thread, not time by the clock. Every process loads, which on so small a model is most of it; the ratios "
-        "without loading are of the busier process, of which 0.50 is the least there can be, and of both together."
+        "without loading are of the busier process, of which 0.50 is the least there can be, and of both together. "
+        "Where it was measured, the last column says how much of one process's time, without loading, is in what "
+        "several share out, and the least ratio that this leaves: the rest is done by each of them."
     )
     headers = (
         "command", "one process", "each of two", "of it loading", "busier of two / one", "the same without loading",
-        "both / one, without loading",
+        "both / one, without loading", "shared out; least ratio",
     )  # fmt: skip
     return to_markdown(Table(headers, tuple(rows), caption))
+
+
+def _shareable(case: dict[str, Any]) -> str:
+    if case.get("shared") is None:
+        return "-"
+    share = case["shared"] / (case["seconds"]["1"][0] - case["loading"])
+    return f"{100 * share:.0f} %; {1 - share / 2:.2f}"
 
 
 def compiled() -> str:
