@@ -380,6 +380,8 @@ def plans() -> str:
 
 def shared_out() -> str:
     """What evaluation by two processes costs against one."""
+    cases = _document("shared-out")["cases"]
+    timed = any(case.get("shared") is not None for case in cases.values())
     rows: list[tuple[Cell, ...]] = [
         (
             name,
@@ -389,21 +391,25 @@ def shared_out() -> str:
             f"{case['ratio']:.2f}",
             f"{case['largest_share']:.2f}",
             f"{case['sum_of_shares']:.2f}",
-            _shareable(case),
+            *((_shareable(case),) if timed else ()),
         )
-        for name, case in _document("shared-out")["cases"].items()
+        for name, case in cases.items()
     ]
     caption = (
         "On the bundled miniature, `python benchmarks/shared_out.py`: CPU time, user and system, of each process on "
         "one thread, not time by the clock. Every process loads, which on so small a model is most of it; the ratios "
-        "without loading are of the busier process, of which 0.50 is the least there can be, and of both together. "
-        "Where it was measured, the last column says how much of one process's time, without loading, is in what "
-        "several share out, and the least ratio that this leaves: the rest is done by each of them."
+        "without loading are of the busier process, of which 0.50 is the least there can be, and of both together."
     )
-    headers = (
+    headers: tuple[str, ...] = (
         "command", "one process", "each of two", "of it loading", "busier of two / one", "the same without loading",
-        "both / one, without loading", "shared out; least ratio",
+        "both / one, without loading",
     )  # fmt: skip
+    if timed:
+        headers += ("shared out; least ratio",)
+        caption += (
+            " Where it was measured, the last column says how much of one process's time, without loading, is in what "
+            "several share out, and the least ratio that this leaves: the rest is done by each of them."
+        )
     return to_markdown(Table(headers, tuple(rows), caption))
 
 

@@ -184,7 +184,7 @@ VERIFIED = {
     "budget": ("--map", "mymap:f", "--shape", "6", "--samples", "24", "--method", "arnoldi", "--budget", "3000"),
     "injected": ("--map", "mymap:f", "--shape", "6", "--samples", "24", "--injection", "0.5"),
     "toys": ("--toy", "linear-gaussian", "--toy", "one-dimensional", "--toy", "rotation", "--samples", "64"),
-    "backend": (*COMMON, "--samples", "8"),
+    "backend": (*COMMON, "--samples", "4"),
 }
 
 
