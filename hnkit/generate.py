@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +17,18 @@ from torch import Tensor
 
 from hnkit import __version__
 from hnkit.backend import Backend, completed, steer
-from hnkit.config import GenerateSettings, split_permissions
+from hnkit.config import GenerateSettings, split_model, split_permissions
 from hnkit.errors import InputError, NonFiniteError
-from hnkit.internal.files import atomic_write, read_plain, read_sealed, write_json, write_sealed
+from hnkit.internal.files import (
+    atomic_write,
+    document_digest,
+    encoded,
+    file_digest,
+    read_plain,
+    read_sealed,
+    write_json,
+    write_sealed,
+)
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.values import shown, typed_values
 from hnkit.internal.workers import ALONE, Workers, shared_out
@@ -30,6 +41,8 @@ from hnkit.prompts import Records
 
 PLAN = "generate.json"
 PROMPTS = "prompts.jsonl"
+TEXT, SEAL = "prompt.txt", "images.json"
+"""In the folder of a prompt: its text, and, last of all, the digests of its images and what they were made from."""
 _SHEET_PROMPTS, _SHEET_IMAGES = 8, 6
 
 
@@ -69,6 +82,17 @@ class GeneratePlan:
             atomic_write(Path(folder) / PROMPTS, "\n".join(lines) + "\n")
         document = {**vars(self), "settings": asdict(self.settings), "overrides": split_permissions(self.overrides)[1]}
         write_sealed(Path(folder) / PLAN, document)
+
+    @property
+    def asked(self) -> str:
+        """SHA-256 of what was asked, as `provenance.json` names it."""
+        return document_digest([self.backend, asdict(self.settings), self.made_from])
+
+    @property
+    def made_from(self) -> str:
+        """SHA-256 of what every image is made from besides the settings, by content: what was moved is the same."""
+        kept = split_permissions(split_model(self.overrides)[1])[1]
+        return document_digest([list(kept), dict(self.adapter_files), self.model])
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -118,14 +142,18 @@ def generate_pairs(
     steered: bool = True,
     records: Records | None = None,
     workers: Workers = ALONE,
+    made_from: str = "",
     card: Card | None = None,
     command: str = "",
     say: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write base and steered images side by side, and what was done.
 
-    A prompt's folder is complete when it holds `prompt.txt`; complete ones are kept, so a run that was cut short is
-    gone on with by the same call, and ends with the same files.
+    A prompt's folder is complete when its `images.json` says that its images were made from the same, and text and
+    images are as they were written; complete ones are kept, so a run that was cut short is gone on with by the same
+    call, and ends with the same files. Of a folder that is not complete, what has a name of ours is made again, and
+    what somebody put beside stays.
 
     Args:
         backend: the backend, with its adapter loaded.
@@ -136,9 +164,11 @@ def generate_pairs(
         records: what a prompt file says of its prompts besides their text (see `hnkit.prompts.read_records`), for a
             scorer's layout.
         workers: the processes that the prompts are shared out over; they see the same folder.
+        made_from: the digest of what the images are made from besides the settings; see `GeneratePlan.made_from`.
         card: what is known of the adapter, at the head of the page; `None`: nothing.
         command: the command that makes these images again, in their folder; empty: the page names none.
         say: a function that is told of each prompt when it begins.
+        warn: a function that is told, in one line each, of prompts that were written before and have been made again.
 
     Returns:
         What `report.json` holds.
@@ -152,21 +182,30 @@ def generate_pairs(
     if settings.layout is not None:
         check_layout(settings.layout, prompts, settings.count, records)
     kinds = ["base", "steered"] if steered else ["base"]
+    source = _source(backend.name, settings, made_from)
+    names = _names(kinds, settings.count)
     for number, prompt in shared_out(prompts, workers):
         place = prompt_folder(folder, number)
         if place.is_symlink():
             raise InputError(f"{place} is a link, and links are not followed: name the folder of a run itself")
         say(_shortened(prompt, 60))
-        if (place / "prompt.txt").is_file():
+        lacking = _lacking(place, prompt, names, source)
+        if lacking is None:
             continue
         place.mkdir(exist_ok=True)
+        digests: dict[str, str] = {}
         for part in slices(settings.count, settings.batch):
             rows = range(part.start, part.stop)
             outputs = _pair(backend, prompt, rows, settings, steered)
             for kind in kinds:
                 for row, image in zip(rows, outputs[kind], strict=True):
-                    atomic_write(place / f"{kind}-{row:02d}.png", image_png(image))
-        atomic_write(place / "prompt.txt", prompt + "\n")
+                    name, content = f"{kind}-{row:02d}.png", image_png(image)
+                    atomic_write(place / name, content)
+                    digests[name] = hashlib.sha256(content).hexdigest()
+        atomic_write(place / TEXT, prompt + "\n")
+        write_sealed(place / SEAL, {"prompt": prompt, "made_from": source, "images": digests})
+        if lacking:
+            warn(f"{place}: {lacking}: its images were made again")
     return workers.on_main(lambda: _report(backend, prompts, settings, folder, kinds, records or {}, card, command))
 
 
@@ -213,8 +252,47 @@ def prompt_folder(folder: str | Path, number: int) -> Path:
 
 
 def complete_prompts(folder: str | Path, plan: GeneratePlan) -> int:
-    """How many prompts of a run have all their images."""
-    return sum((prompt_folder(folder, number) / "prompt.txt").is_file() for number in range(len(plan.prompts)))
+    """How many prompts of a run have all their images, as they were written."""
+    source = _source(plan.backend, plan.settings, plan.made_from)
+    names = _names(["base"] if plan.adapter is None else ["base", "steered"], plan.settings.count)
+    return sum(
+        _lacking(prompt_folder(folder, number), prompt, names, source) is None
+        for number, prompt in enumerate(plan.prompts)
+    )
+
+
+def _source(backend: str, settings: GenerateSettings, made_from: str) -> str:
+    """The digest of all that an image depends on besides its prompt and its number."""
+    return document_digest([backend, settings.seed, settings.steps, made_from])
+
+
+def _names(kinds: Sequence[str], count: int) -> set[str]:
+    return {f"{kind}-{row:02d}.png" for kind in kinds for row in range(count)}
+
+
+def _lacking(place: Path, prompt: str, names: set[str], source: str) -> str | None:
+    """What was wrong with a prompt's folder that was complete once; empty: it never was; `None`: it is complete."""
+    try:
+        seal = read_sealed(place / SEAL)
+        images, made_from = dict(seal["images"]), seal["made_from"]
+    except FileNotFoundError:
+        return f"{SEAL} was missing" if (place / TEXT).exists() else ""
+    except (OSError, ValueError, LookupError, TypeError):
+        return f"{SEAL} was damaged"
+    if made_from != source or set(images) != names:
+        return "its images were another run's"
+    text = None
+    with contextlib.suppress(OSError):
+        text = read_plain(place / TEXT)
+    if seal.get("prompt") != prompt or text != encoded(prompt + "\n"):
+        return f"{TEXT} was missing, or was not the text of this prompt"
+    for name in sorted(images):
+        try:
+            if file_digest(place / name) != images[name]:
+                return f"{name} was not the image that had been written"
+        except OSError:
+            return f"{name} was missing"
+    return None
 
 
 def require_images(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from hnkit.cli.folders import refuse_existing, resumed_folder
 from hnkit.cli.options import WithBackend, command_line, flags_of
 from hnkit.config import GenerateSettings, split_model, split_permissions
 from hnkit.errors import InputError
-from hnkit.internal.values import number_of, setting
+from hnkit.internal.values import number_of, printable, setting
 from hnkit.internal.workers import ALONE, Workers
 
 if TYPE_CHECKING:
@@ -72,15 +73,18 @@ def run(options: Options) -> int:
         workers.on_main(lambda: sweep_temporaries(folder))
         if options.resume is not None:
             workers.on_main(lambda: plan.write(folder))  # what was moved has been found
-        record = provenance(model=plan.model, adapter=plan.adapter_files or None, prompts=plan.prompts)
+        record = provenance(
+            model=plan.model, adapter=plan.adapter_files or None, prompts=plan.prompts, asked=plan.asked
+        )
         try:
             with resumable("hnkit", "generate", "--resume", str(folder)):
                 workers.on_main(lambda: record_provenance(folder, record))
                 with terminal.steps(len(plan.prompts), lines=False) as shown:
                     document = generate_pairs(
                         backend, plan.prompts, plan.settings, folder, steered=plan.adapter is not None,
-                        records=plan.records, workers=workers, card=recorded_card(plan),
+                        records=plan.records, workers=workers, made_from=plan.made_from, card=recorded_card(plan),
                         command=reproducing_command(plan, backend), say=shown.start,
+                        warn=lambda text: print(f"hnkit: {printable(text)}", file=sys.stderr),
                     )  # fmt: skip
         except InputError:
             if options.as_json and workers.index == 0:  # what is done is not lost with the disk

@@ -165,7 +165,7 @@ def write_sealed(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
 
 def sealed(content: Mapping[str, Any] | list[Any]) -> dict[str, Any]:
     """The document of `write_sealed`. It shows damage; it does not show who wrote it."""
-    return {"sha256": _digest(content), "content": content}
+    return {"sha256": document_digest(content), "content": content}
 
 
 def read_sealed(path: Path) -> Any:
@@ -178,7 +178,7 @@ def read_sealed(path: Path) -> Any:
     try:
         document = json.loads(read_plain(path))
         content = document["content"]
-        whole = document["sha256"] == _digest(content)
+        whole = document["sha256"] == document_digest(content)
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} has no content with a SHA-256") from error
     if not whole:
@@ -186,8 +186,8 @@ def read_sealed(path: Path) -> Any:
     return content
 
 
-def _digest(content: Any) -> str:
-    """Of the document as it is read back: tuples are lists and keys text."""
+def document_digest(content: Any) -> str:
+    """SHA-256 of a JSON document as it is read back: tuples are lists and keys text; their order says nothing."""
     read_back = json.loads(json.dumps(content, allow_nan=False))
     return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
 

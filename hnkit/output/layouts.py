@@ -53,7 +53,8 @@ def write_layout(
 ) -> None:
     """Arrange the images that `generate` has written under `folder` for a scorer.
 
-    A folder gets its name when it is whole, and one that has it is left as it is.
+    A folder gets its name when it is whole. In one that has it, what differs from the images as they are now is written
+    again, and what somebody put beside stays.
 
     Args:
         name: one of `LAYOUTS`.
@@ -62,11 +63,12 @@ def write_layout(
         prompts: the prompts, in the order of their folders.
         count: images of each prompt.
         records: what is known about a prompt besides its text.
+
+    Raises:
+        InputError: something in a folder is a link.
     """
     for kind in kinds:
         whole = folder / f"{name}-{kind}"
-        if whole.is_dir():
-            continue
         place = whole.with_name(f".{whole.name}.tmp")
         if place.exists():  # of a run that was cut short here
             shutil.rmtree(place)
@@ -76,7 +78,23 @@ def write_layout(
             for number in range(len(prompts))
         ]
         LAYOUTS[name].write(place, prompts, images, records)
-        place.rename(whole)
+        if whole.is_dir():
+            _mend(whole, place)
+            shutil.rmtree(place)
+        else:
+            place.rename(whole)
+
+
+def _mend(whole: Path, fresh: Path) -> None:
+    """Write again what differs in a folder from how it is made now."""
+    for path in (fresh, *sorted(fresh.rglob("*"))):
+        there = whole / path.relative_to(fresh)
+        if there.is_symlink():
+            raise InputError(f"{there} is a link, and links are not followed: take it out of the run folder")
+        if path.is_dir():
+            there.mkdir(exist_ok=True)
+        elif not there.is_file() or read_plain(there) != path.read_bytes():
+            atomic_write(there, path.read_bytes())
 
 
 def check_layout(name: str, prompts: Sequence[str], count: int, records: Records | None = None) -> None:

@@ -16,7 +16,16 @@ import torch
 import hnkit.generate
 from hnkit.cli import app as cli
 from hnkit.errors import InputError, NonFiniteError
-from hnkit.generate import PLAN, PROMPTS, GeneratePlan, GenerateSettings, generate_pairs, require_images
+from hnkit.generate import (
+    PLAN,
+    PROMPTS,
+    SEAL,
+    GeneratePlan,
+    GenerateSettings,
+    complete_prompts,
+    generate_pairs,
+    require_images,
+)
 from hnkit.injection import NoiseInjection
 from hnkit.internal.files import read_sealed, write_sealed
 from tests.hnkit.fake_backend import FakeBackend, FakeFactory, Options
@@ -176,6 +185,71 @@ def test_a_layout_that_was_cut_short_is_made_again(here, capsys, monkeypatch):
     assert hnkit.generate.write_layout is write_layout
     assert run(capsys, "generate", "--resume", "cut")[0] == 0
     assert files(here / "cut") == whole
+
+
+def _lose(folder):
+    (folder / "steered-02.png").unlink()
+
+
+def _swap(folder):
+    (folder / "base-00.png").write_bytes((folder / "base-01.png").read_bytes())
+
+
+def _cut(folder):
+    (folder / "base-00.png").write_bytes((folder / "base-00.png").read_bytes()[:-9])
+
+
+def _other_text(folder):
+    (folder / "prompt.txt").write_text("a longer dog\n")
+
+
+def _other_prompt(folder):
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("prompt-001"), folder)
+
+
+def _other_seed(folder):
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parents[1] / "other" / folder.name, folder)
+
+
+def _reseal(folder):
+    seal = read_sealed(folder / SEAL)
+    write_sealed(folder / SEAL, {**seal, "images": {"base-00.png": seal["images"]["base-00.png"]}})
+
+
+def _no_seal(folder):
+    (folder / SEAL).write_text("[3]")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_lose, "steered-02.png was missing"), (_swap, "base-00.png was not the image that had been written"),
+        (_cut, "base-00.png was not the image"), (_other_text, "prompt.txt was missing, or was not the text"),
+        (_other_prompt, "prompt.txt was missing, or was not the text"), (_other_seed, "its images were another run's"),
+        (_reseal, "its images were another run's"), (_no_seal, "images.json was damaged"),
+    ],
+)  # fmt: skip
+def test_a_prompt_whose_images_are_not_as_they_were_written_is_made_again(spoil, said, here, capsys):
+    asked = [{"prompt": prompt, "tag": "x", "include": []} for prompt in ("a cat", "a longer dog")]
+    (here / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in asked))
+    command = ["generate", "--backend", "fake", "--adapter", "mine", "--prompts", "asked.jsonl", "--count", "3",
+               "--layout", "geneval"]  # fmt: skip
+    assert run(capsys, *command, "--seed", "5", "--out", "other")[0] == 0
+    assert run(capsys, *command, "--out", "run")[0] == 0
+    whole = files(here / "run")
+    (here / "run" / "prompt-000" / "NOTES.txt").write_text("mine")
+    next((here / "run" / "geneval-base").rglob("*.png")).unlink()
+    spoil(here / "run" / "prompt-000")
+    notes = {"prompt-000/NOTES.txt": b"mine"} if (here / "run" / "prompt-000" / "NOTES.txt").exists() else {}
+    plan = GeneratePlan.read(here / "run")
+    assert complete_prompts(here / "run", plan) == 1
+    code, _, err = run(capsys, "generate", "--resume", "run")
+    assert (code, err.count("\n"), said in err) == (0, 1, True), err
+    assert files(here / "run") == whole | notes
+    assert complete_prompts(here / "run", plan) == 2
+    assert run(capsys, "generate", "--resume", "run")[2] == ""  # and of what is whole nothing is said
 
 
 def test_what_a_run_depends_on_may_not_change_behind_it(here, capsys, monkeypatch):
