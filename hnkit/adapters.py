@@ -26,6 +26,7 @@ from hnkit.config import (
 from hnkit.errors import InputError
 from hnkit.internal.files import file_digest
 from hnkit.internal.folders import adapter_folder
+from hnkit.internal.values import shown
 from hnkit.output.terminal import waiting
 
 __all__ = ["adapter_folder", "default_prompts", "load_trained", "local_files_only", "named_adapter"]
@@ -118,6 +119,7 @@ def load_trained(
         if config.backend != name:
             raise InputError(f"--adapter {adapter} was trained with --backend {config.backend}, not {name}")
         options = config.options
+        require_recorded(factory, weights, config, overrides)
     elif isinstance(factory, RecordsOptions):
         given = parse_options(overrides, factory.options, "backend")
         options = make_options(factory.options, {**factory.recorded(weights), **given})
@@ -133,6 +135,30 @@ def load_trained(
         return backend, None
     dim = torch.Size(backend.noise_shape).numel()
     return backend, config.train.alpha / (dim if config.train.reduction == "mean" else 1)
+
+
+def require_recorded(factory: Any, weights: Path, config: RunConfig, overrides: Sequence[str] = ()) -> None:
+    """Refuse the configuration of a run whose sizes are not those of its adapter, before anything is allocated.
+
+    Args:
+        factory: the factory of the backend.
+        weights: the folder of the adapter, whose files bound what it records.
+        config: the configuration of its run.
+        overrides: `backend.key=value`: what the user says is not the configuration's.
+
+    Raises:
+        InputError: they differ, or the adapter is damaged.
+    """
+    if not isinstance(factory, RecordsOptions) or not weights.is_dir():
+        return
+    given = parse_options([text for text in overrides if text.startswith("backend.")], factory.options, "backend")
+    for key, recorded in factory.recorded(weights).items():
+        says = getattr(config.options, key, recorded)
+        if type(recorded) is int and key not in given and says != recorded:
+            raise InputError(
+                f"the {CONFIG_FILE} of the run of adapter {weights} has backend.{key} = {shown(says)}, and the adapter "
+                f"itself {shown(recorded)}: one of them was altered, take another copy"
+            )
 
 
 def load_backend(factory: Any, options: Any) -> BackendBase:

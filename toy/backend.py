@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from hnkit.backend import BackendBase, Reward
 from hnkit.errors import InputError
 from hnkit.injection import read_injection
-from hnkit.internal.files import atomic_write, read_plain
+from hnkit.internal.files import atomic_write, machine_memory, read_plain
+from hnkit.internal.values import shown
 from hnkit.maps import Condition
 from hnkit.tilt import TiltedProblem
 from hnkit.toy import PROBLEMS
@@ -51,12 +52,25 @@ class ToyOptions:
 
     def __post_init__(self) -> None:
         if self.problem not in PROBLEMS:
-            raise InputError(f"backend.problem = {self.problem!r}: accepted are {', '.join(PROBLEMS)}")
+            raise InputError(f"backend.problem = {shown(self.problem)}: accepted are {', '.join(PROBLEMS)}")
         if self.hypernetwork not in ("affine", "mlp"):
-            raise InputError(f"backend.hypernetwork = {self.hypernetwork!r}: accepted are affine, mlp")
+            raise InputError(f"backend.hypernetwork = {shown(self.hypernetwork)}: accepted are affine, mlp")
         for key, least in (("width", 1), ("depth", 1), ("seed", 0)):
             if getattr(self, key) < least:
-                raise InputError(f"backend.{key} = {getattr(self, key)}: accepted is an integer >= {least}")
+                raise InputError(f"backend.{key} = {shown(getattr(self, key))}: accepted is an integer >= {least}")
+        if self.seed >= 2**63:
+            raise InputError(f"backend.seed = {shown(self.seed)}: accepted is an integer below 2^63")
+        if 8 * self.weights(dim=0) > machine_memory():
+            raise InputError(
+                f"backend.width = {shown(self.width)} and backend.depth = {shown(self.depth)}: this machine's memory "
+                "does not hold so many weights: give smaller ones"
+            )
+
+    def weights(self, dim: int) -> int:
+        """How many weights the network of a noise of `dim` dimensions has, before any of them is made."""
+        if self.hypernetwork == "affine":
+            return dim * (dim + 1)
+        return self.width * (dim + 1) + (self.depth - 1) * self.width * (self.width + 1) + dim * (self.width + 1)
 
 
 class ToyHypernetwork(nn.Module):
@@ -188,26 +202,46 @@ def adapter_options(folder: str | Path) -> ToyOptions:
     config = _read_config(folder)
     wanted = FORMAT if config.get("injection") is None else INJECTED
     if config.get("format") != wanted:
-        raise InputError(f"{folder / CONFIG}: format = {config.get('format')!r}, accepted is {wanted!r}")
+        raise InputError(f"{folder / CONFIG}: format = {shown(config.get('format'))}, accepted is {wanted!r}")
     values: dict[str, Any] = {}
     for item in dataclasses.fields(ToyOptions):
         value = config.get(item.name)
         if type(value) is not type(item.default):
-            raise InputError(f"{folder / CONFIG}: {item.name} = {value!r}, accepted is {type(item.default).__name__}")
+            raise InputError(
+                f"{folder / CONFIG}: {item.name} = {shown(value)}, accepted is {type(item.default).__name__}"
+            )
         values[item.name] = value
     try:
-        return ToyOptions(**values)
+        options = ToyOptions(**values)
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from None
+    needed = 8 * options.weights(PROBLEMS[options.problem]().noise_shape[0])
+    if (size := _size(folder / WEIGHTS)) < needed:
+        raise InputError(
+            f"{folder / CONFIG} claims a network of {shown(needed)} bytes, and {WEIGHTS} has {size}: the adapter is "
+            "damaged, take another copy"
+        )
+    return options
 
 
 def _read(path: Path) -> bytes:
     try:
         return read_plain(path)
     except OSError as error:
-        raise InputError(
-            f"adapter file {path} cannot be read ({error.strerror}): name a folder that holds {CONFIG} and {WEIGHTS}"
-        ) from None
+        raise _unreadable(path, error) from None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"adapter file {path} cannot be read ({error.strerror}): name a folder that holds {CONFIG} and {WEIGHTS}"
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -234,7 +268,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _body(options: ToyOptions, dim: int) -> nn.Sequential:
     """The network, zero at the start because its last layer is; nothing is drawn from the global generator."""
-    widths = [dim, *[options.width] * options.depth * (options.hypernetwork == "mlp"), dim]
+    widths = [dim, *([options.width] * options.depth if options.hypernetwork == "mlp" else ()), dim]
     generator = torch.Generator().manual_seed(options.seed)
     layers: list[nn.Module] = []
     for index, (width, following) in enumerate(itertools.pairwise(widths)):

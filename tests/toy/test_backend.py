@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 
 from hnkit import InputError, NoiseInjection
+from hnkit.adapters import load_trained
 from hnkit.backend import Backend, Reward, backend_factory
 from hnkit.config import resolve_config
 from hnkit.lipschitz import certify_injective, lipschitz_upper
@@ -216,3 +218,40 @@ def test_injected_noise_is_kept_in_the_adapter(tmp_path):
         path.write_text(json.dumps(config | change))
         with pytest.raises(InputError, match=message):
             load().load_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"hypernetwork": "mlp", "width": 60_000}, {"hypernetwork": "mlp", "depth": 3_000_000},
+        {"hypernetwork": "mlp", "width": 10**400}, {"hypernetwork": "mlp", "depth": 10**400}, {"seed": 10**400},
+        {"format": 10**400}, {"problem": 10**400}, {"hypernetwork": "x" * 10**4},
+    ],
+    ids=lambda claim: " ".join(claim),
+)  # fmt: skip
+def test_what_an_adapter_claims_is_held_against_its_file_before_anything_is_made(claim, tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    shaken(load()).save_adapter(folder)
+    path = folder / "adapter.json"
+    plain = path.read_text()
+    path.write_text(json.dumps(json.loads(plain) | claim))
+    monkeypatch.setattr("hnkit.toy.backend._body", None)  # which would make it
+    with pytest.raises(InputError) as refused:
+        load_trained("toy", folder)
+    assert len(str(refused.value).replace(str(tmp_path), "")) < 300
+    if set(claim) <= {"hypernetwork", "width", "depth", "seed"}:
+        path.write_text(plain)
+        run = resolve_config(backend="toy").to_toml()
+        for key, value in claim.items():
+            run = re.sub(rf"^{key} = .*$", f"{key} = {json.dumps(value)}", run, flags=re.MULTILINE)
+        (tmp_path / "config.toml").write_text(run)
+        with pytest.raises(InputError) as refused:
+            load_trained("toy", tmp_path)
+        assert len(str(refused.value).replace(str(tmp_path), "")) < 300
+
+
+def test_an_affine_adapter_says_nothing_of_the_width_that_it_has_not(tmp_path):
+    shaken(load()).save_adapter(tmp_path / "a")
+    path = tmp_path / "a" / "adapter.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"depth": 10**400}))
+    load_trained("toy", tmp_path / "a")
