@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,15 @@ from hnkit.checks.quantities import Quantity
 from hnkit.checks.report import Report
 from hnkit.errors import InputError
 from hnkit.figures.measured_map import RowStatistics
-from hnkit.internal.files import new_run_folder, read_sealed, resumable, write_json, write_sealed
+from hnkit.internal.files import (
+    document_digest,
+    new_run_folder,
+    read_plain,
+    read_sealed,
+    resumable,
+    write_json,
+    write_sealed,
+)
 from hnkit.internal.folders import run_lock, sweep_temporaries
 from hnkit.internal.kept import from_document, to_document
 from hnkit.internal.provenance import record_provenance, recorded_provenance
@@ -48,7 +56,8 @@ class Parts:
 
     Args:
         out: the folder that the user asked for, or `None`.
-        record: what the run is made with.
+        record: what the run is made with and what it was asked, by content; its digest is in every part, and one with
+            another digest is another run's, and is made again.
         plan: what it was asked, for the run that goes on with it.
         again: the flags of the run that goes on with it, besides `--resume`.
         workers: the processes of the run.
@@ -63,6 +72,7 @@ class Parts:
         workers: Workers = ALONE,
     ) -> None:
         self._out, self._record, self._plan, self._again, self._workers = out, record, plan, again, workers
+        self._made_from = document_digest(record)
         self.folder: Path | None = None
         self._known: dict[str, Path] = {}
         self._names: list[str] = []
@@ -91,10 +101,9 @@ class Parts:
         sweep_temporaries(folder)
         before = recorded_provenance(folder)
         same = before[-1] == self._record if before else not any((folder / PARTS).glob("*"))
-        self._known = _parts_of(folder) if same else {}
+        self._known = _parts_of(folder, self._made_from) if same else {}
         if not same:
-            for path in (folder / PARTS).glob("*.json"):
-                path.unlink()
+            _remove_parts(folder)
         write_json(folder / UNFINISHED, {"finished": False, "parts": []})
         write_sealed(folder / PLAN, self._plan)  # what was moved has been found
         record_provenance(folder, self._record)
@@ -127,8 +136,8 @@ class Parts:
         if self._problem is None and (self._workers.index == 0 or self.folder):
             try:
                 folder = self._begun()
-                path = folder / PARTS / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-                write_sealed(path, {"part": name, "value": to_document(made)})
+                path = folder / PARTS / _file_of(name)
+                write_sealed(path, {"part": name, "made_from": self._made_from, "value": to_document(made)})
                 self._tell(name)
             except (OSError, InputError) as problem:
                 self._problem = problem
@@ -150,7 +159,9 @@ class Parts:
             raise self._problem
         folder = self._begun()
         report.write(folder, command)
-        shutil.rmtree(folder / PARTS)
+        _remove_parts(folder)
+        with contextlib.suppress(OSError):  # what somebody put there stays
+            (folder / PARTS).rmdir()
         (folder / UNFINISHED).unlink()
         return folder
 
@@ -172,10 +183,25 @@ class Parts:
         self.folder = folder
 
 
-def _parts_of(folder: Path) -> dict[str, Path]:
-    """The parts of a folder by name; one that is damaged is none."""
+def _parts_of(folder: Path, made_from: str | None = None) -> dict[str, Path]:
+    """The parts of a folder by name, all of them or those made from this; one that is damaged is none."""
     found: dict[str, Path] = {}
     for path in sorted((folder / PARTS).glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            found[str(read_sealed(path)["part"])] = path
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+            part = read_sealed(path)
+            if made_from is None or part["made_from"] == made_from:
+                found[str(part["part"])] = path
     return found
+
+
+def _remove_parts(folder: Path) -> None:
+    """Delete what parts are in a folder, damaged ones and another run's too, and nothing else."""
+    ours = set(_parts_of(folder).values())
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+        ours |= {folder / PARTS / _file_of(str(name)) for name in json.loads(read_plain(folder / UNFINISHED))["parts"]}
+    for path in ours:
+        path.unlink(missing_ok=True)
+
+
+def _file_of(name: str) -> str:
+    return f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"

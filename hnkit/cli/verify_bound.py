@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ from hnkit.cli.folders import refuse_existing, resumed_folder
 from hnkit.cli.options import Common, WithBackend, command_line
 from hnkit.config import split_model, split_permissions
 from hnkit.errors import InputError
+from hnkit.internal.files import document_digest
 from hnkit.internal.values import printable, setting, typed_values
 from hnkit.internal.workers import ALONE, Workers
 
@@ -159,11 +160,12 @@ def run(options: Options) -> int:
     subject = loaded_subject(asked, None if before is None else before.prompts, workers)
     if folder is not None and before is not None:
         _require_same(folder, before, subject.inputs)
-    inputs = subject.inputs
+    inputs, flags = subject.inputs, _recorded(asked)
     record = provenance(
-        model=inputs.model, adapter=inputs.adapter_files or None, prompts=inputs.prompts, map=inputs.map_code
-    )
-    plan = {"flags": _recorded(asked), "inputs": vars(inputs)}
+        model=inputs.model, adapter=inputs.adapter_files or None, prompts=inputs.prompts, map=inputs.map_code,
+        asked=_asked_digest(flags),
+    )  # fmt: skip
+    plan = {"flags": flags, "inputs": vars(inputs)}
     again = [] if asked.map_path is None else ["--map", asked.map_path]
     with Parts(options.out, record, plan, again, workers) as parts:
         if folder is not None and not parts.take_up(folder):
@@ -288,6 +290,12 @@ def _recorded(options: Options) -> dict[str, Any]:
     if options.adapter is not None:
         found["adapter"] = BUNDLED if str(options.adapter) == BUNDLED else str(options.adapter.resolve())
     return found
+
+
+def _asked_digest(flags: Mapping[str, Any]) -> str:
+    """SHA-256 of what was asked, but for where something lies: of that, the inputs hold the content."""
+    kept = {name: value for name, value in flags.items() if name not in ("adapter", "prompts")}
+    return document_digest(kept | {"overrides": split_model(flags["overrides"])[1]})
 
 
 def _command(options: Options) -> str:

@@ -107,7 +107,10 @@ def from_document(document: Any, records: Mapping[str, type[Any]]) -> Any:
             dtype = getattr(torch, fields["type"])
             return torch.tensor(entries, dtype=dtype, device=fields["device"]).reshape(fields["shape"])
         return {"tuple": tuple, "list": list}[kind](entries)
-    except (KeyError, TypeError, AttributeError, RuntimeError, RecursionError, OverflowError) as error:
+    except (
+        *(KeyError, TypeError, AttributeError, RuntimeError, RecursionError, OverflowError),
+        AssertionError,  # of a device that this build of torch does not know
+    ) as error:
         raise ValueError("it does not hold what was kept") from error
 
 

@@ -103,6 +103,7 @@ class Job:
         seed: the seed of the comparison.
         folder: where chunks are kept.
         shown: prompts, from the first, of which the images of the first noise are kept beside their scores.
+        made_from: the digest of what the comparison, and the network, are made from; see `read_part`.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Job:
     seed: int
     folder: Path
     shown: int = 0
+    made_from: str = ""
 
     @property
     def chunks(self) -> list[tuple[int, slice]]:
@@ -126,14 +128,14 @@ class Job:
         """The rows and the cost of one chunk, made if they are not on the disk."""
         part = self.prompts[chunk]
         path = self._path(index, chunk)
-        found = _read(path, part)
+        found = _read(path, part, self.made_from)
         if found is None:
             outcome = self._made(index, chunk)
             document = _document(outcome, part, index, self.backend, self.scorer)
-            self.folder.mkdir(parents=True, exist_ok=True)
             if shown := self._shown(index, chunk):
+                self.folder.mkdir(parents=True, exist_ok=True)
                 document[_IMAGES] = _kept(path, outcome.images[:shown])
-            write_sealed(path, document)
+            write_part(path, document, self.made_from)
             found = _parsed(document)
         return found
 
@@ -147,10 +149,10 @@ class Job:
             if count := self._shown(index, chunk):
                 self.chunk(index, chunk)
                 path = self._path(index, chunk)
-                file, document = path.with_suffix(_SUFFIX), read_part(path)
+                file, document = path.with_suffix(_SUFFIX), read_part(path, self.made_from) or {}
                 if not (file.is_file() and document.get(_IMAGES) == file_digest(file)):
                     images = self._made(index, chunk).images[:count]
-                    write_sealed(path, document | {_IMAGES: _kept(path, images)})
+                    write_part(path, document | {_IMAGES: _kept(path, images)}, self.made_from)
                 parts.append(load(read_plain(file))[_IMAGES])
         return torch.cat(parts)
 
@@ -265,10 +267,10 @@ def _parsed(document: Mapping[str, Any]) -> tuple[list[Row], Cost]:
     return rows, Cost(**typed_values(document["cost"], Cost, "the cost"))
 
 
-def _read(path: Path, prompts: Sequence[str]) -> tuple[list[Row], Cost] | None:
+def _read(path: Path, prompts: Sequence[str], made_from: str = "") -> tuple[list[Row], Cost] | None:
     """A chunk of an earlier run, if it is there, whole and about these prompts."""
-    document = read_part(path)
-    if not isinstance(document, dict) or document.get("prompts") != list(prompts):
+    document = read_part(path, made_from)
+    if document is None or document.get("prompts") != list(prompts):
         return None
     try:
         rows, cost = _parsed(document)
@@ -278,9 +280,22 @@ def _read(path: Path, prompts: Sequence[str]) -> tuple[list[Row], Cost] | None:
     return (rows, cost) if whole else None
 
 
-def read_part(path: Path) -> Any:
-    """What an earlier run found out; `None` if it is missing or damaged, and then it is found out again."""
+def read_part(path: Path, made_from: str) -> dict[str, Any] | None:
+    """What an earlier run found out and `write_part` kept under this name.
+
+    `None` if it is missing or damaged, of another name, or made from something else (another seed, other settings,
+    another network): then it is found out again.
+    """
     try:
-        return read_sealed(path)
+        document = read_sealed(path)
     except (OSError, ValueError):
         return None
+    if not isinstance(document, dict) or (document.get("part"), document.get("made_from")) != (path.name, made_from):
+        return None
+    return document
+
+
+def write_part(path: Path, document: Mapping[str, Any], made_from: str) -> None:
+    """Keep what was found out, in a folder that is made if need be, with its name and what it was made from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_sealed(path, {**document, "part": path.name, "made_from": made_from})

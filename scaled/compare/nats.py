@@ -14,12 +14,11 @@ import torch
 from hnkit.backend import Backend, completed, image_noise
 from hnkit.figures import measure
 from hnkit.figures.measurement import BLOCK_RECORDS, Sharing
-from hnkit.internal.files import write_sealed
 from hnkit.internal.kept import Keep, from_document, not_kept, to_document
 from hnkit.internal.seeds import derived_seed
 from hnkit.internal.workers import ALONE, Workers
 from hnkit.maps import ConditionedMap
-from hnkit.scaled.compare.evaluation import read_part
+from hnkit.scaled.compare.evaluation import read_part, write_part
 
 T = TypeVar("T")
 
@@ -62,17 +61,16 @@ def rows_within(prompts: int, seeds: int, samples: int) -> tuple[int, int]:
     return chosen, max(1, min(seeds, samples // chosen))
 
 
-def kept_block(folder: Path, name: str, make: Callable[[], T]) -> T:
+def kept_block(folder: Path, made_from: str, name: str, make: Callable[[], T]) -> T:
     """What was made of a block of noises, from the folder, where any process has left it, or else as it is made now."""
     path = folder / f"{re.sub('[^a-z0-9]+', '-', name)}.json"
-    saved = read_part(path)
-    if isinstance(saved, dict) and saved.get("block") == name:
+    saved = read_part(path, made_from)
+    if saved is not None and saved.get("block") == name:
         with contextlib.suppress(ValueError):
             found: T = from_document(saved.get("value"), BLOCK_RECORDS)
             return found
     made = make()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_sealed(path, {"block": name, "value": to_document(made)})
+    write_part(path, {"block": name, "value": to_document(made)}, made_from)
     return made
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
 
-from hnkit.adapters import load_trained
+from hnkit.adapters import adapter_digests, load_trained
 from hnkit.backend import Backend, backend_factory
 from hnkit.config import CONFIG_FILE, RunConfig, TrainConfig
 from hnkit.errors import InputError
@@ -28,6 +28,7 @@ class Network:
         parameters: how many weights were trained.
         metrics: the records of its training.
         alpha: the effective temperature it was trained at; `None` where nothing says so, or where it moves no noise.
+        digests: SHA-256 of the adapter's files: what was made with one network is not another's.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Network:
     parameters: int
     metrics: tuple[dict[str, Any], ...]
     alpha: float | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def average_of(settings: TrainConfig, steps: int) -> float:
@@ -75,14 +77,15 @@ def trained(name: str, config: RunConfig, folder: Path, again: str | None = None
     else:
         model = getattr(config.options, "model_id", "")  # which may lie elsewhere than when it was trained
         loaded, alpha = load_trained(backend, folder, [f"backend.model_id={model}"] if model else [])
-    return Network(name, loaded, trainable(loaded), _records(folder / METRICS), alpha)
+    return Network(name, loaded, trainable(loaded), _records(folder / METRICS), alpha, adapter_digests(folder))
 
 
 def given(name: str, backend: str, adapter: Path, overrides: Sequence[str]) -> Network:
     """A network the user has trained: the adapter's folder or its run folder."""
     loaded, alpha = load_trained(backend, adapter, [o for o in overrides if o.startswith("backend.")])
     runs = [folder for folder in (adapter, adapter.parent) if (folder / METRICS).is_file()]
-    return Network(name, loaded, trainable(loaded), _records(runs[0] / METRICS) if runs else (), alpha)
+    records = _records(runs[0] / METRICS) if runs else ()
+    return Network(name, loaded, trainable(loaded), records, alpha, adapter_digests(adapter))
 
 
 def trainable(backend: Backend) -> int:

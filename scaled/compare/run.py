@@ -20,6 +20,7 @@ from hnkit.backend import Backend, Reward, backend_factory
 from hnkit.errors import InputError
 from hnkit.internal.files import (
     atomic_write,
+    document_digest,
     new_run_folder,
     pasted,
     resumable,
@@ -27,10 +28,11 @@ from hnkit.internal.files import (
     write_sealed,
 )
 from hnkit.internal.folders import require_resumable, run_lock, sweep_temporaries
-from hnkit.internal.provenance import provenance, record_provenance
+from hnkit.internal.provenance import provenance, record_provenance, recorded_provenance
 from hnkit.internal.seeds import derived_seed, image_seed
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.internal.values import finite, or_nan
+from hnkit.internal.versions import versions
 from hnkit.internal.workers import Workers, shared_out
 from hnkit.maps import slices
 from hnkit.output.page import Card, Table
@@ -54,6 +56,7 @@ from hnkit.scaled.compare.evaluation import (
     images_of,
     read_part,
     without_images,
+    write_part,
 )
 from hnkit.scaled.compare.frontier import frontier_part
 from hnkit.scaled.compare.nats import NetworkKL, kept_block, network_kl
@@ -162,11 +165,15 @@ class Comparison:
                 return folder
 
             folder = workers.on_main(made)
-        record = provenance(model=settings.model, adapter=settings.adapter_files or None, prompts=settings.prompts)
+        record = provenance(
+            model=settings.model, adapter=settings.adapter_files or None, prompts=settings.prompts, asked=settings.asked
+        )
 
         def entered() -> None:
             sweep_temporaries(folder)
             write_sealed(folder / PLAN, settings.to_json())  # what was moved has been found
+            if (before := recorded_provenance(folder)) and before[-1].get("versions") != record["versions"]:
+                print("hnkit: versions have changed since: what was evaluated is evaluated again", file=sys.stderr)
             record_provenance(folder, record)
 
         lock = run_lock(folder) if workers.index == 0 else contextlib.nullcontext()
@@ -336,7 +343,13 @@ class _Session:
             self.plan.seed,
             self.folder / "parts",
             self.plan.grid if at == 1 and name in self.plan.methods else 0,
+            self._made_from(name),
         )
+
+    def _made_from(self, name: str) -> str:
+        """What parts of this name are made from: the comparison's settings, its inputs, versions, and the network."""
+        network = self.networks.get(name)
+        return document_digest([self.settings.asked, versions(), None if network is None else dict(network.digests)])
 
     def _evaluate(self, name: str, *, at: int = 1) -> Evaluation:
         job = self._job(name, at)
@@ -431,8 +444,9 @@ class _Session:
     def _prompt_diversity(self, name: str, index: int, metrics: dict[str, Metric]) -> dict[str, float]:
         path = self.folder / "parts" / f"diversity-{name}-{index}.json"
         prompt = self.settings.prompts[index]
-        saved = read_part(path)
-        if isinstance(saved, dict) and saved.get("prompt") == prompt and isinstance(saved.get("values"), dict):
+        made_from = self._made_from(name)
+        saved = read_part(path, made_from)
+        if saved is not None and saved.get("prompt") == prompt and isinstance(saved.get("values"), dict):
             with contextlib.suppress(TypeError, ValueError):
                 kept = {metric: float(or_nan(value)) for metric, value in saved["values"].items()}
                 if set(metrics) <= set(kept):
@@ -445,7 +459,7 @@ class _Session:
         values = {metric: function(images.to(self.device)) for metric, function in metrics.items()}
         if self.base.scenes is not None:
             values["distinct_scenes"] = len(set(self.base.scenes(images))) / len(images)
-        write_sealed(path, finite({"prompt": prompt, "values": values}))
+        write_part(path, finite({"prompt": prompt, "values": values}), made_from)
         return values
 
     def _images(self, method: Method, backend: Backend, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
@@ -477,7 +491,8 @@ class _Session:
         plan = self.plan
         return network_kl(
             self.networks[name].backend, self.settings.prompts, plan.seeds, plan.measure_samples, plan.seed,
-            method=method, workers=self.workers, keep=partial(kept_block, self.folder / "parts" / f"blocks-of-{name}"),
+            method=method, workers=self.workers,
+            keep=partial(kept_block, self.folder / "parts" / f"blocks-of-{name}", self._made_from(name)),
         )  # fmt: skip
 
     def _frontier(self) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hnkit.adapters import adapter_digests, adapter_word, load_backend
+from hnkit.adapters import adapter_digests, adapter_folder, adapter_word, load_backend, require_recorded
 from hnkit.backend import BackendBase, backend_factory
 from hnkit.config import CONFIG_FILE, RunConfig, own_rewards, resolve_config, split_model, split_permissions
 from hnkit.errors import InputError
-from hnkit.internal.files import read_sealed
+from hnkit.internal.files import document_digest, read_sealed
 from hnkit.prompts import require_disjoint
 from hnkit.scaled.compare.evaluation import category_of
 from hnkit.scaled.compare.plan import Plan, make_plan, plan_from_json
@@ -41,6 +41,12 @@ class Settings:
     def configuration(self) -> RunConfig:
         """What is trained and scored with."""
         return configuration(self.backend, self.adapter, self.overrides)
+
+    @property
+    def asked(self) -> str:
+        """SHA-256 of all of it but for where something lies: adapter and model are known by their content."""
+        kept = split_model(split_permissions(self.overrides)[1])[1]
+        return document_digest(self.to_json() | {"adapter": None, "overrides": list(kept)})
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -76,6 +82,7 @@ def configuration(backend: str, adapter: str | Path | None, overrides: Sequence[
     code = own_rewards(run)
     taken: Any = "none" if code else "installed"  # a held-out score of its user's is not compared
     config = resolve_config(backend=backend, resume=run, overrides=overrides, rewards_of_files=taken)
+    require_recorded(backend_factory(backend), adapter_folder(adapter), config, overrides)
     if code and not config.rewards:
         raise InputError(
             f"--adapter {adapter} was trained on {code[0]!r}, a function of its user's: --set rewards.NAME=WEIGHT "

@@ -373,13 +373,13 @@ def test_plans_and_parts_of_comparisons(data, tmp_path):
     for name in ("plan.json", "part.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes(content)
     one_line(lambda: read_plan(tmp_path, "digits"))
-    assert read_part(tmp_path / "part.json") is None
+    assert read_part(tmp_path / "part.json", "") is None
     if not isinstance(data, bytes):
         for name in ("plan.json", "part.json"):
             with contextlib.suppress(ValueError):  # not JSON: a NaN in it
                 write_sealed(tmp_path / name, data)
     one_line(lambda: read_plan(tmp_path, "digits"))
-    read_part(tmp_path / "part.json")
+    assert read_part(tmp_path / "part.json", "") is None
     assert _read(tmp_path / "part.json", ["a three"]) is None
     one_line(lambda: _records(tmp_path / "metrics.jsonl"))
 

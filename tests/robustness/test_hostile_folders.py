@@ -23,6 +23,7 @@ import hnkit.checks.parts
 import hnkit.scaled.compare.nats
 from hnkit.cli import app as cli
 from hnkit.errors import InputError
+from hnkit.generate import SEAL, TEXT
 from hnkit.internal.files import file_digest, sealed
 from hnkit.internal.folders import MANIFEST, STATE, TENSORS
 from hnkit.internal.values import CONTROL
@@ -74,7 +75,8 @@ def begun_images(folder: Path) -> None:
     backend.save_adapter(folder.parent / "mine")
     asked = ("--adapter", str(folder.parent / "mine"), "--prompt", "a cat", "--prompt", "a dog", "--count", "1")
     assert command("generate", "--backend", "fake", *asked, "--out", str(folder)) == 0
-    (folder / "prompt-001" / "prompt.txt").unlink()
+    for name in (TEXT, SEAL):
+        (folder / "prompt-001" / name).unlink()
     (folder / "report.json").unlink()
 
 
@@ -104,15 +106,15 @@ COMPARED = (
 
 def begun_comparison(folder: Path) -> None:
     """One network is trained, some blocks of its KL are measured, and no report is written."""
-    plain, calls = hnkit.scaled.compare.nats.write_sealed, iter(range(100))
+    plain, calls = hnkit.scaled.compare.evaluation.write_sealed, iter(range(100))
 
     def cut_short(path: Path, content: dict) -> None:
-        if next(calls) == 2:
+        if "blocks-of" in str(path) and next(calls) == 2:
             raise KeyboardInterrupt
         plain(path, content)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hnkit.scaled.compare.nats, "write_sealed", cut_short)
+        patch.setattr(hnkit.scaled.compare.evaluation, "write_sealed", cut_short)
         assert command("compare", "--backend", "fake", *COMPARED, "--out", str(folder)) == 130
 
 

@@ -226,6 +226,25 @@ def test_a_damaged_part_and_parts_of_other_code_are_made_again(tmp_path, capsys,
     assert content(out)["report.json"] == content(whole)["report.json"]
 
 
+def test_parts_of_another_run_are_made_again_and_what_lies_beside_stays(tmp_path, capsys, monkeypatch, interrupted_at):
+    """Theirs have the same code, map and versions, are whole and sealed, and bear the names of ours."""
+    whole, out, other = tmp_path / "whole", tmp_path / "run", tmp_path / "other"
+    assert run(capsys, *MAP, "--out", whole)[0] == 0
+    for folder, flags in ((out, ()), (other, ("--seed", "1"))):
+        interrupted_at(21)
+        assert run(capsys, *MAP, *flags, "--out", folder)[0] == 130
+        monkeypatch.undo()
+    assert recorded_provenance(out) != recorded_provenance(other)
+    for path in (other / "parts").iterdir():
+        assert path.read_bytes() != (out / "parts" / path.name).read_bytes()
+        (out / "parts" / path.name).write_bytes(path.read_bytes())
+    (out / "parts" / "notes.txt").write_text("mine")
+    (out / "parts" / "mine.json").write_text("{}")
+    assert run(capsys, *MAP[:3], "--resume", out)[0] == 0
+    assert content(out) == content(whole)
+    assert {path.name for path in (out / "parts").iterdir()} == {"notes.txt", "mine.json"}
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -274,6 +293,10 @@ def test_figures_are_kept_to_the_bit():
     for wrong in ({}, {"": "Check"}, {"": "os"}, {"": "tensor", "type": "save", "value": [1], "shape": [1]}, [3]):
         with pytest.raises(ValueError, match="does not hold what was kept"):
             from_document(wrong, RECORDS)
+    there = {"": "tensor", "type": "float32", "shape": [1], "value": [1.0]}
+    for device in ("cuda" if not torch.cuda.is_available() else "cuda:99", "tpu"):
+        with pytest.raises(ValueError, match="does not hold what was kept"):
+            from_document({**there, "device": device}, RECORDS)
     with pytest.raises(TypeError, match="kept in no file"):
         to_document(object())
 

@@ -305,14 +305,20 @@ def test_a_part_that_holds_something_else_is_made_again(key, value, tmp_path):
     cost = {"generator": 3, "seconds": 0.5}
     document = {"prompts": PROMPTS, "rows": [{"prompt": prompt, **row} for prompt in PROMPTS], "cost": cost}
     path = tmp_path / "part.json"
-    write_sealed(path, document)
-    assert evaluation._read(path, PROMPTS) is not None
+    evaluation.write_part(path, document, "these")
+    assert evaluation._read(path, PROMPTS, "these") is not None
+    original = dict(document)
     if key in document:
         document[key] = value
     else:
         document["rows"][0] = {**document["rows"][0], key: value}
-    write_sealed(path, document)
-    assert evaluation._read(path, PROMPTS) is None
+    evaluation.write_part(path, document, "these")
+    assert evaluation._read(path, PROMPTS, "these") is None
+    evaluation.write_part(path, original, "others")
+    assert evaluation._read(path, PROMPTS, "these") is None
+    evaluation.write_part(tmp_path / "other.json", original, "these")
+    path.write_bytes((tmp_path / "other.json").read_bytes())
+    assert evaluation._read(path, PROMPTS, "these") is None
 
 
 def test_a_folder_that_is_replaced_or_in_use_is_left_alone(finished, tmp_path, monkeypatch):

@@ -111,6 +111,31 @@ def whole(fake, tmp_path_factory) -> object:
     return without_held(document), logs
 
 
+def test_parts_of_another_run_or_of_another_method_are_made_again(whole, fake, tmp_path, capsys):
+    """They are whole and sealed, of the same prompts, and under the names of ours."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    assert run(capsys, *COMMAND, "--out", str(ours))[0] == 0
+    assert run(capsys, *COMMAND, "--set", "compare.seed=1", "--out", str(theirs))[0] == 0
+    parts = {path.relative_to(ours / "parts"): path for path in (ours / "parts").rglob("*.json")}
+    assert len(parts) > 8
+    taken = [ours / "parts" / name for name in parts if (theirs / "parts" / name).exists()]
+    for other in (lambda path: theirs / "parts" / path.relative_to(ours / "parts"), _of_another_method):
+        before = {path: path.read_bytes() for path in taken}
+        swapped = {path: other(path).read_bytes() for path in taken}
+        assert swapped != before
+        for path, content in swapped.items():
+            path.write_bytes(content)
+        code, _, err = run(capsys, *AGAIN[1:5], "--resume", str(ours))
+        assert code == 0, err
+        document, logs = found(ours)
+        assert (without_held(document), logs) == whole
+
+
+def _of_another_method(path: Path) -> Path:
+    there = path.with_name(path.name.replace("base", "best-of-n").replace("hypernoise", "base"))
+    return there if there.exists() else path
+
+
 def without_held(document: object) -> object:
     if isinstance(document, dict):
         return {key: without_held(value) for key, value in document.items() if key != "held"}
