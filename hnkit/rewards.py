@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from hnkit.backend import Reward, load_installed
 from hnkit.config import RewardSpec
 from hnkit.errors import InputError
+from hnkit.internal.stops import Stopped
 from hnkit.internal.values import reason_of, typed_value
+
+_STOPS = (KeyboardInterrupt, Stopped)
+"""What a signal raises wherever it arrives, and what is no fault of the code that was running."""
 
 
 def import_object(path: str, flag: str) -> Any:
@@ -37,7 +41,9 @@ def import_object(path: str, flag: str) -> Any:
     try:
         with _working_directory_on_path():
             found: Any = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
+    except _STOPS:
+        raise
+    except BaseException as error:  # the user's module may raise anything while it is imported
         reason = f"{type(error).__name__}: {reason_of(error)}"
         cure = ""
         if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
@@ -76,7 +82,9 @@ def made(found: Any, path: str, flag: str) -> Any:
         return found
     try:
         return found()
-    except (Exception, SystemExit) as error:  # the user's code may raise anything: say so in one line, keep the cause
+    except _STOPS:
+        raise
+    except BaseException as error:  # the user's code may raise anything: say so in one line, keep the cause
         reason = f"{type(error).__name__}: {reason_of(error)}"
         raise InputError(f"{flag} {path}: calling it failed ({reason})") from error
 
@@ -220,9 +228,9 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """
     try:
         values: Any = reward(images.clone(), tuple(prompts))
-    except (InputError, torch.OutOfMemoryError):
+    except (InputError, torch.OutOfMemoryError, *_STOPS):
         raise
-    except (Exception, SystemExit) as error:  # the user's code may raise anything: say whose it is, keep the cause
+    except BaseException as error:  # the user's code may raise anything: say whose it is, keep the cause
         reason = " ".join(str(error).split())
         raise InputError(f"reward {reward.name!r} raised {type(error).__name__}: {reason}") from error
     given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__

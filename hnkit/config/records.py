@@ -21,6 +21,9 @@ PERMISSIONS: dict[str, Scalar] = {"local_files_only": True}
 """Options that allow what a file must not switch on, with the value that allows nothing. They are taken from flags,
 and are not part of a run: a run folder that is passed on does not hold them."""
 
+_LARGEST = 3.4e38
+"""Numbers at or above it are not those of float32, which most networks are trained in."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -80,10 +83,10 @@ class TrainConfig:
     from_adapter: str = setting("", flags=(), metavar="DIR", beside=True)
     objective: Literal["hypernoise", "direct"] = setting("hypernoise", flags=())
     kl: Literal["l2", "second-order", "arnoldi", "exact"] = setting("l2", flags=())
-    alpha: float = setting(1.0, above=0, flags=())
+    alpha: float = setting(1.0, above=0, below=_LARGEST, flags=())
     reduction: Literal["sum", "mean"] = setting("sum", flags=())
     injection: float = setting(0.0, least=0, below=1)
-    max_delta: float = setting(0.0, least=0)
+    max_delta: float = setting(0.0, least=0, below=_LARGEST)
     draws: int = setting(1, least=1)
     reward_gradient: Literal["pathwise", "score-function"] = "pathwise"
     noise: Literal["fresh", "step", "fixed"] = "fresh"
@@ -92,12 +95,12 @@ class TrainConfig:
     batch: int = setting(16, least=1, below=2**24, flags=())
     accumulate: int = setting(1, least=1)
     optimizer: Literal["sgd", "adamw", "adamw8bit"] = "adamw"
-    lr: float = setting(1e-3, above=0, flags=())
+    lr: float = setting(1e-3, above=0, below=_LARGEST, flags=())
     momentum: float = setting(0.0, least=0, below=1)
     nesterov: bool = False
-    weight_decay: float = setting(0.0, least=0)
-    clip: float = setting(1.0, least=0)
-    reward_clip: float = setting(0.0, least=0)
+    weight_decay: float = setting(0.0, least=0, below=_LARGEST)
+    clip: float = setting(1.0, least=0, below=_LARGEST)
+    reward_clip: float = setting(0.0, least=0, below=_LARGEST)
     warmup: int = setting(0, least=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     ema: float = setting(0.0, least=0, below=1)

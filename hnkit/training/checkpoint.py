@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
+import operator
 import os
 import re
 import shutil
@@ -36,11 +38,11 @@ from hnkit.internal.files import (
     write_sealed,
 )
 from hnkit.internal.folders import CHECKPOINT_FILES, MANIFEST, STATE, TENSORS, open_to_append, sweep_temporaries
-from hnkit.internal.values import finite
+from hnkit.internal.values import finite, shown
 
 CHECKPOINTS = "checkpoints"
-_NAME = re.compile(r"step-(\d{8,})")
-_HALF = re.compile(r"\.step-\d{8,}\.(tmp|old)")
+_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,39})")
+_HALF = re.compile(r"\.step-[0-9]{8,40}\.(tmp|old)")
 
 
 @dataclass(frozen=True)
@@ -117,14 +119,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             whole = manifest == _manifest(files)
         except (ValueError, KeyError, TypeError, RecursionError):
             whole = False
-        if not whole or set(files) != {TENSORS, STATE}:
+        if not whole or not isinstance(files, dict) or set(files) != {TENSORS, STATE}:
             raise DamagedCheckpointError(f"{MANIFEST} is truncated or altered")
         require_tensor_file(folder / TENSORS)
         for name, expected in files.items():
             if file_digest(folder / name) != expected:
                 raise DamagedCheckpointError(f"the SHA-256 of {name} does not match: truncated or altered")
         state = json.loads(read_plain(folder / STATE))
-        if not isinstance(state, dict) or type(state.get("step")) is not int:
+        if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
             raise DamagedCheckpointError(f"{STATE} is not the state of a run")
         return Checkpoint(state["step"], _tensors(folder / TENSORS), state)
     except (SafetensorError, ValueError, RecursionError) as error:
@@ -161,22 +163,33 @@ def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | No
     folders = _folders(run)
     for folder in folders:
         try:
-            return load_checkpoint(folder)
+            found = load_checkpoint(folder)
+            if found.step != _step_of(folder):
+                raise DamagedCheckpointError(f"it says that it is of step {shown(found.step)}")
         except DamagedCheckpointError as error:
             warn(f"checkpoint {folder} is damaged and was passed over: {error}")
+        else:
+            return found
     if folders:
         raise InputError(f"all {len(folders)} checkpoints in {run / CHECKPOINTS} are damaged: start a new run")
     return None
 
 
 def sweep(run: Path) -> None:
-    """Remove what writes that were killed have left in a run folder; the caller holds its lock."""
+    """Remove what writes that were killed have left in a run folder; the caller holds its lock.
+
+    Raises:
+        InputError: a file or a link lies where a folder will be written.
+    """
+    for entry in (run / CHECKPOINTS).glob("*step-*"):
+        if _HALF.fullmatch(entry.name) or _NAME.fullmatch(entry.name):
+            _is_folder(entry)
     _sweep_checkpoints(run)
     for folder, half in ((run / name, run / f".{name}.tmp") for name in REPLACED):
-        if half.is_dir() and not half.is_symlink():
+        if _is_folder(half):
             shutil.rmtree(half)
         old = run / f".{folder.name}.old"
-        if old.is_dir() and not old.is_symlink():
+        if _is_folder(old):
             if folder.exists():
                 shutil.rmtree(old)
             else:  # killed between the two renames
@@ -189,6 +202,17 @@ def _sweep_checkpoints(run: Path) -> None:
     for folder in parent.iterdir() if parent.is_dir() else ():
         if _HALF.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a folder is there; nothing may be.
+
+    Raises:
+        InputError: something else is there, where a folder will be written.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"{path} is no folder, and one is written there: take it out of the run folder")
+    return path.is_dir()
 
 
 class JsonLog:
@@ -209,13 +233,17 @@ class JsonLog:
     @classmethod
     def resume(cls, path: Path, position: Mapping[str, Any], warn: Callable[[str], None]) -> Self:
         """Open a log cut back to a stored position; a log that is not the one stored is set aside, not used."""
-        size = int(position["size"])
+        size = operator.index(position["size"])
+        if size < 0:
+            raise ValueError(f"a log of {size} bytes")
         begun, length = _digest_of_beginning(path, size)
         if length < size or begun.hexdigest() != position["sha256"]:
-            aside = path.with_name(f"{path.stem}-damaged-{len(list(path.parent.glob('*-damaged-*')))}{path.suffix}")
-            warn(f"{path} is not the file its checkpoint knew: what is left of it is now {aside.name}")
             if path.exists():
-                path.rename(aside)
+                aside = _new_file(path.with_name(f"{path.stem}-damaged"), path.suffix)
+                path.replace(aside)
+                warn(f"{path} is not the file its checkpoint knew: what is left of it is now {aside.name}")
+            else:
+                warn(f"{path}, which its checkpoint knew, is gone: it begins anew")
             return cls(path)
         log = cls.__new__(cls)
         log.path, log._file, log._hash, log._size = path, open_to_append(path), begun, size
@@ -240,6 +268,16 @@ class JsonLog:
     def close(self) -> None:
         """Close the file; lines since the last `position` that the disk does not take are lost."""
         close_quietly(self._file)
+
+
+def _new_file(stem: Path, suffix: str) -> Path:
+    """A file that was not there, `<stem>-0<suffix>` or the next number; the system makes it, or says that it exists."""
+    for number in itertools.count():
+        path = stem.with_name(f"{stem.name}-{number}{suffix}")
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+            return path
+    raise AssertionError("numbers do not end")
 
 
 def close_quietly(file: BinaryIO) -> None:
@@ -325,8 +363,11 @@ def _folders(run: Path) -> list[Path]:
         return []
     except OSError as error:
         raise _unreadable(error, run / CHECKPOINTS) from error
-    steps = {int(match[1]): path for path in found if (match := _NAME.fullmatch(path.name))}
-    return [steps[step] for step in sorted(steps, reverse=True)]
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _remove(folder: Path) -> None:

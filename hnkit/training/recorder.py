@@ -21,7 +21,7 @@ from hnkit.internal.versions import versions
 from hnkit.training.checkpoint import Checkpoint, JsonLog, close_quietly, replace_folder, save_checkpoint
 from hnkit.training.nats import reward_per_nat
 from hnkit.training.report import BEST, Ending, write_adapter
-from hnkit.training.session import Session
+from hnkit.training.session import Session, step_within
 from hnkit.training.validate import Evaluator, Validation
 from hnkit.training.view import Trackers
 from hnkit.training.watch import Watch
@@ -37,7 +37,7 @@ def written_here(folder: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(
             f"--resume {folder}: its checkpoint is not one that this version writes ({error!r}): start a new run"
         ) from error
@@ -67,9 +67,10 @@ class Recorder:
             self.log = JsonLog(folder / METRICS)
         else:
             with written_here(folder):
-                self.looked, best = int(start.state["looked"]), start.state["best"]
+                self.looked, best = step_within(start.state["looked"], start.step), start.state["best"]
                 if best is not None:
-                    self.best = dict(zip(_BEST_KEYS, (int(best["step"]), float(best["loss"])), strict=True))
+                    found = step_within(best["step"], start.step), float(best["loss"])
+                    self.best = dict(zip(_BEST_KEYS, found, strict=True))
                 self.log = JsonLog.resume(folder / METRICS, start.state["metrics"], session.view.warn)
                 self._saved = (start.step, self.looked)
         stack.callback(self.log.close)
@@ -161,7 +162,7 @@ class Follower:
     def __init__(self, session: Session, start: Checkpoint | None) -> None:
         self.session = session
         self.evaluator = _evaluator(session)
-        self.looked = 0 if start is None else int(start.state["looked"])
+        self.looked = 0 if start is None else step_within(start.state["looked"], start.step)
 
     def look(self, watch: Watch) -> None:
         """Run what the main process runs at the present step."""

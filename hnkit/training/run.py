@@ -27,9 +27,9 @@ from hnkit.internal.folders import require_plain, run_lock
 from hnkit.internal.provenance import PROVENANCE
 from hnkit.internal.seeds import kept_generators
 from hnkit.internal.stops import Stopped
-from hnkit.internal.values import number_of
+from hnkit.internal.values import number_of, shown
 from hnkit.output import terminal
-from hnkit.training.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint, sweep
+from hnkit.training.checkpoint import CHECKPOINTS, REPLACED, Checkpoint, newest_checkpoint, sweep
 from hnkit.training.processes import Heartbeat, Processes, connection_lost
 from hnkit.training.recorder import METRICS, TIMINGS, Follower, Recorder, written_here
 from hnkit.training.report import OUTPUTS, finish_run, finished_report
@@ -42,7 +42,10 @@ from hnkit.training.watch import Watch
 __all__ = ["METRICS", "TIMINGS", "TrainResult", "train"]
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
-_WRITTEN = (CONFIG_FILE, PROVENANCE, METRICS, TIMINGS, CHECKPOINTS, SAMPLES, *OUTPUTS)
+_WRITTEN = (
+    *(CONFIG_FILE, PROVENANCE, METRICS, TIMINGS, CHECKPOINTS, SAMPLES, *OUTPUTS),
+    *(f".{name}.{half}" for name in REPLACED for half in ("tmp", "old")),
+)
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,11 @@ def _reopen(
     if checkpoint is not None:
         with written_here(folder):
             _require_same(checkpoint.state["config"], config, folder)
+        if checkpoint.step > config.train.steps:
+            raise InputError(
+                f"--resume {folder}: its checkpoint says step {shown(checkpoint.step)} of {config.train.steps}, which "
+                "no training writes: take another copy of the run, or start a new one"
+            )
     report = finished_report(folder)
     if report is not None and report["step"] == config.train.steps:
         view.say(f"{folder} is finished: {number_of(config.train.steps, 'step')}, nothing to do")
@@ -254,11 +262,21 @@ def _run(
             return _stopped(session, folder, again, 128 + stop.received)
         if processes.count > 1 and connection_lost(error):
             raise InputError(f"another process has gone; go on with {again}") from error
+        if session.step:
+            view.say(f"stopped after step {session.step}; go on with {again}", whole=True)
         raise
     except InputError as error:
         if session.step == 0:
             raise
         raise InputError(f"{error}; stopped after step {session.step}; go on with {again}") from error
+    except KeyboardInterrupt as interrupt:  # raised by a user's function: a Ctrl-C is a signal here
+        if session.step == 0:
+            raise
+        raise KeyboardInterrupt(f"stopped after step {session.step}; go on with {again}") from interrupt
+    except BaseException:
+        if session.step:
+            view.say(f"stopped after step {session.step}; go on with {again}", whole=True)
+        raise
     view.say(f"finished: adapter {folder / 'adapter'}, report {folder / 'report.html'}", whole=True)
     if len(session.backend.noise_shape) > 1 and session.config.train.objective == "hypernoise":
         view.say(
@@ -286,6 +304,7 @@ def _loop(
     The main process records. It looks at the network as it goes, and so does a process that it needs for that.
     """
     processes, settings = session.processes, session.config.train
+    _require_finite(session)
     if looks is not None:
         looks.look(watch)  # a run that ended between a step and its measurement makes it now
     while session.step < settings.steps:
@@ -311,6 +330,7 @@ def _loop(
             )
         if signum:
             raise Stopped(signum)
+        _require_finite(session)
         if looks is not None:
             looks.look(watch)
     if session.moved == 0:
@@ -318,6 +338,16 @@ def _loop(
         raise InputError(
             f"every one of the {session.step} batches {what}{session.problem}, so nothing was trained and the run is "
             "not finished: check the reward"
+        )
+
+
+def _require_finite(session: Session) -> None:
+    """Refuse to measure, and to save as an adapter, what the last step has left, where that is not finite."""
+    settings = session.config.train
+    if session.step == settings.steps and (name := session.diverged()):
+        raise InputError(
+            f"after the last step {name} is not finite: the training diverged and the run is not finished: lower "
+            f"train.lr = {settings.lr:g}"
         )
 
 

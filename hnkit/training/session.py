@@ -26,6 +26,7 @@ from hnkit.errors import ExpansiveMapError, InputError, NonFiniteError
 from hnkit.injection import Generators
 from hnkit.internal.folders import adapter_folder
 from hnkit.internal.seeds import seed_global
+from hnkit.internal.values import shown
 from hnkit.internal.versions import code_digest
 from hnkit.loss import NoiseLoss
 from hnkit.maps import ConditionedMap
@@ -377,13 +378,32 @@ class Session:
             self.average.average = {name: value.to(self.device) for name, value in parts["average"].items()}
         load_optimizer(self.optimizer, parts["optimizer"], checkpoint.state["optimizer"])
         for name in _COUNTS:
-            setattr(self, name, operator.index(checkpoint.state[name]))
+            setattr(self, name, step_within(checkpoint.state[name], checkpoint.step))
+
+    def diverged(self) -> str:
+        """The first parameter that is not finite, in itself or its average; empty: all are."""
+        average = {} if self.average is None else self.average.average
+        values = [*self.parameters.items(), *((f"the average of {name}", value) for name, value in average.items())]
+        return next((name for name, value in values if not bool(torch.isfinite(value).all())), "")
 
     def memory_advice(self) -> str:
         """What reduces memory, of the options that this run has."""
         advice = self.backend.memory_advice()
         more = f" ({advice})" if advice else ""
         return f"raise train.accumulate for smaller micro-batches, or lower train.batch{more}"
+
+
+def step_within(value: Any, most: int) -> int:
+    """A number of steps that a checkpoint tells, of so many that were done.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is below 0, or more.
+    """
+    steps = operator.index(value)
+    if not 0 <= steps <= most:
+        raise ValueError(f"it tells of {shown(steps)} steps, of {shown(most)}")
+    return steps
 
 
 def require_same_model(state: Mapping[str, Any], config: RunConfig, digest: str | None) -> None:

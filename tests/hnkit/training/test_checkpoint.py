@@ -252,6 +252,28 @@ def test_a_damaged_log_is_named_and_set_aside(tmp_path, damage):
     assert (tmp_path / "metrics-damaged-0.jsonl").exists() == (damage != "missing")
 
 
+def test_a_log_that_is_set_aside_takes_no_name_that_is_taken(tmp_path):
+    """Somebody has kept the second of two, and thrown the first away."""
+    path, theirs = tmp_path / "metrics.jsonl", tmp_path / "metrics-damaged-1.jsonl"
+    theirs.write_text("mine")
+    (tmp_path / "metrics-damaged-0.jsonl").symlink_to(tmp_path / "absent")
+    path.write_text("other\n")
+    said: list[str] = []
+    JsonLog.resume(path, {"size": 3, "sha256": "0" * 64}, said.append).close()
+    assert theirs.read_text() == "mine"
+    assert (tmp_path / "metrics-damaged-2.jsonl").read_text() == "other\n"
+    assert said[0].endswith("is now metrics-damaged-2.jsonl")
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize("content", [[], [{}], 3, None, ["tensors.safetensors", "state.json"], "x", {"a": {}}])
+def test_a_manifest_that_lists_no_files_is_damage_whatever_its_sum(tmp_path, content):
+    folder = save(tmp_path, 1)
+    (folder / "manifest.json").write_bytes(module._manifest(content))
+    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json is truncated or altered"):
+        load_checkpoint(folder)
+
+
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "adapter"
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -186,6 +188,12 @@ def test_noise_of_a_step_resumes_too(tmp_path, monkeypatch):
         {"looked": "x"},
         {"skipped": 0.5},
         {"metrics": {"size": "x", "sha256": 1}},
+        {"metrics": {"size": math.inf, "sha256": 1}},
+        {"metrics": {"size": -5, "sha256": 1}},
+        {"looked": 10**30},
+        {"moved": 4},
+        {"skipped": -1},
+        {"best": {"step": 4, "loss": 1.0}},
         {"provenance": None},
         {"optimizer": {"x/step": 1}},
         {"config": {}},
@@ -194,10 +202,52 @@ def test_noise_of_a_step_resumes_too(tmp_path, monkeypatch):
 )
 def test_a_forged_state_of_a_checkpoint_is_one_line(change, interrupted):
     """The sums of a received checkpoint show damage, and not who wrote it."""
-    folder = interrupted / "checkpoints" / "step-00000003"
+    forge(interrupted / "checkpoints" / "step-00000003", change)
+    with pytest.raises(InputError, match="is not one that this version writes"):
+        resume(fake_config(), interrupted)
+
+
+def forge(folder: Path, change: dict) -> None:
+    """Change the state of a checkpoint, with sums that are right."""
     state = json.loads((folder / STATE).read_text())
     assert change.keys() <= state.keys()
     (folder / STATE).write_text(json.dumps(state | change))
     (folder / MANIFEST).write_bytes(_manifest({name: file_digest(folder / name) for name in (TENSORS, STATE)}))
-    with pytest.raises(InputError, match="is not one that this version writes"):
+
+
+@pytest.mark.parametrize("step", [7, 10**30])
+def test_a_checkpoint_beyond_the_end_is_no_finished_run(step, interrupted):
+    folder = interrupted / "checkpoints" / "step-00000003"
+    forge(folder, {"step": step})
+    folder.rename(folder.with_name(f"step-{step:08d}"))
+    with pytest.raises(InputError, match=f"says step {step} of 6, which no training writes"):
         resume(fake_config(), interrupted)
+    assert not (interrupted / "adapter").exists()
+
+
+@pytest.mark.parametrize("step", [-1, 2, 4, 6])
+def test_a_checkpoint_of_another_step_than_its_name_is_passed_over(step, interrupted, tmp_path, fake):
+    folder = interrupted / "checkpoints" / "step-00000003"
+    forge(folder, {"step": step})
+    with pytest.raises(InputError, match=r"all 1 checkpoints .* are damaged"):
+        resume(fake_config(), interrupted)
+
+
+@pytest.mark.parametrize(
+    "place", [".adapter.tmp", ".best.old", "checkpoints/.step-00000006.tmp", "checkpoints/step-00000006"]
+)
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_lies_where_a_folder_will_be_written_is_named_before_training(place, kind, interrupted, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    path = interrupted / place
+    path.symlink_to(tmp_path / "elsewhere") if kind == "link" else path.write_text("mine")
+    with pytest.raises(InputError, match=rf"{re.escape(str(path))} is (a symbolic link|no folder)"):
+        resume(fake_config(), interrupted)
+    assert newest_checkpoint(interrupted, pytest.fail).step == 3
+
+
+def test_a_training_that_diverged_in_its_last_step_is_not_finished(tmp_path, fake):
+    """Nothing skips a batch after the last one: float32 overflows in the update itself."""
+    with pytest.raises(InputError, match=r"is not finite: the training diverged .* lower train\.lr"):
+        run(fake_config(steps=1, optimizer="sgd", lr=3e38, alpha=1e-6, clip=0.0), tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()

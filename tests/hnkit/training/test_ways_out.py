@@ -50,12 +50,16 @@ def raise_at(call: int, error: BaseException):
     return fault
 
 
-@pytest.mark.parametrize("error", [ConnectionError("service gone"), SystemExit(0), KeyboardInterrupt()])
+class Odd(BaseException):
+    """What a library may raise that is no `Exception`."""
+
+
+@pytest.mark.parametrize("error", [ConnectionError("service gone"), SystemExit(0), KeyboardInterrupt(), Odd("gone")])
 def test_a_reward_that_raises_in_training_loses_no_step(tmp_path, fake, error):
     run(fake_config(), tmp_path / "whole")
     with_fault(fake, raise_at(4, error))
     if isinstance(error, KeyboardInterrupt):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 3; go on with hnkit train --resume"):
             run(fake_config(), tmp_path / "run")
     else:
         with pytest.raises(
