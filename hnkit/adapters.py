@@ -25,7 +25,7 @@ from hnkit.config import (
 )
 from hnkit.errors import InputError
 from hnkit.internal.files import file_digest
-from hnkit.internal.folders import adapter_folder
+from hnkit.internal.folders import adapter_folder, unreadable_adapter
 from hnkit.internal.values import shown
 from hnkit.output.terminal import waiting
 
@@ -71,7 +71,10 @@ def adapter_digests(adapter: str | Path | None) -> dict[str, str]:
     """
     if adapter is None:
         return {}
-    found = {path.name: file_digest(path) for path in sorted(adapter_folder(adapter).glob("*")) if path.is_file()}
+    try:
+        found = {path.name: file_digest(path) for path in sorted(adapter_folder(adapter).glob("*")) if path.is_file()}
+    except PermissionError as error:
+        raise unreadable_adapter(Path(adapter), error) from None
     if (run := _run_of(Path(adapter))) is not None:
         options = read_tables(run / CONFIG_FILE).get("backend", {})
         kept = [key for key in sorted(options) if f"backend.{key}" not in PLACES and key not in PERMISSIONS]
@@ -82,7 +85,10 @@ def adapter_digests(adapter: str | Path | None) -> dict[str, str]:
 
 def _run_of(adapter: Path) -> Path | None:
     """The folder of the run that an adapter is of, where it has one."""
-    return next((folder for folder in (adapter, adapter.parent) if (folder / CONFIG_FILE).is_file()), None)
+    try:
+        return next((folder for folder in (adapter, adapter.parent) if (folder / CONFIG_FILE).is_file()), None)
+    except PermissionError as error:
+        raise unreadable_adapter(adapter, error) from None
 
 
 def load_trained(

@@ -63,6 +63,8 @@ def read_records(source: str | Path, *, local_files_only: bool = True) -> dict[s
     for number, prompt in enumerate(found, start=1):
         if not is_unicode(prompt):
             raise InputError(f"{source}: prompt {number} holds half a surrogate pair ({shown(prompt)}): mend it")
+        if "\0" in prompt:
+            raise InputError(f"{source}: prompt {number} holds a NUL ({shown(prompt)}), which no text has: mend it")
     return found
 
 

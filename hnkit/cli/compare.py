@@ -12,9 +12,10 @@ from typing import Any
 from hnkit.cli.folders import refuse_existing, resumed_folder
 from hnkit.cli.options import WithBackend
 from hnkit.errors import InputError
-from hnkit.internal.files import read_plain
-from hnkit.internal.values import finite, reason_of, setting
+from hnkit.internal.files import read_plain, read_sealed, require_run_folder
+from hnkit.internal.values import finite, printable, reason_of, setting
 
+_PLAN = "plan.json"
 EXAMPLE = "hnkit compare --backend digits --methods base,best-of-n --quick"
 
 
@@ -54,16 +55,16 @@ def run(options: Options) -> int:
     from hnkit.output import terminal
     from hnkit.prompts import read_prompts
 
-    name = options.named_backend()
+    folder = None
+    if options.resume is not None:
+        folder = resumed_folder(options.resume, options.out, "compare", _PLAN)
+    name = options.named_backend() if folder is None or options.backend is not None else _backend_of(folder)
     runner = comparison_runner(backend_factory(name))
     if options.resume is None:
         refuse_existing(options.out)
     if options.seeds is not None and options.seeds < 1:
         raise InputError(f"--seeds {options.seeds}: give at least 1, and 2 or more for error bars")
     local = local_files_only(name, options.overrides)
-    folder = None
-    if options.resume is not None:
-        folder = resumed_folder(options.resume, options.out, "compare", "plan.json")
     finished = None if folder is None or options.power is None else finished_comparison(folder, name)
     document = finished or runner(
         name,
@@ -91,8 +92,19 @@ def run(options: Options) -> int:
             table, card = printed(document)
             terminal.print_table(table)
             terminal.print_card(card)
-        print(f"report: {Path(document['run_folder']) / 'report.html'}")
+        print(printable(f"report: {Path(document['run_folder']) / 'report.html'}"))
     return 0
+
+
+def _backend_of(folder: Path) -> str:
+    """The backend that the plan of a comparison names."""
+    require_run_folder(folder, "compare")
+    try:
+        return str(read_sealed(folder / _PLAN)["backend"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"--resume {folder}: no comparison is there ({_PLAN} is missing or damaged): name its folder"
+        ) from error
 
 
 def comparison_runner(factory: Any) -> Callable[..., Mapping[str, Any]]:

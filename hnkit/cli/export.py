@@ -8,7 +8,7 @@ from pathlib import Path
 from hnkit.cli.folders import refuse_existing
 from hnkit.cli.options import Common
 from hnkit.errors import InputError
-from hnkit.internal.values import setting
+from hnkit.internal.values import printable, setting
 
 EXAMPLE = "hnkit export --checkpoint runs/red/checkpoints/step-00000400"
 
@@ -38,5 +38,5 @@ def run(options: Options) -> int:
     if options.as_json:
         terminal.print_json(document)
     else:
-        print(f"adapter: {document['adapter']}")
+        print(printable(f"adapter: {document['adapter']}"))
     return 0

@@ -125,7 +125,7 @@ def _show(document: dict[str, Any], folder: Path | None, options: Options, *, fi
         screen.print(terminal.Words(sentence))
     terminal.print_card_of(document)
     if finished and folder is not None:
-        print(f"report: {folder / 'report.html'}")
+        print(printable(f"report: {folder / 'report.html'}"))
 
 
 def _measured(options: Options, workers: Workers) -> tuple[Any, dict[str, Any]]:

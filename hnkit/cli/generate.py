@@ -97,7 +97,7 @@ def run(options: Options) -> int:
     else:
         terminal.print_card_of(document)
         whose = "" if document["verdict"] is None else "; the verdict is the adapter's, from its training"
-        print(f"{number_of(document['images'], 'image')}{whose}\nreport: {folder / 'report.html'}")
+        print(printable(f"{number_of(document['images'], 'image')}{whose}\nreport: {folder / 'report.html'}"))
     return 0
 
 

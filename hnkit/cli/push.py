@@ -8,7 +8,7 @@ from pathlib import Path
 from hnkit.cli.folders import refuse_existing
 from hnkit.cli.options import Common
 from hnkit.errors import InputError
-from hnkit.internal.values import setting
+from hnkit.internal.values import printable, setting
 
 EXAMPLE = "hnkit push runs/red --to me/red --license apache-2.0"
 
@@ -46,6 +46,6 @@ def run(options: Options) -> int:
     if options.as_json:
         terminal.print_json(document)
     else:
-        print(f"folder: {document['folder']} ({', '.join(document['files'])})")
-        print(f"uploaded: {document['url']}" if document["url"] else "not uploaded: --to NAME uploads it")
+        print(printable(f"folder: {document['folder']} ({', '.join(document['files'])})"))
+        print(printable(f"uploaded: {document['url']}") if document["url"] else "not uploaded: --to NAME uploads it")
     return 0

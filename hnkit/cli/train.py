@@ -13,7 +13,7 @@ from hnkit.cli.options import WithBackend, flags_of
 from hnkit.config import CONFIG_FILE, RunConfig, TrainConfig, resolve_config
 from hnkit.errors import InputError
 from hnkit.internal.files import require_run_folder
-from hnkit.internal.values import setting
+from hnkit.internal.values import printable, setting
 
 CARD = "h100"
 """The card of a plan where none is named."""
@@ -82,7 +82,7 @@ def run(options: Options) -> int:
         terminal.print_json(document)
     elif result.finished:
         terminal.print_card_of(result.report)
-        print(f"report: {result.folder / 'report.html'}")
+        print(printable(f"report: {result.folder / 'report.html'}"))
     return result.exit_code
 
 

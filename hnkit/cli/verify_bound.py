@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -151,7 +152,7 @@ def run(options: Options) -> int:
             if speaks and options.as_json:
                 terminal.print_json({**finished, "run_folder": str(folder)})
             elif speaks:
-                print(f"{folder} is finished, nothing to do; report: {folder / 'report.html'}")
+                print(printable(f"{folder} is finished, nothing to do; report: {folder / 'report.html'}"))
             return 0 if finished["ok"] else 1
         asked, before = _asked_then(options, folder)
     workers = evaluation_workers(asked.backend, asked.all_overrides(), vars(options))
@@ -188,7 +189,7 @@ def run(options: Options) -> int:
         terminal.print_json({**report.to_json(), "run_folder": str(written)})
     else:
         terminal.console().print(report_view(report, verbose=options.verbose))
-        print(f"report: {written / 'report.html'}")
+        print(printable(f"report: {written / 'report.html'}"))
     return 0 if report.ok else 1
 
 
@@ -364,10 +365,9 @@ def parse_shape(text: str | None) -> tuple[int, ...]:
     """Read `3,16,16`; at most 2^24 entries in all."""
     if text is None:
         raise InputError("--map without --shape: give the noise shape of one row, such as --shape 3,16,16")
-    try:
-        shape = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--shape {text}: write positive integers with commas, such as 3,16,16") from None
+    if not re.fullmatch(r" *[+-]?[0-9]{1,18} *(, *[+-]?[0-9]{1,18} *)*", text):
+        raise InputError(f"--shape {text}: write positive integers with commas, such as 3,16,16")
+    shape = tuple(int(part) for part in text.split(","))
     if any(size < 1 for size in shape) or math.prod(shape) > 2**24:
         raise InputError(f"--shape {text}: give positive sizes, at most {2**24} entries in all, such as 3,16,16")
     return shape

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hnkit.config.records import PERMISSIONS, RewardSpec, Scalar, TrainConfig
 from hnkit.errors import InputError
-from hnkit.internal.values import field_types, parse_text, shown, typed_value, typed_values
+from hnkit.internal.values import field_types, parse_text, parsed_number, shown, typed_value, typed_values
 from hnkit.prompts import file_and_column
 
 if TYPE_CHECKING:
@@ -84,10 +84,7 @@ def flag_of(table: str) -> str:
 def parse_reward_flag(flag: str, name: str = "--reward") -> tuple[str, RewardSpec]:
     """Read `name=weight` or `pkg.mod:fn=weight`; the weight may be left out and is then 1."""
     key, equals, text = flag.partition("=")
-    try:
-        weight = float(text) if equals else 1.0
-    except ValueError:
-        weight = math.nan
+    weight = parsed_number(text) if equals else 1.0
     if not key.strip() or not math.isfinite(weight):
         raise InputError(f"{name} {flag!r}: write NAME=WEIGHT or pkg.mod:fn=WEIGHT, the weight a finite number")
     return key.strip(), RewardSpec(weight)

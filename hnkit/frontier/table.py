@@ -18,7 +18,7 @@ from hnkit.errors import InputError
 from hnkit.frontier.certified import GapBound, nats_lower_bound
 from hnkit.frontier.curve import LEAST_SAMPLES, Frontier, over_prompts
 from hnkit.internal.stats import mean_and_stderr
-from hnkit.internal.values import finite
+from hnkit.internal.values import finite, parsed_number, shown
 
 _LONGEST = 100
 """Characters of a method's name, which stands in tables and legends."""
@@ -120,14 +120,9 @@ def read_rewards(path: str | Path) -> dict[str, Rewards]:
 
 
 def _number(text: str | None, what: str) -> float:
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = math.nan
-    if text and "_" in text:  # a number to Python alone
-        value = math.nan
+    value = parsed_number(text or "")
     if not math.isfinite(value):
-        raise InputError(f"{what} {text!r} is no finite number; leave such rows out, and say so")
+        raise InputError(f"{what} {shown(text)} is no finite number; leave such rows out, and say so")
     return value
 
 
@@ -140,7 +135,10 @@ def _rewards(
         # One row says nothing of its own error, and rows that agree are a figure of the prompt, not samples.
         samples = [torch.tensor(values, dtype=torch.float64) for values in nats.values() if min(values) < max(values)]
         errors = [mean_and_stderr(values)[1] for values in samples]
-        return Rewards(rewards, mean, math.hypot(*errors) / len(nats))
+        error = math.hypot(*errors) / len(nats)
+        if mean + 5 * error < 0:  # single samples of an integrand may be negative
+            raise InputError(f"method {method!r} has {mean:.4g} nats on average; a KL is not negative: mend the column")
+        return Rewards(rewards, mean, error)
     named = re.fullmatch(r"best-of-([1-9][0-9]{0,299})", method)
     if named:
         n = int(named[1])

@@ -19,7 +19,7 @@ from typing import Any
 
 from hnkit.errors import InputError
 from hnkit.internal.stops import Stopped, advised
-from hnkit.internal.values import printable
+from hnkit.internal.values import printable, shown
 
 MARK = ".hnkit-run"
 """The file by which hnkit knows a run folder that it has made."""
@@ -299,4 +299,6 @@ def require_run_folder(folder: Path, kind: str, flag: str = "--resume") -> None:
     if not isinstance(document, dict) or document.get("application") != _APPLICATION:
         raise InputError(f"{flag} {folder}: {MARK} is not the mark of hnkit: name a run folder")
     if document.get("kind") != kind:
-        raise InputError(f"{flag} {folder} is a run of {document.get('kind')!r}, not of {kind!r}: name another folder")
+        raise InputError(
+            f"{flag} {folder} is a run of {shown(document.get('kind'))}, not of {kind!r}: name another folder"
+        )

@@ -33,14 +33,24 @@ def adapter_folder(folder: str | Path) -> Path:
     """Where an adapter's files are: in the folder that is named, or, of a run folder, in its folder `adapter`.
 
     Raises:
-        InputError: it is a checkpoint, of which an adapter is made first.
+        InputError: it is a checkpoint, of which an adapter is made first, or may not be read.
     """
     folder = Path(folder)
-    if all((folder / name).is_file() for name in CHECKPOINT_FILES):
+    try:
+        inside, checkpoint = folder / "adapter", all((folder / name).is_file() for name in CHECKPOINT_FILES)
+        has_inside = inside.is_dir()
+    except PermissionError as error:
+        raise unreadable_adapter(folder, error) from None
+    if checkpoint:
         command = shlex.join(("hnkit", "export", "--checkpoint", printable(str(folder))))
         raise InputError(f"{folder} is a checkpoint of a run: {command} makes an adapter of it")
-    inside = folder / "adapter"
-    return inside if inside.is_dir() else folder
+    return inside if has_inside else folder
+
+
+def unreadable_adapter(folder: Path, error: OSError) -> InputError:
+    """What is said of an adapter that may not be read."""
+    where = error.filename or folder
+    return InputError(f"adapter {folder} cannot be read ({error.strerror}: {where}): make it readable, or name another")
 
 
 def require_plain(folder: Path, names: Iterable[str]) -> None:

@@ -27,7 +27,7 @@ _RANGES: dict[str, tuple[str, str, Callable[[Any, Any], bool]]] = {
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal obeys: control characters but for line feed and tab, and overrides of the direction of writing."""
-_LONGEST_WORD = 80
+_LONGEST_WORD, _LONGEST_VALUE = 80, 60
 
 
 def finite(value: Any) -> Any:
@@ -58,6 +58,18 @@ def number(value: Any, what: str) -> float:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise InputError(f"{what} is no real number: give one")
+
+
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
+def parsed_number(text: str) -> float:
+    """A finite number as it is written in ASCII, in a table or a flag; NaN for anything else.
+
+    What is a number to Python alone is none: `1_000`, digits of other scripts, `nan`, `inf`.
+    """
+    value = float(text) if _NUMBER.fullmatch(text.strip()) else math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def printable(text: str) -> str:
@@ -143,7 +155,8 @@ def require_ranges(record: Any, prefix: str, equals: str = " = ") -> None:
         bounds = {name: item.metadata[name] for name in _RANGES if item.metadata.get(name) is not None}
         if value is not None and not all(_RANGES[name][2](value, bound) for name, bound in bounds.items()):
             accepted = " and ".join(f"{_RANGES[name][0]} {bound:g}" for name, bound in bounds.items())
-            raise InputError(f"{prefix}{item.name}{equals}{value}: accepted is a value {accepted}")
+            given = shortened(str(value), _LONGEST_VALUE)
+            raise InputError(f"{prefix}{item.name}{equals}{given}: accepted is a value {accepted}")
 
 
 def ranges(item: dataclasses.Field[Any], below: float) -> list[str]:
@@ -251,7 +264,7 @@ def describe(annotation: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value as messages show it, at most 60 characters; no word of it is cut."""
-    return shortened(repr(value), 60)
+    return shortened(repr(value), _LONGEST_VALUE)
 
 
 def is_union(annotation: Any) -> bool:

@@ -23,7 +23,7 @@ from rich.console import Console
 from hnkit.config import CONFIG_FILE, PLACES, RunConfig, differing_keys, resume_command
 from hnkit.errors import InputError
 from hnkit.internal.files import atomic_write, new_run_folder, require_run_folder
-from hnkit.internal.folders import require_plain, run_lock
+from hnkit.internal.folders import FolderIdentity, require_plain, run_lock
 from hnkit.internal.provenance import PROVENANCE
 from hnkit.internal.seeds import kept_generators
 from hnkit.internal.stops import Stopped
@@ -131,7 +131,7 @@ def _opened(
     processes = Processes(device)
     view.quiet = not processes.main
     processes.require_same(_flat(config.to_dict()))
-    folder = resume
+    folder, identity = resume, None
     session: Session | None = None
     try:
         start = None
@@ -147,6 +147,7 @@ def _opened(
         session.rehearse()
         with stop.masked():
             folder = resume or processes.on_main(lambda: _create(stack, config, out))
+            identity = FolderIdentity.of(folder)
         if start is not None:
             with written_here(folder):
                 session.restore(start)
@@ -158,6 +159,8 @@ def _opened(
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
+        if identity is not None:  # in another folder of that name there is nothing to go on with
+            identity.check()
         raise InputError(
             f"{error.filename or folder}: {error.strerror}; older checkpoints are intact: mend that"
             f"{_go_on(config, folder, again)}"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,7 +27,7 @@ from hnkit.adapters import adapter_folder
 from hnkit.errors import InputError
 from hnkit.injection import NoiseInjection, read_injection
 from hnkit.internal.files import LARGEST, atomic_write, machine_memory, read_plain, read_tensor_file
-from hnkit.internal.values import reason_of, typed_value
+from hnkit.internal.values import reason_of, shown, typed_value
 from hnkit.scaled.lora.base import BaseFiles, base_class, base_record, other_base
 from hnkit.scaled.lora.twin import LoraSpec
 
@@ -285,12 +284,12 @@ def _content(path: Path) -> bytes:
 
 def _lora_fields(folder: Path, config: Mapping[str, Any]) -> tuple[int, float]:
     if config.get("peft_type") != "LORA":
-        raise InputError(f"{folder / CONFIG} has peft_type {config.get('peft_type')!r}: only LORA is accepted")
+        raise InputError(f"{folder / CONFIG} has peft_type {shown(config.get('peft_type'))}: only LORA is accepted")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise InputError(f"{folder / CONFIG} has r = {rank!r}: a LoRA rank is a whole number, 1 or more")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-        raise InputError(f"{folder / CONFIG} has lora_alpha = {alpha!r}: it is a number above 0")
+        raise InputError(f"{folder / CONFIG} has r = {shown(rank)}: a LoRA rank is a whole number, 1 or more")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 2.0**127:
+        raise InputError(f"{folder / CONFIG} has lora_alpha = {shown(alpha)}: it is a number above 0 of float32")
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if config.get("bias", "none") != "none":
         used.append("bias")
@@ -355,7 +354,7 @@ def _weights(files: _Files, rank: int) -> dict[str, Tensor]:
             raise InputError(f"{path}: {name!r} is no LoRA weight ({value.dtype}, {value.ndim} dimensions)")
         held = value.shape[0 if match["side"] == "A" else 1]
         if held != rank:
-            raise InputError(f"{folder}: {name!r} has rank {held}, {CONFIG} says {rank}")
+            raise InputError(f"{folder}: {name!r} has rank {held}, {CONFIG} says {shown(rank)}")
         if value.nbytes > len(files.data):
             raise InputError(f"{path}: {name!r} claims {value.nbytes} bytes, more than the file has: it is damaged")
         if not bool(torch.isfinite(value).all()):

@@ -193,7 +193,9 @@ def test_no_backend_and_unknown_preset():
         resolve_config(backend="fake", preset="huge")
 
 
-@pytest.mark.parametrize("flag", ["", "=1", "redness=", "redness=heavy", "redness=nan", "redness=inf"])
+@pytest.mark.parametrize(
+    "flag", ["", "=1", "redness=", "redness=heavy", "redness=nan", "redness=inf", "redness=\u0661", "redness=1_0"]
+)
 def test_bad_reward_flags(flag):
     with pytest.raises(InputError, match="NAME=WEIGHT"):
         parse_reward_flag(flag)

@@ -421,3 +421,25 @@ def test_a_long_prompt_is_cut_between_words(longest):
     assert len(shown) <= longest
     assert shown.endswith("...")
     assert f"{prompt} ".startswith(f"{shown.removesuffix('...')} ")
+
+
+def test_a_path_reaches_the_terminal_without_what_it_obeys(here, capsys):
+    code, printed, err = run(capsys, *COMMAND, "--out", "e\x1b[31m")
+    assert (code, "\x1b" in printed + err) == (0, False)
+    assert r"report: e\x1b[31m/report.html" in printed
+
+
+def test_an_adapter_that_may_not_be_read_is_not_told_to_be_written_elsewhere(here, capsys, monkeypatch):
+    plain = Path.is_file
+
+    def denied(path):
+        if "mine" in path.parts:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    code, _, err = run(capsys, *COMMAND, "--out", "run")
+    assert (code, "adapter mine cannot be read (Permission denied: mine/" in err, "--out" in err) == (2, True, False), (
+        err
+    )
+    assert not (here / "run").exists()

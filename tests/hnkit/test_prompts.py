@@ -256,3 +256,14 @@ def test_disjoint():
     require_disjoint(["a red three"], ["a blue three"])
     with pytest.raises(InputError, match=r"1 evaluation prompts .* 'A  Red three'"):
         require_disjoint(["a red three"], ["two fours", "A  Red three"])
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv:prompt"])
+def test_a_nul_in_a_prompt_is_refused(name, tmp_path):
+    text = {"p.txt": "a cat\na d\0g\n", "p.jsonl": '{"prompt": "a d\\u0000g"}\n', "p.csv:prompt": "prompt\na d\0g\n"}[
+        name
+    ]
+    (tmp_path / name.partition(":")[0]).write_text(text)
+    with pytest.raises(InputError, match=r"holds a NUL|not valid CSV") as refused:
+        read_prompts(f"{tmp_path}/{name}")
+    assert "\0" not in str(refused.value)

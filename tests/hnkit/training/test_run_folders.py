@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import hnkit.training.checkpoint
 from hnkit import InputError
 from hnkit.internal.files import file_digest
 from hnkit.internal.folders import MANIFEST, STATE, TENSORS
@@ -97,6 +98,25 @@ def test_an_extended_run_is_the_longer_run(tmp_path, fake):
     name = "adapter/adapter.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "at-once" / name).read_bytes()
     assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == list(range(1, 10))
+
+
+def test_a_folder_that_is_replaced_inside_a_write_is_not_named_as_the_way_on(tmp_path, fake, monkeypatch):
+    """The write fails with an error of the disk; the run that lies under the name by then is another one."""
+    plain = hnkit.training.checkpoint.file_digest
+
+    def exchanged(path):
+        if (tmp_path / "run").exists() and "step-" in str(path):
+            (tmp_path / "run").rename(tmp_path / "moved")
+            (tmp_path / "run").mkdir()
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return plain(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hnkit.training.checkpoint, "file_digest", exchanged)
+        with pytest.raises(InputError, match="no longer the folder that this run writes to") as ended:
+            run(fake_config(checkpoint_every=2), tmp_path / "run")
+    assert "go on with" not in str(ended.value)
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.parametrize("replace", [False, True])

@@ -125,10 +125,15 @@ def test_parts_of_another_run_or_of_another_method_are_made_again(whole, fake, t
         assert swapped != before
         for path, content in swapped.items():
             path.write_bytes(content)
-        code, _, err = run(capsys, *AGAIN[1:5], "--resume", str(ours))
+        code, _, err = run(capsys, "compare", "--resume", str(ours))
         assert code == 0, err
         document, logs = found(ours)
         assert (without_held(document), logs) == whole
+
+
+def test_a_comparison_that_is_gone_on_with_needs_no_backend_named(fake, tmp_path, capsys):
+    code, _, err = run(capsys, "compare", "--resume", str(tmp_path / "gone"))
+    assert (code, "no run is there" in err) == (2, True), err
 
 
 def _of_another_method(path: Path) -> Path:
