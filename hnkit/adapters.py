@@ -155,9 +155,10 @@ def require_recorded(factory: Any, weights: Path, config: RunConfig, overrides: 
     Raises:
         InputError: they differ, or the adapter is damaged.
     """
+    mine = [text for text in overrides if text.startswith("backend.")]
+    given = parse_options(mine, factory.options, "backend")
     if not isinstance(factory, RecordsOptions) or not weights.is_dir():
         return
-    given = parse_options([text for text in overrides if text.startswith("backend.")], factory.options, "backend")
     for key, recorded in factory.recorded(weights).items():
         says = getattr(config.options, key, recorded)
         if type(recorded) is int and key not in given and says != recorded:
