@@ -30,6 +30,8 @@ from hnkit.toy import PROBLEMS
 FORMAT, INJECTED = "hnkit-toy-adapter-1", "hnkit-toy-adapter-2"
 """The second is that of adapters with injected noise."""
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
+_SMALL = 2**16
+"""Bytes of a network that is made whatever its file holds."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def adapter_options(folder: str | Path) -> ToyOptions:
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from None
     needed = 8 * options.weights(PROBLEMS[options.problem]().noise_shape[0])
-    if (size := _size(folder / WEIGHTS)) < needed:
+    if (size := _size(folder / WEIGHTS)) < needed and needed > _SMALL:  # else it is said which tensor is not there
         raise InputError(
             f"{folder / CONFIG} claims a network of {shown(needed)} bytes, and {WEIGHTS} has {size}: the adapter is "
             "damaged, take another copy"
