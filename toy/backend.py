@@ -64,8 +64,8 @@ class ToyOptions:
             raise InputError(f"backend.seed = {shown(self.seed)}: accepted is an integer below 2^63")
         if 8 * self.weights(dim=0) > machine_memory():
             raise InputError(
-                f"backend.width = {shown(self.width)} and backend.depth = {shown(self.depth)}: this machine's memory "
-                "does not hold so many weights: give smaller ones"
+                f"out of memory: backend.width = {shown(self.width)} and backend.depth = {shown(self.depth)}: this "
+                "machine's memory does not hold so many weights: give smaller ones"
             )
 
     def weights(self, dim: int) -> int:

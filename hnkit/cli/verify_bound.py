@@ -20,7 +20,7 @@ from hnkit.cli.options import Common, WithBackend, command_line
 from hnkit.config import split_model, split_permissions
 from hnkit.errors import InputError
 from hnkit.internal.files import document_digest
-from hnkit.internal.values import printable, setting, typed_values
+from hnkit.internal.values import finite, printable, setting, typed_values
 from hnkit.internal.workers import ALONE, Workers
 
 if TYPE_CHECKING:
@@ -296,7 +296,8 @@ def _recorded(options: Options) -> dict[str, Any]:
 def _asked_digest(flags: Mapping[str, Any]) -> str:
     """SHA-256 of what was asked, but for where something lies: of that, the inputs hold the content."""
     kept = {name: value for name, value in flags.items() if name not in ("adapter", "prompts")}
-    return document_digest(kept | {"overrides": split_model(flags["overrides"])[1]})
+    # what is infinite will be refused by name
+    return document_digest(finite(kept | {"overrides": split_model(flags["overrides"])[1]}))
 
 
 def _command(options: Options) -> str:
