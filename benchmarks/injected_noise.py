@@ -3,7 +3,8 @@
 Short runs of one recipe that differ in one thing each: the L2 loss without injected noise; injected noise with one
 draw, by the gradient through reward and generator; and by the score function with four draws, on a copy of the reward
 that has no gradient, at the same number of reward calls and at four times as many; and both on a reward of the image
-alone that is smooth over the noise. Gains are on held-out prompts. Four draws by the gradient were measured up to the day that `EARLIER` names; training has refused them since.
+alone that is smooth over the noise. Gains are on held-out prompts. Four draws by the gradient were measured up to the
+day that `EARLIER` names; training has refused them since.
 
     python benchmarks/injected_noise.py                 all runs, half an hour of one core
     python benchmarks/injected_noise.py --only l2       one of them
