@@ -14,7 +14,6 @@ _PARTS = {
     "log_det": "products of f, E(J) at d = 32,768",
     "exact": "exact log-determinant at one point",
     "flux": "a training step of FLUX.1-schnell",
-    "flux_without_cudnn": "the same without cuDNN's attention",
     "agreement": "the miniature on the card against the CPU",
     "tests": "tests that need a card",
 }
@@ -80,13 +79,11 @@ def rest(document: Document) -> str:
                 what = f"exact log-determinant at one point, d = {part['exact_dim']:,}"
                 rows += [(what, f"{part['exact_seconds']:,.0f} s"),
                          ("E(J) there, exact; Arnoldi", f"{part['exact_error']:.5g}; {point}")]  # fmt: skip
-        elif name.startswith("flux"):
+        elif name == "flux":
             size = part["parameters"] / 1e9
             for row in part["rows"]:
                 peak = f", {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
-                without = ", without cuDNN's attention" if name == "flux_without_cudnn" else ""
                 what = f"a training step of FLUX.1-schnell ({size:.3g} B, 512 px, batch 1), {_options(row['options'])}"
-                what += without
                 rows.append((what, f"{row['seconds']:.2f} s{peak}" if "seconds" in row else "out of memory"))
         elif name == "agreement":
             worst = max(part["distances"].values())

@@ -77,6 +77,7 @@ def load_pipeline(backend: str, family: Family | None, options: PipelineOptions)
     parts.require_schedule(pipe.scheduler, options)
     options = resolved(pipe, family, options)
     device = torch.device("cpu") if waits_for_shards(options) else find_device(options.device)
+    leave_out_cudnn_attention(device)
     memory.apply_storage(getattr(pipe, name), options)
     encoders = encoder_names(pipe)
     for part, component in pipe.components.items():
@@ -220,6 +221,18 @@ def _class_name(folder: Path) -> str:
         return str(json.loads(read_plain(folder / "model_index.json"))["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} has no readable model_index.json: give a folder in diffusers' format") from error
+
+
+def leave_out_cudnn_attention(device: torch.device) -> None:
+    """On a card, switch cuDNN's attention off in this process; torch has three other kernels.
+
+    Its backward pass in half precision gives gradients that are not finite, or an illegal access that ends the process,
+    at some lengths of sequences on cards of the H100 class: torch 2.11 to 2.13, pytorch/pytorch#196678. FLUX's are
+    among them. For the whole process, since rewards have attention as well and blocks are recomputed in the backward
+    pass, out of any context.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def find_device(name: str) -> torch.device:

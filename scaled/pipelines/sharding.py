@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hnkit.errors import InputError
 from hnkit.scaled.lora.base import remember
-from hnkit.scaled.pipelines.loading import find_device, waits_for_shards
+from hnkit.scaled.pipelines.loading import find_device, leave_out_cudnn_attention, waits_for_shards
 from hnkit.scaled.pipelines.memory import SHARED_OUT, block_lists
 
 
@@ -47,6 +47,7 @@ def shard(backend: Any) -> None:
         )
     remember(base)  # by its whole weights, which a process that writes an adapter does not have
     device = find_device(backend.options.device)
+    leave_out_cudnn_attention(device)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for parameter in twin.parameters():
         if parameter.requires_grad:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 PARTS = ("steps", "log_det", "flux", "tests", "agreement", "exact")
@@ -32,8 +30,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_limits_add_up_to_less_than_nine_minutes(script):
-    every = [*script.PARTS, *(part.again for part in script.PARTS if part.again is not None)]
-    assert script.LOADING + sum(part.limit for part in every) < 9 * 60
+    assert script.LOADING + sum(part.limit for part in script.PARTS) < 9 * 60
     assert tuple(part.name for part in script.PARTS) == PARTS
 
 
@@ -61,33 +58,6 @@ def test_a_part_that_fails_or_takes_too_long_is_said_and_what_it_measured_stays(
     assert found["failed"] == "stopped at its limit of 1 s"
     assert found["rows"] == [1]
     assert found["took"] < 20
-
-
-def test_a_part_that_ends_by_itself_is_run_another_way_in_a_fresh_process(script, tmp_path):
-    """cuDNN's attention is the suspect of an illegal access on a card: both runs are reported."""
-    out = tmp_path / "device.json"
-    arguments = argparse.Namespace(budget=60.0, tiny=False, out=out)
-
-    def run(*parts):
-        document = {"flux": {"failed": "before"}, "again": {"of": "before"}}
-        assert script._run(parts, document, arguments, time.monotonic(), script.measured)
-        return json.loads(out.read_text())
-
-    again = script.Part("again", 20, lambda turn: {"rows": [2]})
-    found = run(script.Part("flux", 20, broken_part, again=again))
-    assert found["flux"]["failed"] == "KeyError: 'nonesuch'"
-    assert found["again"]["rows"] == [2]
-    (flux,) = (part for part in script.PARTS if part.again is not None)
-    assert (flux.run, flux.again.run) == (script.flux, script.flux_without_cudnn)
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "flux", lambda _: seen.append(torch.backends.cuda.cudnn_sdp_enabled()) or {})
-        try:
-            flux.again.run(None)
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(enabled)
-    assert seen == [False]
 
 
 @pytest.mark.parametrize(
