@@ -21,7 +21,7 @@ from hnkit.scaled.lora.twin import share_weights
 from hnkit.scaled.pipelines import memory
 from hnkit.scaled.pipelines.backend import Known, PipelineBackend
 from hnkit.scaled.pipelines.families.table import family_of
-from hnkit.scaled.pipelines.loading import left_out
+from hnkit.scaled.pipelines.loading import leave_out_cudnn_attention, left_out
 from hnkit.scaled.pipelines.options import DTYPES, PipelineOptions
 from hnkit.scaled.pipelines.published import PUBLISHED_MODELS
 from hnkit.scaled.pipelines.skeleton import planned_layout
@@ -113,6 +113,7 @@ def make(name: str, tiny: bool, layers: Mapping[str, Mapping[str, Any]] = SMALL,
     options = backend_factory(name).options(device=device, dtype=dtype, cache_dir="", self_check=False)
     options = replace(options, **changes)
     published = PUBLISHED_MODELS[options.model_id]
+    leave_out_cudnn_attention(torch.device(device))
     torch.manual_seed(0)
     parts: dict[str, Any] = {}
     for part, config in published.components.items():

@@ -49,6 +49,8 @@ def steps(document: Document) -> str:
         "random weights, 1024 px, bfloat16, LoRA of rank 128, reward `redness`, median of 3 steps. The plain loop is "
         "the same step written down without pipeline, loss or backend, on the same twin. A dash: not measured."
     )
+    if document["steps"].get("runs", 1) > 1:
+        caption += " The rows are of several runs, on cards of that name."
     return to_markdown(Table(tuple(headers), tuple(rows), caption))
 
 
