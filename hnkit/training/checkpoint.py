@@ -160,18 +160,19 @@ def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | No
     Raises:
         InputError: there are checkpoints and all are damaged, or one may not be read.
     """
-    folders = _folders(run)
+    folders, renamed = _folders(run), ""
     for folder in folders:
         try:
             found = load_checkpoint(folder)
-            if found.step != _step_of(folder):
-                raise DamagedCheckpointError(f"it says that it is of step {shown(found.step)}")
         except DamagedCheckpointError as error:
             warn(f"checkpoint {folder} is damaged and was passed over: {error}")
-        else:
+            continue
+        if found.step == _step_of(folder):
             return found
+        warn(f"checkpoint {folder} was passed over: it says that it is of step {shown(found.step)}")
+        renamed = f"give {folder.name} the name of its step if you renamed it, or "
     if folders:
-        raise InputError(f"all {len(folders)} checkpoints in {run / CHECKPOINTS} are damaged: start a new run")
+        raise InputError(f"no checkpoint in {run / CHECKPOINTS} can be used: {renamed}start a new run")
     return None
 
 

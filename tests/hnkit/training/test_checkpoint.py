@@ -105,7 +105,7 @@ def test_an_older_checkpoint_replaces_a_damaged_one_and_the_damage_is_named(tmp_
 def test_no_checkpoint_yet_and_none_whole(tmp_path):
     assert newest_checkpoint(tmp_path, pytest.fail) is None
     (save(tmp_path, 1) / "state.json").write_text("{}")
-    with pytest.raises(InputError, match="all 1 checkpoints"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* can be used: start a new run"):
         newest_checkpoint(tmp_path, lambda _: None)
 
 

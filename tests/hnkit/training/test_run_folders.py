@@ -249,7 +249,8 @@ def test_a_checkpoint_beyond_the_end_is_no_finished_run(step, interrupted):
 def test_a_checkpoint_of_another_step_than_its_name_is_passed_over(step, interrupted, tmp_path, fake):
     folder = interrupted / "checkpoints" / "step-00000003"
     forge(folder, {"step": step})
-    with pytest.raises(InputError, match=r"all 1 checkpoints .* are damaged"):
+    advice = "start a new run" if step < 0 else "give step-00000003 the name of its step"
+    with pytest.raises(InputError, match=f"can be used: {advice}"):
         resume(fake_config(), interrupted)
 
 
