@@ -143,7 +143,7 @@ def load_trained(
     return backend, config.train.alpha / (dim if config.train.reduction == "mean" else 1)
 
 
-def require_recorded(factory: Any, weights: Path, config: RunConfig, overrides: Sequence[str] = ()) -> None:
+def require_recorded(factory: Any, weights: str | Path, config: RunConfig, overrides: Sequence[str] = ()) -> None:
     """Refuse the configuration of a run whose sizes are not those of its adapter, before anything is allocated.
 
     Args:
@@ -155,7 +155,7 @@ def require_recorded(factory: Any, weights: Path, config: RunConfig, overrides: 
     Raises:
         InputError: they differ, or the adapter is damaged.
     """
-    mine = [text for text in overrides if text.startswith("backend.")]
+    weights, mine = Path(weights), [text for text in overrides if text.startswith("backend.")]
     given = parse_options(mine, factory.options, "backend")
     if not isinstance(factory, RecordsOptions) or not weights.is_dir():
         return

@@ -23,6 +23,7 @@ from hnkit.internal.files import (
     document_digest,
     new_run_folder,
     pasted,
+    read_plain,
     resumable,
     write_json,
     write_sealed,
@@ -522,7 +523,9 @@ class _Session:
     def _grid(self) -> dict[str, Any]:
         prompts = list(self.settings.prompts[: self.plan.grid])
         images = {name: self._job(name).shown_images() for name in self.plan.methods}
-        atomic_write(self.folder / "parts" / "grid.safetensors", save(images))
+        grid, content = self.folder / "parts" / "grid.safetensors", save(images)
+        if not grid.is_file() or read_plain(grid) != content:
+            atomic_write(grid, content)
         judge = self.scorer.judge
         verdicts = {} if judge is None else {name: judge(images[name], prompts).tolist() for name in self.plan.methods}
         return {"prompts": prompts, "methods": list(self.plan.methods), "correct": verdicts}

@@ -379,7 +379,7 @@ def test_a_base_model_exchanged_behind_a_comparison_is_refused(overrides, checkp
     (record,) = recorded_provenance(run)
     assert record["model"] == read_sealed(run / "plan.json")["model"]
     assert record["prompts"] == prompts_digest(PROMPTS[:1])
-    assert record.keys() == {"code", "versions", "model", "prompts"}
+    assert record.keys() == {"code", "versions", "asked", "model", "prompts"}
     COMPARISON("sana", resume=run)
     assert recorded_provenance(run) == [record]
     weights = next((model / "vae").glob("*.safetensors"))
