@@ -490,7 +490,8 @@ def test_prompts_name_no_files_and_are_escaped(tmp_path):
     backend = FakeBackend(Options())
     generate_pairs(backend, NASTY, GenerateSettings(count=1), folder)
     assert tree(tmp_path) == sorted(["outer", "outer/run", *(f"outer/run/{name}" for name in tree(folder))])
-    shape = re.compile(r"[a-z0-9-]+(\.(png|html|json))?|prompt-\d{3}/((base|steered)-\d\d\.png|prompt\.txt|images\.json)")
+    images, seals = r"(base|steered)-\d\d\.png", r"prompt\.txt|images\.json"
+    shape = re.compile(rf"[a-z0-9-]+(\.(png|html|json))?|prompt-\d{{3}}/({images}|{seals})")
     assert [name for name in tree(folder) if not shape.fullmatch(name)] == []
     assert [(folder / f"prompt-{k:03d}/prompt.txt").read_bytes() for k in range(len(NASTY))] == [
         f"{prompt}\n".encode() for prompt in NASTY

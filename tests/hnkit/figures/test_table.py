@@ -71,7 +71,7 @@ def test_a_bound_is_shown_rounded_to_its_own_side():
     """A certified constant of 0.5000049 shown as 0.5 would be none; an estimate is rounded to the nearest."""
     for name, shown in (("lipschitz_certified", "0.5001"), ("lipschitz_lower", "0.5"), ("local_norm_max", "0.5")):
         assert Quantity.of(FIGURES[name], 0.5000049, "map").text == shown
-    assert Quantity.of(FIGURES["lipschitz_lower"], 0.4999999, "map").text == "0.49999"
+    assert Quantity.of(FIGURES["lipschitz_lower"], 0.4999999, "map").text == "0.4999"
     sides = {figure.key: figure.side for figure in FIGURES.values() if figure.side}
     assert sides == {
         "injected_certified": "upper", "injected_ceiling": "upper", "lipschitz_lower": "lower",
