@@ -21,6 +21,7 @@ from hnkit.errors import InputError
 from hnkit.internal.stops import Stopped, stoppable
 from hnkit.internal.streams import drop_what_cannot_be_written
 from hnkit.internal.values import printable, shortened
+from hnkit.internal.workers import is_first
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 _IN_THE_WAY = "something else lies where a file or a folder of the run should: take it out of the run folder"
@@ -58,7 +59,7 @@ class _Commands(PlainHelp, TyperGroup):
             if "--debug" in arguments:
                 traceback.print_exc()
             line, code = describe_error(error)
-            if not (getattr(error, "everywhere", False) and os.environ.get("RANK", "0") != "0"):
+            if is_first() or not getattr(error, "everywhere", False):
                 print(f"hnkit: {line}", file=sys.stderr)
             if isinstance(error, BrokenPipeError):  # nobody reads stdout any more: keep the interpreter quiet about it
                 sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from hnkit.cli.options import WithBackend
 from hnkit.errors import InputError
 from hnkit.internal.files import read_plain, read_sealed, require_run_folder
 from hnkit.internal.values import finite, printable, reason_of, setting
+from hnkit.internal.workers import is_first
 
 _PLAN = "plan.json"
 EXAMPLE = "hnkit compare --backend digits --methods base,best-of-n --quick"
@@ -78,7 +78,7 @@ def run(options: Options) -> int:
         out=options.out,
     )
     needed = None if options.power is None else power_entries(document, options.power)
-    if int(os.environ.get("RANK", "0")):
+    if not is_first():
         return 0  # one of several processes speaks
     if options.as_json:
         terminal.print_json(finite(dict(document) if needed is None else {**document, "power": needed}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from hnkit.cli.folders import refuse_existing
 from hnkit.cli.options import WithBackend, command_line
 from hnkit.errors import InputError
 from hnkit.internal.values import printable, setting
-from hnkit.internal.workers import ALONE, Workers
+from hnkit.internal.workers import ALONE, Workers, is_first
 
 EXAMPLE = "hnkit frontier --rewards scores.csv"
 
@@ -73,7 +72,7 @@ def run(options: Options) -> int:
     from hnkit.output.page import Code, Section, write_html
     from hnkit.training.processes import evaluation_workers
 
-    if options.backend is None and int(os.environ.get("RANK", "0")):
+    if options.backend is None and not is_first():
         return 0  # a table of rewards is no work to share out: one of several processes does it
     refuse_existing(options.out)
     extra: dict[str, Any] = {}

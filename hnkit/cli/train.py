@@ -14,6 +14,7 @@ from hnkit.config import CONFIG_FILE, RunConfig, TrainConfig, resolve_config
 from hnkit.errors import InputError
 from hnkit.internal.files import require_run_folder
 from hnkit.internal.values import printable, setting
+from hnkit.internal.workers import is_first
 
 CARD = "h100"
 """The card of a plan where none is named."""
@@ -72,7 +73,7 @@ def run(options: Options) -> int:
     from hnkit.training.run import train
 
     result = train(config, out=options.out if folder is None else None, resume=folder)
-    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
+    if not is_first():  # one of several processes speaks
         return result.exit_code
     if options.as_json:
         document = {
@@ -95,7 +96,7 @@ def _plan(config: RunConfig, options: Options) -> int:
 
     if options.out is not None:
         raise InputError(f"--out {options.out} with --plan: a plan is printed, nothing is written; leave it out")
-    if os.environ.get("RANK", "0") != "0":  # all processes have the same plan, and one of them says it
+    if not is_first():  # all processes have the same plan, and one of them says it
         return 0
     plan = plan_training(
         config,

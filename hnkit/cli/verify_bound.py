@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -21,7 +20,7 @@ from hnkit.config import split_model, split_permissions
 from hnkit.errors import InputError
 from hnkit.internal.files import document_digest
 from hnkit.internal.values import finite, printable, setting, typed_values
-from hnkit.internal.workers import ALONE, Workers
+from hnkit.internal.workers import ALONE, Workers, is_first
 
 if TYPE_CHECKING:
     from hnkit.checks.report import Report
@@ -148,10 +147,9 @@ def run(options: Options) -> int:
         folder = resumed_folder(str(options.resume), options.out, "verify", PLAN)
         require_resumable(folder, "verify")
         if (finished := finished_report(folder)) is not None:
-            speaks = os.environ.get("RANK", "0") == "0"  # one of several processes
-            if speaks and options.as_json:
+            if is_first() and options.as_json:  # one of several processes speaks
                 terminal.print_json({**finished, "run_folder": str(folder)})
-            elif speaks:
+            elif is_first():
                 print(printable(f"{folder} is finished, nothing to do; report: {folder / 'report.html'}"))
             return 0 if finished["ok"] else 1
         asked, before = _asked_then(options, folder)

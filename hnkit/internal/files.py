@@ -20,6 +20,7 @@ from typing import Any
 from hnkit.errors import InputError
 from hnkit.internal.stops import Stopped, advised
 from hnkit.internal.values import printable, shown
+from hnkit.internal.workers import is_first
 
 MARK = ".hnkit-run"
 """The file by which hnkit knows a run folder that it has made."""
@@ -226,7 +227,7 @@ def pasted(*command: str) -> str:
 
 def _say_once(text: str) -> None:
     """A line of the command, which one of several processes says."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(f"hnkit: {text}", file=sys.stderr)
 
 

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from hnkit.internal.workers import is_first
+
 NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK")
 """Each where the system has it; SIGINT is Python's KeyboardInterrupt."""
 GRACE = 5.0
@@ -100,7 +102,7 @@ def _watch(arrivals: socket.socket, numbers: frozenset[int]) -> None:
             continue
         if _ends(arrivals):
             return
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             with contextlib.suppress(OSError, ValueError):
                 print(f"hnkit: {stopped_words(asked[0])} (what was under way did not end)", file=sys.stderr, flush=True)
         os._exit(128 + asked[0])

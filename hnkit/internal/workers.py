@@ -6,6 +6,7 @@ that all agree without a word. What a part is must not depend on how many proces
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -13,6 +14,11 @@ from hnkit.errors import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that torchrun has started, or the only one; before they have met."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Workers(Protocol):

@@ -260,25 +260,20 @@ def _run(
         stop.over()
     except Stopped as stopped:
         return _stopped(session, folder, again, stopped.exit_code)
-    except RuntimeError as error:
-        if processes.count > 1 and stop.received:  # the others have stopped too, some before they could say so
-            return _stopped(session, folder, again, 128 + stop.received)
-        if processes.count > 1 and connection_lost(error):
-            raise InputError(f"another process has gone; go on with {again}") from error
-        if session.step:
-            view.say(f"stopped after step {session.step}; go on with {again}", whole=True)
-        raise
-    except InputError as error:
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and processes.count > 1:
+            if stop.received:  # the others have stopped too, some before they could say so
+                return _stopped(session, folder, again, 128 + stop.received)
+            if connection_lost(error):
+                raise InputError(f"another process has gone; go on with {again}") from error
         if session.step == 0:
             raise
-        raise InputError(f"{error}; stopped after step {session.step}; go on with {again}") from error
-    except KeyboardInterrupt as interrupt:  # raised by a user's function: a Ctrl-C is a signal here
-        if session.step == 0:
-            raise
-        raise KeyboardInterrupt(f"stopped after step {session.step}; go on with {again}") from interrupt
-    except BaseException:
-        if session.step:
-            view.say(f"stopped after step {session.step}; go on with {again}", whole=True)
+        further = f"stopped after step {session.step}; go on with {again}"
+        if isinstance(error, InputError):
+            raise InputError(f"{error}; {further}") from error
+        if isinstance(error, KeyboardInterrupt):  # raised by a user's function: a Ctrl-C is a signal here
+            raise KeyboardInterrupt(further) from error
+        view.say(further, whole=True)
         raise
     view.say(f"finished: adapter {folder / 'adapter'}, report {folder / 'report.html'}", whole=True)
     if len(session.backend.noise_shape) > 1 and session.config.train.objective == "hypernoise":
