@@ -224,16 +224,16 @@ PARTS = (
 
 
 def plan_of_steps() -> Figures:
-    """Peaks in GiB that a plan counts for the cases of the part `steps` at a batch of one, by their options."""
+    """What a plan counts for the cases of the part `steps` at a batch of one: peaks in GiB, and the card's roofline."""
     import sana_full
 
     from hnkit.config import resolve_config
     from hnkit.scaled.pipelines.factory import PREFERENCES
-    from hnkit.training.plan.cards import find_card
+    from hnkit.training.plan.cards import SHARE, find_card
     from hnkit.training.plan.plan import Counter
 
     common = ["train.batch=1", "train.accumulate=1", "train.optimizer=sgd", "train.momentum=0"]
-    peaks = {}
+    peaks, seconds = {}, {}
     for case in sana_full.CASES:
         options = {"vae_checkpointing": False, **case.options}
         flags = [f"backend.{name}={json.dumps(value)}" for name, value in options.items()]
@@ -243,9 +243,10 @@ def plan_of_steps() -> Figures:
             rewards = [f"{name}={weight}" for name, weight in names.items()]
             flags += [f"rewards.{n}.{key}={json.dumps(value)}" for n in names for key, value in case.rewards.items()]
         config = resolve_config(backend="sana", overrides=[*common, *flags], rewards=rewards)
-        peaks[case.title] = Counter(config).need((), 1, find_card("h100")).peak / 2**30
+        need = Counter(config).need((), 1, find_card("h100"))
+        peaks[case.title], seconds[case.title] = need.peak / 2**30, SHARE * need.seconds
         print(f"{peaks[case.title]:6.1f} GiB  {case.title or 'none'}", flush=True)
-    return {"batch": 1, "card": find_card("h100").title, "peak_gib": peaks}
+    return {"batch": 1, "card": find_card("h100").title, "peak_gib": peaks, "roofline_seconds": seconds}
 
 
 def _first() -> Any:

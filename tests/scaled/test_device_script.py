@@ -123,6 +123,11 @@ def test_the_tables_say_which_card_and_what_was_not_measured(script, monkeypatch
     }  # fmt: skip
     steps, rest = (text.replace("\u00a0", " ") for text in (on_card.steps(document), on_card.rest(document)))
     assert "| none | 25.5 | 26.0 | 4.00 | out of memory |" in steps
+    assert "differ by 2.0 % at most" in steps
+    document["plan"]["roofline_seconds"] = {"": 0.1, "a_b": 0.3}
+    document["steps"]["rows"][0]["seconds"] = 0.25
+    assert "| none | 25.5 | 26.0 | 4.00 | out of memory | 40 % |" in on_card.steps(document)
+    assert "| `a_b` | 3.2 | - | - | - | - |" in on_card.steps(document)
     for words in (
         "A Card",
         "12.5",
