@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import logging
@@ -127,8 +126,12 @@ class _NoImages(logging.Filter):
 
 def say_once() -> None:
     """Have the libraries say each thing one time, and nothing that is of no concern here."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    assert diffusers.utils.logging  # it is there, and so are its handlers
+    assert transformers.utils.logging
     for library, kind in (("diffusers", _Once), ("transformers", _NoImages)):
-        importlib.import_module(f"{library}.utils.logging")  # a library has its handlers from there
         for handler in logging.getLogger(library).handlers:
             if not any(isinstance(found, kind) for found in handler.filters):
                 handler.addFilter(kind())
