@@ -132,6 +132,26 @@ def test_an_average_spans_the_same_share_of_a_shorter_training(ema, steps, here,
     assert networks.average_of(TrainConfig(ema=ema, steps=steps), here) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("quick", "small", "asked"), [
+    (True, True, ["auto"]), (False, True, ["auto", "lanczos"]), (True, False, ["auto", "arnoldi"]),
+])  # fmt: skip
+def test_a_stochastic_kl_beside_the_exact_one_is_no_part_of_a_quick_comparison(quick, small, asked):
+    """Golub and Kahan's took three times as long as all images of `compare --backend digits --quick`."""
+    comparison, found = object.__new__(run_module._Session), []
+    comparison.settings, comparison.networks = SimpleNamespace(quick=quick), {"hypernoise": None}
+    comparison.measured = {}
+
+    def measured(name: str, method: str = "auto") -> SimpleNamespace:
+        found.append(method)
+        of = ("exact" if small else "lanczos") if method == "auto" else method
+        return SimpleNamespace(figures={"method": of, "local_norm": {"max": 14.0 if small else 0.5}})
+
+    comparison._measured = measured
+    rows = comparison._closeness()
+    assert found == asked
+    assert len(rows) == len(asked)
+
+
 def test_a_quick_comparison_shortens_the_average_of_what_it_trains(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(run_module, "trained", lambda _, config, *rest: asked.append(config.train))
