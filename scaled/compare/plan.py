@@ -116,8 +116,8 @@ QUICK: dict[str, Any] = {
     "diversity_seeds": 16,
     "measure_samples": 16,
 }
-"""What `--quick` changes: minutes on a laptop; tables that need further training are left out, and so is a stochastic KL
-beside the exact one."""
+"""What `--quick` changes: minutes on a laptop; tables that need further training are left out, and so is a stochastic
+KL beside the exact one."""
 
 QUICK_STEPS = 400
 """The most optimiser steps of what `--quick` trains, unless `compare.train_steps` says another number."""
