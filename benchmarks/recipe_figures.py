@@ -37,7 +37,7 @@ def summary(records: Sequence[dict[str, Any]], frontier: Frontier) -> list[dict[
         runs.setdefault((record["recipe"], record["step"], record["averaged"]), {})[record["seed"]] = record
     rows = []
     for (name, step, averaged), found in runs.items():
-        alike = name.split(" with a fold penalty")[0] if name.startswith(BUNDLED) else BASE
+        alike = BUNDLED if name.startswith(BUNDLED) else BASE
         batch = next(iter(found.values()))["settings"]["batch"]
         reference = (alike, step * batch // BATCH, True)
         against = runs.get(reference, {}) if reference != (name, step, averaged) else {}

@@ -70,6 +70,8 @@ RECIPES: dict[str, Recipe] = {
     "the bundled adapter, gone on": ON,
     "the bundled adapter, gone on with a fold penalty": replace(ON, fold_penalty=1.0),
     "the bundled adapter, gone on with a fold penalty of 10": replace(ON, fold_penalty=10.0),
+    "the bundled adapter, gone on with second-order": replace(ON, kl="second-order"),
+    "the bundled adapter, gone on with Arnoldi": replace(ON, kl="arnoldi"),
     "regression on the gradient": replace(BASE, objective="gradient"),
     "regression on the proximal map": replace(BASE, objective="proximal map", pool=1280),
     "eight noises a sentence": replace(BASE, noises=8),
@@ -290,28 +292,37 @@ def run(names: Sequence[str], seeds: Sequence[int], device: str, workers: int, s
 
 
 def report(out: Path) -> None:
-    """Everything measured so far, as docs/results/recipes.json."""
+    """Everything measured so far, as docs/results/recipes.json; what `out` knows nothing of stays as it is there."""
     records = [json.loads(line) for path in sorted(out.glob("*.jsonl")) if path.name != "failed.jsonl"
                for line in path.read_text(encoding="utf-8").splitlines()]  # fmt: skip
-    rows, smooth, sentences = [], {}, 0
+    before = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
+    rows, smooth, spreads, kinds = [], before.get("smoothness", {}), before.get("spread"), []
     for reward in (SCORER, *REWARDS):
         if not (out / f"{base_of(reward)}.pt").exists():
             continue
         yard = torch.load(out / f"{base_of(reward)}.pt")
-        frontier, sentences = Frontier(list(yard["pool"])), len(yard["pool"])
+        frontier = Frontier(list(yard["pool"]))
         # records of runs from before there were several say nothing
         mine = [record for record in records if record["settings"].get("reward", SCORER) == reward]
         rows += summary(mine, frontier)
         smooth[reward] = {f"{s:g}": value for s, value in yard.get("smoothness", {}).items()}
         if reward == SCORER:
-            spreads = spread(mine, frontier)
+            spreads = spread(mine, frontier) or spreads
             told_apart = [record for name in KINDS_OF for record in mine if record["recipe"] == name]
             kinds = by_kind(told_apart, groups())
     order = [*RECIPES, TRAINING]
+    rows = kept(before.get("rows", []), rows) + rows
+    kinds = sorted(kept(before.get("kinds", []), kinds) + kinds, key=lambda row: KINDS_OF.index(row["recipe"]))
     rows.sort(key=lambda row: (order.index(row["recipe"]), row["step"], not row["averaged"]))
     document = {"rows": rows, "spread": spreads, "kinds": kinds, "smoothness": smooth}
-    document |= {"images": IMAGES, "sentences": sentences}
+    document |= {"images": IMAGES, "sentences": len(split()[1])}
     write_json(OUT, {**document, "versions": versions()})
+
+
+def kept(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of an earlier report, of recipes that have none now."""
+    measured = {row["recipe"] for row in now}
+    return [row for row in before if row["recipe"] in RECIPES.keys() | {TRAINING} and row["recipe"] not in measured]
 
 
 def main() -> None:

@@ -199,6 +199,27 @@ def test_gains_by_kind_are_those_of_its_sentences_after_the_last_step(figures, e
     ]
 
 
+def test_a_report_keeps_what_was_measured_before(recipes, monkeypatch, tmp_path):
+    """A second folder of runs adds to the report and replaces what it has measured again, and nothing else."""
+    records, frontier = planted()
+    spent = {"seconds": 1.0, "norm": None, "averaged": True}
+    monkeypatch.setattr(recipes, "OUT", tmp_path / "recipes.json")
+    monkeypatch.setattr(recipes, "groups", lambda: ["attribution"] * SENTENCES)
+    monkeypatch.setattr(recipes, "KINDS_OF", ("rank 4", "base"))
+    for name, runs in (("one", records), ("other", [r | {"gains": [2.0] * SENTENCES} for r in records[:2]])):
+        out = tmp_path / name
+        out.mkdir()
+        torch.save({"base": None, "pool": torch.stack(list(frontier.base)), "smoothness": {}}, out / "base.pt")
+        for record in runs if name == "one" else runs[1:]:
+            recipes.append(out / f"{record['recipe']}.jsonl", spent | record)
+        recipes.report(out)
+    found = json.loads((tmp_path / "recipes.json").read_text())
+    assert [(row["recipe"], row["seeds"]) for row in found["rows"]] == [("base", [0, 1, 2]), ("rank 4", [0])]
+    first = found["kinds"][0]
+    assert (first["recipe"], first["gain"][0]) == ("rank 4", 2.0)
+    assert [row["recipe"] for row in found["kinds"]] == ["rank 4", "base"]
+
+
 def test_the_tables_say_errors_apart_and_one_seed_unknown(figures, earned, monkeypatch, tmp_path):
     records, frontier = planted(shift=0.1)
     records = [r for r in records if r["recipe"] == "base" or r["seed"] == 0]
