@@ -101,6 +101,15 @@ def split_prompts(prompts: Sequence[str], held_out: int) -> tuple[list[str], lis
     return [p for p in prompts if p not in kept_out], [p for p in prompts if p in kept_out]
 
 
+def spread(count: int, chosen: int) -> list[int]:
+    """Places of `chosen` prompts of `count`, evenly over their order, from the first; all of them where they are fewer.
+
+    Prompt sets stand in the order of their kinds: the first few of them say nothing of the others.
+    """
+    chosen = min(chosen, count)
+    return [place * count // chosen for place in range(chosen)]
+
+
 def require_disjoint(training: Iterable[str], evaluation: Iterable[str]) -> None:
     """Refuse evaluation on prompts that were trained on; case and white space do not make a prompt another one.
 

@@ -23,6 +23,7 @@ from hnkit.internal.workers import ALONE, Workers, shared_out
 from hnkit.kl.divergence import Method, noise_kl
 from hnkit.kl.verdict import L2Verdict, l2_verdict
 from hnkit.maps import Condition, slices
+from hnkit.prompts import spread
 from hnkit.rewards import RewardSum
 
 EXACT_UP_TO = 1024
@@ -235,9 +236,10 @@ def _injectivity(parts: Sequence[_Prompt]) -> dict[str, Any]:
 
 
 def _l2_verdict(backend: BackendBase, prompts: Sequence[str], settings: FrontierSettings) -> L2Verdict:
-    """Whether the L2 term is good enough, from one sample of each of the first prompts, two of a few."""
+    """Whether the L2 term is good enough, from one sample each of prompts all over their order, more of a few."""
     each = max(1, -(-VERDICT_SAMPLES // len(prompts)))
-    rows = [(prompt, number) for number in range(min(each, settings.samples)) for prompt in prompts][:VERDICT_SAMPLES]
+    chosen = [prompts[place] for place in spread(len(prompts), VERDICT_SAMPLES)]
+    rows = [(prompt, number) for number in range(min(each, settings.samples)) for prompt in chosen][:VERDICT_SAMPLES]
     asked, numbers = zip(*rows, strict=True)
     images = Condition(asked).of_images(settings.seed, numbers)
     with torch.enable_grad():

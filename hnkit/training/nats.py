@@ -24,6 +24,7 @@ from hnkit.frontier import (
 from hnkit.frontier.curve import LEAST_EFFECTIVE, LEAST_SAMPLES
 from hnkit.frontier.measured import FAITHFUL
 from hnkit.internal.stats import Estimate
+from hnkit.prompts import spread
 from hnkit.training.validate import Evaluator, Validation
 from hnkit.training.view import effective_alpha
 
@@ -38,7 +39,7 @@ class Sizes:
     """What the frontier of a run is drawn from.
 
     Attributes:
-        prompts: prompts, from the first.
+        prompts: prompts, from all over their order.
         base: further base outputs of each.
         steered: how many of their noises are steered as well.
     """
@@ -89,9 +90,9 @@ def sizes(budget: int, available: int, have: int, nats: float | None) -> Sizes:
 def reward_per_nat(evaluator: Evaluator, validation: Validation, measurement: Measurement | None) -> dict[str, Any]:
     """What the trained network gains for its nats, beside the most that they could buy.
 
-    The gain is that of the whole validation; the frontier is that of the first prompts. Nats are those of the
-    measurement, or where noise is injected their proved bound: then the efficiency is that at least, and how far the
-    law is from its target has no certificate, which needs nats from below.
+    The gain is that of the whole validation; the frontier is that of prompts from all over their order. Nats are those
+    of the measurement, or where noise is injected their proved bound: then the efficiency is that at least, and how far
+    the law is from its target has no certificate, which needs nats from below.
 
     Args:
         evaluator: what makes the further outputs.
@@ -111,7 +112,7 @@ def reward_per_nat(evaluator: Evaluator, validation: Validation, measurement: Me
     have = min(validation.prompts.count(prompt) for prompt in prompts)
     try:
         size = sizes(settings.validate_samples, len(prompts), have, None if kl is None else kl.value)
-        prompts = prompts[: size.prompts]
+        prompts = [prompts[place] for place in spread(len(prompts), size.prompts)]
         base, steered = _rewards(evaluator, validation, prompts, size)
         frontier = Frontier(base, seed=settings.seed)
         gap = None

@@ -19,6 +19,7 @@ from hnkit.internal.seeds import derived_seed, generator_for, seed_global
 from hnkit.internal.stats import mean_and_stderr
 from hnkit.maps import Condition, ConditionedMap, NoiseMap, slices
 from hnkit.output.images import grid_png
+from hnkit.prompts import spread
 from hnkit.rewards import RewardSum
 from hnkit.tilt import TiltedProblem
 from hnkit.training.processes import Processes, SameEverywhere
@@ -96,10 +97,10 @@ class Evaluator:
 
     @property
     def measured_prompts(self) -> list[str]:
-        """The prompt of each row of a measurement: four rows or more of each of the first prompts."""
+        """The prompt of each row of a measurement: four rows or more of each, of prompts from all over their order."""
         count = self.settings.measure_samples
-        distinct = min(len(self.prompts), max(1, count // 4))
-        return [self.prompts[row % distinct] for row in range(count)]
+        chosen = [self.prompts[place] for place in spread(len(self.prompts), max(1, count // 4))]
+        return [chosen[row % len(chosen)] for row in range(count)]
 
     def measure(self) -> Measurement | None:
         """The KL, the L2 term and their gap; `None` for direct fine-tuning, which moves no noise."""

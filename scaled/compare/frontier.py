@@ -69,9 +69,10 @@ def network_gap(
     whose KL is bounded from above alone, or a reward that is not finite.
     """
     faithful = measured.figures["method"] in FAITHFUL and not measured.figures.get("injected")
-    if alpha is None or measured.prompts < 2 or not faithful:
+    if alpha is None or len(measured.places) < 2 or not faithful:
         return None
-    prompts = list(steered)[: measured.prompts]
+    names = list(steered)
+    prompts = [names[place] for place in measured.places]
     kl = [measured.of_prompt(index) for index in range(len(prompts))]
     rewards = [steered[prompt][: measured.seeds] for prompt in prompts]
     bases = [base[prompt] for prompt in prompts]

@@ -18,6 +18,7 @@ from hnkit.internal.kept import Keep, from_document, not_kept, to_document
 from hnkit.internal.seeds import derived_seed
 from hnkit.internal.workers import ALONE, Workers
 from hnkit.maps import ConditionedMap
+from hnkit.prompts import spread
 from hnkit.scaled.compare.evaluation import read_part, write_part
 
 T = TypeVar("T")
@@ -28,13 +29,13 @@ class NetworkKL:
     """What was measured of a network; joined from its blocks, which are the parts of the comparison's folder.
 
     Attributes:
-        prompts: how many of the comparison's prompts, from the first.
+        places: which of the comparison's prompts, from all over their order.
         seeds: how many of its seeds, from the first.
         figures: the record of the measurement, as `hnkit.figures.Measurement.to_json` gives it.
-        per_sample: the integrand of the KL, `[seed * prompts + prompt]`, nats.
+        per_sample: the integrand of the KL, `[seed * len(places) + place]`, nats.
     """
 
-    prompts: int
+    places: tuple[int, ...]
     seeds: int
     figures: dict[str, Any]
     per_sample: tuple[float, ...]
@@ -47,8 +48,8 @@ class NetworkKL:
         return record[key], record[f"{key}_stderr"] or 0.0
 
     def of_prompt(self, index: int) -> torch.Tensor:
-        """The integrand at the noises of one prompt, `(seeds,)`."""
-        return torch.tensor(self.per_sample[index :: self.prompts], dtype=torch.float64)
+        """The integrand at the noises of the prompt at `places[index]`, `(seeds,)`."""
+        return torch.tensor(self.per_sample[index :: len(self.places)], dtype=torch.float64)
 
 
 def rows_within(prompts: int, seeds: int, samples: int) -> tuple[int, int]:
@@ -98,7 +99,8 @@ def network_kl(
         keep: where what was made of a block of noises is kept.
     """
     chosen, each = rows_within(len(prompts), seeds, samples)
-    asked = list(prompts[:chosen]) * each
+    places = spread(len(prompts), chosen)
+    asked = [prompts[place] for place in places] * each
     numbers = [index for index in range(each) for _ in range(chosen)]
     condition = backend.encode(asked).of_images(seed, numbers)
     f = ConditionedMap(backend.hypernetwork, condition)
@@ -110,4 +112,5 @@ def network_kl(
         injection=completed(backend).injection,
         sharing=Sharing(derived_seed(seed, "compare probes"), workers, keep),
     )
-    return NetworkKL(chosen, each, found.to_json(), tuple(found.per_sample.tolist()))
+    figures = found.to_json() | {"prompts": chosen}
+    return NetworkKL(tuple(places), each, figures, tuple(found.per_sample.tolist()))

@@ -117,14 +117,21 @@ def lead(document: Document) -> str:
                 "whose mean is estimated. Of x + f(x) alone, which is not deployed:"
             )
         sentence += (
-            f" Its L2 term is {format_estimate(figures['l2'], figures['l2_stderr'])} nats and the KL integrand "
-            f"{format_estimate(figures['kl'], figures['kl_stderr'])} nats ({figures['method']}): the L2 term is "
-            f"{100 * abs(share):.0f} % {'below' if share < 0 else 'above'} what it stands for."
+            f" At {_noises(figures)} its L2 term is {format_estimate(figures['l2'], figures['l2_stderr'])} nats and "
+            f"the KL integrand {format_estimate(figures['kl'], figures['kl_stderr'])} nats ({figures['method']}): the "
+            f"L2 term is {100 * abs(share):.0f} % {'below' if share < 0 else 'above'} what it stands for."
             if share is not None
             else ""
         )
     advice = (document["l2"][0].get("l2_verdict") or {}).get("text") if document["l2"] else None
     return " ".join(filter(None, (sentence.strip(), advice)))
+
+
+def _noises(figures: Mapping[str, Any]) -> str:
+    """What a KL was measured at; records that do not say of how many prompts are of the first ones."""
+    prompts = figures.get("prompts")
+    of = "the first prompts" if prompts is None else f"{prompts} prompt{'s' if prompts > 1 else ''}"
+    return f"{figures['samples']} noises of {of}"
 
 
 def all_tables(document: Document) -> dict[str, Table]:
@@ -338,7 +345,7 @@ def _closeness_table(document: Document) -> Table:
         ""
         if not document["l2"]
         else (
-            "The trained hypernetwork on the same noises and prompts by each method. "
+            f"The trained hypernetwork at {_noises(document['l2'][0])} by each method. "
             + (
                 "x + f(x) is certified injective: this is the KL."
                 if injective == "certified"

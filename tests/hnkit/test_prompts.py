@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hnkit import InputError
-from hnkit.prompts import read_prompts, read_records, require_disjoint, split_prompts
+from hnkit.prompts import read_prompts, read_records, require_disjoint, split_prompts, spread
 
 EXPECTED = ["a red three", "two   fours", "ünïcode 漢字"]
 
@@ -267,3 +267,15 @@ def test_a_nul_in_a_prompt_is_refused(name, tmp_path):
     with pytest.raises(InputError, match=r"holds a NUL|not valid CSV") as refused:
         read_prompts(f"{tmp_path}/{name}")
     assert "\0" not in str(refused.value)
+
+
+def test_some_of_many_prompts_are_from_all_over_their_order():
+    assert spread(79, 8) == [0, 9, 19, 29, 39, 49, 59, 69]
+    assert spread(3, 8) == [0, 1, 2]
+    assert spread(5, 1) == [0]
+    for count in range(1, 30):
+        for chosen in range(1, 40):
+            places = spread(count, chosen)
+            assert len(set(places)) == min(count, chosen)
+            assert places == sorted(places)
+            assert places[-1] < count <= places[-1] + -(-count // len(places))

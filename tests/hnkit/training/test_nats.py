@@ -24,7 +24,7 @@ from hnkit.frontier import page
 from hnkit.internal.stats import Estimate
 from hnkit.output.verdict import card_from, read_card
 from hnkit.training.nats import reward_per_nat, sizes
-from hnkit.training.validate import Validation
+from hnkit.training.validate import Evaluator, Validation
 from tests.hnkit.training.training_runs import fake_config, records, run
 
 FALSE_ALARM = 1e-6
@@ -188,3 +188,13 @@ def test_direct_fine_tuning_has_a_gain_and_no_nats(tmp_path, fake):
     run(fake_config(objective="direct", validate_samples=32), tmp_path / "run")
     method = json.loads((tmp_path / "run" / "report.json").read_text())["frontier"]["methods"]["fine-tuned generator"]
     assert (method["nats"], method["efficiency"], method["gap"]) == (None, None, None)
+
+
+def test_the_kl_is_of_prompts_from_all_over_their_order():
+    """Prompt sets stand in the order of their kinds: of the first few alone the nats would be another kind's."""
+    texts = [f"kind {k // 10}, {k}" for k in range(60)]
+    settings = SimpleNamespace(measure_samples=24)
+    rows = Evaluator.measured_prompts.fget(SimpleNamespace(settings=settings, prompts=texts))
+    assert len(rows) == 24
+    assert {text.split(",")[0] for text in rows} == {f"kind {k}" for k in range(6)}
+    assert {rows.count(text) for text in rows} == {4}

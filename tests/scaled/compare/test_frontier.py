@@ -49,13 +49,13 @@ def measured(ours: Evaluation, shift: float, prompts: int, seeds: int, method: s
     by_prompt = base_rewards(ours.rows, pooled=False)
     chosen = list(by_prompt)[:prompts]
     values = [(float(by_prompt[p][k]) - shift) * shift + shift**2 / 2 for k in range(seeds) for p in chosen]
-    return NetworkKL(prompts, seeds, figures(sum(values) / len(values), method), tuple(values))
+    return NetworkKL(tuple(range(prompts)), seeds, figures(sum(values) / len(values), method), tuple(values))
 
 
 def test_the_candidates_of_best_of_n_are_the_base_samples():
     base, pool = evaluation("base", 0.0, 0), evaluation("best-of-n", 0.0, 1, candidates=20)
     ours = evaluation("hypernoise", 0.5, 2)
-    kl = NetworkKL(5, 2, figures(0.2), (0.2,) * 10)
+    kl = NetworkKL((0, 1, 2, 3, 4), 2, figures(0.2), (0.2,) * 10)
     document = frontier_part(base, [ours, pool], pool, {}, {"hypernoise": kl}, {"hypernoise": 1.0})
     samples = base_rewards(pool.rows)
     assert {len(values) for values in samples.values()} == {80}
@@ -105,6 +105,23 @@ def test_the_gap_is_that_of_the_prompts_that_were_measured():
         assert "95 % probability" in table.caption
 
 
+def test_a_gap_is_of_the_prompts_that_were_measured():
+    """The same record at other places of the comparison's prompts is set beside the rewards of these."""
+    pool = evaluation("best-of-n", 0.0, 1, prompts=20, candidates=200)
+    ours = evaluation("hypernoise", 0.5, 2, prompts=20)
+    base, steered = base_rewards(pool.rows), base_rewards(ours.rows, pooled=False)
+    names, places = list(steered), (1, 7, 13, 19)
+    kl = NetworkKL(places, 2, figures(0.2), tuple(0.1 * k for k in range(8)))
+    gap = network_gap(kl, steered, base, 1.0)
+    assert gap is not None
+    kept = [names[place] for place in places]
+    alone = network_gap(
+        NetworkKL((0, 1, 2, 3), 2, kl.figures, kl.per_sample),
+        {name: steered[name] for name in kept}, {name: base[name] for name in kept}, 1.0,
+    )  # fmt: skip
+    assert gap == alone
+
+
 @pytest.mark.parametrize(
     ("prompts", "method", "alpha"), [(1, "exact", 1.0), (5, "second-order", 1.0), (5, "l2", 1.0), (5, "exact", None)]
 )
@@ -133,12 +150,12 @@ def test_the_kl_is_measured_at_the_noises_of_the_images(make_backend):
         for parameter in backend.hypernetwork.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    prompts = ["a red house", "two dogs", "a cat"]
+    prompts = ["a red house", "two dogs", "a cat", "three cats"]
     found = network_kl(backend, prompts, 2, 4, 7)
-    assert (found.prompts, found.seeds) == (2, 2)
-    for index in range(2):
-        x = image_noise(backend, backend.encode([prompts[index]] * 2).of_images(7, range(2)))
-        twin = noise_kl(backend.map_for([prompts[index]] * 2), x, method="exact").per_sample
+    assert (found.places, found.seeds, found.figures["prompts"]) == ((0, 2), 2, 2)
+    for index, place in enumerate(found.places):
+        x = image_noise(backend, backend.encode([prompts[place]] * 2).of_images(7, range(2)))
+        twin = noise_kl(backend.map_for([prompts[place]] * 2), x, method="exact").per_sample
         torch.testing.assert_close(found.of_prompt(index), twin.double().cpu(), rtol=1e-3, atol=1e-4)
 
 
