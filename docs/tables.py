@@ -280,12 +280,13 @@ def injected_noise() -> str:
         rows.append((run["name"] + alpha, used, f"{run['reward_calls']:,}", gain, nats, f"{run['cpu_seconds']} s"))
     gains = {run["name"]: run["gain"] for run in document["runs"]}
     draws = next((run for run in document["runs"] if "measured_until" in run), None)
-    images = document["runs"][0]["images"]
+    images, noises = document["runs"][0]["images"], document["common"]["measure_samples"]
     caption = (
         f"{document['common']['steps']} steps, one seed each; ± is the error over {images} held-out images, not over "
-        "seeds. Nats without injected noise are the mean KL integrand, a lower bound of the KL where x + f(x) folds; "
-        "the others are the proved bound. The reward is the miniature's own unless the row names another, at a "
-        "temperature of its own."
+        f"seeds, and of the nats over {noises} noises of the first {max(1, noises // 4)} held-out sentences only, "
+        "which says little of the others. Nats without injected noise are the mean KL integrand, a lower bound of the "
+        "KL where x + f(x) folds; the others are the proved bound. The reward is the miniature's own unless the row "
+        "names another, at a temperature of its own."
     )
     if draws is not None:
         share = 100 * draws["gain"] / gains["l2"]
@@ -544,7 +545,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **{
         f"earning-{name}": _earning_table(f"earning-{name}")
         for name in (
-            *("spectrum", "tails", "bound", "curvature", "stored", "bundled", "steps", "folds", "budget"),
+            *("spectrum", "tails", "bound", "curvature", "stored", "bundled", "again", "steps", "folds", "budget"),
             *("regressed", "maps", "optimisers", "samples", "smoothness", "temperatures", "losses"),
             *("kinds", "scaled"),
         )
