@@ -62,11 +62,6 @@ class ToyOptions:
                 raise InputError(f"backend.{key} = {shown(getattr(self, key))}: accepted is an integer >= {least}")
         if self.seed >= 2**63:
             raise InputError(f"backend.seed = {shown(self.seed)}: accepted is an integer below 2^63")
-        if 8 * self.weights(dim=0) > machine_memory():
-            raise InputError(
-                f"out of memory: backend.width = {shown(self.width)} and backend.depth = {shown(self.depth)}: this "
-                "machine's memory does not hold so many weights: give smaller ones"
-            )
 
     def weights(self, dim: int) -> int:
         """How many weights the network of a noise of `dim` dimensions has, before any of them is made."""
@@ -123,6 +118,11 @@ class ToyBackend(BackendBase):
     def __init__(self, options: ToyOptions) -> None:
         self.name = "toy"
         self.options = options
+        if 8 * options.weights(dim=0) > machine_memory():  # an adapter's is held against its file before it comes here
+            raise InputError(
+                f"out of memory: backend.width = {shown(options.width)} and backend.depth = {shown(options.depth)}: "
+                "this machine's memory does not hold so many weights: give smaller ones"
+            )
         self.problem: TiltedProblem = PROBLEMS[options.problem]()
         self.noise_shape = self.problem.noise_shape
         self.default_reward: Reward | None = ToyReward(self.problem)
