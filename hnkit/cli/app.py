@@ -21,7 +21,7 @@ from hnkit.errors import InputError
 from hnkit.internal.stops import Stopped, stoppable
 from hnkit.internal.streams import drop_what_cannot_be_written
 from hnkit.internal.values import printable, shortened
-from hnkit.internal.workers import is_first
+from hnkit.internal.workers import is_first, said_by_first, tell_the_others
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 _IN_THE_WAY = "something else lies where a file or a folder of the run should: take it out of the run folder"
@@ -59,11 +59,24 @@ class _Commands(PlainHelp, TyperGroup):
             if "--debug" in arguments:
                 traceback.print_exc()
             line, code = describe_error(error)
-            if is_first() or not getattr(error, "everywhere", False):
+            if is_first() or not (getattr(error, "everywhere", False) or _said_by_first(line, code)):
                 print(f"hnkit: {line}", file=sys.stderr)
+            if is_first() and code == BAD_INPUT:
+                tell_the_others(line)
             if isinstance(error, BrokenPipeError):  # nobody reads stdout any more: keep the interpreter quiet about it
                 sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         sys.exit(code)
+
+
+def _said_by_first(line: str, code: int) -> bool:
+    """Whether another process says this line of bad input; a signal meanwhile ends the wait, not the line."""
+    if code != BAD_INPUT:
+        return False
+    try:
+        with stoppable():
+            return said_by_first(line)
+    except (Stopped, KeyboardInterrupt):
+        return False
 
 
 def describe_error(error: BaseException) -> tuple[str, int]:

@@ -6,8 +6,11 @@ that all agree without a word. What a part is must not depend on how many proces
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 from hnkit.errors import InputError
@@ -19,6 +22,51 @@ Result = TypeVar("Result")
 def is_first() -> bool:
     """Whether this is the first of the processes that torchrun has started, or the only one; before they have met."""
     return os.environ.get("RANK", "0") == "0"
+
+
+_LONGEST_WAIT = 10.0
+"""Seconds that a process waits for the first one's line before it says its own: they load for as long, more or less."""
+
+
+def tell_the_others(line: str) -> None:
+    """Let the other processes of torchrun know with which line the first one ends; see `said_by_first`."""
+    if (store := _store()) is not None:
+        with contextlib.suppress(RuntimeError):
+            store.set(_key(), line)
+
+
+def said_by_first(line: str) -> bool:
+    """Whether the first of torchrun's processes ends with this very line, so that one of them is to say it.
+
+    They may not have met when bad input ends them, and what one of them is given, or finds, the others may not. They
+    tell each other by the store that torchrun keeps for them; where there is none, each says its own.
+    """
+    if (store := _store()) is None:
+        return False
+    try:
+        until = time.monotonic() + _LONGEST_WAIT
+        while not (known := store.check([_key()])) and time.monotonic() < until:
+            time.sleep(0.05)
+        return bool(known and store.get(_key()) == line.encode())
+    except RuntimeError:
+        return False
+
+
+def _store() -> Any:
+    """The store that torchrun keeps for its processes; `None` where there is none, or it does not answer."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    try:
+        from torch.distributed import TCPStore
+
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return TCPStore(*where, timeout=timedelta(seconds=_LONGEST_WAIT))
+    except (RuntimeError, ImportError, LookupError, ValueError):
+        return None
+
+
+def _key() -> str:
+    return f"hnkit: last line of attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 class Workers(Protocol):

@@ -20,6 +20,7 @@ from typing import Literal
 import pytest
 import typer
 from rich.cells import cell_len
+from torch.distributed import TCPStore
 
 from hnkit.cli import app as cli
 from hnkit.cli import backends, compare, export, frontier, generate, push, train, verify_bound
@@ -28,6 +29,7 @@ from hnkit.cli.folders import resumed_folder
 from hnkit.cli.options import NEWEST, command, command_line
 from hnkit.config import GenerateSettings, resolve_config, resume_command
 from hnkit.errors import InputError
+from hnkit.internal import workers
 from hnkit.internal.values import CONTROL, described, field_types, setting, shortened
 from hnkit.kl.divergence import METHODS
 from hnkit.output.layouts import LAYOUTS
@@ -458,6 +460,31 @@ def test_little_memory_is_named_however_it_is_met():
         assert code == 2
         assert line.startswith("out of memory: "), line
     assert describe_error(wrapped(ImportError("no module named x")))[0].startswith("internal error, RuntimeError")
+
+
+def test_of_several_processes_that_see_the_same_bad_input_the_first_says_it(capsys, monkeypatch):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(workers, "_LONGEST_WAIT", 0.2)
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                        "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+
+    def said(rank, *arguments):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            cli.app(list(arguments))
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    same = ("train", "--backend", "none-such")
+    assert "none-such" in said("1", *same), "the first one has not said it"
+    assert "none-such" in said("0", *same)
+    assert said("1", *same) == ""
+    assert "no-flag" in said("1", "train", "--no-flag"), "which the first one has not seen"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "none-such" in said("1", *same), "the first one of an earlier attempt"
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert "none-such" in said("1", *same), "nobody keeps a store"
 
 
 def test_a_limit_on_the_size_of_files_is_named():
