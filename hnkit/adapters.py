@@ -25,7 +25,7 @@ from hnkit.config import (
 )
 from hnkit.errors import InputError
 from hnkit.internal.files import file_digest
-from hnkit.internal.folders import adapter_folder, unreadable_adapter
+from hnkit.internal.folders import adapter_files, adapter_folder, unreadable_adapter
 from hnkit.internal.values import shown
 from hnkit.output.terminal import waiting
 
@@ -65,14 +65,15 @@ def adapter_word(name: str, adapter: str | Path) -> str:
 
 
 def adapter_digests(adapter: str | Path | None) -> dict[str, str]:
-    """SHA-256 of each of an adapter's files by name, and of its run's options of the backend where it has a run.
+    """SHA-256 of each file that its outputs depend on, by name, and of its run's options of the backend, if it has one.
 
-    Options that say where something lies, or give leave, are left out: what was moved is the same. Of no adapter, none.
+    Files that only describe it, and options that say where something lies or give leave, are left out: what was moved,
+    or has a new README.md, is the same. Of no adapter, none.
     """
     if adapter is None:
         return {}
     try:
-        found = {path.name: file_digest(path) for path in sorted(adapter_folder(adapter).glob("*")) if path.is_file()}
+        found = {path.name: file_digest(path) for path in adapter_files(adapter_folder(adapter))}
     except PermissionError as error:
         raise unreadable_adapter(Path(adapter), error) from None
     if (run := _run_of(Path(adapter))) is not None:

@@ -27,6 +27,8 @@ from hnkit.internal.values import printable
 LOCK, HOLDER = ".lock", ".lock-holder"
 CHECKPOINT_FILES = TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 """What a checkpoint of a run consists of."""
+VERDICT_FILE = "verdict.json"
+"""The card in the folder of an adapter, as its training measured it."""
 
 
 def adapter_folder(folder: str | Path) -> Path:
@@ -45,6 +47,25 @@ def adapter_folder(folder: str | Path) -> Path:
         command = shlex.join(("hnkit", "export", "--checkpoint", printable(str(folder))))
         raise InputError(f"{folder} is a checkpoint of a run: {command} makes an adapter of it")
     return inside if has_inside else folder
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """The files of an adapter that its outputs can depend on, by name.
+
+    What it says of itself (README.md, verdict.json) and hidden files, such as the list of what was written, are none.
+
+    Args:
+        folder: where its files are; see `adapter_folder`.
+
+    Raises:
+        PermissionError: the folder may not be read.
+    """
+    said = ("README.md", VERDICT_FILE)
+    return [
+        path
+        for path in sorted(folder.glob("*"))
+        if path.is_file() and path.name not in said and not path.name.startswith(".")
+    ]
 
 
 def unreadable_adapter(folder: Path, error: OSError) -> InputError:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hnkit.internal.files import read_plain
+from hnkit.internal.folders import VERDICT_FILE
 from hnkit.internal.stats import Estimate, rounded_down, rounded_up
 from hnkit.internal.values import or_nan
 from hnkit.output.page import CARD_MARKS, Card, CardLine, Mark, format_estimate, format_number
@@ -444,9 +445,6 @@ def _more(figures: RunFigures) -> list[str]:
 
 
 # --- on the disk ------------------------------------------------------------------------------------------------
-
-VERDICT_FILE = "verdict.json"
-"""The card in the folder of an adapter, as its training measured it."""
 
 
 def read_card(folder: Path) -> Card | None:

@@ -21,6 +21,7 @@ from hnkit.figures.table import QUANTILES
 from hnkit.frontier import page as frontier_page
 from hnkit.injection import NoiseInjection
 from hnkit.internal.files import atomic_write, encoded, read_plain, write_json
+from hnkit.internal.folders import VERDICT_FILE
 from hnkit.internal.stats import Estimate
 from hnkit.internal.values import finite, number_of, or_nan
 from hnkit.internal.versions import versions
@@ -39,7 +40,7 @@ from hnkit.output.page import (
     write_html,
 )
 from hnkit.output.plots import image_grid, style, to_png
-from hnkit.output.verdict import VERDICT_FILE, RunFigures, figures_of, l2_words, verdict_card, with_frontier
+from hnkit.output.verdict import RunFigures, figures_of, l2_words, verdict_card, with_frontier
 from hnkit.tilt import TiltedProblem, affine_coefficients, kl_gaussians
 from hnkit.training.checkpoint import folder_digests, replace_folder
 from hnkit.training.plots import training_plots

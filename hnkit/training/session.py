@@ -24,7 +24,8 @@ from hnkit.backend import BackendBase, backend_factory, completed
 from hnkit.config import RunConfig
 from hnkit.errors import ExpansiveMapError, InputError, NonFiniteError
 from hnkit.injection import Generators
-from hnkit.internal.folders import adapter_folder
+from hnkit.internal.files import file_digest
+from hnkit.internal.folders import adapter_files, adapter_folder
 from hnkit.internal.seeds import seed_global
 from hnkit.internal.values import shown
 from hnkit.internal.versions import code_digest
@@ -32,7 +33,7 @@ from hnkit.loss import NoiseLoss
 from hnkit.maps import ConditionedMap
 from hnkit.prompts import read_prompts, require_disjoint, split_prompts
 from hnkit.rewards import load_rewards, score
-from hnkit.training.checkpoint import Checkpoint, folder_digests
+from hnkit.training.checkpoint import Checkpoint
 from hnkit.training.data import SampleStream
 from hnkit.training.optimize import (
     WeightAverage,
@@ -93,7 +94,7 @@ class Session:
                     f"train.from_adapter {settings.from_adapter}: the adapter that the run started from is not there: "
                     "restore it, or say with --from-adapter where it is"
                 )
-            self._started_from = folder_digests(start)
+            self._started_from = {path.name: file_digest(path) for path in adapter_files(start)}
             backend.load_adapter(start)
         self._require_one_derivative()
         self.together = self._shared_out()

@@ -276,6 +276,18 @@ def test_a_model_of_unknown_content_is_not_replaced_on_resume(here, capsys):
         assert "does not know its models by their content" in err
 
 
+def test_a_new_card_of_the_adapter_makes_no_image_again(here, capsys):
+    assert run(capsys, *COMMAND, "--out", "run")[0] == 0
+    whole = files(here / "run")
+    for name in ("README.md", "verdict.json", ".hnkit-files"):
+        (here / "mine" / name).write_text("{}")
+    (here / "run" / "prompt-001" / "prompt.txt").unlink()
+    code, _, err = run(capsys, "generate", "--resume", "run")
+    assert (code, err.count("made again")) == (0, 1), err
+    after = files(here / "run")
+    assert {name for name in after if name not in whole or after[name] != whole[name]} == set()
+
+
 def test_an_adapter_that_was_moved_is_named_once_and_known_by_its_content(here, capsys):
     assert run(capsys, *COMMAND, "--out", "run")[0] == 0
     whole = files(here / "run")

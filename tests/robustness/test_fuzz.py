@@ -24,7 +24,7 @@ from hnkit.cli import app as cli
 from hnkit.cli.verify_bound import parse_shape
 from hnkit.config import CONFIG_FILE, RunConfig, parse_reward_flag, resolve_config
 from hnkit.internal.files import file_digest, write_sealed
-from hnkit.output.verdict import VERDICT_FILE
+from hnkit.internal.folders import VERDICT_FILE
 from hnkit.prompts import read_prompts
 from hnkit.scaled.compare.evaluation import _read, read_part
 from hnkit.scaled.compare.networks import _records

@@ -17,13 +17,14 @@ from hnkit.config import CONFIG_FILE, resolve_config
 from hnkit.figures.measured_map import VERDICT_SAMPLES
 from hnkit.frontier import Frontier
 from hnkit.internal.files import atomic_write, write_json
+from hnkit.internal.folders import VERDICT_FILE
 from hnkit.internal.seeds import generator_for
 from hnkit.internal.stats import Estimate, mean_and_stderr, ratio_and_stderr, rounded_to_error
 from hnkit.kl.divergence import KLEstimate, noise_kl
 from hnkit.kl.verdict import L2Verdict, l2_verdict
 from hnkit.maps import at_rows
 from hnkit.output.page import Card
-from hnkit.output.verdict import VERDICT_FILE, RunFigures, verdict_card
+from hnkit.output.verdict import RunFigures, verdict_card
 from hnkit.scaled.digits.checkpoint import ADAPTER_FOLDER, write_checksums
 from hnkit.scaled.digits.rewards import legibility
 from hnkit.scaled.digits.scenes import eval_prompts

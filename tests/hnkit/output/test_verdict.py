@@ -19,11 +19,11 @@ from hnkit.frontier import frontier_document, methods_on_frontier, no_frontier
 from hnkit.frontier import page as frontier_page
 from hnkit.frontier.table import Rewards
 from hnkit.injection import NoiseInjection
+from hnkit.internal.folders import VERDICT_FILE
 from hnkit.internal.stats import Estimate
 from hnkit.output.page import CARD_MARKS, Card, CardLine, Section, Text, render_html
 from hnkit.output.terminal import Words, card_view, console, simple_table
 from hnkit.output.verdict import (
-    VERDICT_FILE,
     RunFigures,
     card_from,
     figures_of,

@@ -108,6 +108,7 @@ def test_the_starting_adapter_may_be_moved_but_not_exchanged(tmp_path):
     config = (tmp_path / "run" / "config.toml").read_bytes()
     with pytest.raises(InputError, match="is not the adapter that the run started from"):
         resume(constant("steps=8", f"from_adapter={tmp_path / 'other'}"), tmp_path / "run")
+    (tmp_path / "first" / "adapter" / "README.md").write_text("what it says of itself")
     (tmp_path / "first").rename(tmp_path / "moved")
     with pytest.raises(InputError, match="say with --from-adapter where it is"):
         resume(settings, tmp_path / "run")
