@@ -57,7 +57,7 @@ def _store() -> Any:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("WORLD_SIZE", "1") == "1":
         return None
     try:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return TCPStore(*where, timeout=timedelta(seconds=_LONGEST_WAIT))

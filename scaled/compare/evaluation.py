@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -293,6 +293,11 @@ def read_part(path: Path, made_from: str) -> dict[str, Any] | None:
     if not isinstance(document, dict) or (document.get("part"), document.get("made_from")) != (path.name, made_from):
         return None
     return document
+
+
+def foreign_parts(folder: Path, known: Collection[str]) -> int:
+    """How many parts in a folder cannot be taken up: made from something else than any of `known`, or damaged."""
+    return sum(all(read_part(path, made_from) is None for made_from in known) for path in folder.rglob("*.json"))
 
 
 def write_part(path: Path, document: Mapping[str, Any], made_from: str) -> None:

@@ -30,9 +30,9 @@ from hnkit.internal.files import (
 )
 from hnkit.internal.folders import require_resumable, run_lock, sweep_temporaries
 from hnkit.internal.provenance import provenance, record_provenance, recorded_provenance
-from hnkit.internal.seeds import derived_seed, image_seed
+from hnkit.internal.seeds import derived_seed, image_seed, kept_generators
 from hnkit.internal.stats import mean_and_stderr
-from hnkit.internal.values import finite, or_nan
+from hnkit.internal.values import finite, number_of, or_nan, printable
 from hnkit.internal.versions import versions
 from hnkit.internal.workers import Workers, shared_out
 from hnkit.maps import slices
@@ -54,6 +54,7 @@ from hnkit.scaled.compare.evaluation import (
     Job,
     Scorer,
     evaluate_in_turn,
+    foreign_parts,
     images_of,
     read_part,
     without_images,
@@ -95,6 +96,7 @@ class Comparison:
         """What the command ends with: table 1, and the answer."""
         return printed_table(document), card(document)
 
+    @kept_generators()
     def __call__(
         self,
         backend: str,
@@ -108,7 +110,7 @@ class Comparison:
         overrides: Sequence[str] = (),
         out: str | Path | None = None,
     ) -> dict[str, Any]:
-        """Run or resume a comparison and write its folder.
+        """Run or resume a comparison and write its folder; all global random generators are as they were afterwards.
 
         Args:
             backend: name of the installed backend.
@@ -254,6 +256,7 @@ class _Session:
             for title, job in jobs:
                 progress.start(title)
                 job()
+            self._tell_of_foreign_parts()
             for key, title, part in parts:
                 progress.start(title)
                 try:
@@ -281,6 +284,14 @@ class _Session:
 
         self.workers.on_main(write)
         return document
+
+    def _tell_of_foreign_parts(self) -> None:
+        """Say, once all networks are known, that parts in the folder are not this comparison's."""
+        known = {self._made_from(name) for name in ("base", *self.networks)}
+        place = self.folder / "parts"
+        if self.workers.index == 0 and (count := foreign_parts(place, known)):
+            said = f"{number_of(count, 'part')} in {place} made for something else, or damaged"
+            print(printable(f"hnkit: {said}: what is needed of that is made again"), file=sys.stderr)
 
     @property
     def train_steps(self) -> int:

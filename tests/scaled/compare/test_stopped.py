@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import shlex
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ import hnkit.training.session
 from hnkit.cli import app as cli
 from hnkit.config import RewardSpec
 from hnkit.internal.files import resumable
+from hnkit.internal.values import number_of
 from hnkit.rewards import CallableReward, RewardSum
 from hnkit.scaled.compare import COMPARISON
 from hnkit.scaled.compare import run as run_module
@@ -118,6 +121,8 @@ def test_parts_of_another_run_or_of_another_method_are_made_again(whole, fake, t
     assert run(capsys, *COMMAND, "--set", "compare.seed=1", "--out", str(theirs))[0] == 0
     parts = {path.relative_to(ours / "parts"): path for path in (ours / "parts").rglob("*.json")}
     assert len(parts) > 8
+    code, _, err = run(capsys, "compare", "--resume", str(ours))
+    assert (code, "made again" in err) == (0, False), err
     taken = [ours / "parts" / name for name in parts if (theirs / "parts" / name).exists()]
     for other in (lambda path: theirs / "parts" / path.relative_to(ours / "parts"), _of_another_method):
         before = {path: path.read_bytes() for path in taken}
@@ -127,8 +132,24 @@ def test_parts_of_another_run_or_of_another_method_are_made_again(whole, fake, t
             path.write_bytes(content)
         code, _, err = run(capsys, "compare", "--resume", str(ours))
         assert code == 0, err
+        count = sum(before[path] != content for path, content in swapped.items())
+        assert err.count(f"hnkit: {number_of(count, 'part')} in {ours / 'parts'} made for something else") == 1, err
         document, logs = found(ours)
         assert (without_held(document), logs) == whole
+
+
+def test_a_comparison_leaves_the_global_generators_as_they_were(faulty, tmp_path, capsys):
+    def draw() -> None:
+        torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002 - as a reward may
+
+    faulty.trained = draw
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1:]  # noqa: NPY002
+    code, _, err = run(capsys, *COMMAND, "--methods", "base", "--out", str(tmp_path / "run"))
+    assert code == 0, err
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1:]  # noqa: NPY002
+    assert torch.equal(after[0], before[0])
+    assert after[1] == before[1]
+    assert all(np.array_equal(*pair) for pair in zip(after[2], before[2], strict=True))
 
 
 def test_a_comparison_that_is_gone_on_with_needs_no_backend_named(fake, tmp_path, capsys):
