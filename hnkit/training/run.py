@@ -332,7 +332,7 @@ def _loop(
         if looks is not None:
             looks.look(watch)
     if session.moved == 0:
-        what = "was skipped" if session.skipped else "had a gradient of zero"
+        what = "was skipped" if session.skipped else "had a reward whose gradient is zero"
         raise InputError(
             f"every one of the {session.step} batches {what}{session.problem}, so nothing was trained and the run is "
             "not finished: check the reward"

@@ -59,7 +59,7 @@ class Session:
         step: optimiser steps done.
         skipped: batches skipped because the loss or its gradient was not finite.
         skipped_in_row: how many of these were the last ones, in a row.
-        moved: steps whose gradient was finite and not zero.
+        moved: steps whose gradient was finite and not zero, and that of the reward too.
         whole: false while an optimiser step is under way, and after one that raised.
         provenance: digests of the code, the model, the prompts and the adapter that it started from.
         together: whether the network is shared out over the processes, all of which then have to run it as often.
@@ -235,7 +235,7 @@ class Session:
             self.optimizer.step()
             if self.average is not None:
                 self.average.update()
-        self.moved += finite and norm > 0
+        self.moved += finite and norm > 0 and float(sums[-1]) > 0
         self.skipped += not finite
         self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
         self.step += 1
@@ -245,11 +245,13 @@ class Session:
         term = loss_term(settings)
         record |= {"loss": means[0], **({term[0]: means[1]} if term else {}), "reward": means[2]}
         if len(self.rewards.names) > 1:
-            record["rewards"] = dict(zip(self.rewards.names, means[3:], strict=True))
+            record["rewards"] = dict(zip(self.rewards.names, means[3:-1], strict=True))
         return record | {"grad_norm": norm, "lr": rate, "skipped": not finite}
 
     def _accumulate(self, step: int) -> Tensor:
         """Gradients of the mean loss over the whole batch, and the sums of its terms, both over all processes.
+
+        The last of the sums counts micro-batches in which the reward has a gradient that is not zero.
 
         A non-finite value anywhere makes both non-finite everywhere, so all processes skip the batch together.
         """
@@ -257,7 +259,7 @@ class Session:
         here = settings.batch // self.processes.count
         micro = here // settings.accumulate
         first = self.processes.index * here
-        sums = torch.zeros(3 + len(self.rewards.names), dtype=torch.float64)
+        sums = torch.zeros(4 + len(self.rewards.names), dtype=torch.float64)
         for start in range(first, first + here, micro):
             try:
                 sums += self._micro_batch(step, start, start + micro)
@@ -289,10 +291,18 @@ class Session:
                 x = bounded_rows(x, settings.reward_clip / (settings.alpha * settings.batch))
             return self.backend.generate(x, condition, settings.generator_steps)
 
+        reached: list[Tensor] = [] if settings.reward_gradient == "pathwise" else [torch.ones(())]
+
         def reward(outputs: Tensor) -> Tensor:
             scores = self.rewards.scores(outputs, batch.prompts)
+            if outputs.requires_grad:
+                note = lambda gradient: reached.append(gradient.detach().ne(0).any())  # noqa: E731
+                outputs.register_hook(note)  # type: ignore[no-untyped-call]
             for name, part in scores.parts.items():  # one call for each draw of injected noise
                 parts[name] = parts.get(name, 0) + part / settings.draws
+            if outputs.requires_grad and not scores.total.requires_grad:
+                # constant on this batch alone, as of a detector that finds nothing: the rehearsal has seen a gradient
+                return scores.total + 0 * outputs.flatten(1).sum(1).to(scores.total.dtype)
             return scores.total
 
         with self._precision():
@@ -314,7 +324,7 @@ class Session:
                 "depend on their noise in a differentiable way"
             )
         torch.autograd.backward(total.sum() / settings.batch)
-        rows = [total, kl, scores, *parts.values()]
+        rows = [total, kl, scores, *parts.values(), torch.stack(reached).any() if reached else torch.zeros(())]
         return torch.stack([row.detach().double().sum().cpu() for row in rows])
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:

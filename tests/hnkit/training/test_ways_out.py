@@ -350,6 +350,22 @@ def test_such_a_reward_may_be_reported(tmp_path, fake):
     assert report["validation"]["scores"][f"{HERE}:without_gradient"]["role"] == "held out"
 
 
+def test_a_batch_on_which_the_reward_is_constant_ends_no_run(tmp_path, fake):
+    """As of a detector that finds nothing; a run that ended there would end there whenever it is resumed."""
+    with_fault(fake, lambda call, scores: torch.zeros(len(scores)) if call == 4 else scores)
+    assert run(fake_config(), tmp_path / "run").finished
+    rewards = [record["reward"] for record in records(tmp_path / "run") if "reward" in record]
+    assert rewards.count(0) == 1
+
+
+def test_a_run_whose_reward_never_had_a_gradient_is_not_finished_though_its_penalty_trains(tmp_path, fake):
+    run(fake_config(), tmp_path / "first")
+    with_fault(fake, lambda call, scores: scores if call == 0 else torch.ones(len(scores)))
+    with pytest.raises(InputError, match="every one of the 6 batches had a reward whose gradient is zero"):
+        run(fake_config(from_adapter=str(tmp_path / "first")), tmp_path / "run")
+    assert any(record.get("grad_norm", 0) > 0 for record in records(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("name", ["raises", "of_a_wrong_shape"])
 @pytest.mark.parametrize("table", ["rewards", "heldout"])
 def test_every_reward_is_tried_before_the_first_step(tmp_path, fake, table, name):
@@ -360,7 +376,7 @@ def test_every_reward_is_tried_before_the_first_step(tmp_path, fake, table, name
 
 def test_a_flat_reward_is_named_and_a_run_that_it_alone_steered_is_not_finished(tmp_path, fake):
     stream = io.StringIO()
-    with pytest.raises(InputError, match="every one of the 6 batches had a gradient of zero"):
+    with pytest.raises(InputError, match="every one of the 6 batches had a reward whose gradient is zero"):
         train(fake_config({f"{HERE}:flat": 1.0}), out=tmp_path / "run", console=Console(file=stream, width=300))
     assert "flat' has the gradient zero at all of 2 base outputs" in stream.getvalue()
     assert not (tmp_path / "run" / "report.json").exists()
