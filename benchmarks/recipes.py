@@ -71,7 +71,6 @@ RECIPES: dict[str, Recipe] = {
     "the bundled adapter, gone on with a fold penalty": replace(ON, fold_penalty=1.0),
     "the bundled adapter, gone on with a fold penalty of 10": replace(ON, fold_penalty=10.0),
     "the bundled adapter, gone on with second-order": replace(ON, kl="second-order"),
-    "the bundled adapter, gone on with Arnoldi": replace(ON, kl="arnoldi"),
     "regression on the gradient": replace(BASE, objective="gradient"),
     "regression on the proximal map": replace(BASE, objective="proximal map", pool=1280),
     "eight noises a sentence": replace(BASE, noises=8),
