@@ -117,18 +117,20 @@ def configuration() -> str:
 
 
 def _record(record: Any) -> str:
-    """A table of the fields of a settings record."""
+    """A table of the fields of a settings record, of two columns: it is read on a telephone without scrolling."""
     kinds, meanings = field_types(record), _meanings(record)
     rows = [
-        (
-            f"`{item.name}`",
-            describe(kinds[item.name]),
-            _default(item),
-            _meaning(meanings.get(item.name, ""), item),
-        )
+        (f"`{item.name}`", f"{_meaning(meanings.get(item.name, ''), item)} {_accepted(kinds[item.name], item)}".strip())
         for item in dataclasses.fields(record)
     ]
-    return to_markdown(Table(("key", "accepted", "default", "meaning"), tuple(rows)))
+    return to_markdown(Table(("key", "meaning, what is accepted, default"), tuple(rows)))
+
+
+def _accepted(kind: Any, item: Any) -> str:
+    """What a field takes, and its default, as the end of a cell."""
+    default = _default(item)
+    accepted = describe(kind)
+    return f"*{accepted[:1].upper()}{accepted[1:]}*{', default ' if default else ''}{default}"
 
 
 def _meanings(record: Any) -> dict[str, str]:

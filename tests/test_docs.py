@@ -171,12 +171,25 @@ def test_site_has_every_key_and_flag(site):
     configuration = (site / "reference" / "configuration.html").read_text(encoding="utf-8")
     for item in dataclasses.fields(TrainConfig):
         assert f">{item.name}<" in configuration
+    for row in re.findall(r"(?s)<tr.*?</tr>", configuration):  # two columns, which a telephone shows side by side
+        assert len(re.findall(r"<t[dh]", row)) == 2
+    words = re.sub("<[^>]+>", "", configuration)
+    assert "optimiser steps; at least 1. An integer, default 1000" in words
+    assert not re.search(r"\*[A-Z]", words)
     commands = (site / "reference" / "commands.html").read_text(encoding="utf-8")
     help_text = subprocess.run(
         [sys.executable, "-m", "hnkit", "train", "--help"], capture_output=True, text=True, check=True
     ).stdout
     for flag in set(re.findall(r"--[a-z][a-z-]+", help_text)) - {"--help"}:
         assert flag in commands, flag
+
+
+def test_what_is_said_of_an_attribute_is_not_taken_for_its_type(site):
+    """A sentence with a colon below a constant is a sentence; napoleon would make a type of what stands before it."""
+    page = re.sub("<[^>]+>", "", (site / "reference" / "hnkit.kl.html").read_text(encoding="utf-8"))
+    assert "Samples below which no coefficient is fitted: one from a handful of others is noise." in page
+    for page in (site / "reference").glob("hnkit*.html"):
+        assert ">Type<" not in page.read_text(encoding="utf-8"), page.name
 
 
 def test_site_says_what_packages_say_of_their_modules(site):

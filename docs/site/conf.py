@@ -64,6 +64,13 @@ def _escape(app: object, what: str, name: str, obj: object, options: object, lin
             lines[number] = "".join(parts)
 
 
+def _whole(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """What is said of an attribute is a sentence: napoleon would take all before its first colon for a type."""
+    del app, name, obj, options
+    if what in ("attribute", "data", "property") and lines:
+        lines[:0] = ["..", ""]  # an empty comment, in which it looks for that colon
+
+
 def _inline(translator: Any, node: Any) -> None:
     translator.body.append(latex2mathml.converter.convert(node.astext()))
     raise SkipNode
@@ -90,4 +97,5 @@ def setup(app: Any) -> None:
     """Register the escaping before napoleon reads the docstring, the widths of cells, and the equations."""
     app.connect("doctree-read", _sentences)
     app.connect("autodoc-process-docstring", _escape, priority=400)
+    app.connect("autodoc-process-docstring", _whole, priority=401)
     app.add_html_math_renderer("mathml", (_inline, None), (_displayed, None))

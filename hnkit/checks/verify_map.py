@@ -106,11 +106,17 @@ def has_kinks(f: NoiseMap) -> bool:
 
 
 def l2_verdict(measured: MeasuredMap) -> list[str]:
-    """Whether a handful of products shows the L2 term to be good enough; nothing where it bounds the KL."""
+    """What the look that training takes shows of the L2 term, beside what was measured; nothing where it bounds the KL.
+
+    It bounds what it cannot see, so that it may say less than they do: that is said before it.
+    """
     verdict = measured.l2_verdict if measured.injection is None else None
     if verdict is None:
         return []
-    return [f"From {verdict.samples} samples and a handful of products, as training looks at it, {verdict.finding}."]
+    return [
+        f"The quick look that training takes, {verdict.samples} samples and a handful of products, rests on less than "
+        f"the figures below: {verdict.finding}."
+    ]
 
 
 def deployment(measured: MeasuredMap) -> list[str]:

@@ -38,8 +38,8 @@ def run(options: Options) -> int:
         return 0
     screen = terminal.console()
     for entry in found:
-        screen.print(Text.assemble((str(entry["name"]), "bold"), f"  {entry['summary']}"))
-        lines = [Text(str(entry["status"]))]
+        screen.print(Text(str(entry["name"]), "bold"))
+        lines = [Text(str(line)) for line in (entry["summary"], entry["status"]) if line]
         if entry["presets"]:
             lines.append(Text(f"presets: {', '.join(entry['presets'])}", style="dim"))
         screen.print(Padding(Group(*lines), (0, 0, 0, 4)))
@@ -50,7 +50,8 @@ def run(options: Options) -> int:
 
 _NEXT = (
     "A model that is not here is also fetched by a run with --set backend.local_files_only=false, or named as a folder "
-    "by --model-id FOLDER. Options of a backend: the configuration reference (nox -s docs). The miniature is ready: "
+    "by --model-id FOLDER. Options of a backend: the configuration reference of the documentation (built in a clone by "
+    "nox -s docs), or the config.toml of a run. The miniature is ready: "
     "hnkit train --backend digits"
 )
 

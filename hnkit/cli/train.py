@@ -98,11 +98,9 @@ def _plan(config: RunConfig, options: Options) -> int:
         raise InputError(f"--out {options.out} with --plan: a plan is printed, nothing is written; leave it out")
     if not is_first():  # all processes have the same plan, and one of them says it
         return 0
-    plan = plan_training(
-        config,
-        find_card(CARD if options.card is None else options.card),
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
-    )
+    card = find_card(CARD if options.card is None else options.card)
+    with terminal.waiting("counting a step on tensors without values, up to some minutes for a large model"):
+        plan = plan_training(config, card, processes=int(os.environ.get("WORLD_SIZE", "1")))
     if options.as_json:
         terminal.print_json(as_document(plan))
     else:

@@ -80,7 +80,7 @@ def sentences(document: Mapping[str, Any], *, beside_card: bool = False) -> list
     """What the figures say, a sentence each: the answer first; beside the card only what it leaves out."""
     found = [document["remark"]] if "remark" in document else []
     for name, method in document["methods"].items():
-        gain = f"{name} gains {format_estimate(method['gain'], method['stderr'])}"
+        gain = f"{_subject(name)} gains {format_estimate(method['gain'], method['stderr'])}"
         nats = nats_text(method)
         if method["efficiency"] is not None:
             bought = f", {share(method)} of what they could buy" if _told(method) else f"; its efficiency is {_UNTOLD}"
@@ -109,6 +109,11 @@ def sentences(document: Mapping[str, Any], *, beside_card: bool = False) -> list
     return found
 
 
+def _subject(name: str, article: str = "The") -> str:
+    """A method's name in a sentence: hnkit's own are words with an article, others are kept as they were given."""
+    return f"{article} {name}" if name in ("hypernetwork", "fine-tuned generator") else name
+
+
 def contradiction(name: str, method: Mapping[str, Any]) -> str:
     """What says that a method has more nats than were given, by more than error bars allow; nothing where all agrees.
 
@@ -129,9 +134,9 @@ def contradiction(name: str, method: Mapping[str, Any]) -> str:
 def gap_sentence(name: str, gap: Mapping[str, Any]) -> str:
     """The certified distance from the target, and the estimate where the temperature lets there be one."""
     law, confidence = f"the law that its temperature {gap['alpha']:.3g} names", f"{100 * gap['confidence']:.0f} %"
-    bound = f"{name} is at least {rounded_down(gap['lower'], 3)} nats ({confidence}) from {law}"
+    bound = f"{_subject(name)} is at least {rounded_down(gap['lower'], 3)} nats ({confidence}) from {law}"
     if gap["lower"] <= 0:
-        bound = f"These images do not show ({confidence}) that {name} is away from {law}"
+        bound = f"These images do not show ({confidence}) that {_subject(name, 'the')} is away from {law}"
     if gap["estimate"] is None:
         return (
             f"{bound}; how far exactly cannot be told, since {gap['effective']:.2g} base samples a prompt are "
@@ -188,7 +193,7 @@ def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
     ]
     for point in document["frontier"][::4]:
         rows.append(("frontier", f"{point['nats']:.3g}", format_estimate(point["gain"], point["stderr"]), "100 %"))
-    return ("", "nats a prompt", "gain in reward", "efficiency"), rows
+    return ("method", "nats a prompt", "gain in reward", "efficiency"), rows
 
 
 def plot(document: Mapping[str, Any]) -> bytes:

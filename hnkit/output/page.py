@@ -166,8 +166,9 @@ figure img { display: block; max-width: 100%; max-height: 34rem; height: auto; m
 figure.samples img { max-height: none; }
 figcaption, .caption { color: var(--dim); font-size: .875rem; margin: .7rem 0 0; max-width: 46rem; }
 figcaption { color: #4d545c; }
-pre { overflow-x: auto; padding: .9rem 1rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .9rem 1rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px;
+  font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 summary { cursor: pointer; color: var(--dim); }
 @media (max-width: 44rem) { table.wide { min-width: 42rem; } body { padding: 1.5rem .8rem 3rem; }
   figure { overflow-x: auto; padding: .5rem; } figure img { max-width: none; width: 30rem; }

@@ -17,7 +17,7 @@ from typing import Any
 from hnkit.internal.files import read_plain
 from hnkit.internal.folders import VERDICT_FILE
 from hnkit.internal.stats import Estimate, rounded_down, rounded_up
-from hnkit.internal.values import or_nan
+from hnkit.internal.values import number_of, or_nan
 from hnkit.output.page import CARD_MARKS, Card, CardLine, Mark, format_estimate, format_number
 
 TOLERANCE = 0.1
@@ -416,12 +416,16 @@ def _is_as_near(own: str | None, advice: str | None) -> bool:
 
 
 def l2_words(verdict: Mapping[str, Any], trained_with: str | None) -> str:
-    """What the record of an `hnkit.l2_verdict` says, without advice to take a term that the loss has, or has better."""
+    """What the record of an `hnkit.l2_verdict` says, without advice to take a term that the loss has, or has better.
+
+    It stands beside the measured KL and rests on fewer samples, so that the two may differ: on how many, is said first.
+    """
     text = str(verdict["text"])
     finding = text.removeprefix(f"Use --kl {verdict.get('advice')}: ")
-    if finding == text or not _is_as_near(trained_with, verdict["advice"]):
-        return text
-    return finding[0].upper() + finding[1:]
+    if finding != text and _is_as_near(trained_with, verdict["advice"]):
+        text = finding
+    looked = f"a quick look at {number_of(verdict['samples'], 'sample')}" if "samples" in verdict else "a quick look"
+    return f"By {looked}: {text[0].lower()}{text[1:]}"
 
 
 def _more(figures: RunFigures) -> list[str]:

@@ -107,7 +107,10 @@ class Session:
         local: bool = getattr(config.options, "local_files_only", True)
         self.rewards = load_rewards(config.rewards, backend.default_reward, self.device, local_files_only=local)
         if not self.rewards.rewards:
-            raise InputError(f"no reward given and backend {config.backend!r} has no default: use --reward NAME=WEIGHT")
+            raise InputError(
+                f"no reward given and backend {config.backend!r} has no default: use --reward NAME=WEIGHT "
+                "(hnkit backends lists names), or my_module:function=WEIGHT for one of yours"
+            )
         self.heldout = load_rewards(config.heldout, None, self.device, local_files_only=local)
         self.training_prompts, self.validation_prompts = _chosen_prompts(config, backend)
         backend.prepare([*self.training_prompts, *self.validation_prompts])

@@ -21,9 +21,9 @@ from hnkit.training.plan import plan
 from hnkit.training.plan.cards import CARDS, RESERVED, find_card
 from hnkit.training.plan.count import DECODER, GENERATOR, REWARDS, F
 from hnkit.training.plan.ledger import stored
-from hnkit.training.plan.plan import Counter, plan_training
+from hnkit.training.plan.plan import Counter, Need, Plan, plan_training
 from hnkit.training.plan.skeleton import without_weights
-from hnkit.training.plan.view import as_text
+from hnkit.training.plan.view import as_text, memory_table
 from hnkit.training.processes import Processes
 from hnkit.training.session import Session
 from hnkit.training.view import TrainView
@@ -193,6 +193,98 @@ def test_a_plan_names_the_options_that_make_a_run_fit(checkpoint):
     none = plan_training(config, replace(card, memory=RESERVED + 1), counter=counter)
     assert not none.cures
     assert "No memory option makes it fit" in as_text(none)
+
+
+GIB = 2**30
+NEED = Need(
+    changes=(),
+    micro=18,
+    weights={"network": GIB, "decoder": GIB // 2, "rewards": 12 * GIB, "LoRA": GIB // 4, "optimiser": GIB // 4},
+    saved={F: 40 * GIB, GENERATOR: 20 * GIB, DECODER: 10 * GIB, REWARDS: 5 * GIB},
+    peak=120 * GIB,
+    where="decoder, backward",
+    held=60 * GIB,
+    gradients=0,
+    flops=2 * 10**15,
+    seconds=36.0,
+    encoding=20 * GIB,
+)
+
+
+def planned(need: Need, *, cures: tuple[Need, ...] = (), processes: int = 1, **train: int) -> Plan:
+    config = resolve_config(backend="digits")
+    config = replace(config, train=replace(config.train, **({"batch": 54, "accumulate": 3, "steps": 1000} | train)))
+    return Plan(config, find_card("h100"), processes, need, cures, need.most)
+
+
+def test_the_words_of_a_plan_that_does_not_fit():
+    cure = replace(NEED, micro=1, changes=("lora_autocast",), peak=60 * GIB, seconds=40.0)
+    assert (
+        as_text(planned(NEED, cures=(cure,)))
+        == """\
+digits on H100 SXM 80 GB: counted, not measured
+
+on each card                               GiB
+frozen network                             1.0
+autoencoder                                0.5
+reward models                             12.0
+LoRA                                      0.25
+optimiser                                 0.25
+saved by f                                40.0
+saved by generator                        20.0
+decoder, backward: saved and working      46.0
+peak, in decoder, backward               120.0
+
+The rows add up to the peak of a step, with 18 samples at a time, 3 times for a step (train.accumulate). \
+When the backward pass begins, the parts have saved: f 40.0, generator 20.0, decoder 10.0, rewards 5.0. \
+While prompts are encoded, before the first step, 20.0 GiB are taken; text encoders leave the card after that.
+
+A step is 2,000 TFLOP on the card: 100 steps per hour, 1,000 steps in 10.0 hours, if 40 % of the most that the card \
+can do is reached (an assumption, not a measurement; small batches reach less).
+It does not fit: 120.0 GiB are needed, of the 80.0 GiB of one H100 SXM 80 GB, of which 1.5 are kept free.
+What makes it fit, the quickest first:
+  --set backend.lora_autocast=true --set train.accumulate=54: 60.0 GiB, 90 steps per hour"""
+    )
+
+
+def test_the_words_of_a_plan_where_nothing_makes_it_fit_say_what_to_do():
+    text = as_text(planned(NEED))
+    assert text.endswith(
+        "No memory option makes it fit (the least is 120.0 GiB): lower backend.size or backend.rank, leave out a "
+        "reward, or take a larger card."
+    )
+    encoding = replace(NEED, encoding=130 * GIB)
+    text = as_text(replace(planned(encoding), least=130 * GIB))
+    assert "It does not fit: 130.0 GiB are needed while prompts are encoded, of the 80.0 GiB" in text
+    assert text.endswith("no memory option lowers that: take a larger card.")
+
+
+def test_a_small_plan_is_in_a_unit_of_its_size():
+    """A toy needs kilobytes: `3.1e-07 GiB` is no figure to read."""
+    for scale, unit in ((2**20, "MiB"), (2**10, "KiB")):
+        small = {name: size * scale // GIB for name, size in NEED.weights.items()}
+        saved = {name: size * scale // GIB for name, size in NEED.saved.items()}
+        need = replace(
+            NEED,
+            micro=1,
+            weights=small,
+            saved=saved,
+            peak=120 * scale,
+            held=60 * scale,
+            encoding=20 * scale,
+            seconds=0.36,
+        )
+        plan = planned(need, batch=1, accumulate=1)
+        table = memory_table(plan)
+        assert table.headers[1] == unit
+        assert table.rows[-1][1] == "120.0"
+        text = as_text(plan)
+        assert f"It fits: 120.0 {unit}, of the 80.0 GiB of one H100 SXM 80 GB, of which 1.5 are kept free." in text
+        assert "with 1 sample at a time. When" in text
+        assert f"20.0 {unit} are taken" in text
+        assert "1,000 steps in 6.0 minutes" in text
+        assert "e-" not in text
+    assert "TFLOP on each of 2 cards" in as_text(planned(NEED, processes=2, batch=36, accumulate=1))
 
 
 def test_options_save_what_a_plan_says_of_them(checkpoint):

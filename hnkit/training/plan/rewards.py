@@ -30,7 +30,10 @@ def reward_skeletons(config: RunConfig, skeleton: Skeleton) -> RewardSum:
     if not rewards and default is not None:
         rewards.append(default)
     if not rewards:
-        raise InputError(f"no reward given and backend {config.backend!r} has no default: use --reward NAME=WEIGHT")
+        raise InputError(
+            f"no reward given and backend {config.backend!r} has no default: use --reward NAME=WEIGHT "
+            "(hnkit backends lists names), or my_module:function=WEIGHT for one of yours"
+        )
     return RewardSum(rewards)
 
 

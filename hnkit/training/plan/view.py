@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hnkit.internal.values import number_of
 from hnkit.output.page import Cell, Table
 from hnkit.training.plan.cards import GIB, RESERVED, SHARE
 from hnkit.training.plan.plan import Need, Plan
@@ -14,17 +15,32 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2g}"
 
 
+def _unit(largest: int) -> tuple[str, int]:
+    """The unit in which the largest of some sizes is a number of one digit or more before its point."""
+    return next((pair for pair in (("GiB", GIB), ("MiB", 2**20)) if largest >= pair[1]), ("KiB", 2**10))
+
+
 def memory_table(plan: Plan) -> Table:
     """What lives on one card when most does, part by part; the rows add up to the peak."""
-    need = plan.need
-    rows: list[tuple[Cell, ...]] = [(_NAMES.get(name, name), gib(size)) for name, size in need.at_peak().items()]
-    rows.append((f"peak, in {need.where}", gib(need.peak)))
-    held = ", ".join(f"{name} {gib(size)}" for name, size in need.saved.items())
+    need, settings = plan.need, plan.config.train
+    unit, scale = _unit(need.most)
+
+    def shown(size: int) -> str:
+        return gib(size * GIB / scale)
+
+    rows: list[tuple[Cell, ...]] = [(_NAMES.get(name, name), shown(size)) for name, size in need.at_peak().items()]
+    rows.append((f"peak, in {need.where}", shown(need.peak)))
+    held = ", ".join(f"{name} {shown(size)}" for name, size in need.saved.items())
+    pieces = settings.batch // plan.processes // need.micro
+    whole = f"{number_of(need.micro, 'sample')} at a time"
+    if pieces > 1:
+        whole += f", {pieces} times for a step (train.accumulate)"
     caption = (
-        f"GiB, for micro-batches of {need.micro}. Saved for the backward pass when it begins: {held}. While prompts "
-        f"are encoded, before the first step: {gib(need.encoding)}, text encoders included; they leave the card again."
+        f"The rows add up to the peak of a step, with {whole}. When the backward pass begins, the parts have saved: "
+        f"{held}. While prompts are encoded, before the first step, {shown(need.encoding)} {unit} are taken; text "
+        "encoders leave the card after that."
     )
-    return Table(("on each card", "GiB"), tuple(rows), caption)
+    return Table(("on each card", unit), tuple(rows), caption)
 
 
 def rate(need: Need) -> float:
@@ -35,11 +51,13 @@ def rate(need: Need) -> float:
 def verdict(plan: Plan) -> str:
     """One sentence: whether the run fits its card."""
     need, card = plan.need, plan.card
-    room = f"{gib(card.memory)} GiB of {card.title}, {gib(RESERVED)} of them kept free"
+    room = f"{gib(card.memory)} GiB of one {card.title}, of which {gib(RESERVED)} are kept free"
+    unit, scale = _unit(need.most)
+    size = f"{gib(need.most * GIB / scale)} {unit}"
     when = "" if need.peak >= need.encoding else " while prompts are encoded"
     if plan.fits:
-        return f"It fits: {gib(need.most)} GiB{when} of the {room}."
-    return f"It does not fit: {gib(need.most)} GiB needed{when} of the {room}."
+        return f"It fits: {size}{when}, of the {room}."
+    return f"It does not fit: {size} are needed{when}, of the {room}."
 
 
 def pace(plan: Plan) -> str:
@@ -52,8 +70,8 @@ def pace(plan: Plan) -> str:
     unit, word = next((pair for pair in units if seconds >= pair[0]), units[-1])
     return (
         f"A step is {size} TFLOP on {cards}: {rate(need):,.0f} steps per hour, {steps:,} steps in "
-        f"{seconds / unit:,.1f} {word}, at {100 * SHARE:.0f} % of the card's roofline (an assumption, "
-        "not a measurement)."
+        f"{seconds / unit:,.1f} {word}, if {100 * SHARE:.0f} % of the most that the card can do is reached (an "
+        "assumption, not a measurement; small batches reach less)."
     )
 
 

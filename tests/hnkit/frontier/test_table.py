@@ -190,6 +190,10 @@ def test_at_a_hopeless_temperature_only_the_bound_is_said(tmp_path):
         shown = gap.lower > 0
         assert (f"at least {rounded_down(gap.lower, 3)} nats (95 %)" in words) == shown
         assert words.startswith("These images do not show (95 %) that ours is away from the law") != shown
+        own = page.gap_sentence("hypernetwork", asdict(gap))
+        assert own.startswith(
+            "The hypernetwork is at least" if shown else "These images do not show (95 %) that the hyper"
+        )
     assert gap.lower > 10
     assert "how far exactly cannot be told" in words
 

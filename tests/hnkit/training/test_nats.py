@@ -180,7 +180,7 @@ def test_a_run_ends_with_its_frontier(tmp_path, fake):
     assert (tmp_path / "run" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert read_card(tmp_path / "run" / "adapter") == card_from(report["verdict"])
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    assert "hypernetwork gains" in card
+    assert "- The hypernetwork gains" in card
     assert "95 %" in card
 
 
