@@ -145,6 +145,14 @@ def compare_lead() -> str:
     return lead(_document("compare")) + "\n"
 
 
+def compare_readme() -> str:
+    """The same for a newcomer: what came out, and what to do about it."""
+    from hnkit.scaled.compare.page import card, outcome
+
+    document = _document("compare")
+    return f"{outcome(document)} {card(document).sentence}\n"
+
+
 def bench_exact() -> str:
     """The exact KL against naive code and against its products alone."""
     document = _document("bench-exact")
@@ -539,6 +547,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "device-steps": lambda: _on_a_card("steps"),
     "device-rest": lambda: _on_a_card("rest"),
     "compare-lead": compare_lead,
+    "compare-readme": compare_readme,
     "earning-spread": _earning_spread,
     "earning-lead": _earning_lead("earning.md"),
     "earning-readme": _earning_lead("docs/earning.md"),

@@ -92,6 +92,12 @@ def printed_table(document: Document) -> Table:
 
 def lead(document: Document) -> str:
     """What came out, as it is, and the advice on the L2 term, in a few sentences."""
+    advice = (document["l2"][0].get("l2_verdict") or {}).get("text") if document["l2"] else None
+    return " ".join(filter(None, (outcome(document), advice)))
+
+
+def outcome(document: Document) -> str:
+    """What came out, as it is, in a few sentences; nothing of a comparison without a hypernetwork."""
     rows = {row["method"]: row for row in document["table_1"]}
     if "hypernoise" not in rows:
         return ""
@@ -123,8 +129,7 @@ def lead(document: Document) -> str:
             if share is not None
             else ""
         )
-    advice = (document["l2"][0].get("l2_verdict") or {}).get("text") if document["l2"] else None
-    return " ".join(filter(None, (sentence.strip(), advice)))
+    return sentence.strip()
 
 
 def _noises(figures: Mapping[str, Any]) -> str:
