@@ -54,6 +54,7 @@ class RunFigures:
         judge: gain in the score of a judge that nothing was trained on.
         efficiency: the gain over the largest that so many nats can buy, no unit.
         efficiency_at_least: whether the nats are an upper bound, and the efficiency so an estimate from below.
+        beyond_frontier: whether the nats are more than the base outputs carry the frontier to.
         alpha: temperature that the map was trained for.
         fitting_alpha: temperature whose law spends the nats that the map spends.
         failing: checks that fail.
@@ -79,6 +80,7 @@ class RunFigures:
     judge: Estimate | None = None
     efficiency: Estimate | None = None
     efficiency_at_least: bool = False
+    beyond_frontier: bool = False
     alpha: float | None = None
     fitting_alpha: float | None = None
     failing: int = 0
@@ -171,6 +173,7 @@ def with_frontier(
         gain=_estimate({"gain": method["gain"], "gain_stderr": method["stderr"]}, "gain"),
         efficiency=_estimate(method, "efficiency"),
         efficiency_at_least=at_most,
+        beyond_frontier=nats is not None and bool(points) and nats > points[-1]["nats"],
         gap_lower=None if gap is None else (gap["lower"], gap["confidence"]),
         alpha=figures.alpha if gap is None else gap["alpha"],
         fitting_alpha=None if nats is None or at_most else fitting_temperature(nats, points),
@@ -287,6 +290,8 @@ def _reward_line(figures: RunFigures) -> CardLine | None:
     judge = figures.judge
     if judge is not None:
         value += f" (judge {format_estimate(judge.value, judge.stderr)})"
+    if figures.efficiency is None and figures.beyond_frontier:
+        return CardLine("reward", f"{value}; nats beyond the frontier", f"{_BEYOND}; {_EFFICIENCY}")
     if figures.efficiency is None:
         return CardLine("reward", f"{value}; efficiency not known", _EFFICIENCY)
     if figures.efficiency.stderr > 1:  # tiny nats, few prompts: digits that say nothing
@@ -298,6 +303,7 @@ def _reward_line(figures: RunFigures) -> CardLine | None:
     return CardLine("reward", f"{value}, {least}{share} %{of}", _EFFICIENCY, marks[figures.efficient])
 
 
+_BEYOND = "the base outputs are too few to say what so many nats can gain: take more of each prompt"
 _EFFICIENCY = (
     "efficiency: the gain as a share of the most that any law of so many nats can gain (the frontier), which is "
     "estimated from rewards of base images; the judge is a score that nothing was trained on"

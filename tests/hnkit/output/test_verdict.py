@@ -132,6 +132,7 @@ PLANTED = {
     "judge": Estimate(-0.9, 0.01),
     "efficiency": Estimate(0.01, 0.001),
     "efficiency_at_least": True,
+    "beyond_frontier": True,
     "alpha": 0.01,
     "fitting_alpha": 99.0,
     "failing": 1,
@@ -147,6 +148,8 @@ def test_a_wrong_figure_changes_the_words(key):
         real = replace(real, gap=None, gap_lower=None)
     if key == "alpha":
         real = replace(real, fitting_alpha=1.0)
+    if key == "beyond_frontier":  # said where there is no efficiency
+        real = replace(real, efficiency=None, gain=Estimate(0.5, 0.1))
     assert verdict_card(replace(real, **{key: PLANTED[key]})) != verdict_card(real)
 
 
@@ -374,3 +377,12 @@ def test_an_efficiency_that_few_prompts_of_tiny_nats_cannot_tell_has_no_digits()
     assert "efficiency not known to 100 %" in vague
     assert "3414" not in vague
     assert "90 ± 40 % of what these nats buy" in str(verdict_card(RunFigures(**known, efficiency=Estimate(0.9, 0.4))))
+
+
+@pytest.mark.parametrize(("nats", "said"), [(0.9, "nats beyond the frontier"), (0.2, "efficiency not known")])
+def test_a_card_says_why_an_efficiency_is_not_known(nats, said):
+    """Beyond the curve more base outputs tell it; "not known" alone left a reader without a way on."""
+    method = {"nats": nats, "nats_stderr": 0.1, "gain": 0.4, "stderr": 0.1, "efficiency": None}
+    points = [{"nats": 0.1, "beta": 1.0}, {"nats": 0.5, "beta": 2.0}]
+    assert said in str(verdict_card(with_frontier(RunFigures(), method, points)))
+    assert "efficiency not known" in str(verdict_card(with_frontier(RunFigures(), method)))
