@@ -177,14 +177,17 @@ def _worth(method: Mapping[str, Any]) -> str:
 
 
 def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headers and rows: the methods, best-of-N, and some points of the frontier."""
+    """Headers and rows: the methods, best-of-N, and some points of the frontier.
+
+    Best-of-N is computed from the base, and says so where a method of that name has a row of its own.
+    """
     rows: list[tuple[str, ...]] = [
         (name, nats_text(method), format_estimate(method["gain"], or_nan(method["stderr"])), _worth(method))
         for name, method in document["methods"].items()
     ]
     rows += [
         (
-            f"best-of-{entry['n']}",
+            _computed(f"best-of-{entry['n']}", document),
             f"at most {rounded_up(entry['nats'], 3)}",
             format_estimate(entry["gain"], or_nan(entry["stderr"])),
             "",
@@ -194,6 +197,11 @@ def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
     for point in document["frontier"][::4]:
         rows.append(("frontier", f"{point['nats']:.3g}", format_estimate(point["gain"], point["stderr"]), "100 %"))
     return ("method", "nats a prompt", "gain in reward", "efficiency"), rows
+
+
+def _computed(name: str, document: Mapping[str, Any]) -> str:
+    """The name of a figure that is computed from base samples, told from a method's own of the same name."""
+    return f"{name} of the base" if name in document["methods"] else name
 
 
 def plot(document: Mapping[str, Any]) -> bytes:

@@ -54,6 +54,18 @@ def test_a_table_becomes_a_report(scores, tmp_path, capsys, monkeypatch):
     assert {path.name for path in out.iterdir()} >= {"report.html", "report.json", "frontier.png", "provenance.json"}
 
 
+def test_a_method_of_the_table_that_is_also_computed_is_told_apart(scores, tmp_path, capsys):
+    theirs = scores.read_text().replace(",theirs,", ",best-of-2,")
+    scores.write_text(theirs)
+    out = tmp_path / "out"
+    code, shown, _ = command("frontier", "--rewards", str(scores), "--out", str(out), capsys=capsys)
+    assert code == 0
+    rows = [re.split(" {2,}", line.strip())[0] for line in shown.splitlines()]
+    table = [row for row in rows[: rows.index("frontier")] if row.startswith("best-of-")]
+    assert table[:3] == ["best-of-2", "best-of-2 of the base", "best-of-4"]
+    assert "best-of-2 of the base" in (out / "report.html").read_text()
+
+
 def test_one_of_several_processes_reads_a_table(scores, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
