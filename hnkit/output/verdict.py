@@ -260,7 +260,7 @@ def _injective_line(figures: RunFigures) -> CardLine | None:
         return CardLine("injective", "certified, no folds: the KL above is the KL", note, "good")
     seen = None if figures.folds is None else f"{figures.folds[0]} of {figures.folds[1]} samples"
     if figures.injective == "violated":
-        return CardLine("injective", f"no: folds at {seen or 'some samples'}", note, "bad")
+        return CardLine("injective", f"no, it folds: orientation reversed at {seen or 'some samples'}", note, "bad")
     looked = ""
     if figures.folds is not None:
         looked = f"; no fold in {figures.folds[1]} samples, which is no proof"

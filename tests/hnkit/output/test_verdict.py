@@ -386,3 +386,14 @@ def test_a_card_says_why_an_efficiency_is_not_known(nats, said):
     points = [{"nats": 0.1, "beta": 1.0}, {"nats": 0.5, "beta": 2.0}]
     assert said in str(verdict_card(with_frontier(RunFigures(), method, points)))
     assert "efficiency not known" in str(verdict_card(with_frontier(RunFigures(), method)))
+
+
+@pytest.mark.parametrize(
+    ("injective", "words"),
+    [("violated", "no, it folds: orientation reversed at 4 of 79 samples"),
+     ("unknown", "not certified; orientation reversed at 4 of 79 samples")],
+)  # fmt: skip
+def test_samples_that_turn_over_are_called_the_same_whatever_follows(injective, words):
+    """A command that sees orientation change in one map, and one that sees too few of each map to say so."""
+    found = replace(figures("cold"), injective=injective, folds=(4, 79))
+    assert words in [line.value for line in verdict_card(found).lines]
