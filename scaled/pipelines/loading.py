@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from hnkit.errors import InputError
+from hnkit.internal.downloads import no_folder
 from hnkit.internal.files import read_plain
 from hnkit.internal.values import reason_of
 from hnkit.scaled.internal.hub import local_folder, missing_model, without_bars
@@ -198,7 +199,7 @@ def find_model(model_id: str, local_files_only: bool = True) -> Path:
             "PIPELINE_CLASS.from_single_file(FILE).save_pretrained(FOLDER) of diffusers, and give that"
         )
     if model_id.startswith(("/", "./", "../", "~")):
-        raise InputError(f"backend.model_id: {model_id!r} is not a local folder: give one in diffusers' format")
+        raise no_folder("backend.model_id", model_id)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -209,6 +210,8 @@ def find_model(model_id: str, local_files_only: bool = True) -> Path:
 
         return Path(DiffusionPipeline.download(model_id, use_safetensors=True))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        if "/" not in model_id:  # every pipeline on the hub has an owner
+            raise no_folder("backend.model_id", model_id) from error
         raise missing_model("backend.model_id", model_id, error, local_files_only=local_files_only) from error
 
 

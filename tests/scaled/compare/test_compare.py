@@ -419,7 +419,7 @@ def test_a_comparison_goes_on_with_a_model_that_was_moved(overrides, checkpoint,
     few = [*few, f"backend.model_id={model}"]
     document = COMPARISON("sana", methods=methods, prompts=PROMPTS[:1], seeds=1, overrides=few, out=run)
     moved = model.rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="is not a local folder"):
+    with pytest.raises(InputError, match="there is no folder"):
         COMPARISON("sana", resume=run)
     shutil.rmtree(run / "parts")  # the images and figures are to be made again, the network is trained
     again = COMPARISON("sana", resume=run, overrides=[f"backend.model_id={moved}"])

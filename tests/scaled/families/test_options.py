@@ -144,7 +144,7 @@ def test_guidance_that_a_list_hides_is_refused(load):
 
 def test_what_is_no_folder_is_told_apart(folder):
     file = next((folder(SDXL) / "unet").glob("*.safetensors"))
-    for model, said in ((file, "is a single file: store it as a folder once"), (file / "no", "is not a local folder")):
+    for model, said in ((file, "is a single file: store it as a folder once"), (file / "no", "there is no folder")):
         with pytest.raises(InputError, match=said):
             DIFFUSERS.load(DIFFUSERS.options(**settings(SDXL, model)))
 

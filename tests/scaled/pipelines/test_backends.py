@@ -265,6 +265,20 @@ class TestEveryBackend:
         assert factory.status() == f"not in the local cache: hf download {factory.options().model_id}"
         assert "\n" not in factory.status()
 
+    @pytest.mark.parametrize(
+        "model",
+        ["none", "./none", "../none", "~/none", "/no/model", "models/none", "a/b/none", r"C:\models\none", "a b/c"],
+    )
+    def test_a_model_meant_as_a_folder_is_not_asked_of_the_hub(self, name, model, monkeypatch, tmp_path):
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "models").mkdir()
+        factory = backend_factory(name)
+        with pytest.raises(InputError) as caught:
+            factory.load(factory.options(model_id=model))
+        assert str(caught.value).startswith(f"backend.model_id: there is no folder {model!r}: give the path of one ")
+        assert f"hf download {model}" not in str(caught.value)
+
     def test_damaged_checkpoints(self, name, checkpoint, tmp_path):
         import shutil
 
