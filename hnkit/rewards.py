@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from hnkit.backend import Reward, load_installed
 from hnkit.config import RewardSpec
 from hnkit.errors import InputError
 from hnkit.internal.stops import Stopped
-from hnkit.internal.values import reason_of, typed_value
+from hnkit.internal.values import printable, reason_of, typed_value
 
 _STOPS = (KeyboardInterrupt, Stopped)
 """What a signal raises wherever it arrives, and what is no fault of the code that was running."""
@@ -44,10 +46,12 @@ def import_object(path: str, flag: str) -> Any:
     except _STOPS:
         raise
     except BaseException as error:  # the user's module may raise anything while it is imported
-        reason = f"{type(error).__name__}: {reason_of(error)}"
+        reason = f"{type(error).__name__}: {reason_of(error)}{_user_line(error, module)}"
         cure = ""
         if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
             cure = ": run from the folder of that file, or install the package"
+        if module.endswith(".py"):
+            cure = f": write the module, {module.removesuffix('.py').replace('/', '.').strip('.')}:{attribute}"
         raise InputError(f"{flag} {path}: importing {module} failed ({reason}){cure}") from error
     where = getattr(found, "__file__", None)
     for name in attribute.split("."):
@@ -85,8 +89,30 @@ def made(found: Any, path: str, flag: str) -> Any:
     except _STOPS:
         raise
     except BaseException as error:  # the user's code may raise anything: say so in one line, keep the cause
-        reason = f"{type(error).__name__}: {reason_of(error)}"
+        where = _user_line(error, path, _module(found))
+        reason = f"{type(error).__name__}: {reason_of(error)}{where}"
         raise InputError(f"{flag} {path}: calling it failed ({reason})") from error
+
+
+def _user_line(error: BaseException, *modules: str) -> str:
+    """`, at FILE:LINE` of the innermost frame in the user's own code; nothing where the error has no such frame.
+
+    Args:
+        error: what was caught, with its traceback.
+        modules: where that code is; what shares a package with it is the user's too.
+    """
+    own = {re.split("[.:]", module)[0] for module in modules} - {"hnkit"}
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in own:
+            file = Path(frame.f_code.co_filename)
+            shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+            place = f", at {printable(str(shown))}:{line}"
+    return place
+
+
+def _module(found: Any) -> str:
+    return str(getattr(found, "__module__", ""))
 
 
 def _takes_nothing(function: Callable[..., Any]) -> bool:
@@ -223,7 +249,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The scores `(n,)` of one reward, on the images' device; it is given images of its own.
 
     Raises:
-        InputError: the reward returned something else, or raised or called `exit`; the message names it. A
+        InputError: the reward returned something else, or raised or called `exit`; the message names it and the line. A
             `NonFiniteError`, or any other `InputError` that it raises, is passed on as it is; so is lack of memory.
     """
     try:
@@ -232,7 +258,9 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise
     except BaseException as error:  # the user's code may raise anything: say whose it is, keep the cause
         reason = " ".join(str(error).split())
-        raise InputError(f"reward {reward.name!r} raised {type(error).__name__}: {reason}") from error
+        function = getattr(reward, "function", reward)
+        where = _user_line(error, reward.name if ":" in reward.name else "", _module(function))
+        raise InputError(f"reward {reward.name!r} raised {type(error).__name__}: {reason}{where}") from error
     given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
     if given != (len(images),):
         raise InputError(

@@ -10,7 +10,7 @@ import torch
 
 from hnkit.config import RewardSpec
 from hnkit.errors import InputError
-from hnkit.rewards import import_object, load_reward, load_rewards
+from hnkit.rewards import RewardSum, import_object, load_reward, load_rewards
 
 SCORES = """
 import torch
@@ -31,6 +31,16 @@ scorer = Scorer()
 def make(): return Scorer(-1.0)
 number = 3
 """
+DEEP = """
+import helper_of_mine
+def raises(images, prompts):
+    return helper_of_mine.divided(images)
+def library(images, prompts):
+    return images.reshape(7, 7)
+class Fails:
+    def __init__(self):
+        self.x = 1 / 0
+"""
 CPU = torch.device("cpu")
 IMAGES, PROMPTS = torch.rand(4, 3, 2, 2), ["a"] * 4
 
@@ -41,7 +51,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "myscores.py").write_text(SCORES)
     yield tmp_path
-    for name in ("myscores", "textwrap2", "helper_of_mine"):
+    for name in ("myscores", "deep", "broken", "textwrap2", "helper_of_mine"):
         sys.modules.pop(name, None)
 
 
@@ -92,3 +102,39 @@ def test_a_module_that_calls_exit_is_an_error(here):
     (here / "textwrap2.py").write_text("raise SystemExit(0)\n")
     with pytest.raises(InputError, match=r"importing textwrap2 failed \(SystemExit"):
         import_object("textwrap2:f", "--reward")
+
+
+@pytest.mark.parametrize(("name", "line"), [("raises", 4), ("library", 6)])
+def test_a_reward_that_raises_is_told_its_line(name, line, here):
+    """The innermost of the user's own module, not of the libraries that it calls, nor of what runs it."""
+    (here / "deep.py").write_text(DEEP)
+    (here / "helper_of_mine.py").write_text("def divided(images):\n    return 1 / 0\n")
+    reward = load_rewards({f"deep:{name}": RewardSpec(1.0)}, None, CPU)
+    with pytest.raises(InputError, match=rf"reward 'deep:{name}' raised .*, at deep\.py:{line}$"):
+        reward(IMAGES, PROMPTS)
+
+
+def test_a_class_and_a_module_that_fail_are_told_their_lines(here):
+    (here / "deep.py").write_text(DEEP)
+    (here / "helper_of_mine.py").touch()
+    with pytest.raises(InputError, match=r"calling it failed \(ZeroDivisionError: division by zero, at deep\.py:9\)"):
+        load_reward("deep:Fails", RewardSpec(1.0), CPU)
+    (here / "broken.py").write_text("import torch\n\nnumber = int('a')\n")
+    with pytest.raises(InputError, match=r"importing broken failed \(ValueError: .*, at broken\.py:3\)"):
+        import_object("broken:score", "--reward")
+
+
+def test_a_reward_object_of_another_package_is_told_its_line_too():
+    class Reward:
+        name, weight = "mine", 1.0
+
+        def __call__(self, images, prompts):
+            raise OSError("the service is gone")
+
+    with pytest.raises(InputError, match=r"the service is gone, at .*test_rewards\.py:\d+$"):
+        RewardSum([Reward()])(IMAGES, PROMPTS)
+
+
+def test_a_file_in_place_of_a_module_is_told_how_to_write_it(here):
+    with pytest.raises(InputError, match=r"No module named 'myscores\.py'.*: write the module, myscores:mean$"):
+        import_object("myscores.py:mean", "--reward")
