@@ -177,6 +177,11 @@ def images_of(pipe, name, **changes):
     return pipe(PROMPTS, generator=seeded(), **arguments(name, **changes)).images
 
 
+def assert_same(images, expected):
+    """To rounding: sums over weights that were moved in memory may be taken in another order."""
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_result_is_a_pipeline_like_any_other(name, trained, checkpoint, tmp_path):
     with_f, _ = trained(name)
@@ -243,11 +248,11 @@ def test_offloading_after_attaching(name, trained, monkeypatch):
     with_f.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
         order.clear()
-        assert torch.equal(images_of(with_f, name), expected)
+        assert_same(images_of(with_f, name), expected)
         assert getattr(with_f, with_f.family.network_of(with_f)) in order[: order.index("f")]
     with_f.remove_all_hooks()
     with_f.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    assert torch.equal(images_of(with_f, name), expected)
+    assert_same(images_of(with_f, name), expected)
     assert any(hasattr(module, "_diffusers_hook") for module in with_f.hypernetwork.modules())
 
 
@@ -273,21 +278,21 @@ def test_sequential_offloading_after_attaching(name, trained, checkpoint, monkey
     expected, plain = images_of(with_f, name), images_of(load(checkpoint, name), name)
     library = load(checkpoint, name)
     library.enable_sequential_cpu_offload(device="cpu")
-    assert torch.equal(images_of(library, name), plain), "the library's own pipeline runs so"
+    assert_same(images_of(library, name), plain)  # the library's own pipeline runs so
     with_f.enable_model_cpu_offload(device="cpu")
     with_f.enable_sequential_cpu_offload(device="cpu")
     twin = with_f.hypernetwork.twin
     for _ in range(2):
         assert all(parameter.is_meta for parameter in twin.parameters())
-        assert torch.equal(images_of(with_f, name), expected)
-    assert torch.equal(images_of(copy.copy(with_f), name), expected)
+        assert_same(images_of(with_f, name), expected)
+    assert_same(images_of(copy.copy(with_f), name), expected)
     with pytest.raises(InputError, match="remove_all_hooks"):
         with_f.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     with_f.remove_all_hooks()
     assert not any(parameter.is_meta for parameter in twin.parameters())
     assert not any(hasattr(module, "_hf_hook") for module in twin.modules())
-    assert torch.equal(images_of(with_f, name), expected)
+    assert_same(images_of(with_f, name), expected)
     with pytest.raises(InputError, match="attach the adapter first"):
         attach(library, folder)
 
