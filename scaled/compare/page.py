@@ -16,7 +16,7 @@ from hnkit.frontier.page import card as frontier_card
 from hnkit.internal.files import atomic_write, read_plain
 from hnkit.internal.power import LEVEL, POWER, Components, detectable
 from hnkit.internal.stats import Estimate
-from hnkit.internal.values import or_nan
+from hnkit.internal.values import number_of, or_nan
 from hnkit.output.page import (
     Card,
     Cell,
@@ -135,7 +135,7 @@ def outcome(document: Document) -> str:
 def _noises(figures: Mapping[str, Any]) -> str:
     """What a KL was measured at; records that do not say of how many prompts are of the first ones."""
     prompts = figures.get("prompts")
-    of = "the first prompts" if prompts is None else f"{prompts} prompt{'s' if prompts > 1 else ''}"
+    of = "the first prompts" if prompts is None else number_of(prompts, "prompt")
     return f"{figures['samples']} noises of {of}"
 
 
